@@ -1,0 +1,43 @@
+# make demo | test | setup | bench | gpu | lint. Everything but gpu runs in ./.venv and leaves the system alone.
+PYTHON ?= python3
+PY := .venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test setup bench gpu lint clean
+
+demo: setup
+	$(PY) train_stage1.py --pair AV
+	$(PY) train_stage2.py --add T
+	$(PY) evaluate.py --youcook2
+	$(PY) -m mcn_ext.report
+
+test: setup
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+setup: .venv/dependencies mcn_ext/_C.so
+
+.venv/dependencies: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+mcn_ext/_C.so: setup.py pyproject.toml $(wildcard csrc/*) .venv/dependencies
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+bench: setup
+	$(PY) benchmarks/loader.py
+
+# With the python3 at hand and its own CUDA torch; nothing is installed.
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m mcn_ext
+	$(PYTHON) -m pytest -q -m cuda tests
+	$(PYTHON) benchmarks/loader.py
+
+lint: setup
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf .venv build mcn_ext/_C*.so *.egg-info

@@ -1,0 +1,29 @@
+"""python -m mcn_ext: what was built, for which device, with which torch. Put its output into bug
+reports."""
+
+import platform
+import sys
+
+import torch
+
+from mcn_ext import __version__, ops
+
+
+def main() -> int:
+    built = ops.build_info()
+    print(f"mcn_ext    {__version__} ({ops.__file__})")
+    print("extension  " + (f"not loaded: {built['error']}" if "error" in built else ", ".join(
+        f"{key} {value}" for key, value in built.items())))
+    print("losses     plain PyTorch (mcn_ext/reference.py)")
+    print(
+        f"torch      {torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} "
+        f"threads"
+    )
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs       {', '.join(names) or 'none'}")
+    print(f"python     {platform.python_version()} on {platform.platform()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

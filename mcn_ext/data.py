@@ -1,0 +1,259 @@
+"""Clip sampling, data sets, batches.
+
+What a step trains on depends on (seed, epoch, video) alone, not on workers, ranks or what was read
+before: runs resume exactly, and any number of processes sees the same global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcn_ext import distributed
+from mcn_ext.store import N_MELS, Store
+from mcn_ext.words import WordVectors
+
+# A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
+SILENCE_DB = 0.1
+
+
+def caption_span(start: np.ndarray, end: np.ndarray, index: int,
+                 min_time: float) -> tuple[int, int]:
+    """First and last caption of the clip around caption ``index``: grown by its nearer neighbour to
+    ``min_time`` s."""
+    first = last = index
+    while end[last] - start[first] < min_time and (first > 0 or last < len(start) - 1):
+        earlier = end[last] - start[first - 1] if first > 0 else np.inf
+        later = end[last + 1] - start[first] if last < len(start) - 1 else np.inf
+        if earlier < later:
+            first -= 1
+        else:
+            last += 1
+    return first, last
+
+
+def draw_spans(start: np.ndarray, end: np.ndarray, n: int, min_time: float,
+               rng: np.random.Generator) -> list[tuple[int, int]]:
+    """n clips of a video as (first, last) captions: all different while the video has enough, then
+    repeated."""
+    spans: dict[tuple[int, int], None] = {}
+    for index in rng.permutation(len(start)):
+        spans[caption_span(start, end, index, min_time)] = None
+        if len(spans) == n:
+            break
+    distinct = list(spans)
+    return [distinct[i % len(distinct)] for i in range(n)]
+
+
+def caption_id(rows: np.ndarray) -> int:
+    """Equal for captions with the same known words: the text encoder, a maximum over words, cannot
+    tell them apart."""
+    digest = hashlib.blake2b(np.unique(rows).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """Another voice, room and pace for a clip's spectrogram (frames, 40) dB; strength 1 is a
+    moderate change.
+
+    Pitch and vocal tract: mel bands shifted by up to 3. Pace: time stretched by up to 20 %. Room
+        and microphone: a
+    smooth equaliser of 4 dB. Then one band of mels and one stretch of time are flattened
+    (SpecAugment, Park et al. 2019).
+    """
+    frames, n_mels = mel.shape
+    pace = np.exp(rng.uniform(-0.2, 0.2) * strength)
+    rows = np.minimum(np.arange(max(1, round(frames * pace))) / pace, frames - 1).astype(int)
+    bands = (np.clip(np.arange(n_mels) + rng.uniform(-3, 3) * strength, 0,
+                     n_mels - 1).round().astype(int))
+    mel = mel[rows][:, bands]
+    mel += np.interp(np.arange(n_mels), np.linspace(0, n_mels - 1, 5),
+                     rng.normal(0, 4 * strength, 5)).astype(np.float32)
+    for axis, longest in ((1, 0.2), (0, 0.15)):
+        size = mel.shape[axis]
+        width = int(rng.uniform(0, longest * strength) * size)
+        begin = int(rng.integers(0, size - width + 1))
+        mel[(slice(None), ) * axis + (slice(begin, begin + width), )] = mel.mean()
+    return mel
+
+
+class ClipReader:
+    """Clips of a store as arrays, in the sizes the model was built for.
+
+    Args:
+        video_streams: names to read; audio: read ``mel``; words: vectors to look captions up in, or
+            None.
+        audio_frames: at most so many frames of a clip (10 ms each) are used.
+    """
+    def __init__(self, store: Store, *, video_streams: tuple[str, ...] = (), audio: bool = False,
+                 words: WordVectors | None = None, audio_frames: int = 1000, max_words: int = 20,
+                 audio_augment: float = 0.0):
+        self.store, self.video_streams, self.audio = store, tuple(video_streams), audio
+        self.words, self.audio_frames, self.max_words = words, audio_frames, max_words
+        self.audio_augment = audio_augment
+
+    def read(self, video: int, spans: list[tuple[int, int]],
+             rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        """The clips that reach from caption ``first`` to ``last`` of a video; ``rng`` for
+        --audio_augment, else none.
+
+        Features that are not finite, silent sound and captions without a known word are not valid,
+        never zeros.
+        """
+        number, start, end, texts = self.store.captions(video)
+        begin = np.array([start[first] for first, _ in spans])
+        stop = np.array([end[last] for _, last in spans])
+        n = len(spans)
+        out = {
+            "clip_id": np.array([((number + first) << 20) + last - first for first, last in spans],
+                                np.int64)
+        }
+        if self.video_streams:
+            valid = np.ones(n, bool)
+            for name in self.video_streams:
+                features = np.zeros((n, self.store.dims[name]), np.float32)
+                for i, rows in enumerate(self.store.clips(video, name, begin, stop)):
+                    if len(rows):
+                        features[i] = rows.max(axis=0)
+                usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
+                features[~usable] = 0
+                valid &= usable
+                out[f"video.{name}"] = features
+            out["valid.video"] = valid
+        if self.audio:
+            clips = [
+                rows.astype(np.float32) for rows in self.store.clips(video, "mel", begin, stop)
+            ]
+            silent = [
+                not len(rows) or not np.isfinite(rows).all() or np.ptp(rows) <= SILENCE_DB
+                for rows in clips
+            ]
+            if rng is not None:
+                clips = [
+                    rows if quiet else perturb_voice(rows, rng, self.audio_augment)
+                    for rows, quiet in zip(clips, silent, strict=True)
+                ]
+            out["n_frames"] = np.array([min(len(rows), self.audio_frames) for rows in clips],
+                                       np.int64)
+            out["audio"] = np.zeros((n, N_MELS, max(16, out["n_frames"].max())), np.float32)
+            out["n_frames"][silent] = 0
+            out["valid.audio"] = ~np.array(silent)
+            for i, (rows, frames) in enumerate(zip(clips, out["n_frames"], strict=True)):
+                out["audio"][i, :, :frames] = rows[:frames].T
+        if self.words is not None:
+            out["words"] = np.full((n, self.max_words), -1, np.int64)
+            out["caption_id"] = np.zeros(n, np.int64)
+            for i, (first, last) in enumerate(spans):
+                rows = self.words.rows(" ".join(texts[first:last + 1]), self.max_words)
+                out["words"][i, :len(rows)] = rows
+                out["caption_id"][i] = caption_id(rows)
+            out["valid.text"] = out["words"][:, 0] >= 0
+        return out
+
+
+def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Clips of several videos as one flat batch of tensors; audio padded to the longest, in steps
+    of 16 frames."""
+    batch = {}
+    for key in items[0]:
+        arrays = [item[key] for item in items]
+        if key == "audio":
+            longest = -(-max(a.shape[-1] for a in arrays) // 16) * 16
+            arrays = [np.pad(a, ((0, 0), (0, 0), (0, longest - a.shape[-1]))) for a in arrays]
+        batch[key] = torch.from_numpy(np.concatenate(arrays))
+    return batch
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | None) -> dict:
+    """A flat batch -> what :class:`~mcn_ext.model.MCN` takes, on ``device``; ``table`` (V, dim) are
+    word vectors."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    out: dict = {"valid": {}, "video": {}}
+    for key, value in moved.items():
+        group, _, name = key.partition(".")
+        if name:
+            out[group][name] = value
+        else:
+            out[key] = value
+    if "words" in out:
+        rows = out.pop("words")
+        out["text_mask"] = rows >= 0
+        out["text"] = table[rows.clamp_min(0)]
+    return out
+
+
+class TrainingClips(torch.utils.data.Dataset):
+    """Item (epoch, video) -> ``n_pair`` clips of that video; videos without captions are left out
+    and counted."""
+    def __init__(self, reader: ClipReader, *, n_pair: int, min_time: float, seed: int):
+        self.reader, self.n_pair, self.min_time, self.seed = reader, n_pair, min_time, seed
+        store = reader.store
+        self.videos = np.array([i for i in range(len(store)) if store.n_captions_of(i)], np.int64)
+        self.n_without_captions = len(store) - len(self.videos)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        epoch, index = key
+        video = int(self.videos[index])
+        _, start, end, _ = self.reader.store.captions(video)
+        rng = np.random.default_rng((self.seed, epoch, video))
+        return self.reader.read(video, draw_spans(start, end, self.n_pair, self.min_time, rng),
+                                rng if self.reader.audio_augment else None)
+
+
+class ShardedBatches(torch.utils.data.Sampler):
+    """This rank's part of every global batch: lists of (epoch, video), the epoch's last, smaller
+    batch left out.
+
+    Rank r owns the r-th contiguous part, so that ranks' rows in order are the single-process batch.
+    """
+    def __init__(self, n_videos: int, batch_size: int, seed: int):
+        self.n_videos, self.batch_size, self.seed = n_videos, batch_size, seed
+        self.epoch = self.start = 0
+        self.n_batches = n_videos // batch_size
+
+    def __len__(self) -> int:
+        return self.n_batches - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_videos)
+        local = self.batch_size // distributed.world()
+        for batch in range(self.start, self.n_batches):
+            begin = batch * self.batch_size + distributed.rank() * local
+            yield [(self.epoch, int(i)) for i in order[begin:begin + local]]
+
+
+class Loader:
+    """Batches of an epoch from any step on, read ahead by ``workers`` processes."""
+    def __init__(self, clips: TrainingClips, batch_size: int, workers: int, device: torch.device):
+        self.batches = ShardedBatches(len(clips), batch_size, clips.seed)
+        self.steps_per_epoch = self.batches.n_batches
+        self.loader = torch.utils.data.DataLoader(
+            clips, batch_sampler=self.batches, collate_fn=collate, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+            prefetch_factor=4 if workers else None, worker_init_fn=_one_thread)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        self.batches.epoch, self.batches.start = epoch, start
+        return iter(self.loader)
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def default_workers(device: torch.device) -> int:
+    """GPU: one loader process per core and rank, at most 8. CPU: the cores are training; read in
+    between."""
+    if device.type == "cpu":
+        return 0
+    return min(
+        8, max(1,
+               len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))

@@ -1,0 +1,164 @@
+"""What a run says and keeps: console, progress, args.json, env.txt, log.jsonl, TensorBoard. Rank 0
+only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mcn_ext import __version__, distributed
+
+
+def say(text: str) -> None:
+    """Print on rank 0, above the progress bar."""
+    if distributed.rank() == 0:
+        tqdm.write(text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one move."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def environment(device: torch.device) -> str:
+    """What a bug report or a paper needs to know of where this ran."""
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
+                                  capture_output=True, text=True, timeout=10,
+                                  check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    sha = git("rev-parse", "HEAD")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return "\n".join([
+        f"command: {shlex.join(sys.argv)}", f"mcn_ext: {__version__}",
+        f"git: {sha or 'unknown'}{' (dirty)' if sha and git('status', '--porcelain') else ''}",
+        f"torch: {torch.__version__}, CUDA {torch.version.cuda}", f"GPU: {gpu}",
+        f"ranks: {distributed.world()}", f"python: {platform.python_version()}",
+        f"host: {platform.node()} ({platform.platform()}, {os.cpu_count()} cores)",
+        f"started: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}", ""
+    ])
+
+
+class RunLog:
+    """One run folder's records, and the bar with the time left.
+
+    log.jsonl has one object per logged step; a resumed run goes on after the step it resumed from.
+    """
+    def __init__(self, folder: Path, args: dict, device: torch.device, *, step: int,
+                 total_steps: int):
+        self.folder, self.device, self.first = folder, device, distributed.rank() == 0
+        self.last_time, self.last_step, self.waited, self.clips = time.perf_counter(), step, 0.0, 0
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.first,
+                        mininterval=0.5 if sys.stderr.isatty() else 15, desc=folder.name,
+                        dynamic_ncols=True)
+        self.board = None
+        if not self.first:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "args.json", json.dumps(args, indent=1) + "\n")
+        with open(folder / "env.txt", "a") as file:  # one block per start
+            file.write(environment(device) + "\n")
+        log = folder / "log.jsonl"
+        if log.exists(
+        # drop what came after the checkpoint this run goes on from, and a line cut short by a kill
+        ):
+            write_text(log,
+                       "".join(json.dumps(row) + "\n" for row in read(log) if row["step"] <= step))
+        self.file = open(log, "a", buffering=1)
+        if args.get("tensorboard"):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise SystemExit(
+                    "--tensorboard needs: pip install tensorboard (or pip install -e "
+                    "'.[tensorboard]')"
+                ) from None
+            self.board = SummaryWriter(str(folder))
+
+    def timed(self, batches):
+        """Pass batches through, measuring how long the loop waited for them."""
+        batches = iter(batches)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - begin
+            yield batch
+
+    def step(self, step: int, epoch: int, lr: float, terms: dict[str, torch.Tensor], clips: int,
+             every: int, extra: dict) -> None:
+        """Count a step of ``clips`` clips over all ranks; every ``every`` steps write a row.
+
+        FloatingPointError, before anything is saved, if the total is not finite.
+        """
+        self.clips += clips
+        self.bar.update(step - self.bar.n)
+        if step % every and step != self.bar.total:
+            return
+        # The mean over ranks: each holds its share of the terms that are not of the global batch.
+        # Waits for the device.
+        mean = distributed.total(torch.stack(list(terms.values())).float()) / distributed.world()
+        values = dict(zip(terms, mean.tolist(), strict=True))
+        if values["total"] != values["total"] or abs(values["total"]) == float("inf"):
+            raise FloatingPointError(
+                f"step {step}: the loss is not finite: {values}. The last checkpoint in "
+                f"{self.folder} "
+                "is from before it; try --precision fp32, a lower --lr or --similarity cosine")
+        now = time.perf_counter()
+        seconds = now - self.last_time
+        row = {
+            "step": step, "epoch": epoch, "lr": lr,
+            **values, "clips_per_s": round(self.clips / seconds, 1),
+            "data_wait": round(self.waited / seconds, 4), "peak_mib": round(self._peak_mib(),
+                                                                            1), **extra
+        }
+        self.last_time, self.waited, self.clips = now, 0.0, 0
+        self.bar.set_postfix_str(
+            " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False)
+        if self.first:
+            self.file.write(json.dumps(row) + "\n")
+            if self.board:
+                for name, value in row.items():
+                    self.board.add_scalar(name, value, step)
+
+    def _peak_mib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        return resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.first:
+            self.file.close()
+            if self.board:
+                self.board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of a log.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,122 @@
+"""MCN: a batch -> one embedding per modality, and how well each is reconstructed from its
+embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mcn_ext.encoders import GatedUnit, ResDAVEnet, SentenceMaxPool, reconstruction_head
+
+MODALITIES = {"A": "audio", "V": "video", "T": "text"}
+# What belongs to a modality, by the published names.
+MODULES = {
+    "video": ("GU_video", "recon_v"),
+    "audio": ("DAVEnet", "GU_audio", "DAVEnet_projection", "recon_a"), "text":
+        ("text_pooling_caption", "GU_text_captions", "recon_t")
+}
+
+
+class MCN(nn.Module):
+    """Video, audio and text encoders into one space; only the modalities asked for exist.
+
+    Args:
+        modalities: letters out of "AVT".
+        video_dims: stream name -> width, in the order the streams are concatenated.
+        word_dim, embd_dim, recon_dim: widths of word vectors, joint space, reconstruction heads (0:
+            no heads).
+        audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
+    """
+    def __init__(self, modalities: str = "AVT", *, video_dims: Mapping[str, int] | None = None,
+                 word_dim: int = 300, embd_dim: int = 6144, recon_dim: int = 1024,
+                 audio_width: float = 1.0):
+        super().__init__()
+        video_dims = dict(video_dims or {"2d": 2048, "3d": 2048})
+        self.sizes = dict(modalities=modalities, video_dims=video_dims, word_dim=word_dim,
+                          embd_dim=embd_dim, recon_dim=recon_dim, audio_width=audio_width)
+        self.modalities = [MODALITIES[letter] for letter in modalities]
+        self.frozen: list[str] = []
+
+        def head(dim):
+            return reconstruction_head(embd_dim, recon_dim, dim) if recon_dim else None
+
+        if "video" in self.modalities:
+            dim = sum(video_dims.values())
+            self.GU_video = GatedUnit(dim, embd_dim)
+            self.recon_v = head(dim)
+        if "audio" in self.modalities:
+            self.DAVEnet = ResDAVEnet(audio_width)
+            # Gated at DAVEnet's width, then projected: 36 times fewer weights than gating at 6144.
+            self.GU_audio = GatedUnit(self.DAVEnet.dim, self.DAVEnet.dim)
+            self.DAVEnet_projection = nn.Linear(self.DAVEnet.dim, embd_dim)
+            self.recon_a = head(self.DAVEnet.dim)
+        if "text" in self.modalities:
+            self.text_pooling_caption = SentenceMaxPool(word_dim, embd_dim)
+            self.GU_text_captions = GatedUnit(embd_dim, embd_dim)
+            self.recon_t = head(embd_dim)
+
+    def freeze(self, modalities) -> None:
+        """Fix these encoders: no gradients, BatchNorm in eval mode, no reconstruction. Survives
+        ``train()``."""
+        self.frozen = list(modalities)
+        for name in self.frozen:
+            for module in self._modules_of(name):
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for name in self.frozen:
+            for module in self._modules_of(name):
+                module.eval()
+        return self
+
+    def _modules_of(self, modality: str):
+        return [m for m in (getattr(self, name) for name in MODULES[modality]) if m is not None]
+
+    def _video(self, batch) -> tuple[Tensor, Tensor]:
+        # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.
+        streams = [
+            F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
+            for name in self.sizes["video_dims"]
+        ]
+        features = torch.cat(streams, dim=1)
+        return features, self.GU_video(features)
+
+    def _audio(self, batch) -> tuple[Tensor, Tensor]:
+        features = self.DAVEnet(batch["audio"], batch["n_frames"])
+        return features, self.DAVEnet_projection(self.GU_audio(features))
+
+    def _text(self, batch) -> tuple[Tensor, Tensor]:
+        features = self.text_pooling_caption(batch["text"], batch["text_mask"])
+        return features, self.GU_text_captions(features)
+
+    def encode(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor]:
+        """(features before projection (B, F), embedding (B, embd_dim)) of one modality; see
+        :meth:`forward`."""
+        return getattr(self, f"_{modality}")(batch)
+
+    def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Embed a batch.
+
+        batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
+            with ``n_frames``
+        (B,) int64; ``text`` (B, words, word_dim) with ``text_mask`` (B, words). Only the model's
+        modalities are read.
+
+        Returns ({modality: embedding (B, embd_dim)}, {modality: reconstruction MSE (B,) fp32}); the
+        second has the trained modalities only, and none when recon_dim is 0. The target is
+        detached: shrinking it would otherwise lower the loss.
+        """
+        embeddings, errors = {}, {}
+        for name in self.modalities:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
+                features, embeddings[name] = self.encode(name, batch)
+            head = getattr(self, MODULES[name][-1])
+            if head is not None and name not in self.frozen:
+                errors[name] = ((head(embeddings[name]).float()
+                                 - features.detach().float()).square().mean(dim=1))
+        return embeddings, errors

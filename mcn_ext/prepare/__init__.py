@@ -1,0 +1,57 @@
+"""From the field's own files to stores: ``python -m mcn_ext.prepare KIND ...``."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+class Skipped(ValueError):
+    """An item that cannot be used; the message says which file and why. The run goes on without
+    it."""
+
+
+class SkipList:
+    """Items left out: kept for the summary and, as they come, in ``<out>.skipped.csv``."""
+    def __init__(self, out: Path):
+        self.path = out.with_name(out.name + ".skipped.csv")
+        self.rows: list[tuple[str, str]] = []
+
+    def add(self, name: str, reason: str) -> None:
+        self.rows.append((name, reason))
+
+    def close(self) -> str:
+        """Write the list (remove an old one when nothing was left out); returns one sentence for
+        people."""
+        if not self.rows:
+            self.path.unlink(missing_ok=True)
+            return "none skipped"
+        tmp = self.path.with_name(self.path.name + ".tmp")
+        with open(tmp, "w", newline="") as file:
+            csv.writer(file).writerows([("id", "reason"), *self.rows])
+        os.replace(tmp, self.path)
+        examples = "; ".join(f"{name}: {reason}" for name, reason in self.rows[:3])
+        more = " ..." if len(self.rows) > 3 else ""
+        return f"{len(self.rows)} skipped, listed in {self.path} ({examples}{more})"
+
+
+def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """(item, result or Skipped) of each item, in order; ``workers`` threads, 4 * workers ahead."""
+    def attempt(item):
+        try:
+            return item, function(item)
+        except Skipped as reason:
+            return item, reason
+
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque = deque()
+        for item in items:
+            pending.append(pool.submit(attempt, item))
+            if len(pending) >= 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,94 @@
+"""python -m mcn_ext.prepare KIND ...: raw material -> the stores the training scripts read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from mcn_ext.flags import Parser
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m mcn_ext.prepare", description=__doc__)
+    kinds = top.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
+
+    def common(p, out):
+        p.add_argument(
+            "--out", type=Path, default=Path(out), metavar="PATH", help=
+            f"where to write (default {out}, where the scripts look); a path that does not end in "
+            f".h5 "
+            "becomes a folder of shards: better from some 100 GB on, as nothing is joined at the "
+            "end"
+        )
+        p.add_argument(
+            "--overwrite", action=argparse.BooleanOptionalAction, default=False,
+            help="replace what is at --out; without it a run that was interrupted is resumed")
+
+    p = kinds.add_parser(
+        "howto100m", help="feature folders + captions -> training store",
+        description="HowTo100M features, spectrograms and captions -> training store.")
+    p.add_argument("--list", type=Path, required=True, metavar="CSV",
+                   help="videos: header 'path', rows topic/sub/VIDEOID")
+    p.add_argument("--features", type=Path, required=True, metavar="DIR",
+                   help="folder of <path>/<id>_2d.npz and _3d.npz")
+    p.add_argument("--features_audio", type=Path, metavar="DIR",
+                   help="folder of <path>/<id>_spec.npz (default: --features)")
+    p.add_argument(
+        "--captions", type=Path, required=True, metavar="FILE",
+        help="caption.pickle, a .json, or a folder with one start,end,text CSV per video")
+    p.add_argument("--rate_2d", type=float, default=1.0, metavar="HZ",
+                   help="2D rows per second (default 1.0)")
+    p.add_argument("--rate_3d", type=float, default=1.5, metavar="HZ",
+                   help="3D rows per second (default 1.5)")
+    p.add_argument("--workers", type=int, default=4, metavar="N",
+                   help="reading threads (default 4); more on network disks")
+    p.add_argument(
+        "--shard_mib", type=float, default=512, metavar="MIB", help=
+        "features gathered in memory before they are written (default 512); a kill loses at most "
+        "these"
+    )
+    common(p, "data/howto100m.h5")
+    p = kinds.add_parser(
+        "youcook2", help="youcook_val_audio.pkl -> evaluation store",
+        description="YouCook2's evaluation pickle -> store. Nothing in the pickle is executed.")
+    p.add_argument("pickle", type=Path, help="youcook_val_audio.pkl")
+    common(p, "data/youcook2.h5")
+    p = kinds.add_parser("demo", help="a made-up data set to try everything on",
+                         description="The demo data: DIR/train.h5 and DIR/eval.h5, a few seconds.")
+    p.add_argument("--seed", type=int, default=0, help="another seed, other data (default 0)")
+    common(p, "data/demo")
+    return top
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
+    from mcn_ext.prepare.unpickle import UnsafePickle
+    from mcn_ext.store import StoreError
+
+    try:
+        if args.kind == "howto100m":
+            from mcn_ext.prepare import howto100m
+
+            summary = howto100m.prepare(
+                args.list, args.features, args.features_audio, args.captions, args.out,
+                workers=args.workers,
+                rates={"2d": args.rate_2d, "3d": args.rate_3d, "mel": howto100m.MEL_RATE
+                       }, overwrite=args.overwrite, shard_mib=args.shard_mib)
+        elif args.kind == "youcook2":
+            from mcn_ext.prepare import youcook2
+
+            summary = youcook2.prepare(args.pickle, args.out, overwrite=args.overwrite)
+        else:
+            from mcn_ext.prepare import demo
+
+            summary = demo.prepare(args.out, seed=args.seed, overwrite=args.overwrite)
+    except (StoreError, UnsafePickle) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The demo data: a made-up cooking channel whose three modalities share concepts.
+
+A clip shows, says and writes a few concepts (a verb and things it is done to). What differs is
+noise: text drops or swaps the odd word; video is cluttered by its kitchen, may miss a concept, and
+sometimes shows what the neighbouring clip talks about; audio has other voices, background noise,
+missing words, and silent clips. Everything is drawn from one seed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mcn_ext.prepare.howto100m import MEL_RATE
+from mcn_ext.store import N_MELS, Store, StoreWriter
+
+VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()
+THINGS = (
+    "onion carrot tomato garlic potato egg butter flour rice chicken salmon lemon basil cheese "
+    "mushroom pepper "
+    "ginger bean apple cream honey spinach bread noodle").split()
+FILLER = "now we take the and some then just here with a little so next into you want to".split()
+CONCEPTS = VERBS + THINGS
+DIM_2D, DIM_3D = 128, 64
+SOURCE = "demo data (made up)"
+N_TRAIN, N_EVAL = 256, 400
+FRAMES_PER_WORD = 24  # 0.24 s
+
+
+class _World:
+    """What the concepts look and sound like; the same for training and evaluation."""
+    def __init__(self, seed: int):
+        rng = np.random.default_rng((seed, 1))
+        self.look_2d = rng.gamma(0.4, 1.0, (len(CONCEPTS), DIM_2D)).astype(np.float32)
+        self.look_3d = rng.gamma(0.4, 1.0, (len(CONCEPTS), DIM_3D)).astype(np.float32)
+        # 3D features know verbs (motion), 2D features know things.
+        self.look_3d[len(VERBS):] *= 0.3
+        self.look_2d[:len(VERBS)] *= 0.3
+        self.sound = {word: self._utterance(rng) for word in [*CONCEPTS, *FILLER]}
+
+    @staticmethod
+    def _utterance(rng) -> np.ndarray:
+        """Two formants gliding between three random heights each: (FRAMES_PER_WORD, 40) in [0,
+        1]."""
+        time, mel = np.linspace(0, 2, FRAMES_PER_WORD), np.arange(N_MELS)
+        out = np.zeros((FRAMES_PER_WORD, N_MELS), np.float32)
+        for low, high in ((2, 18), (16, 38)):
+            track = np.interp(time, [0, 1, 2], rng.uniform(low, high, 3))
+            out += np.exp(-((mel[None] - track[:, None])**2) / 6.0)
+        return np.clip(out, 0, 1) * np.hanning(FRAMES_PER_WORD + 2)[1:-1, None]**0.3
+
+
+class _Channel:
+    """One video: a kitchen, a voice, a topic; makes its clips."""
+    def __init__(self, world: _World, rng: np.random.Generator):
+        self.world, self.rng = world, rng
+        self.clutter = [rng.gamma(0.4, 1.0, dim).astype(np.float32) for dim in (DIM_2D, DIM_3D)]
+        self.pitch, self.tempo = int(rng.integers(-2, 3)), rng.uniform(0.8, 1.25)
+        self.tilt = rng.normal(0, 4) * np.linspace(-1, 1, N_MELS)
+        self.noise_db = rng.uniform(-62, -48)
+        self.verbs = rng.choice(len(VERBS), 5, replace=False)
+        self.things = len(VERBS) + rng.choice(len(THINGS), 9, replace=False)
+
+    def concepts(self) -> list[int]:
+        rng = self.rng
+        return [
+            int(rng.choice(self.verbs)),
+            *map(int, rng.choice(self.things, rng.integers(1, 4), replace=False))
+        ]
+
+    def caption(self, concepts: list[int]) -> list[str]:
+        words: list[str] = []
+        for concept in concepts:
+            words += list(self.rng.choice(FILLER, self.rng.integers(0, 3)))
+            if self.rng.random() < 0.96:
+                words.append(CONCEPTS[concept])
+        if self.rng.random() < 0.1:  # a name nobody has a vector for
+            words.append("".join(self.rng.choice(list("bdfgklmnprstvz"), 7)))
+        return words or [CONCEPTS[concepts[0]]]
+
+    def frames(self, concepts: list[int], seconds: float, rate: float, table: np.ndarray,
+               clutter: np.ndarray) -> np.ndarray:
+        """Rows of a stream: each shows most of the clip's concepts over the kitchen's clutter."""
+        n = max(1, round(seconds * rate))
+        shown = [c for c in concepts if self.rng.random() < 0.9] or concepts[:1]
+        visible = self.rng.random((n, len(shown))) < 0.7
+        visible[self.rng.integers(0, n, len(shown)), np.arange(len(shown))] = True
+        rows = visible.astype(np.float32) @ table[shown] + 0.6 * clutter
+        return np.maximum(rows + self.rng.normal(0, 0.35, rows.shape), 0).astype(np.float16)
+
+    def speech(self, words: list[str], seconds: float) -> np.ndarray:
+        """(frames, 40) dB of the words in this channel's voice; words nobody knows are mumbled."""
+        rng, n = self.rng, max(1, round(seconds * MEL_RATE))
+        mel = np.full((n, N_MELS), self.noise_db) + rng.normal(0, 4, (n, N_MELS))
+        position = rng.integers(0, 8)
+        for word in words:
+            pattern = self.world.sound.get(word)
+            if pattern is None or rng.random() < 0.06:
+                continue
+            length = max(6, round(FRAMES_PER_WORD / self.tempo * rng.uniform(0.9, 1.1)))
+            pattern = np.roll(
+                pattern[np.linspace(0, FRAMES_PER_WORD - 1, length).round().astype(int)],
+                self.pitch, 1)
+            stop = min(n, position + length)
+            if stop > position:
+                loud = (-78 + 66 * pattern[:stop - position]
+                        + self.tilt * pattern[:stop - position])
+                mel[position:stop] = np.maximum(mel[position:stop], loud)
+            position += length + rng.integers(0, 4)
+        return np.clip(mel, -80, 0).astype(np.float16)
+
+    def clip(self, concepts: list[int], seen: list[int], seconds: float, words: list[str],
+             silent: bool):
+        world = self.world
+        return {
+            "2d": self.frames(seen, seconds, 1.0, world.look_2d, self.clutter[0]),
+            "3d": self.frames(seen, seconds, 1.5, world.look_3d, self.clutter[1]), "mel": np.full(
+                (max(1, round(seconds * MEL_RATE)),
+                 N_MELS), -80, np.float16) if silent else self.speech(words, seconds)
+        }
+
+
+_STREAMS = {
+    "2d": {"dim": DIM_2D, "rate_hz": 1.0}, "3d": {"dim": DIM_3D, "rate_hz": 1.5},
+    "mel": {"dim": N_MELS, "rate_hz": MEL_RATE}
+}
+
+
+def _writer(path: Path, seed: int) -> StoreWriter:
+    streams = {
+        name: spec | {"model": "made up", "tool": f"mcn_ext.prepare demo --seed {seed}"}
+        for name, spec in _STREAMS.items()
+    }
+    return StoreWriter(path, streams, SOURCE, overwrite=True)
+
+
+def _seconds(rng, n_words: int) -> float:
+    """Whole seconds, so that the rows of consecutive clips line up with their time stamps in every
+    stream."""
+    return float(max(2, round(n_words * 0.3 + rng.uniform(0, 2.0))))
+
+
+def _train(path: Path, world: _World, seed: int) -> None:
+    writer = _writer(path, seed)
+    for video in range(N_TRAIN):
+        rng = np.random.default_rng((seed, 2, video))
+        channel = _Channel(world, rng)
+        contents = [channel.concepts() for _ in range(int(rng.integers(8, 15)))]
+        rows, start, end, text, clock = {name: [] for name in _STREAMS}, [], [], [], 0.0
+        for i, concepts in enumerate(contents):
+            words = channel.caption(concepts)
+            seconds = 2.0 * round(
+                _seconds(rng, len(words)) / 2)  # even: 1.5 rows a second give whole rows
+            seen = (contents[max(0, i - 1)] if rng.random() < 0.12 else concepts
+                    )  # people show before or after they say
+            for name, array in channel.clip(concepts, seen, seconds, words, silent=rng.random()
+                                            < 0.06).items():
+                rows[name].append(array)
+            start.append(clock)
+            end.append(clock + seconds - 0.05)  # a slice takes the row its end falls into
+            text.append(" ".join(words))
+            clock += seconds
+        streams = {name: np.concatenate(parts) for name, parts in rows.items()}
+        writer.add(f"demo{video:07d}", streams, start, end, text)
+    writer.close()
+
+
+def _eval(path: Path, world: _World, seed: int) -> None:
+    """One clip per item, no two with the same concepts, of channels never seen in training."""
+    writer, used, item = _writer(path, seed), set(), 0
+    while len(used) < N_EVAL:
+        rng = np.random.default_rng((seed, 3, item))
+        channel = _Channel(world, rng)
+        item += 1
+        for _ in range(4):
+            concepts = channel.concepts()
+            if len(used) == N_EVAL or frozenset(concepts) in used:
+                continue
+            used.add(frozenset(concepts))
+            # The caption names every concept: two captions that miss the one word would ask for the
+            # same.
+            words = [
+                word for concept in concepts
+                for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]
+            ]
+            seconds = _seconds(rng, len(words))
+            rows = channel.clip(concepts, concepts, seconds, words, silent=rng.random() < 0.03)
+            for name in ("2d", "3d"):
+                rows[name] = rows[name].max(axis=0, keepdims=True)  # pooled, as YouCook2's are
+            writer.add(f"eval{item:05d}_{len(used):03d}", rows, [0.0], [seconds], [" ".join(words)])
+    writer.close()
+
+
+def prepare(out: Path, *, seed: int = 0, overwrite: bool = False) -> str:
+    """Write ``out``/train.h5 and ``out``/eval.h5 unless both are there; returns the summary that is
+    printed."""
+    train, evaluation = out / "train.h5", out / "eval.h5"
+    if overwrite or not (train.exists() and evaluation.exists()):
+        out.mkdir(parents=True, exist_ok=True)
+        world = _World(seed)
+        _train(train, world, seed)
+        _eval(evaluation, world, seed)
+    store = Store(train)
+    return (f"{out}: demo data, {len(store)} training videos with {store.n_captions} captions, "
+            f"{len(Store(evaluation))} evaluation clips")

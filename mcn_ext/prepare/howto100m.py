@@ -1,0 +1,220 @@
+"""HowTo100M feature folders, as the field has them -> store.
+
+List: CSV with header ``path``, rows ``topic/subtopic/VIDEOID``. Features: ``<path>/<id>_2d.npz``
+and its variants, key ``features`` or ``arr_0``, (T, dim). Audio: ``<path>/<id>_spec.npz``, key
+``arr_0``, (40, frames) dB. Captions: pickle or JSON, id -> {"start", "end", "text"} in seconds, or
+a folder with one CSV (start,end,text) per video.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mcn_ext.prepare import SkipList, Skipped, in_order
+from mcn_ext.prepare.unpickle import load_pickle
+from mcn_ext.store import N_MELS, StoreWriter
+
+MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
+MAX_ARRAY_BYTES = (
+    2**31)  # 36 hours of ResNet rows, 7 days of spectrogram in fp16: beyond it a header is lying
+
+
+def read_list(path: Path) -> list[str]:
+    """Video paths of the list, a leading ``None/`` dropped."""
+    with open(path, newline="") as file:
+        rows = csv.DictReader(file)
+        if "path" not in (rows.fieldnames or []):
+            raise SystemExit(
+                f"--list {path}: no column 'path' in its first line {rows.fieldnames}; "
+                "expected a CSV with the header 'path' and rows like topic/subtopic/VIDEOID")
+        paths = [
+            row["path"].strip().removeprefix("None/").strip("/") for row in rows if row["path"]
+        ]
+    if not paths:
+        raise SystemExit(f"--list {path}: lists no video")
+    return paths
+
+
+def load_array(path: Path) -> np.ndarray:
+    """The (rows, columns) array of an .npz or .npy, key ``features`` or ``arr_0``. Skipped says
+    what is wrong."""
+    try:
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                largest = max((item.file_size for item in archive.infolist()), default=0)
+            if largest > MAX_ARRAY_BYTES:
+                raise Skipped(f"{path}: declares {largest} bytes")
+        with np.load(path, allow_pickle=False) as file:
+            key = next((k for k in ("features", "arr_0") if k in file), None)
+            if key is None:
+                raise Skipped(f"{path}: keys {list(file)}, expected 'features' or 'arr_0'")
+            array = file[key]
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error,
+            NotImplementedError) as error:
+        raise (error if isinstance(error, Skipped) else
+               Skipped(f"{path}: {type(error).__name__}: {error}")) from error
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise Skipped(
+            f"{path}: {array.dtype} array of shape {array.shape}, expected floats (rows, columns)")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float16)
+    if not np.isfinite(array).all():
+        raise Skipped(
+            f"{path}: {int((~np.isfinite(array)).sum())} values that are NaN, inf or beyond fp16")
+    return array
+
+
+def find_features(folder: Path, path: str, kind: str) -> Path | None:
+    """The file of one stream of a video under any of the layouts in use."""
+    name = path.rsplit("/", 1)[-1]
+    candidates = [f"{path}/{name}_{kind}.npz", f"{path}_{kind}.npz", f"{name}_{kind}.npz"]
+    if kind in ("2d", "spec"):  # a folder of one stream only may leave the suffix out
+        candidates += [f"{path}/{name}.npz", f"{path}.npz"]
+    return next((file for c in candidates if (file := folder / c).is_file()), None)
+
+
+class Captions:
+    """Captions by video id, from a pickle, a JSON file, or a folder of CSV files read one by
+    one."""
+    def __init__(self, path: Path):
+        self.path, self.table = path, None
+        if path.is_dir():
+            return
+        if path.suffix == ".json":
+            try:
+                self.table = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+            except ValueError as error:
+                raise SystemExit(f"--captions {path}: not JSON ({error})") from error
+        else:
+            self.table = load_pickle(path)
+        if not isinstance(self.table, dict):
+            raise SystemExit(
+                f"--captions {path}: holds a {type(self.table).__name__}, expected a dictionary "
+                "video id -> {'start': [..], 'end': [..], 'text': [..]}")
+
+    def of(self, name: str) -> tuple[list[float], list[float], list[str]]:
+        """(start, end, text) sorted by start; rows without finite 0 <= start < end are dropped."""
+        if self.table is not None:
+            entry = self.table.get(name)
+        else:
+            entry = self._csv(self.path / f"{name}.csv")
+        if entry is None:
+            raise Skipped(f"no captions in {self.path}")
+        try:
+            rows = [(float(s), float(e), str(t))
+                    for s, e, t in zip(entry["start"], entry["end"], entry["text"], strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise Skipped(f"captions in {self.path} are not equal lists start, end, text ({error})"
+                          ) from error
+        rows = sorted(row for row in rows if 0 <= row[0] < row[1] < 1e6)
+        if not rows:
+            raise Skipped(f"no caption with 0 <= start < end in {self.path}")
+        return tuple(zip(*rows, strict=True))
+
+    @staticmethod
+    def _csv(path: Path):
+        if not path.is_file():
+            return None
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.DictReader(file))
+        return {key: [row.get(key) for row in rows] for key in ("start", "end", "text")}
+
+
+def prepare(list_file: Path, features: Path, features_audio: Path | None, captions_file: Path,
+            out: Path, *, rates: dict[str, float], workers: int = 4, overwrite: bool = False,
+            shard_mib: float = 512) -> str:
+    """Convert; returns the summary that is printed. See the module's first lines for the
+    formats."""
+    for flag, path in (("--list", list_file), ("--features", features), ("--captions",
+                                                                         captions_file),
+                       *((("--features_audio", features_audio), ) if features_audio else ())):
+        if not path.exists():
+            raise SystemExit(f"{flag} {path}: no such file or folder")
+    paths = read_list(list_file)
+    audio_folder = features_audio or features
+    dims: dict[str, int] = {}
+    for path in paths:  # widths of the streams from the first readable file of each
+        for kind in ("2d", "3d"):
+            file = find_features(features, path, kind) if kind not in dims else None
+            if file is not None:
+                try:
+                    dims[kind] = load_array(file).shape[1]
+                except Skipped:
+                    continue
+        if "mel" not in dims and find_features(audio_folder, path, "spec"):
+            dims["mel"] = N_MELS
+        if len(dims) == 3:
+            break
+    if "2d" not in dims and "3d" not in dims:
+        raise SystemExit(
+            f"--features {features}: no readable _2d.npz or _3d.npz for any of the {len(paths)} "
+            f"videos of "
+            f"{list_file}; looked for names like "
+            f"{features / paths[0]}/{paths[0].split('/')[-1]}_2d.npz"
+        )
+    models = {"2d": "2D features as found", "3d": "3D features as found", "mel": "log-mel as found"}
+    streams = {
+        name: {
+            "dim": dim, "rate_hz": rates[name], "model": models[name], "weights_sha256": "unknown",
+            "tool": "mcn_ext.prepare howto100m"
+        } for name, dim in sorted(dims.items())
+    }
+    captions = Captions(captions_file)
+    writer = StoreWriter(
+        out, streams, f"HowTo100M features from {features}", overwrite=overwrite,
+        shard_mib=shard_mib, settings={
+            "list": str(list_file), "captions": str(captions_file), "audio": str(audio_folder)
+        })
+    resumed, silent, skips, seen, todo = len(writer.done), 0, SkipList(out), set(), []
+    for path in paths:
+        name = path.rsplit("/", 1)[-1]
+        if name in seen:
+            skips.add(name, f"twice in {list_file}")
+        elif name not in writer.done:
+            todo.append(path)
+        seen.add(name)
+
+    def read(path: str):
+        name = path.rsplit("/", 1)[-1]
+        rows: dict[str, np.ndarray | None] = {}
+        for kind in dims:
+            folder, suffix = (audio_folder, "spec") if kind == "mel" else (features, kind)
+            file = find_features(folder, path, suffix)
+            if file is None:
+                if kind == "mel":  # silent videos are many, and of use for video and text
+                    rows[kind] = None
+                    continue
+                raise Skipped(f"no {kind} features under {features / path}")
+            array = load_array(file)
+            if kind == "mel":
+                array = array.T
+            if array.shape[1] != dims[kind]:
+                raise Skipped(f"{file}: width {array.shape[1]}, the other videos have {dims[kind]}")
+            if len(array) == 0:
+                raise Skipped(f"{file}: no rows")
+            rows[kind] = array
+        return name, rows, captions.of(name)
+
+    # Workers see files and captions.table only; HDF5 is written by this thread alone.
+    for path, result in tqdm(in_order(read, todo, workers), total=len(todo), unit="video",
+                             desc="prepare", mininterval=0.5):
+        if isinstance(result, Skipped):
+            skips.add(path.rsplit("/", 1)[-1], str(result))
+            continue
+        name, rows, (start, end, text) = result
+        silent += "mel" in rows and rows["mel"] is None
+        writer.add(name, rows, start, end, text)
+    kept = len(writer.done)
+    sentence = skips.close()
+    store = writer.close()
+    again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
+    return (f"{store}: {kept} of {len(paths)} videos{again}, streams "
+            + ", ".join(f"{n} {d}" for n, d in dims.items()) +
+            (f", {silent} without audio" if silent else "") + f"; {sentence}")

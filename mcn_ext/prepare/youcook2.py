@@ -1,0 +1,98 @@
+"""YouCook2 evaluation pickle (``youcook_val_audio.pkl``) -> store with one caption per clip,
+already cut.
+
+A list of dictionaries: ``2d`` and ``3d`` pooled features (dim,), ``audio`` (40, T) dB, ``caption``,
+``id``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mcn_ext.prepare import SkipList, Skipped
+from mcn_ext.prepare.howto100m import MEL_RATE
+from mcn_ext.prepare.unpickle import load_pickle
+from mcn_ext.store import N_MELS, StoreWriter
+
+
+def _pooled(item: dict, key: str, dim: int) -> np.ndarray:
+    features = np.asarray(item[key], np.float32)
+    if features.shape != (dim, ):
+        raise Skipped(f"{key} has shape {features.shape}, the other clips have ({dim},)")
+    with np.errstate(over="ignore"):
+        features = features.astype(np.float16)
+    if not np.isfinite(features).all():
+        raise Skipped(f"{key} has values that are NaN, inf or beyond fp16")
+    return features[None]
+
+
+def _mel(item: dict) -> np.ndarray | None:
+    audio = item.get("audio")
+    if audio is None:
+        return None
+    audio = np.asarray(audio, np.float32)
+    if audio.ndim != 2 or audio.shape[0] != N_MELS:
+        raise Skipped(f"audio has shape {audio.shape}, expected ({N_MELS}, frames)")
+    if not np.isfinite(audio).all():
+        raise Skipped("audio has values that are not finite")
+    return audio.T.astype(np.float16)
+
+
+def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
+    """Convert; returns the summary that is printed."""
+    if not pickle_file.is_file():
+        raise SystemExit(
+            f"{pickle_file}: no such file; expected YouCook2's evaluation pickle, "
+            f"youcook_val_audio.pkl"
+        )
+    items = load_pickle(pickle_file)
+    if (not isinstance(items, list) or not items
+            or not all(isinstance(i, dict) and "caption" in i for i in items)):
+        raise SystemExit(
+            f"{pickle_file}: expected a list of dictionaries with 2d, 3d, audio, caption, id")
+    dims = {}
+    for key in ("2d", "3d"):
+        widths = Counter(np.shape(item[key])[0] for item in items if np.ndim(item.get(key)) == 1)
+        if widths:
+            dims[key] = widths.most_common(1)[0][0]
+    if not dims:
+        raise SystemExit(
+            f"{pickle_file}: no clip has a pooled feature '2d' or '3d' of shape (dim,)")
+    # Pooled over time already: one row, which every clip's slice contains whatever its length.
+    specs = {key: (dim, 1.0, "pooled 2D/3D features as found") for key, dim in dims.items()}
+    if any(item.get("audio") is not None for item in items):
+        specs["mel"] = (N_MELS, MEL_RATE, "log-mel as found")
+    streams = {
+        name: {"dim": dim, "rate_hz": rate, "model": model, "tool": "mcn_ext.prepare youcook2"}
+        for name, (dim, rate, model) in specs.items()
+    }
+    writer = StoreWriter(out, streams, f"YouCook2 clips from {pickle_file.name}",
+                         overwrite=overwrite, settings={"pickle": str(pickle_file)})
+    skips, repeats, silent = SkipList(out), Counter(), 0
+    for number, item in enumerate(tqdm(items, unit="clip", desc="prepare", mininterval=0.5)):
+        base = str(item.get("id", number))
+        repeats[base] += 1
+        name = (base if repeats[base] == 1 else f"{base}#{repeats[base]}"
+                )  # clips of one video may share its id
+        if name in writer.done:
+            continue
+        try:
+            missing = [key for key in dims if item.get(key) is None]
+            if missing:
+                raise Skipped(f"no {' or '.join(missing)} features")
+            rows = {key: _pooled(item, key, dim) for key, dim in dims.items()} | {"mel": _mel(item)}
+        except Skipped as reason:
+            skips.add(name, str(reason))
+            continue
+        frames = 0 if rows["mel"] is None else len(rows["mel"])
+        silent += "mel" in streams and not frames
+        writer.add(name, rows, [0.0], [max(frames, 1) / MEL_RATE], [str(item["caption"])])
+    kept = len(writer.done)
+    sentence = skips.close()
+    return (f"{writer.close()}: {kept} of {len(items)} clips, streams "
+            + ", ".join(f"{n} {s[0]}" for n, s in specs.items()) +
+            (f", {silent} without audio" if silent else "") + f"; {sentence}")

@@ -1,0 +1,209 @@
+"""The losses in plain PyTorch: the specification every faster implementation is tested against.
+
+For embeddings x, y of shape (N, D), rows paired::
+
+    S = x_hat y_hat^T              x_hat = x / max(|x|, eps) when normalize=True, else x
+    z = (S - margin * I) / temperature
+    contrastive = mean_i [lse_j z_ij - z_ii] + mean_j [lse_i z_ij - z_jj]
+    cluster     = mean_i [lse_k z_ik - z_i,label(i)]      with z = (x_hat mu_hat^T - margin *
+    onehot) / temperature
+
+Each bracket is computed as ``softplus(lse without the positive - positive)``: the same number, but
+exact when it is nearly 0, where ``lse - positive`` cancels to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mcn_ext.distributed import gather
+
+EPS = 1e-12  # |x| at or below it counts as zero: no direction, no gradient
+
+
+class LossTerms(NamedTuple):
+    """What :func:`mcn_loss` returns; scalars, fp32 (fp64 for fp64 inputs)."""
+
+    total: Tensor
+    contrastive: Tensor
+    cluster: Tensor
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of x (N, D) at unit length, for any finite norm; a zero row stays zero with zero
+    gradient.
+
+    The largest entry is divided out first: squares of 1e-30 or 1e30 leave fp32, the ratio does not.
+    """
+    if x.shape[1] == 0:
+        return x
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = scaled.norm(dim=1, keepdim=True)
+    alive = norm.detach() * largest > EPS
+    # The inner where keeps the unused branch finite: autograd multiplies it by 0, and 0 * inf is
+    # NaN.
+    return torch.where(alive, scaled / torch.where(alive, norm, torch.ones_like(norm)),
+                       (x / EPS).detach())
+
+
+def _working(x: Tensor, valid: Tensor | None) -> Tensor:
+    """fp32 copy of x (fp64 stays) whose invalid rows are zero: garbage there must not reach a
+    matmul,
+    where 0 * NaN would carry it into the gradients of valid rows."""
+    if x.dim() != 2:
+        raise ValueError(f"embeddings must be (N, D), got {tuple(x.shape)}")
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if valid is None else torch.where(valid[:, None], x, torch.zeros_like(x))
+
+
+def _poison(loss: Tensor, *inputs: Tensor) -> Tensor:
+    """NaN, with NaN gradients, if any input is not finite: masks and softplus(-inf) would hide
+    it."""
+    finite = torch.stack([torch.isfinite(t.detach()).all() for t in inputs]).all()
+    return loss * torch.where(finite, 1.0, math.nan)
+
+
+def _logsumexp(z: Tensor, dim: int) -> Tensor:
+    """logsumexp that is -inf with zero gradient (not NaN) where every entry is -inf or there is
+    none."""
+    if z.shape[dim] == 0:
+        return z.new_full((z.shape[1 - dim], ), -math.inf)
+    top = z.detach().amax(dim=dim, keepdim=True)
+    top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
+    total = (z - top).exp().sum(dim=dim)
+    empty = total == 0
+    return torch.where(empty, -math.inf, total.masked_fill(empty, 1.0).log() + top.squeeze(dim))
+
+
+def _softplus_mean(others: Tensor, positive: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over valid rows of log(1 + exp(others - positive)); 0 when there is no row.
+
+    Subtracting first is exact for others = -inf; torch's softplus switches formula at 20 and is off
+    there.
+    """
+    row = torch.logaddexp(others - positive, torch.zeros_like(positive))
+    if valid is None:
+        return row.sum() / max(len(row), 1)
+    return torch.where(valid, row, torch.zeros_like(row)).sum() / valid.sum().clamp_min(1)
+
+
+def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
+                     margin: float = 0.001, normalize: bool = True, ids: Tensor | None = None,
+                     valid: Tensor | None = None, group=None, budget: int | None = None) -> Tensor:
+    """Masked-margin softmax in both directions; see the module's first lines for the equation.
+
+    Args:
+        x, y: (N, D) embeddings, row i of x paired with row i of y; any float dtype, computed in
+            fp32 (fp64 in fp64).
+        temperature: float, or a 0-d tensor, which then gets its gradient.
+        ids: (N,) int64. i != j with ids[i] == ids[j] are the same clip (or caption): in no sum.
+        valid: (N,) bool. False rows (silent clip, no caption) are in no row, column or mean.
+        group: process group. The loss is then that of the global batch, on every rank, and
+            gradients are scaled so that averaging them over ranks (DDP) gives the single-process
+            gradient.
+        budget: bytes the compiled loss may use; of no meaning here.
+
+    Returns a scalar, fp32 (fp64 for fp64 inputs). N = 0, N = 1 or no valid row: 0 with zero
+    gradients.
+    NaN or inf in a valid row: NaN, never hidden. temperature 1, normalize=False is the published
+        form.
+    """
+    if x.shape != y.shape:
+        raise ValueError(
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs")
+    if group is not None:
+        x, y = gather(x, group), gather(y, group)
+        ids, valid = gather(ids, group), gather(valid, group)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = _working(x, valid), _working(y, valid)
+        a, b = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
+        positive = ((a * b).sum(dim=1) - margin) / temperature
+        skip = torch.eye(len(a), dtype=torch.bool, device=a.device)
+        if ids is not None:
+            skip = skip | (ids[:, None] == ids[None, :])
+        if valid is not None:
+            skip = skip | ~valid[:, None] | ~valid[None, :]
+        z = (a @ b.t() / temperature).masked_fill(skip, -math.inf)
+        loss = sum(_softplus_mean(_logsumexp(z, dim), positive, valid) for dim in (1, 0))
+        return _poison(loss, x, y)
+
+
+def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
+                 temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
+                 valid: Tensor | None = None) -> Tensor:
+    """Cross entropy of each row of x (N, D) against its centroid among centroids (K, D).
+
+    labels: (N,) int64 in [0, K); ``valid`` False rows are left out, whatever their label. Centroids
+        carry no
+    gradient. Returns a scalar as :func:`contrastive_loss` does; K = 1 gives 0. ValueError for a
+    label outside [0, K).
+    """
+    if labels.shape != x.shape[:1] or centroids.dim() != 2 or centroids.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, centroids {tuple(centroids.shape)} and labels "
+            f"{tuple(labels.shape)} "
+            "must be (N, D), (K, D) and (N,)")
+    centroids = centroids.detach()
+    if valid is not None:
+        labels = torch.where(valid, labels, torch.zeros_like(labels))
+    outside = (labels < 0) | (labels >= len(centroids))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"labels[{row}] = {int(labels[row])} is outside [0, {len(centroids)})")
+    with torch.autocast(x.device.type, enabled=False):
+        x, mu = _working(x, valid), centroids.to(torch.promote_types(x.dtype, torch.float32))
+        a, b = (unit_rows(x), unit_rows(mu)) if normalize else (x, mu)
+        z = a @ b.t() / temperature
+        own = torch.nn.functional.one_hot(labels, len(mu)).bool()
+        positive = ((a * b[labels]).sum(dim=1) - margin) / temperature
+        loss = _softplus_mean(_logsumexp(z.masked_fill(own, -math.inf), 1), positive, valid)
+        return _poison(loss, x, mu)
+
+
+def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], centroids: Tensor
+             | None = None, labels: Tensor | None = None, *, clustered: Sequence[str] | None = None,
+             cluster_weight: float = 1.0, temperature: float | Tensor = 0.05, margin: float = 0.001,
+             normalize: bool = True, ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
+             valid: Mapping[str, Tensor] | None = None, group=None,
+             budget: int | None = None) -> LossTerms:
+    """All contrastive and clustering terms: ``total = contrastive + cluster_weight * cluster``.
+
+    contrastive is the mean over ``pairs``; cluster the mean over the ``clustered`` modalities
+    (default: all in embeddings), divided by log K when normalize=True, so that 1.0 means "no better
+    than uniform" whatever K, and terms compare between stages and orders. No centroids: cluster is
+    0.
+
+    Args:
+        embeddings: modality -> (N, D). valid: modality -> (N,) bool; a pair needs both.
+        ids: (N,) int64 for all pairs, or pair -> (N,) int64. labels: (N,) int64, shared by the
+            modalities.
+    """
+    valid = dict(valid or {})
+    if group is not None:
+        embeddings = {name: gather(x, group) for name, x in embeddings.items()}
+        valid = {name: gather(mask, group) for name, mask in valid.items()}
+        labels = gather(labels, group)
+        ids = ({pair: gather(i, group)
+                for pair, i in ids.items()} if isinstance(ids, Mapping) else gather(ids, group))
+    common = dict(temperature=temperature, margin=margin, normalize=normalize)
+    contrastive = next(iter(embeddings.values())).new_zeros((), dtype=torch.float32)
+    for first, second in pairs:
+        masks = [valid[name] for name in (first, second) if name in valid]
+        pair_ids = ids.get((first, second)) if isinstance(ids, Mapping) else ids
+        contrastive = contrastive + contrastive_loss(
+            embeddings[first], embeddings[second], ids=pair_ids,
+            valid=masks[0] & masks[-1] if masks else None, **common) / len(pairs)
+    if centroids is None:
+        return LossTerms(contrastive, contrastive, torch.zeros_like(contrastive))
+    names = list(embeddings if clustered is None else clustered)
+    scale = math.log(len(centroids)) if normalize and len(centroids) > 1 else 1.0
+    cluster = sum(
+        cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)
+        for name in names) / (max(len(names), 1) * scale)
+    return LossTerms(contrastive + cluster_weight * cluster, contrastive, torch.as_tensor(cluster))

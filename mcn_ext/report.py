@@ -1,0 +1,159 @@
+"""Pictures and a page of a run: ``python -m mcn_ext.report RUN`` -> curves.png, report.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mcn_ext.flags import Parser
+
+_TERMS = ("total", "contrastive", "cluster", "reconstruction")
+
+
+def _pyplot():
+    """matplotlib without a screen, or None (with a notice) where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: pip install matplotlib (or pip install -e '.[plot]')", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 150, "legend.frameon": False
+    })
+    return pyplot
+
+
+def _save(figure, path: Path) -> Path:
+    tmp = path.with_name(path.name + ".tmp")
+    figure.savefig(tmp, format="png", bbox_inches="tight")
+    tmp.replace(path)
+    return path
+
+
+def curves(run: Path) -> Path | None:
+    """curves.png: loss terms, learning rate, clustering and speed over steps, from log.jsonl."""
+    from mcn_ext.log import read
+
+    rows = read(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    plt = _pyplot() if rows else None
+    if plt is None:
+        return None
+    step = [row["step"] for row in rows]
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), layout="constrained", sharex=True)
+    for axis, term in zip(axes.flat, _TERMS, strict=False):
+        axis.plot(step, [row[term] for row in rows], color="tab:blue")
+        axis.set_title(term if term != "cluster" else "cluster (1 = no better than uniform)")
+    axis = axes[1, 1]
+    fitted = [row for row in rows if "live_clusters" in row]
+    axis.set_title("clustering")
+    if fitted:
+        axis.plot([r["step"] for r in fitted], [r["live_clusters"] for r in fitted],
+                  color="tab:blue", label="live clusters")
+        axis.set_ylim(bottom=0)
+        share = axis.twinx()
+        share.plot([r["step"] for r in fitted], [100 * r["largest_share"] for r in fitted],
+                   color="tab:red")
+        share.set_ylabel("largest share, %", color="tab:red")
+        share.set_ylim(bottom=0)
+        share.grid(False)
+        axis.set_ylabel("live clusters", color="tab:blue")
+    else:
+        axis.text(0.5, 0.5, "no k-means fit yet", ha="center", va="center",
+                  transform=axis.transAxes)
+    axes[1, 2].plot(step, [row["clips_per_s"] for row in rows], color="tab:green")
+    axes[1, 2].set_title("clips per second")
+    axes[1, 2].set_ylim(bottom=0)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.suptitle(run.name)
+    path = _save(figure, run / "curves.png")
+    plt.close(figure)
+    return path
+
+
+def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | None:
+    """similarity.png: the first queries against their candidates, and the distribution of all
+    ranks."""
+    import numpy as np
+
+    plt = _pyplot()
+    if plt is None:
+        return None
+    n = len(similarity)
+    shown = min(60, n)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained",
+                                         width_ratios=[1.1, 1])
+    image = left.imshow(similarity[:shown, :shown], cmap="viridis", interpolation="nearest")
+    query, candidate = direction.split("->")
+    left.set(title=f"similarity, first {shown} of {n}", xlabel=candidate, ylabel=query)
+    left.grid(False)
+    figure.colorbar(image, ax=left, shrink=0.85)
+    ordered = np.sort(rank)
+    right.step(ordered, 100 * np.arange(1, n + 1) / n, where="post", label="this model")
+    line = np.arange(1, n + 1)
+    right.plot(line, 100 * line / n, color="grey", linestyle="--", label="chance")
+    right.set(xscale="log", xlim=(0.9, n), ylim=(0, 100), xlabel="rank of the right clip",
+              ylabel="queries at or below it, %", title=f"{direction}, n = {n}")
+    for k in (1, 5, 10):
+        right.axvline(k, color="grey", linewidth=0.6)
+    right.legend(loc="lower right")
+    _save(figure, path)
+    plt.close(figure)
+    return path
+
+
+def report(run: Path) -> Path:
+    """report.md in the run folder: what was trained on what, the tables of metrics.json, the
+    pictures."""
+    from mcn_ext.metrics import table
+
+    args = json.loads((run / "args.json").read_text())
+    lines = [
+        f"# {run.name}", "", f"Trained on `{args['data']}`" +
+        (" (demo data, made up)" if args.get("demo") else "") +
+        f", {args['epochs']} epochs, batch of {args['batch_size']} videos x {args['n_pair']} "
+        f"clips, "
+        f"learning rate {args['lr']:g}, temperature {args['temperature']:g}, seed {args['seed']}.",
+        ""
+    ]
+    metrics = run / "metrics.json"
+    if metrics.exists():
+        for name, result in json.loads(metrics.read_text()).items():
+            rows = {key: value for key, value in result.items() if "->" in key}
+            lines += [f"## {name}: `{result['data']}`", "", table(rows, result["n"]), ""]
+    else:
+        lines += ["Not evaluated yet: `python evaluate.py --youcook2`", ""]
+    curves(run)
+    for name, title in (("curves.png", "Training"), ("similarity.png", "Retrieval")):
+        if (run / name).exists():
+            lines += [f"## {title}", "", f"![{title}]({name})", ""]
+    path = run / "report.md"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def main(argv=None) -> int:
+    parser = Parser(prog="python -m mcn_ext.report", description=__doc__,
+                    formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?",
+                        help="run folder (default: the newest, stage 2 before stage 1)")
+    args = parser.parse_args(argv)
+    if args.run is None:
+        from mcn_ext.checkpoint import find_run
+
+        args.run = find_run(Path("runs"))
+    if args.run is None or not (args.run / "args.json").exists():
+        print(f"{args.run or 'runs'}: no run folder; train first", file=sys.stderr)
+        return 1
+    print(report(args.run))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

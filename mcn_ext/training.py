@@ -1,0 +1,251 @@
+"""One training run: all but its loop, which the scripts show."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from mcn_ext import checkpoint, distributed, flags
+from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
+from mcn_ext.log import RunLog, say
+from mcn_ext.model import MCN, MODALITIES
+from mcn_ext.objective import Objective
+from mcn_ext.store import Store, StoreError
+from mcn_ext.words import WordVectors, train_vectors, vectors_for
+
+DEMO_BANNER = (
+    "=" * 78 + "\n  DEMO DATA (made up): these numbers say that it runs, nothing about real data\n"
+    + "=" * 78)
+WORDS = "words.npz"
+
+
+def open_store(args: argparse.Namespace, modalities: str) -> Store:
+    """The training store, made first if it is the demo's; an error if it lacks what the modalities
+    need."""
+    if args.demo:
+        from mcn_ext.prepare import demo
+
+        say(DEMO_BANNER)
+        distributed.first_rank_first(lambda: demo.prepare(flags.DEMO))
+    try:
+        store = Store(args.data)
+    except StoreError as error:
+        raise SystemExit(f"--data {error}") from None
+    if "A" in modalities and "mel" not in store.dims:
+        raise SystemExit(
+            f"--data {args.data}: no stream 'mel' for audio in it, only {', '.join(store.dims)}")
+    if "V" in modalities and not video_dims(store):
+        raise SystemExit(f"--data {args.data}: no video stream in it, only {', '.join(store.dims)}")
+    return store
+
+
+def video_dims(store: Store) -> dict[str, int]:
+    """Streams a video is embedded from, with their widths: all but the spectrogram."""
+    return {name: dim for name, dim in store.dims.items() if name != "mel"}
+
+
+def check_widths(store: Store, sizes: dict, flag: str) -> None:
+    """SystemExit if a model of ``sizes`` cannot read the store's video streams."""
+    if "V" not in sizes["modalities"]:
+        return
+    wrong = [
+        f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
+        for name, dim in sizes["video_dims"].items() if store.dims.get(name) != dim
+    ]
+    if wrong:
+        raise SystemExit(
+            f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features the run was "
+            f"trained on"
+        )
+
+
+def open_words(args: argparse.Namespace, store: Store, init: Path | None,
+               folder: Path) -> WordVectors:
+    """Word vectors of a run, kept in its folder: those of the run it starts from, of --word2vec, or
+    trained here."""
+    kept = folder / WORDS
+
+    def find() -> WordVectors:
+        if kept.exists():
+            return WordVectors.load(kept)
+        if init is not None and (init / WORDS).exists():
+            words = WordVectors.load(init / WORDS)
+        elif args.word2vec is not None:
+            words = vectors_for(store, args.word2vec,
+                                store.path.with_name(store.path.name + ".words.npz"))
+        else:
+            say(f"no --word2vec: training word vectors on the {store.n_captions} captions of "
+                f"{store.path}"
+                )
+            words = train_vectors(store, seed=args.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        words.save(kept)
+        return words
+
+    return distributed.first_rank_first(find)
+
+
+def objective_of(args: argparse.Namespace, modalities: str, trained: str) -> Objective:
+    return Objective(
+        [MODALITIES[m] for m in modalities], [MODALITIES[m] for m in trained], margin=args.margin,
+        seed=args.seed, **{
+            name: getattr(args, name)
+            for name in ("temperature", "similarity", "cluster_weight", "recon_weight",
+                         "cluster_size", "queue_size", "refit_every")
+        })
+
+
+class Training:
+    """Data, optimiser, schedule, precision, checkpoints and log around a model and an objective.
+
+    Attributes: ``net`` (the model, wrapped for several ranks), ``step`` (steps done), ``done``
+        (nothing is left to do).
+    """
+    def __init__(self, args: argparse.Namespace, folder: Path, store: Store,
+                 words: WordVectors | None, model: MCN, objective: Objective, device: torch.device,
+                 resumed: dict | None):
+        self.args, self.folder, self.model, self.objective, self.device = (args, folder, model,
+                                                                           objective, device)
+        world = distributed.world()
+        reader = ClipReader(
+            store,
+            video_streams=tuple(model.sizes["video_dims"]) if "video" in model.modalities else (),
+            audio="audio" in model.modalities, words=words, audio_frames=args.audio_frames,
+            max_words=args.max_words, audio_augment=args.audio_augment)
+        clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
+        if args.batch_size > len(clips):
+            raise SystemExit(
+                f"--batch_size {args.batch_size}: {args.data} has {len(clips)} videos with "
+                f"captions; use "
+                f"--batch_size {len(clips)} or less")
+        if args.batch_size % world:
+            raise SystemExit(
+                f"--batch_size {args.batch_size} videos do not divide by {world} ranks; use "
+                f"--batch_size {args.batch_size // world * world or world}")
+        self.loader = Loader(clips, args.batch_size,
+                             default_workers(device) if args.workers is None else args.workers,
+                             device)
+        self.total_steps = args.epochs * self.loader.steps_per_epoch
+        self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
+        self.warmup = (args.warmup_steps if args.warmup_steps is not None else min(
+            1000, math.ceil(self.total_steps / 10)))
+        self.table = torch.from_numpy(words.vectors).to(device) if words is not None else None
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=args.lr)
+        precision = args.precision or ("bf16" if device.type == "cuda"
+                                       and torch.cuda.is_bf16_supported() else "fp32")
+        self.amp_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.step, self.run_id = 0, checkpoint.new_run_id()
+        if resumed is not None:
+            self._resume(resumed)
+        self.net = DistributedDataParallel(model) if world > 1 else model
+        self.done = self.step >= self.last_step
+        self.saved = self.step
+        if self.done:
+            return
+        n_clips = args.batch_size * args.n_pair
+        say(f"{folder}: {'going on at step ' + str(self.step) if self.step else 'new run'} of "
+            f"{self.total_steps} "
+            f"({args.epochs} epochs x {self.loader.steps_per_epoch} steps), {len(clips)} videos of "
+            f"{args.data}"
+            + (f" ({clips.n_without_captions} without captions left out)" if clips.
+               n_without_captions else ""))
+        say(f"  a step: {args.batch_size} videos x {args.n_pair} clips = {n_clips} clips on "
+            f"{world} rank(s), "
+            f"{n_clips // world} each; {precision}, {device}; "
+            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters "
+            f"learn, {sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6:.1f} "
+            f"M are fixed"
+            )
+        self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
+                           total_steps=self.total_steps)
+
+    def _resume(self, content: dict) -> None:
+        if content["args"].get("n_ranks") != distributed.world():
+            say(f"resuming on {distributed.world()} rank(s) what ran on "
+                f"{content['args'].get('n_ranks')}: same batches, "
+                "but BatchNorm statistics are per rank and sums round differently")
+        self.model.load_state_dict(content["model"])
+        state = content["training"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.objective.clusters is not None:
+            self.objective.clusters.load_state_dict(state["clusters"], self.device)
+        self.step, self.run_id = content["step"], content["run_id"]
+
+    def epochs(self) -> Iterator[int]:
+        """Epochs left, from 1."""
+        first = self.step // self.loader.steps_per_epoch
+        for epoch in range(first, self.args.epochs):
+            if self.step < self.last_step:
+                yield epoch + 1
+
+    def batches(self, epoch: int) -> Iterator[dict]:
+        """Batches of an epoch on the device, from where a resumed run stood."""
+        start = self.step - (epoch - 1) * self.loader.steps_per_epoch
+        for batch in self.log_.timed(self.loader.epoch(epoch, start)):
+            yield to_device(batch, self.device, self.table)
+            if self.step >= self.last_step:
+                return
+
+    def autocast(self):
+        """The encoders' precision; losses and clustering leave it again."""
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype
+                              is not None)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then half a cosine to 0 at the last step."""
+        if self.step < self.warmup:
+            return self.args.lr * (self.step + 1) / self.warmup
+        progress = (self.step - self.warmup) / max(1, self.total_steps - self.warmup)
+        return self.args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def update(self, total: torch.Tensor) -> None:
+        """Backward and one Adam step. (fp16: skipped by the scaler when a gradient overflowed.)"""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+
+    def log(self, epoch: int, terms: dict[str, torch.Tensor]) -> None:
+        """Record the step; save within the epoch when --save_every says so."""
+        clusters = self.objective.clusters
+        self.log_.step(self.step, epoch, self.optimizer.param_groups[0]["lr"],
+                       {name: value.detach()
+                        for name, value in terms.items()}, self.args.batch_size * self.args.n_pair,
+                       self.args.log_every, clusters.statistics if clusters is not None else {})
+        if self.step % self.args.save_every == 0:
+            self.save(None)
+
+    def save(self, epoch: int | None) -> None:
+        """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete."""
+        ended = epoch is not None and self.step == epoch * self.loader.steps_per_epoch
+        clusters = self.objective.clusters
+        checkpoint.save(
+            self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes, step=self.step,
+            epoch_done=epoch if ended else None, complete=self.step >= self.total_steps,
+            run_id=self.run_id, model=self.model.state_dict(), training={
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "clusters": clusters.state_dict() if clusters is not None else None
+            })
+
+    def finish(self, hint: str) -> None:
+        """Close the log, draw curves.png, say what comes next."""
+        self.log_.close()
+        if distributed.rank() == 0:
+            from mcn_ext.report import curves
+
+            picture = curves(self.folder)
+            say(f"{self.folder}: step {self.step} of {self.total_steps}"
+                + (f", curves in {picture}" if picture else "") + f". {hint}")
+        distributed.barrier()

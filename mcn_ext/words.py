@@ -1,0 +1,122 @@
+"""Tokeniser and word vectors. Text is a bag of word vectors; unknown words are dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+_WORD = re.compile(r"[\w']+")
+
+
+def tokenize(text: str) -> list[str]:
+    """Words of a caption, case kept, as the published code splits them."""
+    return _WORD.findall(text)
+
+
+class WordVectors:
+    """A vocabulary and its vectors (V, dim) float32."""
+    def __init__(self, words: list[str], vectors: np.ndarray, source: str):
+        self.words, self.vectors, self.source = (words, np.ascontiguousarray(vectors,
+                                                                             np.float32), source)
+        self.index = {word: i for i, word in enumerate(words)}
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def rows(self, text: str, max_words: int) -> np.ndarray:
+        """Rows of ``vectors`` of the first ``max_words`` known words of a caption, int64, possibly
+        none."""
+        known = [self.index[word] for word in tokenize(text) if word in self.index]
+        return np.array(known[:max_words], np.int64)
+
+    def save(self, path: Path) -> None:
+        tmp = path.with_name(path.name + ".tmp.npz")  # numpy appends .npz to any other ending
+        np.savez(tmp, words=np.frombuffer("\n".join(self.words).encode(), np.uint8),
+                 vectors=self.vectors, source=np.frombuffer(self.source.encode(), np.uint8))
+        os.replace(tmp, path)
+
+    @classmethod
+    def load(cls, path: Path) -> WordVectors:
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["words"].tobytes().decode().split("\n"), file["vectors"],
+                       file["source"].tobytes().decode())
+
+
+def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
+    """Any of the usual files -> ({word: row}, vectors): gensim .kv, text (.txt, .vec), else
+    word2vec binary."""
+    try:
+        if path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
+            from mcn_ext.prepare.unpickle import load_key_vectors
+
+            names, vectors = load_key_vectors(path)
+            return {word: i for i, word in enumerate(names)}, vectors
+        from gensim.models import KeyedVectors
+
+        keyed = KeyedVectors.load_word2vec_format(str(path), binary=path.suffix
+                                                  not in (".txt", ".vec"), unicode_errors="replace")
+        return keyed.key_to_index, keyed.vectors
+    except (ValueError, EOFError) as error:
+        raise SystemExit(
+            f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, or a "
+            f"text file "
+            "ending in .txt or .vec") from error
+
+
+def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
+    """The vectors of ``word2vec`` for the words that occur in the store's captions.
+
+    GoogleNews has 3 million words and takes a minute and 3.6 GB to read; the words of a store are
+    kept beside it in ``cache`` and read from there by every later run and rank.
+    """
+    stat = word2vec.stat()
+    key = hashlib.sha256(f"{word2vec.name} {stat.st_size} {stat.st_mtime_ns} {store.n_captions}".
+                         encode()).hexdigest()
+    source = f"{word2vec} #{key[:16]}"
+    if cache is not None and cache.exists():
+        cached = WordVectors.load(cache)
+        if cached.source == source:
+            return cached
+    seen = {word for text in store.texts() for word in tokenize(text)}
+    row_of, vectors = _read(word2vec)
+    known = sorted(seen & row_of.keys())
+    if not known:
+        raise SystemExit(
+            f"--word2vec {word2vec}: none of the {len(seen)} words of {store.path}'s captions is "
+            f"in it; "
+            "is it for another language?")
+    words = WordVectors(known, vectors[[row_of[word] for word in known]], source)
+    if cache is not None:
+        try:
+            words.save(cache)
+        except OSError:  # a read-only data folder: slower next time, nothing else
+            logging.getLogger("mcn").warning(
+                "could not keep word vectors in %s; they are read again next time", cache)
+    return words
+
+
+def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
+    """Skip-gram vectors of the store's own captions, for when there is no word2vec file."""
+    from gensim.models import Word2Vec
+
+    sentences = [tokenize(text) for text in store.texts()]
+    # One worker and a fixed seed: the same captions give the same vectors.
+    model = Word2Vec(sentences, vector_size=dim, window=5,
+                     min_count=3 if len(sentences) > 300 else 1, sg=1, seed=seed + 1, workers=1,
+                     epochs=5 if len(sentences) > 20_000 else 20)
+    words = list(model.wv.index_to_key)
+    if not words:
+        raise SystemExit(
+            f"{store.path}: no word occurs often enough in its captions to train vectors; give "
+            f"--word2vec"
+        )
+    vectors = model.wv.vectors
+    # The scale of GoogleNews' vectors, whose rms norm is about 2: encoders are initialised for it.
+    return WordVectors(words, vectors * (2.0 / np.sqrt((vectors**2).sum(1).mean())),
+                       f"trained on {store.path}")

@@ -1,0 +1,45 @@
+"""Builds mcn_ext._C: C++ always, CUDA kernels when torch has CUDA and nvcc is there.
+
+MCN_CUDA=0|1 forces CUDA off or on; TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=1 are honoured.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:
+    raise SystemExit(
+        "mcn_ext is built against the torch you have: pip install torch==2.13.0 first, then "
+        "pip install -e . --no-build-isolation") from None
+
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    raise SystemExit(f"mcn_ext needs torch >= 2.11, found {torch.__version__}")
+
+# Not torch.cuda.is_available(): login and build machines have nvcc and no GPU.
+sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+kernels = sorted(str(path) for path in Path("csrc").glob("*.cu"))
+possible = bool(torch.version.cuda and CUDA_HOME
+                and (shutil.which("nvcc") or Path(CUDA_HOME, "bin/nvcc").exists()))
+wanted = os.environ.get("MCN_CUDA")
+if wanted == "1" and not possible:
+    raise SystemExit(
+        f"MCN_CUDA=1: torch {torch.__version__} has CUDA {torch.version.cuda}, nvcc under "
+        f"CUDA_HOME "
+        f"{CUDA_HOME}; both are needed")
+cuda = bool(kernels) and possible and wanted != "0"
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+
+level = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+extension = (CUDAExtension if cuda else CppExtension)(
+    "mcn_ext._C",
+    sources + (kernels if cuda else []),
+    define_macros=[("MCN_WITH_CUDA", None)] if cuda else [],
+    # No -std: torch 2.11 builds as C++17, 2.13 as C++20, and says so itself.
+    extra_compile_args={"cxx": level, "nvcc": level} if cuda else level)
+setup(ext_modules=[extension],
+      cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})

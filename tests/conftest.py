@@ -1,0 +1,80 @@
+"""Shared fixtures: a small store made here, and the real recordings beside the checkout when they
+are there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mcn_ext.store import StoreWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = ROOT.parent / "shared" / "data" / "spoken_digits"
+STREAMS = {
+    "2d": {"dim": 12, "rate_hz": 1.0}, "3d": {"dim": 6, "rate_hz": 1.5},
+    "mel": {"dim": 40, "rate_hz": 100.0}
+}
+WORDS = "chop fry boil peel onion carrot egg rice".split()
+
+
+def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, **kwargs):
+    """A training store in which the word of a caption shows in its video and sound."""
+    rng = np.random.default_rng(seed)
+    look = {"2d": rng.gamma(0.5, 1, (len(WORDS), 12)), "3d": rng.gamma(0.5, 1, (len(WORDS), 6))}
+    sound = rng.uniform(-60, 0, (len(WORDS), 40))
+    writer = StoreWriter(path, STREAMS, "test data", **kwargs)
+    for video in range(n_videos):
+        content = rng.integers(0, len(WORDS), n_captions)
+        rows = {}
+        for name, spec in STREAMS.items():
+            repeats = round(2 * spec["rate_hz"])
+            table = sound if name == "mel" else look[name]
+            rows[name] = table[np.repeat(content, repeats)] + rng.normal(
+                0, 0.1, (n_captions * repeats, spec["dim"]))
+        if silent_every and video % silent_every == silent_every - 1:
+            rows["mel"] = None
+        start = np.arange(n_captions) * 2.0
+        writer.add(f"video{video:06d}", rows, start, start + 1.9,
+                   [f"now {WORDS[c]} it" for c in content])
+    return writer.close()
+
+
+@pytest.fixture(scope="session")
+def store_path(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("store") / "train.h5")
+
+
+@pytest.fixture(scope="session")
+def eval_path(tmp_path_factory):
+    return write_store(
+        tmp_path_factory.mktemp("eval") / "eval.h5", n_videos=24, n_captions=1, seed=1)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    if not DIGITS.is_dir():
+        pytest.skip("the spoken digits (../shared/data/spoken_digits) are not beside this checkout")
+    return DIGITS
+
+
+def run(*command, cwd, check=True, timeout=300, env=None):
+    """Run a script of the project as a user would; returns the finished process with its output."""
+    words = [str(word) for word in command]
+    if words[0].endswith(".py"):
+        words[0] = str(ROOT / words[0])
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env={**os.environ, **(env or {})})
+    if check and done.returncode:
+        raise AssertionError(
+            f"{words} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+# Flags of a run that takes seconds.
+SMALL = ("--preset", "demo", "--embd_dim", 16, "--recon_dim", 8, "--audio_width", 0.0625,
+         "--audio_frames", 200, "--batch_size", 4, "--n_pair", 4, "--cluster_size", 4,
+         "--queue_size", 3, "--refit_every", 2, "--epochs", 2, "--log_every", 1, "--device", "cpu",
+         "--min_time", 1)

@@ -1,0 +1,250 @@
+"""The scripts, run as a user runs them: stage 1 -> kill -> resume -> stage 2 -> evaluate, and what
+goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from mcn_ext import checkpoint
+from mcn_ext.log import read
+from tests.conftest import ROOT, SMALL, run, write_store
+
+TERMS = ("total", "contrastive", "cluster", "reconstruction")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+# Total loss of the first 10 steps of a small run (fp32, CPU, one thread): changes only when the
+# mathematics does.
+GOLDEN = None
+
+
+def losses(run_folder):
+    return [[row[t] for t in TERMS] for row in read(run_folder / "log.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, store_path):
+    """A folder with a finished stage 1 (AV) and stage 2 (T) run on the small store."""
+    folder = tmp_path_factory.mktemp("work")
+    run("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=folder)
+    run("train_stage2.py", "--add", "T", "--device", "cpu", "--epochs", 2, "--log_every", 1,
+        cwd=folder)
+    return folder
+
+
+def test_run_folder_is_the_documented_one(work, store_path):
+    folder = work / "runs/stage1-AV"
+    args = json.loads((folder / "args.json").read_text())
+    assert args["pair"] == "AV" and args["data"] == str(store_path) and args["batch_size"] == 4
+    env = (folder / "env.txt").read_text()
+    assert all(word in env for word in ("git:", "torch:", "GPU:", "host:", "command:"))
+    rows = read(folder / "log.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    for key in ("step", "epoch", "lr", *TERMS, "clips_per_s", "data_wait", "peak_mib"):
+        assert key in rows[0], key
+    assert rows[-1]["live_clusters"] >= 1 and rows[-1]["cluster"] > 0 and rows[0]["cluster"] == 0
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert (content["complete"] and content["step"] == 4
+            and not any(k.startswith("GU_text") for k in content["model"]))
+    assert ((folder / "epoch-01.pt").exists() and (folder / "epoch-02.pt").exists()
+            and (folder / "curves.png").exists())
+
+
+def test_stage_2_keeps_the_frozen_encoders(work):
+    first = checkpoint.load(work / "runs/stage1-AV/checkpoint.pt")["model"]
+    second = checkpoint.load(work / "runs/stage2-AV_T/checkpoint.pt")
+    assert second["sizes"]["modalities"] == "AVT"
+    for name, value in first.items():
+        if not name.startswith("recon_"):
+            assert torch.equal(value, second["model"][name]), name
+    assert (any(k.startswith("GU_text") for k in second["model"])
+            and (work / "runs/stage2-AV_T/words.npz").exists())
+
+
+def test_evaluate_writes_the_contract(work, eval_path):
+    done = run("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=work)
+    assert ("text->video+audio" in done.stdout and "n = 24" in done.stdout
+            and "chance" in done.stdout)
+    result = json.loads((work / "runs/stage2-AV_T/metrics.json").read_text())["youcook2"]
+    assert (result["n"] == 24 and result["data"] == str(eval_path)
+            and result["checkpoint"].endswith("checkpoint.pt"))
+    for direction in ("text->video+audio", "text->video", "text->audio", "audio->video"):
+        row = result[direction]
+        assert 0 <= row["R@1_ci95"][0] <= row["R@1"] <= row["R@1_ci95"][1] <= 100
+        assert row["R@1"] <= row["R@5"] <= row["R@10"] and 1 <= row["MedR"] <= 24
+    assert (work / "runs/stage2-AV_T/similarity.png").exists()
+    run("evaluate.py", "--youcook2", eval_path, "--run", "runs/stage1-AV", "--checkpoint",
+        "runs/stage1-AV/epoch-01.pt", "--device", "cpu", cwd=work)
+    first = json.loads((work / "runs/stage1-AV/metrics.json").read_text())["youcook2"]
+    assert [k for k in first if "->" in k] == ["audio->video"]  # only what was trained
+    report = run("-m", "mcn_ext.report", cwd=work, env={"PYTHONPATH": str(ROOT)})
+    text = (work / report.stdout.strip()).read_text()
+    assert "text->video+audio" in text and "similarity.png" in text and "curves.png" in text
+
+
+def test_a_finished_run_says_so_and_other_flags_are_refused(work, store_path):
+    again = run("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=work)
+    assert "is done (4 steps)" in again.stdout and "train_stage2.py --add T" in again.stdout
+    other = run("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--lr", 0.5,
+                cwd=work, check=False)
+    assert (other.returncode and "--lr 0.001 (now 0.5)" in other.stderr
+            and "--no-resume" in other.stderr)
+
+
+def test_what_goes_wrong_is_said(work, store_path, tmp_path):
+    def fails(message, *command, cwd=work):
+        done = run(*command, cwd=cwd, check=False)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr)
+
+    fails("has that modality already", "train_stage2.py", "--add", "V", "--init", "runs/stage1-AV")
+    fails("no stage-1 run without V in runs/", "train_stage2.py", "--add", "V")
+    fails("no stage-1 run", "train_stage2.py", "--add", "T", cwd=tmp_path)
+    fails("no run in runs/", "evaluate.py", "--youcook2", cwd=tmp_path)
+    fails("--youcook2 data/youcook2.h5: no such store", "evaluate.py", "--youcook2")
+    fails("has 10 videos with captions; use --batch_size 10 or less", "train_stage1.py", "--pair",
+          "AV", "--data", store_path, *SMALL, "--batch_size", 64, "--out", tmp_path / "x")
+    other = tmp_path / "other.h5"
+    other.write_bytes(store_path.read_bytes())
+    with h5py.File(other, "a") as f:
+        del f["2d/data"]
+        f["2d/data"] = np.zeros((f["2d/offset"][-1], 20), np.float16)
+    fails("2d is 20, the model was trained on 12", "train_stage2.py", "--add", "T", "--data", other)
+    fails("2d is 20, the model was trained on 12", "evaluate.py", "--youcook2", other)
+    with h5py.File(other, "a") as f:
+        del f["mel"]
+    fails("no stream 'mel'", "train_stage1.py", "--pair", "AV", "--data", other, *SMALL)
+    broken = tmp_path / "run"
+    broken.mkdir()
+    (broken / "checkpoint.pt").write_bytes(
+        (work / "runs/stage1-AV/checkpoint.pt").read_bytes()[:5000])
+    fails("not a readable checkpoint", "train_stage2.py", "--add", "T", "--init", broken)
+    fails("not a readable checkpoint", "evaluate.py", "--youcook2", store_path, "--run", broken)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed", )
+
+    torch.save({"mcn_checkpoint": 1, "model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="not a readable checkpoint"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(work, store_path):
+    # --lr 1e38 sends the weights to inf in a step or two
+    done = run("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--lr", 1e38,
+               "--similarity", "dot", "--out", "runs/bad", cwd=work, check=False)
+    assert done.returncode == 1 and "the loss is not finite" in done.stderr
+    assert not (work / "runs/bad/checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair,extra", [("AV", ()), ("AVT", ()), ("VT", ("--precision", "bf16"))])
+def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra):
+    common = ("train_stage1.py", "--pair", pair, "--data", store_path, *SMALL, "--save_every", 1,
+              *extra)
+    run(*common, "--out", "whole", cwd=tmp_path, env=ONE_THREAD)
+    for steps in (1, 3, 4):  # within an epoch, within the next, to the end
+        run(*common, "--out", "pieces", "--max_steps", steps, cwd=tmp_path, env=ONE_THREAD)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+    a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("whole", "pieces"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+@pytest.mark.slow
+def test_killed_run_resumes(tmp_path):
+    store = write_store(tmp_path / "train.h5", n_videos=40)
+    command = [
+        sys.executable,
+        str(ROOT / "train_stage1.py"), "--pair", "AV", "--data",
+        str(store), *map(str, SMALL), "--epochs", "6", "--save_every", "5"
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    saved = tmp_path / "runs/stage1-AV/checkpoint.pt"
+    for _ in range(6000):
+        if saved.exists() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = checkpoint.load(saved)["step"]
+    assert 0 < step < 60
+    done = run(*command[1:], cwd=tmp_path)
+    assert f"going on at step {step} of 60" in done.stdout
+    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, 61))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_low_precision_and_finetuning_run(tmp_path, store_path, eval_path, precision):
+    run("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--precision", precision,
+        cwd=tmp_path)
+    run("train_stage2.py", "--add", "A", "--stage1_encoders", "finetune", "--precision", precision,
+        "--device", "cpu", "--epochs", 1, cwd=tmp_path)
+    before, after = (checkpoint.load(tmp_path / f"runs/{n}/checkpoint.pt")["model"]
+                     for n in ("stage1-VT", "stage2-VT_A"))
+    assert not torch.equal(before["GU_video.fc.weight"], after["GU_video.fc.weight"])
+    run("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_no_resume_keeps_the_old_folder(tmp_path, store_path):
+    for _ in range(2):
+        run("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--max_steps", 1,
+            "--no-resume", cwd=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["stage1-VT", "stage1-VT.1"]
+    assert checkpoint.find_run(tmp_path / "runs").name == "stage1-VT"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, ranks):
+    """VT has no BatchNorm, so only rounding may differ between one process and several."""
+    common = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL)
+    run(*common, "--out", "one", cwd=tmp_path, env=ONE_THREAD)
+    words = np.load(tmp_path / "one/words.npz")["vectors"]
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
+              ROOT / common[0], *common[1:])
+    run(*launch, "--out", "several", cwd=tmp_path)
+    np.testing.assert_array_equal(words, np.load(tmp_path / "several/words.npz")["vectors"])
+    one, several = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "several"))
+    np.testing.assert_allclose(several, one, rtol=2e-4, atol=1e-6)
+    a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("one", "several"))
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+    if ranks == 2:
+        done = run(*launch, "--out", "odd", "--batch_size", 5, cwd=tmp_path, check=False)
+        assert done.returncode and "do not divide by 2 ranks; use --batch_size 4" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_three_commands_without_flags(tmp_path):
+    """As the README opens, on the demo data, with 4 processes; shortened by --max_steps."""
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4,
+        ROOT / "train_stage1.py", "--pair", "AV", "--max_steps", 3, "--device", "cpu", cwd=tmp_path,
+        timeout=600)
+    run("train_stage2.py", "--add", "T", "--max_steps", 3, "--device", "cpu", cwd=tmp_path)
+    done = run("evaluate.py", "--youcook2", "--device", "cpu", cwd=tmp_path)
+    assert "DEMO DATA" in done.stdout and "n = 400" in done.stdout
+    assert (tmp_path / "runs/stage2-AV_T-demo/metrics.json").exists()
+
+
+def test_golden_losses(tmp_path, store_path):
+    """Ten steps' losses, frozen. If this fails the mathematics changed: explain why in CHANGELOG,
+    then renew them."""
+    pytest.importorskip("gensim")
+    run("train_stage1.py", "--pair", "AVT", "--data", store_path, *SMALL, "--epochs", 5,
+        cwd=tmp_path, env=ONE_THREAD)
+    np.testing.assert_allclose([row[0] for row in losses(tmp_path / "runs/stage1-AVT")], GOLDEN,
+                               rtol=2e-3)

@@ -1,0 +1,72 @@
+"""Stage 1: align one pair of modalities from scratch (or all three, --pair AVT: the one-stage
+baseline).
+
+    python train_stage1.py --pair AV                                  # one process: a GPU if there
+    is one, else CPU torchrun --nproc_per_node 4 train_stage1.py --pair AV             # four GPUs
+    (four CPU processes without) python train_stage1.py --pair VT --data data/howto100m.h5
+    --word2vec data/word2vec.bin
+
+Without data/howto100m.h5 it trains on the demo data. The same command again resumes a run that was
+interrupted.
+"""
+
+import argparse
+from pathlib import Path
+
+from mcn_ext import flags
+
+
+def main(argv=None):
+    # --------------------------------------------------------------- flags (torch is not loaded
+    # yet)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", type=flags.pair, required=True, metavar="|".join(flags.PAIRS),
+                        help="modalities to align: A audio, V video, T text")
+    flags.add_training_flags(parser, stage=1)
+    args = flags.complete(parser.parse_args(argv))
+
+    import torch
+
+    from mcn_ext import checkpoint, distributed, training
+    from mcn_ext.log import say
+    from mcn_ext.model import MCN
+
+    # ------------------------------------------------------------------------------- run, data
+    device = distributed.init(args.device)
+    args.n_ranks = distributed.world()
+    folder = args.out or Path("runs") / f"stage1-{args.pair}{'-demo' if args.demo else ''}"
+    store = training.open_store(args, args.pair)
+    resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
+    words = training.open_words(args, store, None, folder) if "T" in args.pair else None
+
+    # ------------------------------------------------------------------------ model, objective
+    torch.manual_seed(args.seed)
+    model = MCN(args.pair, video_dims=training.video_dims(store),
+                word_dim=words.dim if words else 300, embd_dim=args.embd_dim,
+                recon_dim=args.recon_dim if args.recon_weight else 0,
+                audio_width=args.audio_width).to(device)
+    objective = training.objective_of(args, args.pair, trained=args.pair)
+    run = training.Training(args, folder, store, words, model, objective, device, resumed)
+    missing = [m for m in "AVT" if m not in args.pair]
+    hint = (f"Next: python train_stage2.py --add {missing[0]}"
+            if missing else "Next: python evaluate.py --youcook2")
+    if run.done:
+        say(f"{folder} is done ({run.step} steps); --no-resume trains anew. {hint}")
+        return distributed.finish()
+
+    # ----------------------------------------------------------------------------------- train
+    model.train()
+    for epoch in run.epochs():
+        for batch in run.batches(epoch):
+            with run.autocast():
+                embeddings, errors = run.net(batch)
+            terms = objective(embeddings, errors, batch)  # fp32, over the global batch
+            run.update(terms["total"])
+            run.log(epoch, terms)
+        run.save(epoch)
+    run.finish(hint)
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main()
