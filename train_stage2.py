@@ -61,6 +61,7 @@ def main(argv=None):
     demo = "-demo" if args.demo else ""
     folder = args.out or Path("runs") / f"stage2-{first}_{args.add}{demo}"
     store = training.open_store(args, modalities)
+    training.check_widths(store, start["sizes"], "--data")
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
     words = training.open_words(args, store, args.init, folder)
 
@@ -69,9 +70,7 @@ def main(argv=None):
     sizes = start["sizes"] | {
         "modalities": modalities, "recon_dim": args.recon_dim if args.recon_weight else 0
     }
-    if "V" in first:
-        training.check_widths(store, start["sizes"], "--data")
-    else:
+    if "V" not in first:
         sizes["video_dims"] = training.video_dims(store)
     if "T" not in first:
         sizes["word_dim"] = words.dim

@@ -105,7 +105,7 @@ class RunLog:
              every: int, extra: dict) -> None:
         """Count a step of ``clips`` clips over all ranks; every ``every`` steps write a row.
 
-        FloatingPointError, before anything is saved, if the total is not finite.
+        SystemExit, before anything is saved, if the total is not finite.
         """
         self.clips += clips
         self.bar.update(step - self.bar.n)
@@ -116,7 +116,7 @@ class RunLog:
         mean = distributed.total(torch.stack(list(terms.values())).float()) / distributed.world()
         values = dict(zip(terms, mean.tolist(), strict=True))
         if values["total"] != values["total"] or abs(values["total"]) == float("inf"):
-            raise FloatingPointError(
+            raise SystemExit(
                 f"step {step}: the loss is not finite: {values}. The last checkpoint in "
                 f"{self.folder} "
                 "is from before it; try --precision fp32, a lower --lr or --similarity cosine")

@@ -38,7 +38,7 @@ if _unavailable:
 
 
 def build_info() -> dict:
-    """How the extension was built (compiler, C++ standard, torch, cuda), or {"error": why it is not}."""
+    """How the extension was built (compiler, torch, cuda), or {"error": why it is not there}."""
     return {"error": _unavailable} if _unavailable else json.loads(torch.ops.mcn.build_info())
 
 

@@ -164,8 +164,8 @@ class Store:
         begin, stop = (int(first.min()), int(last.max())) if len(first) else (0, 0)
         if stop - begin <= 4 * int((last - first).sum()) + 64:
             slab = data[lo + begin:lo + stop]
-            return [slab[f - begin:l - begin] for f, l in zip(first, last, strict=True)]
-        return [data[lo + f:lo + l] for f, l in zip(first, last, strict=True)]
+            return [slab[a - begin:b - begin] for a, b in zip(first, last, strict=True)]
+        return [data[lo + a:lo + b] for a, b in zip(first, last, strict=True)]
 
 
 class StoreWriter:

@@ -1,6 +1,9 @@
 """Shared fixtures: a small store made here, and the real recordings beside the checkout when they
 are there."""
 
+import contextlib
+import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -73,8 +76,29 @@ def run(*command, cwd, check=True, timeout=300, env=None):
     return done
 
 
+def call(script, *args, cwd, check=True):
+    """A script's main() in this process: what `run` does, without loading torch again."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    spec = importlib.util.spec_from_file_location(script[:-3], ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            module.main([str(a) for a in args])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        print(end.code if isinstance(end.code, str) else "", file=err)
+    finally:
+        os.chdir(before)
+    if check and code:
+        raise AssertionError(f"{script} {args}:\n{out.getvalue()}\n{err.getvalue()}")
+    return subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
+
+
 # Flags of a run that takes seconds.
 SMALL = ("--preset", "demo", "--embd_dim", 16, "--recon_dim", 8, "--audio_width", 0.0625,
          "--audio_frames", 200, "--batch_size", 4, "--n_pair", 4, "--cluster_size", 4,
-         "--queue_size", 3, "--refit_every", 2, "--epochs", 2, "--log_every", 1, "--device", "cpu",
+         "--queue_size", 2, "--refit_every", 2, "--epochs", 2, "--log_every", 1, "--device", "cpu",
          "--min_time", 1)

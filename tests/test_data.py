@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.data import (ClipReader, Loader, TrainingClips, caption_id, caption_span, collate,
-                          draw_spans, to_device)
+from mcn_ext.data import (
+    ClipReader,
+    Loader,
+    TrainingClips,
+    caption_id,
+    caption_span,
+    collate,
+    draw_spans,
+    to_device,
+)
 from mcn_ext.metrics import ranks, summarize, table
 from mcn_ext.store import Store
 from mcn_ext.words import WordVectors, tokenize, train_vectors, vectors_for

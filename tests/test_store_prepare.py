@@ -136,7 +136,8 @@ def hostile():
     yield "truncated", pickle.dumps([1.0] * 99)[:50]
 
 
-@pytest.mark.parametrize("name,data", hostile(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("name,data", list(hostile()),
+                         ids=lambda v: v if isinstance(v, str) else "")
 def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, monkeypatch, name, data):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pkl").write_bytes(data)
