@@ -1,7 +1,7 @@
 """Zero-shot retrieval with a trained run: table, metrics.json and similarity.png in the run folder.
 
-    python evaluate.py --youcook2                                     # the newest run, on
-    data/youcook2.h5 python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
+    python evaluate.py --youcook2                 # the newest run, on data/youcook2.h5
+    python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
 
 A run on the demo data is evaluated on the demo data's evaluation clips.
 """
@@ -17,8 +17,7 @@ DIRECTIONS = ("text->video+audio", "text->video", "text->audio", "audio->video")
 
 
 def embed(model, reader, table, device, batch_size):
-    """All clips of an evaluation store -> ({modality: (n, D) fp32}, {modality: (n,) bool}), on the
-    CPU."""
+    """An evaluation store -> ({modality: (n, D) fp32}, {modality: (n,) bool}), on the CPU."""
     import torch
     from tqdm import tqdm
 
@@ -33,13 +32,12 @@ def embed(model, reader, table, device, batch_size):
             for name in model.modalities:
                 embeddings[name].append(model.encode(name, batch)[1].float().cpu())
                 valid[name].append(batch["valid"][name].cpu())
-    return {m: torch.cat(e)
-            for m, e in embeddings.items()}, {m: torch.cat(v) for m, v in valid.items()}
+    return ({m: torch.cat(e) for m, e in embeddings.items()},
+            {m: torch.cat(v) for m, v in valid.items()})
 
 
 def rank_direction(embeddings, valid, direction, similarity):
-    """(similarity (n, n), ranks (n,)): summed over the candidate's modalities; what is missing is a
-    miss, not left out."""
+    """(similarity (n, n), ranks (n,)) by the candidate modalities' sum; missing is a miss."""
     import torch
 
     from mcn_ext.metrics import ranks
@@ -61,14 +59,12 @@ def rank_direction(embeddings, valid, direction, similarity):
 
 
 def main(argv=None):
-    # --------------------------------------------------------------- flags (torch is not loaded
-    # yet)
+    # --------------------------------------------------------- flags (torch is not loaded yet)
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--youcook2", nargs="?", const="", metavar="STORE", help=
-        f"retrieval over the clips of STORE (default {flags.YOUCOOK2}, or the demo's for a demo "
-        f"run)"
-    )
+        "--youcook2", nargs="?", const="", metavar="STORE",
+        help=f"retrieval over the clips of STORE (default {flags.YOUCOOK2}, or the demo's for a "
+        "demo run)")
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="run folder (default: the newest, stage 2 before stage 1)")
     parser.add_argument(
@@ -96,8 +92,8 @@ def main(argv=None):
     from mcn_ext.words import WordVectors, vectors_for
 
     # ------------------------------------------------------------------------------- run, data
-    args.run = args.run or (args.checkpoint.parent if args.checkpoint else checkpoint.find_run(
-        Path("runs")))
+    args.run = args.run or (args.checkpoint.parent if args.checkpoint
+                            else checkpoint.find_run(Path("runs")))
     if args.run is None:
         raise SystemExit(
             "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
@@ -117,8 +113,7 @@ def main(argv=None):
     if store.n_captions != len(store):
         raise SystemExit(
             f"--youcook2 {data}: {store.n_captions} captions for {len(store)} clips; an evaluation "
-            f"store has "
-            "one each (is it a training store?)")
+            "store has one each (is it a training store?)")
     if "A" in sizes["modalities"] and "mel" not in store.dims:
         raise SystemExit(f"--youcook2 {data}: no stream 'mel' for the run's audio in it")
 
@@ -129,15 +124,13 @@ def main(argv=None):
     words = None
     if "T" in sizes["modalities"]:
         words = WordVectors.load(args.run / training.WORDS)
-        if (trained.get("word2vec")
-                and Path(trained["word2vec"]).exists()):  # also words that training never met
+        if trained.get("word2vec") and Path(trained["word2vec"]).exists():  # also unseen words
             words = vectors_for(store, Path(trained["word2vec"]),
                                 data.with_name(data.name + ".words.npz"))
-    reader = ClipReader(store,
-                        video_streams=tuple(sizes["video_dims"]) if "V" in sizes["modalities"] else
-                        (), audio="A" in sizes["modalities"], words=words,
-                        max_words=trained["max_words"],
-                        audio_frames=5120)  # as published: up to 51 s of a clip
+    reader = ClipReader(
+        store, video_streams=tuple(sizes["video_dims"]) if "V" in sizes["modalities"] else (),
+        audio="A" in sizes["modalities"], words=words, max_words=trained["max_words"],
+        audio_frames=5120)  # as published: up to 51 s of a clip
     word_table = torch.from_numpy(words.vectors).to(device) if words is not None else None
 
     # --------------------------------------------------------------------- embed, rank, report

@@ -1,13 +1,10 @@
-"""Stage 1: align one pair of modalities from scratch (or all three, --pair AVT: the one-stage
-baseline).
+"""Stage 1: align one pair of modalities from scratch (AVT: all three, the one-stage baseline).
 
-    python train_stage1.py --pair AV                                  # one process: a GPU if there
-    is one, else CPU torchrun --nproc_per_node 4 train_stage1.py --pair AV             # four GPUs
-    (four CPU processes without) python train_stage1.py --pair VT --data data/howto100m.h5
-    --word2vec data/word2vec.bin
+    python train_stage1.py --pair AV                        # a GPU if there is one, else the CPU
+    torchrun --nproc_per_node 4 train_stage1.py --pair AV   # four GPUs (or four CPU processes)
+    python train_stage1.py --pair VT --data my.h5 --word2vec GoogleNews-vectors-negative300.bin
 
-Without data/howto100m.h5 it trains on the demo data. The same command again resumes a run that was
-interrupted.
+Without data/howto100m.h5 it trains on the demo data. The same command again resumes.
 """
 
 import argparse
@@ -17,8 +14,7 @@ from mcn_ext import flags
 
 
 def main(argv=None):
-    # --------------------------------------------------------------- flags (torch is not loaded
-    # yet)
+    # ------------------------------------------------------- flags (torch is not loaded yet)
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", type=flags.pair, required=True, metavar="|".join(flags.PAIRS),
                         help="modalities to align: A audio, V video, T text")
@@ -37,7 +33,9 @@ def main(argv=None):
     folder = args.out or Path("runs") / f"stage1-{args.pair}{'-demo' if args.demo else ''}"
     store = training.open_store(args, args.pair)
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
-    words = training.open_words(args, store, None, folder) if "T" in args.pair else None
+    words = None
+    if "T" in args.pair:
+        words = training.open_words(args, store, None, folder, bool(resumed))
 
     # ------------------------------------------------------------------------ model, objective
     torch.manual_seed(args.seed)
@@ -48,8 +46,8 @@ def main(argv=None):
     objective = training.objective_of(args, args.pair, trained=args.pair)
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     missing = [m for m in "AVT" if m not in args.pair]
-    hint = (f"Next: python train_stage2.py --add {missing[0]}"
-            if missing else "Next: python evaluate.py --youcook2")
+    next_script = f"train_stage2.py --add {missing[0]}" if missing else "evaluate.py --youcook2"
+    hint = f"Next: python {next_script}"
     if run.done:
         say(f"{folder} is done ({run.step} steps); --no-resume trains anew. {hint}")
         return distributed.finish()

@@ -1,8 +1,7 @@
-"""Stage 2: add the third modality to a stage-1 run, whose encoders stay as they are (or are
-finetuned).
+"""Stage 2: add the third modality to a stage-1 run, its encoders kept as they are or finetuned.
 
-    python train_stage2.py --add T                                    # onto the newest stage-1 run
-    without text torchrun --nproc_per_node 4 train_stage2.py --add T --init runs/stage1-AV
+    python train_stage2.py --add T                          # onto the newest stage-1 run without T
+    torchrun --nproc_per_node 4 train_stage2.py --add T --init runs/stage1-AV
     python train_stage2.py --add A --stage1_encoders finetune
 
 Data, sizes and objective are the stage-1 run's unless given. The same command again resumes.
@@ -15,17 +14,15 @@ from mcn_ext import flags
 
 
 def main(argv=None):
-    # --------------------------------------------------------------- flags (torch is not loaded
-    # yet)
+    # ------------------------------------------------------- flags (torch is not loaded yet)
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=str.upper, choices=("A", "V", "T"), required=True,
                         help="the modality to add: A audio, V video, T text")
-    parser.add_argument(
-        "--init", type=Path, metavar="RUN",
-        help="stage-1 run folder to start from (default: the newest that lacks the modality)")
-    parser.add_argument(
-        "--stage1_encoders", choices=("frozen", "finetune"), default="frozen",
-        help="frozen: only the new encoder learns (default); finetune: all three pairs train")
+    parser.add_argument("--init", type=Path, metavar="RUN", help="stage-1 run folder to start from "
+                        "(default: the newest that lacks the modality)")
+    parser.add_argument("--stage1_encoders", choices=("frozen", "finetune"), default="frozen",
+                        help="frozen: only the new encoder learns (default); finetune: all three "
+                        "pairs train")
     flags.add_training_flags(parser, stage=2)
     args = parser.parse_args(argv)
 
@@ -40,21 +37,20 @@ def main(argv=None):
     args.n_ranks = distributed.world()
     args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
     if args.init is None:
-        raise SystemExit(
-            f"no stage-1 run without {args.add} in runs/; train one (python train_stage1.py --pair "
-            f"{''.join(m for m in 'AVT' if m != args.add)}) or name one with --init")
+        pair = {"A": "VT", "V": "AT", "T": "AV"}[args.add]
+        raise SystemExit(f"no stage-1 run without {args.add} in runs/; train one (python "
+                         f"train_stage1.py --pair {pair}) or name one with --init")
     start = checkpoint.load(args.init / checkpoint.LATEST)
     first = start["sizes"]["modalities"]
     if args.add in first or len(first) != 2:
-        raise SystemExit(f"--add {args.add}: {args.init} was trained on {first}" + (
-            ", it has that modality already" if args.add in first else ""
-        ) + f"; --add {' or '.join(m for m in 'AVT' if m not in first) or 'nothing'} fits, or "
-            f"another --init"
-                         )
+        fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
+        raise SystemExit(f"--add {args.add}: {args.init} was trained on {first}"
+                         + (", it has that modality already" if args.add in first else "")
+                         + f"; use {fits + ' or ' if fits else ''}another --init")
     args = flags.complete(args, inherited=start["args"])
     args.init_run_id = start["run_id"]  # a retrained stage 1 is another start: not resumed from
-    say(f"starting from {args.init} ({first}, step {start['step']}"
-        + ("" if start["complete"] else "; NOT complete") + ")")
+    state = "complete" if start["complete"] else "NOT complete"
+    say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
 
     # ------------------------------------------------------------------------------- run, data
     modalities = first + args.add
@@ -63,20 +59,19 @@ def main(argv=None):
     store = training.open_store(args, modalities)
     training.check_widths(store, start["sizes"], "--data")
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
-    words = training.open_words(args, store, args.init, folder)
+    words = training.open_words(args, store, args.init, folder, bool(resumed))
 
     # ------------------------------------------------------------------------ model, objective
     torch.manual_seed(args.seed)
-    sizes = start["sizes"] | {
-        "modalities": modalities, "recon_dim": args.recon_dim if args.recon_weight else 0
-    }
+    recon_dim = args.recon_dim if args.recon_weight else 0
+    sizes = start["sizes"] | {"modalities": modalities, "recon_dim": recon_dim}
     if "V" not in first:
         sizes["video_dims"] = training.video_dims(store)
     if "T" not in first:
         sizes["word_dim"] = words.dim
     model = MCN(**sizes).to(device)
-    expected = {key for key in model.state_dict() if key in start["model"]}
-    model.load_state_dict({key: start["model"][key] for key in expected}, strict=False)
+    known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads may come or go
+    model.load_state_dict({key: start["model"][key] for key in known}, strict=False)
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[m] for m in first)

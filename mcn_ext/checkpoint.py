@@ -1,5 +1,4 @@
-"""Checkpoints: plain dictionaries of tensors, numbers and strings, written whole or not at all; run
-folders by name."""
+"""Checkpoints, plain dictionaries written whole or not at all, and run folders by name."""
 
 from __future__ import annotations
 
@@ -17,10 +16,8 @@ from mcn_ext import distributed
 LATEST = "checkpoint.pt"
 FORMAT = 1
 # Flags that change neither the model nor what it is shown: they may differ when a run is resumed.
-FREE_FLAGS = {
-    "workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume", "out",
-    "n_ranks"
-}
+FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
+              "out", "n_ranks"}
 
 
 def _write(path: Path, content: dict) -> None:
@@ -40,8 +37,7 @@ def _write(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """A checkpoint on the CPU. SystemExit that names the file when it is missing, damaged or
-    another program's."""
+    """A checkpoint on the CPU; SystemExit names a file that is missing, damaged or not ours."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -49,8 +45,7 @@ def load(path: Path) -> dict:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise SystemExit(
             f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); the epochs before "
-            f"it are in "
-            f"{path.parent}/epoch-*.pt") from error
+            f"it are in {path.parent}/epoch-*.pt") from error
     if not isinstance(content, dict) or content.get("mcn_checkpoint") != FORMAT:
         raise SystemExit(f"{path}: not a checkpoint of this program (format {FORMAT})")
     return content
@@ -58,14 +53,11 @@ def load(path: Path) -> dict:
 
 def save(folder: Path, *, args: dict, sizes: dict, step: int, epoch_done: int | None,
          complete: bool, run_id: str, model: dict, training: dict) -> None:
-    """Write ``checkpoint.pt`` and, at the end of an epoch, the weights alone as ``epoch-NN.pt``;
-    rank 0 only."""
+    """Write ``checkpoint.pt`` and, after an epoch, its weights as ``epoch-NN.pt``; rank 0 only."""
     if distributed.rank() != 0:
         return
-    content = {
-        "mcn_checkpoint": FORMAT, "args": args, "sizes": sizes, "step": step, "complete": complete,
-        "run_id": run_id, "model": model
-    }
+    content = {"mcn_checkpoint": FORMAT, "args": args, "sizes": sizes, "step": step,
+               "complete": complete, "run_id": run_id, "model": model}
     _write(folder / LATEST, content | {"training": training})
     if epoch_done is not None:
         _write(folder / f"epoch-{epoch_done:02d}.pt", content)
@@ -76,11 +68,9 @@ def new_run_id() -> str:
 
 
 def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
-    """The checkpoint to go on from, or None for a new run. Nothing already computed is lost or
-    mixed up:
+    """The checkpoint to go on from, or None for a new run; nothing computed is lost or mixed up.
 
-    --no-resume moves an existing folder aside; a folder whose run had other flags is an error that
-    names them.
+    --no-resume moves an existing folder aside; flags unlike its run's are an error naming them.
     """
     if not resume and folder.exists() and distributed.rank() == 0:
         number = 1
@@ -92,23 +82,19 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
         return None
     content = load(folder / LATEST)
     old = content["args"]
-    changed = [
-        f"--{name} {old[name]} (now {args[name]})"
-        for name in sorted(args.keys() & old.keys() - FREE_FLAGS) if old[name] != args[name]
-    ]
+    changed = [f"--{name} {old[name]} (now {args[name]})" for name in
+               sorted(args.keys() & old.keys() - FREE_FLAGS) if old[name] != args[name]]
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "
-            f"flags; to "
-            "train anew, --no-resume (keeps the old folder) or another --out")
+            "flags; to train anew, --no-resume (keeps the old folder) or another --out")
     return content
 
 
 def find_run(runs: Path, stage: int | None = None, lacks: str = "",
              demo: bool | None = None) -> Path | None:
-    """The newest run folder with a checkpoint: of one stage (None: stage 2 before stage 1) that
-    lacks a modality."""
-    for wanted in (2, 1) if stage is None else (stage, ):
+    """The newest run with a checkpoint, of one stage (None: 2, then 1), that lacks a modality."""
+    for wanted in (2, 1) if stage is None else (stage,):
         found = []
         for file in runs.glob(f"stage{wanted}-*/{LATEST}"):
             match = re.fullmatch(r"stage\d-([AVT]+)(?:_([AVT]))?(-demo)?", file.parent.name)

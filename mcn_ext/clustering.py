@@ -14,19 +14,17 @@ from mcn_ext.reference import unit_rows
 
 
 def _plus_plus(x: Tensor, k: int, generator) -> Tensor:
-    """k-means++ seeding (Arthur & Vassilvitskii 2007) on the sphere, where |a - b|^2 = 2 - 2
-    cos."""
+    """k-means++ seeding (Arthur & Vassilvitskii 2007) on the sphere: |a - b|^2 = 2 - 2 cos."""
     n = len(x)
-    chosen = [int(torch.randint(n, (1, ), generator=generator))]
-    nearest = torch.full((n, ), float("inf"), device=x.device)
+    chosen = [int(torch.randint(n, (1,), generator=generator))]
+    nearest = torch.full((n,), float("inf"), device=x.device)
     draws = torch.rand(k - 1, generator=generator).tolist()
     for u in draws:
         nearest = torch.minimum(nearest, (1.0 - x @ x[chosen[-1]]).clamp_min(0.0))
         cumulative = nearest.double().cumsum(0)
-        # All rows already chosen (fewer distinct rows than k): cumulative is 0 everywhere and row 0
-        # is repeated.
-        chosen.append(
-            min(int(torch.searchsorted(cumulative, u * cumulative[-1:], right=True)), n - 1))
+        # With all chosen (fewer distinct rows than k), cumulative is 0 and row 0 is repeated.
+        chosen.append(min(int(torch.searchsorted(cumulative, u * cumulative[-1:], right=True)),
+                          n - 1))
     return x[chosen]
 
 
@@ -43,8 +41,8 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
 
     Args:
         x: (N, D), any float dtype. Rows that are zero or not finite take no part; their label is 0.
-        k: number of centroids. init: (k, D) to start from (default: k-means++ drawn from
-            ``generator``, on CPU).
+        k: number of centroids.
+        init: (k, D) to start from (default: k-means++ drawn from ``generator``, on CPU).
 
     Returns (centroids (k, D) fp32 unit rows, labels (N,) int64 of the nearest centroid). An empty
     cluster is reseeded from the row farthest from its centroid; with fewer distinct rows than k,
@@ -90,6 +88,7 @@ class OnlineClusters:
     the last centroids (warm start, across epochs too). Between refits a batch is labelled by its
     nearest centroid.
     """
+
     def __init__(self, k: int, queue_size: int, refit_every: int, seed: int = 0):
         self.k, self.queue_size, self.refit_every, self.seed = k, queue_size, refit_every, seed
         self.queue: list[Tensor] = []
@@ -98,8 +97,7 @@ class OnlineClusters:
         self.statistics: dict[str, float] = {}
 
     def push(self, joint: Tensor) -> None:
-        """Add one step's features (B, D) of the global batch; refit when due. A zero row takes no
-        part."""
+        """Add a step's features (B, D) of the global batch, zero rows left out; refit when due."""
         self.queue = [*self.queue, joint.detach().float()][-self.queue_size:]
         self.steps += 1
         if len(self.queue) == self.queue_size and self.steps % self.refit_every == 0:
@@ -114,10 +112,8 @@ class OnlineClusters:
         self.centroids, labels = spherical_kmeans(usable, self.k, init=self.centroids,
                                                   generator=generator)
         counts = torch.bincount(labels, minlength=self.k)
-        self.statistics = {
-            "live_clusters": int((counts > 0).sum()),
-            "largest_share": float(counts.max() / len(usable))
-        }
+        self.statistics = {"live_clusters": int((counts > 0).sum()),
+                           "largest_share": float(counts.max() / len(usable))}
 
     def label(self, joint: Tensor) -> Tensor:
         """(B, D) -> (B,) int64, the nearest centroid of each row."""
@@ -125,10 +121,8 @@ class OnlineClusters:
             return (unit_rows(joint.float()) @ self.centroids.t()).argmax(dim=1)
 
     def state_dict(self) -> dict:
-        return {
-            "queue": [q.cpu() for q in self.queue], "steps": self.steps,
-            "centroids": None if self.centroids is None else self.centroids.cpu()
-        }
+        return {"queue": [q.cpu() for q in self.queue], "steps": self.steps,
+                "centroids": None if self.centroids is None else self.centroids.cpu()}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.queue = [q.to(device) for q in state["queue"]][-self.queue_size:]

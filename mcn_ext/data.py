@@ -24,8 +24,7 @@ SILENCE_DB = 0.1
 
 def caption_span(start: np.ndarray, end: np.ndarray, index: int,
                  min_time: float) -> tuple[int, int]:
-    """First and last caption of the clip around caption ``index``: grown by its nearer neighbour to
-    ``min_time`` s."""
+    """(first, last) caption of the clip around caption ``index``: grown by its nearer neighbour."""
     first = last = index
     while end[last] - start[first] < min_time and (first > 0 or last < len(start) - 1):
         earlier = end[last] - start[first - 1] if first > 0 else np.inf
@@ -39,8 +38,7 @@ def caption_span(start: np.ndarray, end: np.ndarray, index: int,
 
 def draw_spans(start: np.ndarray, end: np.ndarray, n: int, min_time: float,
                rng: np.random.Generator) -> list[tuple[int, int]]:
-    """n clips of a video as (first, last) captions: all different while the video has enough, then
-    repeated."""
+    """n clips of a video as (first, last) captions: all different while there are enough."""
     spans: dict[tuple[int, int], None] = {}
     for index in rng.permutation(len(start)):
         spans[caption_span(start, end, index, min_time)] = None
@@ -51,34 +49,31 @@ def draw_spans(start: np.ndarray, end: np.ndarray, n: int, min_time: float,
 
 
 def caption_id(rows: np.ndarray) -> int:
-    """Equal for captions with the same known words: the text encoder, a maximum over words, cannot
-    tell them apart."""
+    """Equal for equal sets of words, which the text encoder, a maximum over words, confuses."""
     digest = hashlib.blake2b(np.unique(rows).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
-    """Another voice, room and pace for a clip's spectrogram (frames, 40) dB; strength 1 is a
-    moderate change.
+    """Another voice, room and pace for a clip's spectrogram (frames, 40) in dB; 1 is moderate.
 
     Pitch and vocal tract: mel bands shifted by up to 3. Pace: time stretched by up to 20 %. Room
-        and microphone: a
-    smooth equaliser of 4 dB. Then one band of mels and one stretch of time are flattened
-    (SpecAugment, Park et al. 2019).
+    and microphone: a smooth equaliser of 4 dB. Then one band of mels and one stretch of time are
+    flattened (SpecAugment, Park et al. 2019).
     """
     frames, n_mels = mel.shape
     pace = np.exp(rng.uniform(-0.2, 0.2) * strength)
     rows = np.minimum(np.arange(max(1, round(frames * pace))) / pace, frames - 1).astype(int)
-    bands = (np.clip(np.arange(n_mels) + rng.uniform(-3, 3) * strength, 0,
-                     n_mels - 1).round().astype(int))
+    bands = np.arange(n_mels) + rng.uniform(-3, 3) * strength
+    bands = np.clip(bands, 0, n_mels - 1).round().astype(int)
     mel = mel[rows][:, bands]
-    mel += np.interp(np.arange(n_mels), np.linspace(0, n_mels - 1, 5),
-                     rng.normal(0, 4 * strength, 5)).astype(np.float32)
+    equalizer = rng.normal(0, 4 * strength, 5)
+    mel += np.interp(np.arange(n_mels), np.linspace(0, n_mels - 1, 5), equalizer).astype(np.float32)
     for axis, longest in ((1, 0.2), (0, 0.15)):
         size = mel.shape[axis]
         width = int(rng.uniform(0, longest * strength) * size)
         begin = int(rng.integers(0, size - width + 1))
-        mel[(slice(None), ) * axis + (slice(begin, begin + width), )] = mel.mean()
+        mel[(slice(None),) * axis + (slice(begin, begin + width),)] = mel.mean()
     return mel
 
 
@@ -86,10 +81,11 @@ class ClipReader:
     """Clips of a store as arrays, in the sizes the model was built for.
 
     Args:
-        video_streams: names to read; audio: read ``mel``; words: vectors to look captions up in, or
-            None.
+        video_streams: names to read. audio: read ``mel``. words: vectors to look captions up in.
         audio_frames: at most so many frames of a clip (10 ms each) are used.
+        audio_augment: strength of :func:`perturb_voice` when clips are read for training.
     """
+
     def __init__(self, store: Store, *, video_streams: tuple[str, ...] = (), audio: bool = False,
                  words: WordVectors | None = None, audio_frames: int = 1000, max_words: int = 20,
                  audio_augment: float = 0.0):
@@ -99,20 +95,16 @@ class ClipReader:
 
     def read(self, video: int, spans: list[tuple[int, int]],
              rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-        """The clips that reach from caption ``first`` to ``last`` of a video; ``rng`` for
-        --audio_augment, else none.
+        """The clips that reach from caption ``first`` to ``last``; ``rng`` to perturb the sound.
 
-        Features that are not finite, silent sound and captions without a known word are not valid,
-        never zeros.
+        Features that are not finite, silent sound and captions without a known word are not valid.
         """
         number, start, end, texts = self.store.captions(video)
         begin = np.array([start[first] for first, _ in spans])
         stop = np.array([end[last] for _, last in spans])
         n = len(spans)
-        out = {
-            "clip_id": np.array([((number + first) << 20) + last - first for first, last in spans],
-                                np.int64)
-        }
+        ids = [((number + first) << 20) + last - first for first, last in spans]
+        out = {"clip_id": np.array(ids, np.int64)}
         if self.video_streams:
             valid = np.ones(n, bool)
             for name in self.video_streams:
@@ -126,20 +118,13 @@ class ClipReader:
                 out[f"video.{name}"] = features
             out["valid.video"] = valid
         if self.audio:
-            clips = [
-                rows.astype(np.float32) for rows in self.store.clips(video, "mel", begin, stop)
-            ]
-            silent = [
-                not len(rows) or not np.isfinite(rows).all() or np.ptp(rows) <= SILENCE_DB
-                for rows in clips
-            ]
+            clips = [c.astype(np.float32) for c in self.store.clips(video, "mel", begin, stop)]
+            silent = [not len(c) or not np.isfinite(c).all() or np.ptp(c) <= SILENCE_DB
+                      for c in clips]
             if rng is not None:
-                clips = [
-                    rows if quiet else perturb_voice(rows, rng, self.audio_augment)
-                    for rows, quiet in zip(clips, silent, strict=True)
-                ]
-            out["n_frames"] = np.array([min(len(rows), self.audio_frames) for rows in clips],
-                                       np.int64)
+                clips = [c if quiet else perturb_voice(c, rng, self.audio_augment)
+                         for c, quiet in zip(clips, silent, strict=True)]
+            out["n_frames"] = np.array([min(len(c), self.audio_frames) for c in clips], np.int64)
             out["audio"] = np.zeros((n, N_MELS, max(16, out["n_frames"].max())), np.float32)
             out["n_frames"][silent] = 0
             out["valid.audio"] = ~np.array(silent)
@@ -157,8 +142,7 @@ class ClipReader:
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Clips of several videos as one flat batch of tensors; audio padded to the longest, in steps
-    of 16 frames."""
+    """Clips of several videos as one flat batch; audio padded to the longest, by 16 frames."""
     batch = {}
     for key in items[0]:
         arrays = [item[key] for item in items]
@@ -170,8 +154,7 @@ def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | None) -> dict:
-    """A flat batch -> what :class:`~mcn_ext.model.MCN` takes, on ``device``; ``table`` (V, dim) are
-    word vectors."""
+    """A flat batch -> what :class:`~mcn_ext.model.MCN` takes; ``table`` (V, dim): word vectors."""
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     out: dict = {"valid": {}, "video": {}}
     for key, value in moved.items():
@@ -188,8 +171,8 @@ def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | No
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """Item (epoch, video) -> ``n_pair`` clips of that video; videos without captions are left out
-    and counted."""
+    """Item (epoch, video) -> ``n_pair`` clips of it; videos without captions are left out."""
+
     def __init__(self, reader: ClipReader, *, n_pair: int, min_time: float, seed: int):
         self.reader, self.n_pair, self.min_time, self.seed = reader, n_pair, min_time, seed
         store = reader.store
@@ -209,11 +192,12 @@ class TrainingClips(torch.utils.data.Dataset):
 
 
 class ShardedBatches(torch.utils.data.Sampler):
-    """This rank's part of every global batch: lists of (epoch, video), the epoch's last, smaller
-    batch left out.
+    """This rank's part of every global batch, as lists of (epoch, video).
 
     Rank r owns the r-th contiguous part, so that ranks' rows in order are the single-process batch.
+    The epoch's last, smaller batch is left out.
     """
+
     def __init__(self, n_videos: int, batch_size: int, seed: int):
         self.n_videos, self.batch_size, self.seed = n_videos, batch_size, seed
         self.epoch = self.start = 0
@@ -232,6 +216,7 @@ class ShardedBatches(torch.utils.data.Sampler):
 
 class Loader:
     """Batches of an epoch from any step on, read ahead by ``workers`` processes."""
+
     def __init__(self, clips: TrainingClips, batch_size: int, workers: int, device: torch.device):
         self.batches = ShardedBatches(len(clips), batch_size, clips.seed)
         self.steps_per_epoch = self.batches.n_batches
@@ -250,10 +235,8 @@ def _one_thread(_worker: int) -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """GPU: one loader process per core and rank, at most 8. CPU: the cores are training; read in
-    between."""
+    """GPU: this rank's share of the cores, at most 8. CPU: 0, the cores are training."""
     if device.type == "cpu":
         return 0
-    return min(
-        8, max(1,
-               len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, max(1, len(os.sched_getaffinity(0)) // ranks))

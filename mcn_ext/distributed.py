@@ -27,20 +27,17 @@ def default_group():
 
 
 def init(device: str) -> torch.device:
-    """Join the process group that torchrun (RANK ...) or srun (SLURM_PROCID ...) started; return
-    this rank's device.
+    """Join the process group torchrun or srun (SLURM_PROCID) started; returns this rank's device.
 
-    ``device`` is auto, cpu, cuda or cuda:N; auto takes a GPU when there is one. nccl on GPUs, gloo
-    on CPU.
+    ``device`` is auto (a GPU when there is one), cpu, cuda or cuda:N. nccl on GPUs, gloo on CPU.
     """
     env = os.environ
     if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
             raise SystemExit(
-                f"srun with {env['SLURM_NTASKS']} tasks needs {' and '.join(missing)}: see README, "
-                f"SLURM"
-            )
+                f"srun with {env['SLURM_NTASKS']} tasks needs {' and '.join(missing)}: "
+                "see README, SLURM")
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"],
                    LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
     local = int(env.get("LOCAL_RANK", 0))
@@ -70,8 +67,7 @@ def barrier() -> None:
 
 
 def first_rank_first(function):
-    """Call ``function`` on rank 0, then, once it is done there, on the others (which find what it
-    wrote)."""
+    """Call ``function`` on rank 0 and then, done there, on the others, which find what it wrote."""
     if rank() == 0:
         result = function()
     barrier()
@@ -101,12 +97,12 @@ class _Gather(torch.autograd.Function):
     """Rows of all ranks, concatenated in rank order; ranks may hold different numbers of rows.
 
     Every rank computes the same global loss from the same rows, so each already holds the full
-    gradient of every
-    row: its own slice times the number of ranks is what, averaged over ranks by DDP, is the
-        single-process
-    gradient. (A gather that lets no gradient through, or does not multiply, shrinks gradients by
+    gradient of every row: its own slice times the number of ranks is what, averaged over ranks by
+    DDP, is the single-process gradient. (A gather that lets no gradient through, or does not
+    multiply, shrinks gradients by 1/world.)
     1/world.)
     """
+
     @staticmethod
     def forward(ctx, x: Tensor, group) -> Tensor:
         n_ranks, me = dist.get_world_size(group), dist.get_rank(group)
@@ -129,8 +125,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor | None, group) -> Tensor | None:
-    """All ranks' rows of x (n_r, ...) -> (sum n_r, ...), differentiable; x itself when there is no
-    group."""
+    """All ranks' rows of x (n_r, ...) -> (sum n_r, ...), differentiable; x itself for no group."""
     if x is None or group is None:
         return x
     if x.dtype == torch.bool:

@@ -1,7 +1,6 @@
 """The building blocks: ResDAVEnet, gated embedding unit, sentence max-pool, reconstruction head.
 
-Parameter names and shapes are those of the published weights (Chen et al., ICCV 2021; Harwath et
-al., ICLR 2020).
+Parameter names and shapes are as published (Chen et al., ICCV 2021; Harwath et al., ICLR 2020).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 class GatedUnit(nn.Module):
     """y = fc(x); y * sigmoid(cg.fc(y)): (B, dim_in) -> (B, dim_out)."""
+
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
         self.fc = nn.Linear(dim_in, dim_out)
@@ -24,27 +24,26 @@ class GatedUnit(nn.Module):
 
 
 class SentenceMaxPool(nn.Module):
-    """Word vectors (B, words, word_dim), mask (B, words) True on words -> max over words of
-    ReLU(fc(w)): (B, dim)."""
+    """Words (B, words, word_dim), mask (B, words) True on words -> max of ReLU(fc(w)): (B, dim)."""
+
     def __init__(self, word_dim: int, dim: int):
         super().__init__()
         self.fc = nn.Linear(word_dim, dim)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        # After ReLU nothing is below 0, so padding at 0 never wins; without the mask it would bring
-        # ReLU(bias).
+        # After ReLU nothing is below 0, so padding at 0 never wins; unmasked it is ReLU(bias).
         return (F.relu(self.fc(words)) * mask[..., None]).amax(dim=1)
 
 
 def reconstruction_head(embd_dim: int, hidden: int, dim_out: int) -> nn.Sequential:
-    """Embedding (B, embd_dim) -> the modality's features before projection (B, dim_out), which are
-    never negative."""
+    """Embedding (B, embd_dim) -> the features before projection (B, dim_out), never negative."""
     return nn.Sequential(nn.Linear(embd_dim, hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, dim_out), nn.ReLU(inplace=True))
 
 
 class _Frames:
     """Which of a padded batch's B * T frames are real, at one of the network's frame rates."""
+
     def __init__(self, n_frames: Tensor, length: int):
         self.n_frames, self.length = n_frames, length
         mask = torch.arange(length, device=n_frames.device) < n_frames[:, None]
@@ -66,8 +65,8 @@ class _Frames:
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm over packed frames (n, C): padding is in no statistic. Fewer than 2 frames (all
-    silent): as in eval."""
+    """Batch norm over packed frames (n, C), without padding; fewer than 2 (silence): as in eval."""
+
     def forward(self, rows: Tensor) -> Tensor:
         if self.training and len(rows) < 2:
             return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias,
@@ -77,6 +76,7 @@ class _BatchNorm(nn.BatchNorm1d):
 
 class _Block(nn.Module):
     """Residual block of two width-9 convolutions in time; the first may halve the rate."""
+
     def __init__(self, dim_in: int, dim_out: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(dim_in, dim_out, (1, 9), stride=(1, stride), padding=(0, 4),
@@ -88,9 +88,7 @@ class _Block(nn.Module):
         self.downsample = None
         if stride != 1 or dim_in != dim_out:
             self.downsample = nn.ModuleList([
-                nn.Conv2d(dim_in, dim_out, 1, stride=(1, stride), bias=False),
-                _BatchNorm(dim_out)
-            ])
+                nn.Conv2d(dim_in, dim_out, 1, stride=(1, stride), bias=False), _BatchNorm(dim_out)])
 
     def forward(self, x: Tensor, frames: _Frames) -> tuple[Tensor, _Frames]:
         """x (B, C, 1, T), zero on padding -> the same at the block's rate."""
@@ -105,14 +103,13 @@ class _Block(nn.Module):
 
 
 class ResDAVEnet(nn.Module):
-    """Log-mel spectrogram (B, 40, T) with n_frames (B,) real frames each -> mean over time, (B,
-    1024 * width).
+    """Log-mel (B, 40, T) with n_frames (B,) real frames each -> mean over time, (B, 1024 * width).
 
     Padding is zero before every convolution, as if each clip had been convolved alone, and left out
-    of every
-    batch statistic and of the mean: an embedding does not depend on how long its neighbours in the
-        batch are.
+    of every batch statistic and of the mean: an embedding does not depend on how long its
+    neighbours in the batch are.
     """
+
     def __init__(self, width: float = 1.0, n_mels: int = 40):
         super().__init__()
         widths = [max(1, round(w * width)) for w in (128, 128, 256, 512, 1024)]
@@ -120,19 +117,15 @@ class ResDAVEnet(nn.Module):
         self.conv1 = nn.Conv2d(1, widths[0], (n_mels, 1), bias=False)
         self.bn1 = _BatchNorm(widths[0])
         for i in range(1, 5):
-            self.add_module(
-                f"layer{i}",
-                nn.ModuleList(
-                    [_Block(widths[i - 1], widths[i], 2),
-                     _Block(widths[i], widths[i], 1)]))
+            self.add_module(f"layer{i}", nn.ModuleList([_Block(widths[i - 1], widths[i], 2),
+                                                        _Block(widths[i], widths[i], 1)]))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al. 2015, fan-out
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, mel: Tensor, n_frames: Tensor) -> Tensor:
         frames = _Frames(n_frames, mel.shape[-1])
-        # A (40, 1) kernel over one channel is a (1, 1) kernel over 40. On packed frames that is one
-        # matmul.
+        # A (40, 1) kernel over one channel is (1, 1) over 40: on packed frames, one matmul.
         rows = F.linear(frames.pack(mel[:, :, None]), self.conv1.weight.flatten(1))
         x = frames.unpack(F.relu(self.bn1(rows)))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -141,5 +134,5 @@ class ResDAVEnet(nn.Module):
         # As published: the mean is over whole pooled frames, T // 16, at least one.
         pooled = (torch.arange(x.shape[-1], device=x.device)
                   < (n_frames[:, None] // 16).clamp_min(1)).float()
-        return torch.einsum("bct,bt->bc",
-                            x.squeeze(2).float(), pooled) / pooled.sum(dim=1, keepdim=True)
+        return (torch.einsum("bct,bt->bc", x.squeeze(2).float(), pooled)
+                / pooled.sum(dim=1, keepdim=True))

@@ -1,5 +1,4 @@
-"""What a run says and keeps: console, progress, args.json, env.txt, log.jsonl, TensorBoard. Rank 0
-only."""
+"""What a run says and keeps, on rank 0: console, progress, args, env, log.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def environment(device: torch.device) -> str:
         f"torch: {torch.__version__}, CUDA {torch.version.cuda}", f"GPU: {gpu}",
         f"ranks: {distributed.world()}", f"python: {platform.python_version()}",
         f"host: {platform.node()} ({platform.platform()}, {os.cpu_count()} cores)",
-        f"started: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}", ""
-    ])
+        f"started: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}", ""])
 
 
 class RunLog:
@@ -58,6 +56,7 @@ class RunLog:
 
     log.jsonl has one object per logged step; a resumed run goes on after the step it resumed from.
     """
+
     def __init__(self, folder: Path, args: dict, device: torch.device, *, step: int,
                  total_steps: int):
         self.folder, self.device, self.first = folder, device, distributed.rank() == 0
@@ -73,20 +72,17 @@ class RunLog:
         with open(folder / "env.txt", "a") as file:  # one block per start
             file.write(environment(device) + "\n")
         log = folder / "log.jsonl"
-        if log.exists(
-        # drop what came after the checkpoint this run goes on from, and a line cut short by a kill
-        ):
-            write_text(log,
-                       "".join(json.dumps(row) + "\n" for row in read(log) if row["step"] <= step))
+        if log.exists():  # drop what came after the checkpoint, and a line cut short by a kill
+            write_text(log, "".join(json.dumps(row) + "\n" for row in read(log)
+                                    if row["step"] <= step))
         self.file = open(log, "a", buffering=1)
         if args.get("tensorboard"):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit(
-                    "--tensorboard needs: pip install tensorboard (or pip install -e "
-                    "'.[tensorboard]')"
-                ) from None
+                    "--tensorboard needs: pip install tensorboard "
+                    "(or pip install -e '.[tensorboard]')") from None
             self.board = SummaryWriter(str(folder))
 
     def timed(self, batches):
@@ -112,22 +108,20 @@ class RunLog:
         if step % every and step != self.bar.total:
             return
         # The mean over ranks: each holds its share of the terms that are not of the global batch.
-        # Waits for the device.
+        # This waits for the device.
         mean = distributed.total(torch.stack(list(terms.values())).float()) / distributed.world()
         values = dict(zip(terms, mean.tolist(), strict=True))
         if values["total"] != values["total"] or abs(values["total"]) == float("inf"):
             raise SystemExit(
                 f"step {step}: the loss is not finite: {values}. The last checkpoint in "
-                f"{self.folder} "
-                "is from before it; try --precision fp32, a lower --lr or --similarity cosine")
+                f"{self.folder} is from before it; try --precision fp32, a lower --lr or "
+                "--similarity cosine")
         now = time.perf_counter()
         seconds = now - self.last_time
-        row = {
-            "step": step, "epoch": epoch, "lr": lr,
-            **values, "clips_per_s": round(self.clips / seconds, 1),
-            "data_wait": round(self.waited / seconds, 4), "peak_mib": round(self._peak_mib(),
-                                                                            1), **extra
-        }
+        row = {"step": step, "epoch": epoch, "lr": lr, **values,
+               "clips_per_s": round(self.clips / seconds, 1),
+               "data_wait": round(self.waited / seconds, 4),
+               "peak_mib": round(self._peak_mib(), 1), **extra}
         self.last_time, self.waited, self.clips = now, 0.0, 0
         self.bar.set_postfix_str(
             " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False)
@@ -142,8 +136,8 @@ class RunLog:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource
 
-        return resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                / (2**10 if sys.platform != "darwin" else 2**20))
 
     def close(self) -> None:
         self.bar.close()

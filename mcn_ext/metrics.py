@@ -13,17 +13,16 @@ def ranks(similarity: Tensor, answers: Tensor | None = None) -> np.ndarray:
     """Rank of each query's answer: 1 + number strictly better + half the number that tie with it.
 
     similarity: (queries, candidates). answers: (queries,) int64 column of the right candidate
-        (default: the query's own
-    number). A model that maps everything to one point ranks every answer in the middle, not first.
-    FloatingPointError if any similarity is not finite: such rows must not vanish from the mean.
+    (default: the query's own number). A model that maps everything to one point ranks every answer
+    in the middle, not first. FloatingPointError if any similarity is not finite: such rows must not
+    vanish from the mean.
     """
     if not torch.isfinite(similarity).all():
         raise FloatingPointError(
             f"{int((~torch.isfinite(similarity)).sum())} of {similarity.numel()} similarities are "
-            f"not "
-            "finite: the embeddings are broken, there is nothing to rank")
-    answers = (torch.arange(len(similarity), device=similarity.device)
-               if answers is None else answers)
+            "not finite: the embeddings are broken, there is nothing to rank")
+    answers = (torch.arange(len(similarity), device=similarity.device) if answers is None
+               else answers)
     own = similarity.gather(1, answers[:, None])
     better = (similarity > own).sum(dim=1)
     ties = (similarity == own).sum(dim=1) - 1
@@ -31,8 +30,7 @@ def ranks(similarity: Tensor, answers: Tensor | None = None) -> np.ndarray:
 
 
 def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict:
-    """{"R@1", "R@1_ci95", ..., "MedR", "MedR_ci95"} in percent; 95 % percentile bootstrap over
-    queries."""
+    """{"R@1", "R@1_ci95", ..., "MedR_ci95"} in percent; 95 % percentile bootstrap over queries."""
     rng = np.random.default_rng(seed)
     hits = {f"R@{k}": 100.0 * (rank <= k) for k in RECALLS}
     draws = {name: np.empty(resamples) for name in [*hits, "MedR"]}
@@ -49,20 +47,15 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
 
 
 def table(rows: dict[str, dict], n: int) -> str:
-    """A Markdown table of summaries, {direction: summary}, with R@1's interval and what chance
-    would give."""
-    lines = [
-        f"| direction (n = {n}) | R@1 | 95 % interval | R@5 | R@10 | MedR |",
-        "|---|---:|---:|---:|---:|---:|"
-    ]
+    """Summaries {direction: summary} as a Markdown table, with R@1's interval and chance's row."""
+    lines = [f"| direction (n = {n}) | R@1 | 95 % interval | R@5 | R@10 | MedR |",
+             "|---|---:|---:|---:|---:|---:|"]
     for name, s in rows.items():
         low, high = s["R@1_ci95"]
         lines.append(
             f"| {name} | {s['R@1']:.1f} | {low:.1f} to {high:.1f} | {s['R@5']:.1f} | "
-            f"{s['R@10']:.1f} | {s['MedR']:g} |"
-        )
+            f"{s['R@10']:.1f} | {s['MedR']:g} |")
     lines.append(
         f"| chance | {100 / n:.1f} | | {100 * min(5 / n, 1):.1f} | {100 * min(10 / n, 1):.1f} | "
-        f"{(n + 1) / 2:g} |"
-    )
+        f"{(n + 1) / 2:g} |")
     return "\n".join(lines)

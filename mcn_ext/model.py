@@ -1,5 +1,4 @@
-"""MCN: a batch -> one embedding per modality, and how well each is reconstructed from its
-embedding."""
+"""MCN: a batch -> one embedding per modality, and how well each is reconstructed from it."""
 
 from __future__ import annotations
 
@@ -13,11 +12,9 @@ from mcn_ext.encoders import GatedUnit, ResDAVEnet, SentenceMaxPool, reconstruct
 
 MODALITIES = {"A": "audio", "V": "video", "T": "text"}
 # What belongs to a modality, by the published names.
-MODULES = {
-    "video": ("GU_video", "recon_v"),
-    "audio": ("DAVEnet", "GU_audio", "DAVEnet_projection", "recon_a"), "text":
-        ("text_pooling_caption", "GU_text_captions", "recon_t")
-}
+MODULES = {"video": ("GU_video", "recon_v"),
+           "audio": ("DAVEnet", "GU_audio", "DAVEnet_projection", "recon_a"),
+           "text": ("text_pooling_caption", "GU_text_captions", "recon_t")}
 
 
 class MCN(nn.Module):
@@ -26,10 +23,10 @@ class MCN(nn.Module):
     Args:
         modalities: letters out of "AVT".
         video_dims: stream name -> width, in the order the streams are concatenated.
-        word_dim, embd_dim, recon_dim: widths of word vectors, joint space, reconstruction heads (0:
-            no heads).
+        word_dim, embd_dim, recon_dim: widths of words, joint space, reconstruction heads (0: none).
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
     """
+
     def __init__(self, modalities: str = "AVT", *, video_dims: Mapping[str, int] | None = None,
                  word_dim: int = 300, embd_dim: int = 6144, recon_dim: int = 1024,
                  audio_width: float = 1.0):
@@ -59,8 +56,7 @@ class MCN(nn.Module):
             self.recon_t = head(embd_dim)
 
     def freeze(self, modalities) -> None:
-        """Fix these encoders: no gradients, BatchNorm in eval mode, no reconstruction. Survives
-        ``train()``."""
+        """Fix encoders, in ``train()`` too: no gradients, BatchNorm in eval, no reconstruction."""
         self.frozen = list(modalities)
         for name in self.frozen:
             for module in self._modules_of(name):
@@ -79,10 +75,8 @@ class MCN(nn.Module):
 
     def _video(self, batch) -> tuple[Tensor, Tensor]:
         # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.
-        streams = [
-            F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
-            for name in self.sizes["video_dims"]
-        ]
+        streams = [F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
+                   for name in self.sizes["video_dims"]]
         features = torch.cat(streams, dim=1)
         return features, self.GU_video(features)
 
@@ -95,17 +89,15 @@ class MCN(nn.Module):
         return features, self.GU_text_captions(features)
 
     def encode(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor]:
-        """(features before projection (B, F), embedding (B, embd_dim)) of one modality; see
-        :meth:`forward`."""
+        """(features before projection (B, F), embedding (B, embd_dim)) of one modality."""
         return getattr(self, f"_{modality}")(batch)
 
     def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embed a batch.
 
         batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
-            with ``n_frames``
-        (B,) int64; ``text`` (B, words, word_dim) with ``text_mask`` (B, words). Only the model's
-        modalities are read.
+        with ``n_frames`` (B,) int64; ``text`` (B, words, word_dim) with ``text_mask`` (B, words).
+        Only the model's modalities are read.
 
         Returns ({modality: embedding (B, embd_dim)}, {modality: reconstruction MSE (B,) fp32}); the
         second has the trained modalities only, and none when recon_dim is 0. The target is
@@ -117,6 +109,6 @@ class MCN(nn.Module):
                 features, embeddings[name] = self.encode(name, batch)
             head = getattr(self, MODULES[name][-1])
             if head is not None and name not in self.frozen:
-                errors[name] = ((head(embeddings[name]).float()
-                                 - features.detach().float()).square().mean(dim=1))
+                errors[name] = (head(embeddings[name]).float()
+                                - features.detach().float()).square().mean(dim=1)
         return embeddings, errors

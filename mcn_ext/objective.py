@@ -1,5 +1,4 @@
-"""Contrastive + clustering + reconstruction: the terms of one step, by name, and their weighted
-sum."""
+"""Contrastive + clustering + reconstruction: one step's terms by name, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -15,18 +14,18 @@ from mcn_ext.reference import unit_rows
 
 
 class Objective:
-    """total = contrastive + cluster_weight * cluster + recon_weight * reconstruction, over the
-    global batch.
+    """total = contrastive + cluster_weight * cluster + recon_weight * reconstruction.
 
-    Contrastive terms are averaged over pairs, the others over modalities, so that stages and orders
-    compare.
+    All are of the global batch. Contrastive terms are averaged over pairs, the others over
+    modalities, so that stages and orders compare.
 
     Args:
-        modalities: names, all that the model embeds. trained: those that learn; pairs without one
-            are left out, and only these are clustered and reconstructed. (All are in the mean that
-            is clustered.)
+        modalities: names, all that the model embeds; all are in the mean that is clustered.
+        trained: those that learn; pairs without one are left out, and only these are clustered and
+            reconstructed.
         similarity: "cosine" (unit length, the default objective) or "dot" (the published one).
     """
+
     def __init__(self, modalities: list[str], trained: list[str], *, temperature: float = 0.05,
                  margin: float = 0.001, similarity: str = "cosine", cluster_weight: float = 1.0,
                  recon_weight: float = 50.0, cluster_size: int = 256, queue_size: int = 20,
@@ -40,11 +39,9 @@ class Objective:
 
     def __call__(self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor],
                  batch: Mapping) -> dict[str, Tensor]:
-        """Terms of one step: ``total`` (the one to differentiate), ``contrastive``, ``cluster``,
-        ``reconstruction``.
+        """A step's ``total`` to differentiate, ``contrastive``, ``cluster`` and ``reconstruction``.
 
-        batch: ``valid`` {modality: (B,) bool}, ``clip_id`` and (with text) ``caption_id`` (B,)
-            int64.
+        batch: ``valid`` {modality: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64.
         """
         group, valid = distributed.default_group(), batch["valid"]
         centroids = labels = joint = None
@@ -52,25 +49,21 @@ class Objective:
             joint = self.joint(embeddings, valid)
             if self.clusters.centroids is not None:
                 centroids, labels = self.clusters.centroids, self.clusters.label(joint)
-        # Two clips with the same words have the same text embedding: neither can be the other's
-        # negative.
+        # Clips with the same words have one text embedding: neither can be the other's negative.
         ids = {p: batch["caption_id" if "text" in p else "clip_id"] for p in self.pairs}
-        terms = ops.mcn_loss({name: embeddings[name]
-                              for name in self.modalities}, self.pairs, centroids, labels,
-                             clustered=self.trained, cluster_weight=self.cluster_weight, ids=ids,
-                             valid=valid, group=group, **self.loss)
+        terms = ops.mcn_loss(
+            {name: embeddings[name] for name in self.modalities}, self.pairs, centroids, labels,
+            clustered=self.trained, cluster_weight=self.cluster_weight, ids=ids, valid=valid,
+            group=group, **self.loss)
         reconstruction = self.reconstruction(errors, valid)
         if joint is not None:
             self.clusters.push(distributed.gather(joint, group))
-        return {
-            "total": terms.total + self.recon_weight * reconstruction,
-            "contrastive": terms.contrastive, "cluster": terms.cluster,
-            "reconstruction": reconstruction
-        }
+        return {"total": terms.total + self.recon_weight * reconstruction,
+                "contrastive": terms.contrastive, "cluster": terms.cluster,
+                "reconstruction": reconstruction}
 
     def joint(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
-        """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero where none
-        is present."""
+        """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero for none."""
         total = sum(
             torch.where(valid[name][:, None], unit_rows(embeddings[name].detach().float()), 0.0)
             for name in self.modalities)
@@ -85,8 +78,7 @@ class Objective:
         terms = []
         for name, error in errors.items():
             n = distributed.total(valid[name].sum()).clamp_min(1)
-            terms.append(
-                torch.where(valid[name], error, torch.zeros_like(error)).sum()
-                * distributed.world() / n)
-        return (sum(terms) / len(terms) if terms else torch.zeros(
-            (), device=next(iter(valid.values())).device))
+            terms.append(torch.where(valid[name], error, torch.zeros_like(error)).sum()
+                         * distributed.world() / n)
+        return (sum(terms) / len(terms) if terms
+                else torch.zeros((), device=next(iter(valid.values())).device))

@@ -5,8 +5,8 @@ For embeddings x, y of shape (N, D), rows paired::
     S = x_hat y_hat^T              x_hat = x / max(|x|, eps) when normalize=True, else x
     z = (S - margin * I) / temperature
     contrastive = mean_i [lse_j z_ij - z_ii] + mean_j [lse_i z_ij - z_jj]
-    cluster     = mean_i [lse_k z_ik - z_i,label(i)]      with z = (x_hat mu_hat^T - margin *
-    onehot) / temperature
+    cluster     = mean_i [lse_k z_ik - z_i,label(i)]
+                  with z = (x_hat mu_hat^T - margin * onehot) / temperature
 
 Each bracket is computed as ``softplus(lse without the positive - positive)``: the same number, but
 exact when it is nearly 0, where ``lse - positive`` cancels to nothing.
@@ -35,8 +35,7 @@ class LossTerms(NamedTuple):
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of x (N, D) at unit length, for any finite norm; a zero row stays zero with zero
-    gradient.
+    """Rows of x (N, D) at unit length, for any finite norm; a zero row stays zero, gradient zero.
 
     The largest entry is divided out first: squares of 1e-30 or 1e30 leave fp32, the ratio does not.
     """
@@ -46,16 +45,13 @@ def unit_rows(x: Tensor) -> Tensor:
     scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
     norm = scaled.norm(dim=1, keepdim=True)
     alive = norm.detach() * largest > EPS
-    # The inner where keeps the unused branch finite: autograd multiplies it by 0, and 0 * inf is
-    # NaN.
+    # The inner where keeps the unused branch finite: autograd multiplies by 0, and 0 * inf is NaN.
     return torch.where(alive, scaled / torch.where(alive, norm, torch.ones_like(norm)),
                        (x / EPS).detach())
 
 
 def _working(x: Tensor, valid: Tensor | None) -> Tensor:
-    """fp32 copy of x (fp64 stays) whose invalid rows are zero: garbage there must not reach a
-    matmul,
-    where 0 * NaN would carry it into the gradients of valid rows."""
+    """x in fp32 (fp64 stays), invalid rows zero: matmuls' 0 * NaN would reach valid gradients."""
     if x.dim() != 2:
         raise ValueError(f"embeddings must be (N, D), got {tuple(x.shape)}")
     x = x if x.dtype == torch.float64 else x.float()
@@ -63,17 +59,15 @@ def _working(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _poison(loss: Tensor, *inputs: Tensor) -> Tensor:
-    """NaN, with NaN gradients, if any input is not finite: masks and softplus(-inf) would hide
-    it."""
+    """NaN, gradients too, if any input is not finite: masks and softplus(-inf) would hide it."""
     finite = torch.stack([torch.isfinite(t.detach()).all() for t in inputs]).all()
     return loss * torch.where(finite, 1.0, math.nan)
 
 
 def _logsumexp(z: Tensor, dim: int) -> Tensor:
-    """logsumexp that is -inf with zero gradient (not NaN) where every entry is -inf or there is
-    none."""
+    """logsumexp, but -inf with zero gradient (not NaN) where all entries are -inf or none exist."""
     if z.shape[dim] == 0:
-        return z.new_full((z.shape[1 - dim], ), -math.inf)
+        return z.new_full((z.shape[1 - dim],), -math.inf)
     top = z.detach().amax(dim=dim, keepdim=True)
     top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
     total = (z - top).exp().sum(dim=dim)
@@ -84,8 +78,7 @@ def _logsumexp(z: Tensor, dim: int) -> Tensor:
 def _softplus_mean(others: Tensor, positive: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over valid rows of log(1 + exp(others - positive)); 0 when there is no row.
 
-    Subtracting first is exact for others = -inf; torch's softplus switches formula at 20 and is off
-    there.
+    Subtracting first is exact for others = -inf; torch's softplus is off where it switches, at 20.
     """
     row = torch.logaddexp(others - positive, torch.zeros_like(positive))
     if valid is None:
@@ -110,8 +103,8 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
         budget: bytes the compiled loss may use; of no meaning here.
 
     Returns a scalar, fp32 (fp64 for fp64 inputs). N = 0, N = 1 or no valid row: 0 with zero
-    gradients.
-    NaN or inf in a valid row: NaN, never hidden. temperature 1, normalize=False is the published
+    gradients. NaN or inf in a valid row: NaN, never hidden. temperature 1, normalize=False is the
+    published form.
         form.
     """
     if x.shape != y.shape:
@@ -140,15 +133,13 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
     """Cross entropy of each row of x (N, D) against its centroid among centroids (K, D).
 
     labels: (N,) int64 in [0, K); ``valid`` False rows are left out, whatever their label. Centroids
-        carry no
-    gradient. Returns a scalar as :func:`contrastive_loss` does; K = 1 gives 0. ValueError for a
-    label outside [0, K).
+    carry no gradient. Returns a scalar as :func:`contrastive_loss` does; K = 1 gives 0. ValueError
+    for a label outside [0, K).
     """
     if labels.shape != x.shape[:1] or centroids.dim() != 2 or centroids.shape[1] != x.shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)}, centroids {tuple(centroids.shape)} and labels "
-            f"{tuple(labels.shape)} "
-            "must be (N, D), (K, D) and (N,)")
+            f"{tuple(labels.shape)} must be (N, D), (K, D) and (N,)")
     centroids = centroids.detach()
     if valid is not None:
         labels = torch.where(valid, labels, torch.zeros_like(labels))
@@ -166,31 +157,31 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
         return _poison(loss, x, mu)
 
 
-def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], centroids: Tensor
-             | None = None, labels: Tensor | None = None, *, clustered: Sequence[str] | None = None,
-             cluster_weight: float = 1.0, temperature: float | Tensor = 0.05, margin: float = 0.001,
-             normalize: bool = True, ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
+def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
+             centroids: Tensor | None = None, labels: Tensor | None = None, *,
+             clustered: Sequence[str] | None = None, cluster_weight: float = 1.0,
+             temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
+             ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
              valid: Mapping[str, Tensor] | None = None, group=None,
              budget: int | None = None) -> LossTerms:
     """All contrastive and clustering terms: ``total = contrastive + cluster_weight * cluster``.
 
     contrastive is the mean over ``pairs``; cluster the mean over the ``clustered`` modalities
     (default: all in embeddings), divided by log K when normalize=True, so that 1.0 means "no better
-    than uniform" whatever K, and terms compare between stages and orders. No centroids: cluster is
-    0.
+    than uniform" whatever K, and terms compare between stages and orders; 0 without centroids.
 
     Args:
         embeddings: modality -> (N, D). valid: modality -> (N,) bool; a pair needs both.
-        ids: (N,) int64 for all pairs, or pair -> (N,) int64. labels: (N,) int64, shared by the
-            modalities.
+        ids: (N,) int64 for all pairs, or pair -> (N,) int64.
+        labels: (N,) int64, shared by the modalities.
     """
     valid = dict(valid or {})
     if group is not None:
         embeddings = {name: gather(x, group) for name, x in embeddings.items()}
         valid = {name: gather(mask, group) for name, mask in valid.items()}
         labels = gather(labels, group)
-        ids = ({pair: gather(i, group)
-                for pair, i in ids.items()} if isinstance(ids, Mapping) else gather(ids, group))
+        ids = ({pair: gather(i, group) for pair, i in ids.items()} if isinstance(ids, Mapping)
+               else gather(ids, group))
     common = dict(temperature=temperature, margin=margin, normalize=normalize)
     contrastive = next(iter(embeddings.values())).new_zeros((), dtype=torch.float32)
     for first, second in pairs:
@@ -203,7 +194,6 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
         return LossTerms(contrastive, contrastive, torch.zeros_like(contrastive))
     names = list(embeddings if clustered is None else clustered)
     scale = math.log(len(centroids)) if normalize and len(centroids) > 1 else 1.0
-    cluster = sum(
-        cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)
-        for name in names) / (max(len(names), 1) * scale)
+    cluster = sum(cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)
+                  for name in names) / (max(len(names), 1) * scale)
     return LossTerms(contrastive + cluster_weight * cluster, contrastive, torch.as_tensor(cluster))

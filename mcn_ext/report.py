@@ -24,8 +24,7 @@ def _pyplot():
 
     pyplot.rcParams.update({
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 150, "legend.frameon": False
-    })
+        "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 150, "legend.frameon": False})
     return pyplot
 
 
@@ -78,8 +77,7 @@ def curves(run: Path) -> Path | None:
 
 
 def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | None:
-    """similarity.png: the first queries against their candidates, and the distribution of all
-    ranks."""
+    """similarity.png: the first queries against their candidates, the distribution of all ranks."""
     import numpy as np
 
     plt = _pyplot()
@@ -109,19 +107,16 @@ def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | N
 
 
 def report(run: Path) -> Path:
-    """report.md in the run folder: what was trained on what, the tables of metrics.json, the
-    pictures."""
+    """report.md in the run folder: what was trained on what, tables of metrics.json, pictures."""
     from mcn_ext.metrics import table
 
     args = json.loads((run / "args.json").read_text())
     lines = [
-        f"# {run.name}", "", f"Trained on `{args['data']}`" +
-        (" (demo data, made up)" if args.get("demo") else "") +
-        f", {args['epochs']} epochs, batch of {args['batch_size']} videos x {args['n_pair']} "
-        f"clips, "
-        f"learning rate {args['lr']:g}, temperature {args['temperature']:g}, seed {args['seed']}.",
-        ""
-    ]
+        f"# {run.name}", "",
+        f"Trained on `{args['data']}`" + (" (demo data, made up)" if args.get("demo") else "")
+        + f", {args['epochs']} epochs, batch of {args['batch_size']} videos x {args['n_pair']} "
+        f"clips, learning rate {args['lr']:g}, temperature {args['temperature']:g}, "
+        f"seed {args['seed']}.", ""]
     metrics = run / "metrics.json"
     if metrics.exists():
         for name, result in json.loads(metrics.read_text()).items():

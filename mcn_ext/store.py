@@ -2,10 +2,8 @@
 
 A store is one ``.h5`` file or a folder of ``shard-00000.h5 ...``. In each file::
 
-    video/id (n,) str          <stream>/data (rows, dim) float16     caption/start, caption/end
-    float32 seconds
-                               <stream>/offset (n+1,) int64          caption/text str,
-                               caption/offset (n+1,)
+    video/id (n,) str   <stream>/data (rows, dim) float16   caption/start, caption/end float32 s
+                        <stream>/offset (n+1,) int64        caption/text str, caption/offset (n+1,)
 
 A stream (``2d``, ``3d``, ``mel``) has one row per 1/rate_hz seconds; a video without it has no
 rows. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream attributes:
@@ -41,8 +39,8 @@ def stream_names(file: h5py.File) -> list[str]:
 
 
 class _Shard:
-    """One open file with its offsets in memory (8 bytes a video and stream) and its rows on
-    disk."""
+    """One open file: offsets in memory (8 bytes a video and stream), rows on disk."""
+
     def __init__(self, path: Path):
         try:
             self.file = h5py.File(path, "r")
@@ -61,29 +59,25 @@ class _Shard:
         try:
             self.n = len(self.file["video/id"])
             self.caption_offset = self.file["caption/offset"][:]
-            self.streams = {
-                name: (self.file[f"{name}/data"], self.file[f"{name}/offset"][:])
-                for name in stream_names(self.file)
-            }
+            self.streams = {name: (self.file[f"{name}/data"], self.file[f"{name}/offset"][:])
+                            for name in stream_names(self.file)}
         except KeyError as error:
             raise StoreError(
                 f"{path}: a dataset is missing ({error}); prepare the store again") from error
 
 
 class Store:
-    """Read access to a store; opened again by each process that uses it, so it may travel to loader
-    workers.
+    """Read access to a store; each process opens it anew, so it may travel to loader workers.
 
-    Attributes: ``dims`` {stream: width}, ``rates`` {stream: Hz}, ``source`` str, ``len(store)``
-        videos.
+    ``dims`` {stream: width}, ``rates`` {stream: Hz}, ``source`` str; ``len(store)`` is in videos.
     """
+
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not self.path.exists():
             raise StoreError(
-                f"{self.path}: no such store; make one with python -m mcn_ext.prepare, or check "
-                f"the path"
-            )
+                f"{self.path}: no such store; make one with python -m mcn_ext.prepare, "
+                "or check the path")
         self.files = sorted(self.path.glob("shard-*.h5")) if self.path.is_dir() else [self.path]
         if not self.files:
             raise StoreError(f"{self.path}: a folder without shard-*.h5 files is not a store")
@@ -132,8 +126,7 @@ class Store:
         return int(shard.caption_offset[i + 1] - shard.caption_offset[i])
 
     def captions(self, video: int) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
-        """(number of the first caption in the whole store, start (n,) s, end (n,) s, n texts) of
-        one video."""
+        """(first caption's number in the store, start (n,) s, end (n,) s, n texts) of a video."""
         shard, i, number = self._at(video)
         lo, hi = (int(o) for o in shard.caption_offset[i:i + 2])
         group = shard.file["caption"]
@@ -149,11 +142,10 @@ class Store:
 
     def clips(self, video: int, stream: str, start: np.ndarray,
               end: np.ndarray) -> list[np.ndarray]:
-        """Rows int(start * rate) : int(end * rate) + 1 of each clip (seconds), clamped to the rows
-        there are.
+        """Rows int(start * rate) : int(end * rate) + 1 of each clip (seconds), of those there are.
 
         Clips that lie close are read in one slab and cut in memory: a read costs more than the rows
-            between.
+        between.
         """
         shard, i, _ = self._at(video)
         data, offset = shard.streams[stream]
@@ -169,8 +161,7 @@ class Store:
 
 
 class StoreWriter:
-    """Write a store video by video; killed at any moment, the next run goes on after the last
-    finished part.
+    """Writes a store video by video; a killed run goes on after the last finished part.
 
     Rows are gathered in memory up to ``shard_mib``, then written to a part in one go: the part
     appears, complete, under its name (write, fsync, rename), or not at all. ``out`` ending in .h5
@@ -178,14 +169,15 @@ class StoreWriter:
     moment), any other ``out`` is a folder of shards.
 
     Args:
-        streams: {name: {"dim": int, "rate_hz": float, "model": str, "weights_sha256": str, "tool":
-            str}}.
+        streams: {name: {"dim": int, "rate_hz": float, "model": str, "weights_sha256": str,
+            "tool": str}}.
         source: what the data is, for people. settings: plain values a resumed run must share.
     """
+
     def __init__(self, out: str | os.PathLike, streams: dict[str, dict], source: str, *,
                  settings: dict | None = None, shard_mib: float = 512, overwrite: bool = False):
-        self.out, self.streams, self.source, self.shard_bytes = (Path(out), streams, source,
-                                                                 shard_mib * 2**20)
+        self.out, self.streams, self.source, self.shard_bytes = (
+            Path(out), streams, source, shard_mib * 2**20)
         single = self.out.suffix in (".h5", ".hdf5")
         self.folder = self.out.with_name(self.out.name + ".parts") if single else self.out
         self.settings = json.dumps({"source": source, "streams": streams, **(settings or {})},
@@ -217,15 +209,12 @@ class StoreWriter:
         self.bytes = 0
 
     def add(self, name: str, rows: dict[str, np.ndarray | None], start, end, text) -> None:
-        """One video: rows {stream: (n, dim) or None}, captions' start and end in seconds, their
-        texts."""
+        """One video: rows {stream: (n, dim) or None}, captions' start and end in seconds, texts."""
         if name in self.done:
             raise StoreError(f"video id {name!r} twice in {self.out}")
-        arrays = {
-            stream: np.empty(
-                (0, spec["dim"]), np.float16) if rows.get(stream) is None else np.asarray(
-                    rows[stream], np.float16) for stream, spec in self.streams.items()
-        }
+        arrays = {stream: np.empty((0, spec["dim"]), np.float16) if rows.get(stream) is None
+                  else np.asarray(rows[stream], np.float16)
+                  for stream, spec in self.streams.items()}
         for stream, array in arrays.items():
             if array.ndim != 2 or array.shape[1] != self.streams[stream]["dim"]:
                 raise StoreError(f"{name}: stream {stream} has shape {array.shape}, "
@@ -266,18 +255,17 @@ class StoreWriter:
         file.create_dataset("video/id", data=ids, dtype=string)
         for name, spec in self.streams.items():
             file.create_dataset(f"{name}/data", (rows[name], spec["dim"]), np.float16)
-            file.create_dataset(f"{name}/offset", (len(ids) + 1, ), np.int64)
+            file.create_dataset(f"{name}/offset", (len(ids) + 1,), np.int64)
             file[name].attrs.update(
                 {key: spec.get(key, "unknown") for key in ("model", "weights_sha256", "tool")},
                 rate_hz=spec["rate_hz"])
-        file.create_dataset("caption/offset", (len(ids) + 1, ), np.int64)
+        file.create_dataset("caption/offset", (len(ids) + 1,), np.int64)
         for key, dtype in (("start", np.float32), ("end", np.float32), ("text", string)):
-            file.create_dataset(f"caption/{key}", (n_captions, ), dtype)
+            file.create_dataset(f"caption/{key}", (n_captions,), dtype)
         return file
 
     def close(self) -> Path:
-        """Write what is left; join the parts if a single file was asked for. Returns the store's
-        path."""
+        """Write what is left, join the parts if one file was asked for; returns the path."""
         self._flush()
         if not self.parts:
             raise StoreError(f"{self.out}: no usable video, nothing written")
@@ -296,7 +284,7 @@ class StoreWriter:
         ids = [name for f in files for name in f["video/id"].asstr()[:]]
         with self._create(tmp, ids, rows, sum(len(f["caption/text"]) for f in files)) as out:
             for group in [*self.streams, "caption"]:
-                keys = ("data", ) if group != "caption" else ("start", "end", "text")
+                keys = ("data",) if group != "caption" else ("start", "end", "text")
                 position, offsets = 0, [np.zeros(1, np.int64)]
                 for f in files:
                     offsets.append(f[f"{group}/offset"][1:] + offsets[-1][-1])
@@ -304,8 +292,8 @@ class StoreWriter:
                     for key in keys:
                         for lo in range(0, n, 65536):
                             hi = min(lo + 65536, n)
-                            out[f"{group}/{key}"][position + lo:position
-                                                  + hi] = f[f"{group}/{key}"][lo:hi]
+                            out[f"{group}/{key}"][position + lo:position + hi] = (
+                                f[f"{group}/{key}"][lo:hi])
                     position += n
                 out[f"{group}/offset"][:] = np.concatenate(offsets)
         for f in files:
@@ -331,23 +319,19 @@ def _write_atomically(path: Path, write) -> None:
 
 
 def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
-    """Check a store from end to end; returns a description, raises StoreError with the first thing
-    wrong.
+    """Check a store from end to end and describe it; StoreError with the first thing wrong.
 
     check_rows reads every row and refuses values that are not finite.
     """
     store = Store(path)
-    info = {
-        "path": str(path), "source": store.source, "videos": len(store),
-        "captions": store.n_captions, "streams": {}
-    }
+    info = {"path": str(path), "source": store.source, "videos": len(store),
+            "captions": store.n_captions, "streams": {}}
     ids = store.ids()
     if len(set(ids)) != len(ids):
         raise StoreError(f"{path}: video/id has {len(ids) - len(set(ids))} duplicates")
     for name, dim in store.dims.items():
-        info["streams"][name] = {
-            "dim": dim, "rate_hz": store.rates[name], "rows": 0, "videos_without": 0
-        }
+        info["streams"][name] = {"dim": dim, "rate_hz": store.rates[name], "rows": 0,
+                                 "videos_without": 0}
     for file, shard in zip(store.files, store._open(), strict=True):
         offsets = {name: (offset, len(data)) for name, (data, offset) in shard.streams.items()}
         offsets["caption"] = (shard.caption_offset, len(shard.file["caption/text"]))

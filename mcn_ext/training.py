@@ -18,15 +18,13 @@ from mcn_ext.objective import Objective
 from mcn_ext.store import Store, StoreError
 from mcn_ext.words import WordVectors, train_vectors, vectors_for
 
-DEMO_BANNER = (
-    "=" * 78 + "\n  DEMO DATA (made up): these numbers say that it runs, nothing about real data\n"
-    + "=" * 78)
+DEMO_BANNER = "\n".join(["=" * 78, "  DEMO DATA (made up): these numbers say that it runs, nothing "
+                         "about real data", "=" * 78])
 WORDS = "words.npz"
 
 
 def open_store(args: argparse.Namespace, modalities: str) -> Store:
-    """The training store, made first if it is the demo's; an error if it lacks what the modalities
-    need."""
+    """The training store (the demo's is made first), with all that the modalities need."""
     if args.demo:
         from mcn_ext.prepare import demo
 
@@ -53,25 +51,20 @@ def check_widths(store: Store, sizes: dict, flag: str) -> None:
     """SystemExit if a model of ``sizes`` cannot read the store's video streams."""
     if "V" not in sizes["modalities"]:
         return
-    wrong = [
-        f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
-        for name, dim in sizes["video_dims"].items() if store.dims.get(name) != dim
-    ]
+    wrong = [f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
+             for name, dim in sizes["video_dims"].items() if store.dims.get(name) != dim]
     if wrong:
-        raise SystemExit(
-            f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features the run was "
-            f"trained on"
-        )
+        raise SystemExit(f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features "
+                         "the run was trained on")
 
 
-def open_words(args: argparse.Namespace, store: Store, init: Path | None,
-               folder: Path) -> WordVectors:
-    """Word vectors of a run, kept in its folder: those of the run it starts from, of --word2vec, or
-    trained here."""
+def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder: Path,
+               resumed: bool) -> WordVectors:
+    """Word vectors, kept in the run folder: the start run's, or --word2vec's, or trained here."""
     kept = folder / WORDS
 
     def find() -> WordVectors:
-        if kept.exists():
+        if resumed and kept.exists():
             return WordVectors.load(kept)
         if init is not None and (init / WORDS).exists():
             words = WordVectors.load(init / WORDS)
@@ -79,38 +72,35 @@ def open_words(args: argparse.Namespace, store: Store, init: Path | None,
             words = vectors_for(store, args.word2vec,
                                 store.path.with_name(store.path.name + ".words.npz"))
         else:
-            say(f"no --word2vec: training word vectors on the {store.n_captions} captions of "
-                f"{store.path}"
-                )
+            say(f"no --word2vec: training word vectors on {store.n_captions} captions")
             words = train_vectors(store, seed=args.seed)
         folder.mkdir(parents=True, exist_ok=True)
         words.save(kept)
         return words
 
-    return distributed.first_rank_first(find)
+    words = find() if distributed.rank() == 0 else None
+    distributed.barrier()
+    return words or WordVectors.load(kept)
 
 
 def objective_of(args: argparse.Namespace, modalities: str, trained: str) -> Objective:
-    return Objective(
-        [MODALITIES[m] for m in modalities], [MODALITIES[m] for m in trained], margin=args.margin,
-        seed=args.seed, **{
-            name: getattr(args, name)
-            for name in ("temperature", "similarity", "cluster_weight", "recon_weight",
-                         "cluster_size", "queue_size", "refit_every")
-        })
+    names = ("temperature", "margin", "similarity", "cluster_weight", "recon_weight",
+             "cluster_size", "queue_size", "refit_every", "seed")
+    return Objective([MODALITIES[m] for m in modalities], [MODALITIES[m] for m in trained],
+                     **{name: getattr(args, name) for name in names})
 
 
 class Training:
     """Data, optimiser, schedule, precision, checkpoints and log around a model and an objective.
 
-    Attributes: ``net`` (the model, wrapped for several ranks), ``step`` (steps done), ``done``
-        (nothing is left to do).
+    Attributes: ``net`` (the model, wrapped for several ranks), ``step`` (steps done), ``done``.
     """
+
     def __init__(self, args: argparse.Namespace, folder: Path, store: Store,
                  words: WordVectors | None, model: MCN, objective: Objective, device: torch.device,
                  resumed: dict | None):
-        self.args, self.folder, self.model, self.objective, self.device = (args, folder, model,
-                                                                           objective, device)
+        self.args, self.folder, self.device = args, folder, device
+        self.model, self.objective = model, objective
         world = distributed.world()
         reader = ClipReader(
             store,
@@ -119,27 +109,25 @@ class Training:
             max_words=args.max_words, audio_augment=args.audio_augment)
         clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
         if args.batch_size > len(clips):
-            raise SystemExit(
-                f"--batch_size {args.batch_size}: {args.data} has {len(clips)} videos with "
-                f"captions; use "
-                f"--batch_size {len(clips)} or less")
+            raise SystemExit(f"--batch_size {args.batch_size}: {args.data} has {len(clips)} videos "
+                             f"with captions; use --batch_size {len(clips)} or less")
         if args.batch_size % world:
-            raise SystemExit(
-                f"--batch_size {args.batch_size} videos do not divide by {world} ranks; use "
-                f"--batch_size {args.batch_size // world * world or world}")
-        self.loader = Loader(clips, args.batch_size,
-                             default_workers(device) if args.workers is None else args.workers,
-                             device)
+            fitting = args.batch_size // world * world or world
+            raise SystemExit(f"--batch_size {args.batch_size} videos do not divide by {world} "
+                             f"ranks; use --batch_size {fitting}")
+        workers = default_workers(device) if args.workers is None else args.workers
+        self.loader = Loader(clips, args.batch_size, workers, device)
         self.total_steps = args.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
-        self.warmup = (args.warmup_steps if args.warmup_steps is not None else min(
-            1000, math.ceil(self.total_steps / 10)))
+        self.warmup = args.warmup_steps
+        if self.warmup is None:
+            self.warmup = min(1000, math.ceil(self.total_steps / 10))
         self.table = torch.from_numpy(words.vectors).to(device) if words is not None else None
 
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=args.lr)
-        precision = args.precision or ("bf16" if device.type == "cuda"
-                                       and torch.cuda.is_bf16_supported() else "fp32")
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = args.precision or ("bf16" if has_bf16 else "fp32")
         self.amp_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step, self.run_id = 0, checkpoint.new_run_id()
@@ -147,31 +135,26 @@ class Training:
             self._resume(resumed)
         self.net = DistributedDataParallel(model) if world > 1 else model
         self.done = self.step >= self.last_step
-        self.saved = self.step
         if self.done:
             return
-        n_clips = args.batch_size * args.n_pair
-        say(f"{folder}: {'going on at step ' + str(self.step) if self.step else 'new run'} of "
-            f"{self.total_steps} "
-            f"({args.epochs} epochs x {self.loader.steps_per_epoch} steps), {len(clips)} videos of "
-            f"{args.data}"
-            + (f" ({clips.n_without_captions} without captions left out)" if clips.
-               n_without_captions else ""))
+        n_clips, dropped = args.batch_size * args.n_pair, clips.n_without_captions
+        fixed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained)
+        say(f"{folder}: {f'going on at step {self.step}' if self.step else 'new run'} of "
+            f"{self.total_steps} ({args.epochs} epochs x {self.loader.steps_per_epoch} steps), "
+            f"{len(clips)} videos of {args.data}"
+            + (f" ({dropped} without captions left out)" if dropped else ""))
         say(f"  a step: {args.batch_size} videos x {args.n_pair} clips = {n_clips} clips on "
-            f"{world} rank(s), "
-            f"{n_clips // world} each; {precision}, {device}; "
-            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters "
-            f"learn, {sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6:.1f} "
-            f"M are fixed"
-            )
+            f"{world} rank(s), {n_clips // world} each; {precision}, {device}; "
+            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters learn, {fixed / 1e6:.1f} M "
+            "are fixed")
         self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
                            total_steps=self.total_steps)
 
     def _resume(self, content: dict) -> None:
         if content["args"].get("n_ranks") != distributed.world():
             say(f"resuming on {distributed.world()} rank(s) what ran on "
-                f"{content['args'].get('n_ranks')}: same batches, "
-                "but BatchNorm statistics are per rank and sums round differently")
+                f"{content['args'].get('n_ranks')}: same batches, but BatchNorm statistics are per "
+                "rank and sums round differently")
         self.model.load_state_dict(content["model"])
         state = content["training"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -197,8 +180,8 @@ class Training:
 
     def autocast(self):
         """The encoders' precision; losses and clustering leave it again."""
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype
-                              is not None)
+        enabled = self.amp_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then half a cosine to 0 at the last step."""
@@ -221,9 +204,9 @@ class Training:
         """Record the step; save within the epoch when --save_every says so."""
         clusters = self.objective.clusters
         self.log_.step(self.step, epoch, self.optimizer.param_groups[0]["lr"],
-                       {name: value.detach()
-                        for name, value in terms.items()}, self.args.batch_size * self.args.n_pair,
-                       self.args.log_every, clusters.statistics if clusters is not None else {})
+                       {name: value.detach() for name, value in terms.items()},
+                       self.args.batch_size * self.args.n_pair, self.args.log_every,
+                       clusters.statistics if clusters is not None else {})
         if self.step % self.args.save_every == 0:
             self.save(None)
 
@@ -231,13 +214,12 @@ class Training:
         """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete."""
         ended = epoch is not None and self.step == epoch * self.loader.steps_per_epoch
         clusters = self.objective.clusters
-        checkpoint.save(
-            self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes, step=self.step,
-            epoch_done=epoch if ended else None, complete=self.step >= self.total_steps,
-            run_id=self.run_id, model=self.model.state_dict(), training={
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "clusters": clusters.state_dict() if clusters is not None else None
-            })
+        training = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                    "clusters": clusters.state_dict() if clusters is not None else None}
+        checkpoint.save(self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes,
+                        step=self.step, epoch_done=epoch if ended else None,
+                        complete=self.step >= self.total_steps, run_id=self.run_id,
+                        model=self.model.state_dict(), training=training)
 
     def finish(self, hint: str) -> None:
         """Close the log, draw curves.png, say what comes next."""

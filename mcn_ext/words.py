@@ -20,9 +20,10 @@ def tokenize(text: str) -> list[str]:
 
 class WordVectors:
     """A vocabulary and its vectors (V, dim) float32."""
+
     def __init__(self, words: list[str], vectors: np.ndarray, source: str):
-        self.words, self.vectors, self.source = (words, np.ascontiguousarray(vectors,
-                                                                             np.float32), source)
+        self.words, self.vectors, self.source = (
+            words, np.ascontiguousarray(vectors, np.float32), source)
         self.index = {word: i for i, word in enumerate(words)}
 
     @property
@@ -30,8 +31,7 @@ class WordVectors:
         return self.vectors.shape[1]
 
     def rows(self, text: str, max_words: int) -> np.ndarray:
-        """Rows of ``vectors`` of the first ``max_words`` known words of a caption, int64, possibly
-        none."""
+        """Rows of ``vectors``, int64, of a caption's first ``max_words`` known words, if any."""
         known = [self.index[word] for word in tokenize(text) if word in self.index]
         return np.array(known[:max_words], np.int64)
 
@@ -49,8 +49,7 @@ class WordVectors:
 
 
 def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
-    """Any of the usual files -> ({word: row}, vectors): gensim .kv, text (.txt, .vec), else
-    word2vec binary."""
+    """({word: row}, vectors) of a file: gensim .kv, text (.txt, .vec), else word2vec binary."""
     try:
         if path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
             from mcn_ext.prepare.unpickle import load_key_vectors
@@ -59,14 +58,13 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
             return {word: i for i, word in enumerate(names)}, vectors
         from gensim.models import KeyedVectors
 
-        keyed = KeyedVectors.load_word2vec_format(str(path), binary=path.suffix
-                                                  not in (".txt", ".vec"), unicode_errors="replace")
+        keyed = KeyedVectors.load_word2vec_format(
+            str(path), binary=path.suffix not in (".txt", ".vec"), unicode_errors="replace")
         return keyed.key_to_index, keyed.vectors
     except (ValueError, EOFError) as error:
         raise SystemExit(
             f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, or a "
-            f"text file "
-            "ending in .txt or .vec") from error
+            "text file ending in .txt or .vec") from error
 
 
 def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
@@ -76,8 +74,8 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
     kept beside it in ``cache`` and read from there by every later run and rank.
     """
     stat = word2vec.stat()
-    key = hashlib.sha256(f"{word2vec.name} {stat.st_size} {stat.st_mtime_ns} {store.n_captions}".
-                         encode()).hexdigest()
+    key = hashlib.sha256(f"{word2vec.name} {stat.st_size} {stat.st_mtime_ns} {store.n_captions}"
+                         .encode()).hexdigest()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():
         cached = WordVectors.load(cache)
@@ -89,8 +87,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
     if not known:
         raise SystemExit(
             f"--word2vec {word2vec}: none of the {len(seen)} words of {store.path}'s captions is "
-            f"in it; "
-            "is it for another language?")
+            "in it; is it for another language?")
     words = WordVectors(known, vectors[[row_of[word] for word in known]], source)
     if cache is not None:
         try:
@@ -113,9 +110,8 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     words = list(model.wv.index_to_key)
     if not words:
         raise SystemExit(
-            f"{store.path}: no word occurs often enough in its captions to train vectors; give "
-            f"--word2vec"
-        )
+            f"{store.path}: no word occurs often enough in its captions to train "
+            "vectors; give --word2vec")
     vectors = model.wv.vectors
     # The scale of GoogleNews' vectors, whose rms norm is about 2: encoders are initialised for it.
     return WordVectors(words, vectors * (2.0 / np.sqrt((vectors**2).sum(1).mean())),

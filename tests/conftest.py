@@ -1,5 +1,4 @@
-"""Shared fixtures: a small store made here, and the real recordings beside the checkout when they
-are there."""
+"""Shared fixtures: a small store made here, and the real recordings where they lie beside it."""
 
 import contextlib
 import importlib.util
@@ -16,10 +15,8 @@ from mcn_ext.store import StoreWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT.parent / "shared" / "data" / "spoken_digits"
-STREAMS = {
-    "2d": {"dim": 12, "rate_hz": 1.0}, "3d": {"dim": 6, "rate_hz": 1.5},
-    "mel": {"dim": 40, "rate_hz": 100.0}
-}
+STREAMS = {"2d": {"dim": 12, "rate_hz": 1.0}, "3d": {"dim": 6, "rate_hz": 1.5},
+           "mel": {"dim": 40, "rate_hz": 100.0}}
 WORDS = "chop fry boil peel onion carrot egg rice".split()
 
 
@@ -52,8 +49,8 @@ def store_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def eval_path(tmp_path_factory):
-    return write_store(
-        tmp_path_factory.mktemp("eval") / "eval.h5", n_videos=24, n_captions=1, seed=1)
+    return write_store(tmp_path_factory.mktemp("eval") / "eval.h5", n_videos=24, n_captions=1,
+                       seed=1)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from mcn_ext.reference import unit_rows
 def blobs(k=8, per=50, d=16, noise=0.1, seed=0):
     g = torch.Generator().manual_seed(seed)
     centres = unit_rows(torch.randn(k, d, generator=g))
-    return centres.repeat_interleave(per, 0) + noise * torch.randn(
-        k * per, d, generator=g), torch.arange(k).repeat_interleave(per)
+    return (centres.repeat_interleave(per, 0) + noise * torch.randn(k * per, d, generator=g),
+            torch.arange(k).repeat_interleave(per))
 
 
 def cosine_inertia(x, centroids, labels):
@@ -30,10 +30,9 @@ def test_finds_blobs():
 def test_as_good_as_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     x = unit_rows(torch.randn(1500, 24, generator=torch.Generator().manual_seed(3)))
-    ours = min(
-        cosine_inertia(
-            x, *spherical_kmeans(x, 20, max_iter=100, generator=torch.Generator().manual_seed(s)))
-        for s in range(3))
+    ours = min(cosine_inertia(x, *spherical_kmeans(x, 20, max_iter=100,
+                                                   generator=torch.Generator().manual_seed(s)))
+               for s in range(3))
     fitted = cluster.KMeans(20, n_init=3, random_state=0).fit(x.numpy())
     theirs = cosine_inertia(x, unit_rows(torch.from_numpy(fitted.cluster_centers_)),
                             torch.from_numpy(fitted.labels_).long())
@@ -61,8 +60,7 @@ def test_rows_that_share_a_direction_do_not_collapse():
 
 def test_empty_clusters_are_reseeded():
     x, _ = blobs()
-    init = torch.cat([x[:1],
-                      -x.mean(0, keepdim=True).repeat(7, 1) + 5])  # most centroids where no row is
+    init = torch.cat([x[:1], -x.mean(0, keepdim=True).repeat(7, 1) + 5])  # most are where no row is
     _, labels = spherical_kmeans(x, 8, init=init, max_iter=50)
     assert (torch.bincount(labels, minlength=8) > 0).all()
 
@@ -74,8 +72,8 @@ def test_degenerate_inputs_stay_finite():
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     x[3], x[5], x[7] = 0, float("nan"), float("inf")
     centroids, labels = spherical_kmeans(x, 4)
-    assert torch.isfinite(centroids).all() and labels.shape == (20, ) and (labels[[3, 5]]
-                                                                           == 0).all()
+    assert (torch.isfinite(centroids).all() and labels.shape == (20,)
+            and (labels[[3, 5]] == 0).all())
     centroids, _ = spherical_kmeans(x[:2], 5)  # K > N
     assert centroids.shape == (5, 4) and torch.isfinite(centroids).all()
     with pytest.raises(ValueError, match="nothing to cluster"):
@@ -94,8 +92,8 @@ def test_online_clusters_fit_when_full_warm_start_and_resume():
         fitted.append(clusters.centroids is not None)
         if i == 6:
             state = clusters.state_dict()
-    assert (fitted == [False, False, False] + [True] * 9
-            )  # full after 3 steps, fitted at the next multiple of 2
+    # Full after 3 steps, fitted at the next multiple of 2.
+    assert fitted == [False, False, False] + [True] * 9
     assert len(clusters.queue) == 3 and clusters.statistics["live_clusters"] == 4
     again = OnlineClusters(4, queue_size=3, refit_every=2)
     again.load_state_dict(state, torch.device("cpu"))
@@ -107,8 +105,6 @@ def test_online_clusters_fit_when_full_warm_start_and_resume():
 
 def test_queue_without_enough_usable_rows_waits():
     clusters = OnlineClusters(4, queue_size=1, refit_every=1)
-    clusters.push(
-        torch.cat([torch.zeros(10, 3),
-                   torch.full((5, 3), float("nan")),
-                   torch.ones(2, 3)]))
+    clusters.push(torch.cat([torch.zeros(10, 3), torch.full((5, 3), float("nan")),
+                             torch.ones(2, 3)]))
     assert clusters.centroids is None

@@ -72,7 +72,7 @@ def test_constant_and_broken_sound_is_not_valid(tmp_path):
     video[1, 3] = np.inf
     writer.add("a", {"2d": video, "3d": np.zeros((6, 6)), "mel": mel}, [0, 1, 2, 3],
                [0.9, 1.9, 2.9, 3.9], list("abcd"))
-    reader = ClipReader(Store(writer.close()), video_streams=("2d", ), audio=True)
+    reader = ClipReader(Store(writer.close()), video_streams=("2d",), audio=True)
     out = reader.read(0, [(i, i) for i in range(4)])
     assert out["valid.audio"].tolist() == [False, True, False, False]
     assert out["valid.video"].tolist() == [True, False, True, True]
@@ -91,7 +91,7 @@ def flat(batches):
 
 def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
     def batches(workers, epoch, start=0, seed=0):
-        reader = ClipReader(Store(store_path), video_streams=("2d", ), audio=True, words=VECTORS,
+        reader = ClipReader(Store(store_path), video_streams=("2d",), audio=True, words=VECTORS,
                             audio_frames=100, audio_augment=1.0)
         clips = TrainingClips(reader, n_pair=3, min_time=1.0, seed=seed)
         return flat(Loader(clips, 4, workers, torch.device("cpu")).epoch(epoch, start))
@@ -107,22 +107,17 @@ def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
 
 
 def test_collate_pads_audio_and_to_device_looks_words_up():
-    items = [{
-        "audio": np.ones((2, 40, 20), np.float32), "words": np.array([[0, -1], [1, 0]]),
-        "valid.audio": np.ones(2, bool), "video.2d": np.zeros((2, 3), np.float32)
-    }, {
-        "audio": np.ones((1, 40, 33), np.float32), "words": np.array([[-1, -1]]),
-        "valid.audio": np.zeros(1, bool), "video.2d": np.zeros((1, 3), np.float32)
-    }, ]
+    items = [{"audio": np.ones((2, 40, 20), np.float32), "words": np.array([[0, -1], [1, 0]]),
+              "valid.audio": np.ones(2, bool), "video.2d": np.zeros((2, 3), np.float32)},
+             {"audio": np.ones((1, 40, 33), np.float32), "words": np.array([[-1, -1]]),
+              "valid.audio": np.zeros(1, bool), "video.2d": np.zeros((1, 3), np.float32)}]
     batch = collate(items)
     assert batch["audio"].shape == (3, 40, 48) and batch["audio"][0, 0].sum() == 20
     moved = to_device(batch, torch.device("cpu"), torch.eye(2))
-    assert moved["text"].shape == (3, 2, 2) and moved["text_mask"].tolist() == [[True, False],
-                                                                                [True, True],
-                                                                                [False, False], ]
-    assert moved["video"]["2d"].shape == (3, 3) and moved["valid"]["audio"].tolist() == [
-        True, True, False
-    ]
+    assert (moved["text"].shape == (3, 2, 2)
+            and moved["text_mask"].tolist() == [[True, False], [True, True], [False, False]])
+    assert (moved["video"]["2d"].shape == (3, 3)
+            and moved["valid"]["audio"].tolist() == [True, True, False])
 
 
 def test_words_from_every_format_agree(tmp_path, store_path):
@@ -140,8 +135,8 @@ def test_words_from_every_format_agree(tmp_path, store_path):
     np.testing.assert_array_equal(binary.vectors, [keyed[w] for w in binary.words])
     assert vectors_for(store, tmp_path / "v.bin", cache).source == binary.source
     for name in ("v.txt", "v.kv"):
-        np.testing.assert_allclose(
-            vectors_for(store, tmp_path / name, None).vectors, binary.vectors, rtol=1e-5)
+        np.testing.assert_allclose(vectors_for(store, tmp_path / name, None).vectors,
+                                   binary.vectors, rtol=1e-5)
     (tmp_path / "broken.bin").write_bytes(b"not vectors")
     with pytest.raises(SystemExit, match="broken.bin: not a word2vec file"):
         vectors_for(store, tmp_path / "broken.bin", None)
@@ -155,9 +150,8 @@ def test_trained_vectors_repeat(store_path):
 
 
 def test_tokenize_keeps_case_and_apostrophes():
-    assert tokenize("Don't peel the Egg-plant, 2x!") == [
-        "Don't", "peel", "the", "Egg", "plant", "2x"
-    ]
+    assert tokenize("Don't peel the Egg-plant, 2x!") == ["Don't", "peel", "the", "Egg", "plant",
+                                                         "2x"]
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -190,5 +184,5 @@ def test_summary_of_known_ranks_and_interval():
     # Binomial: 20 +- 1.96 * 4
     assert 10 < low < 14 and 26 < high < 30
     assert summarize(rank) == s
-    assert "| text->video | 20.0 |" in table({"text->video": s}, 100) and "n = 100" in table(
-        {"text->video": s}, 100)
+    assert ("| text->video | 20.0 |" in table({"text->video": s}, 100)
+            and "n = 100" in table({"text->video": s}, 100))

@@ -24,8 +24,8 @@ def test_help_answers_before_torch_is_loaded(script, tmp_path):
                env={"PYTHONPATH": str(ROOT)})
     assert (" torch" not in done.stderr and " h5py" not in done.stderr
             and " numpy" not in done.stderr)
-    assert ("usage:" in done.stdout
-            and time.perf_counter() - begin < 30)  # how fast is measured elsewhere
+    # How fast it is, is measured elsewhere.
+    assert "usage:" in done.stdout and time.perf_counter() - begin < 30
 
 
 def test_hyphens_and_underscores_are_the_same():
@@ -47,13 +47,13 @@ def test_defaults_are_the_published_experiment(tmp_path, monkeypatch):
     (tmp_path / "data/howto100m.h5").touch()
     (tmp_path / "data/word2vec.bin").touch()
     args = flags.complete(parse())
-    assert (args.preset, str(args.data), str(args.word2vec)) == ("paper", "data/howto100m.h5",
-                                                                 "data/word2vec.bin")
+    assert ((args.preset, str(args.data), str(args.word2vec))
+            == ("paper", "data/howto100m.h5", "data/word2vec.bin"))
     assert (args.batch_size, args.n_pair, args.lr, args.epochs) == (128, 32, 1e-4, 20)
-    assert (args.embd_dim, args.cluster_size, args.queue_size, args.min_time,
-            args.max_words) == (6144, 256, 20, 10, 20)
-    assert (args.audio_frames, args.audio_width, args.temperature,
-            args.similarity) == (1000, 1.0, 0.05, "cosine")
+    assert ((args.embd_dim, args.cluster_size, args.queue_size, args.min_time, args.max_words)
+            == (6144, 256, 20, 10, 20))
+    assert ((args.audio_frames, args.audio_width, args.temperature, args.similarity)
+            == (1000, 1.0, 0.05, "cosine"))
     assert parse(stage=2).epochs == 10
     assert flags.complete(parse("--similarity", "dot")).temperature == 1.0
 
@@ -75,16 +75,16 @@ def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
 def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.h5").touch()
-    first = flags.as_dict(
-        flags.complete(parse("--data", "x.h5", "--temperature", 0.2, "--min_time", 0.5)))
+    first = flags.as_dict(flags.complete(parse("--data", "x.h5", "--temperature", 0.2,
+                                               "--min_time", 0.5)))
     args = flags.complete(parse("--temperature", 0.3, stage=2), inherited=first)
-    assert (str(args.data), args.min_time, args.temperature, args.epochs,
-            args.preset) == ("x.h5", 0.5, 0.3, 10, "paper")
+    assert ((str(args.data), args.min_time, args.temperature, args.epochs, args.preset)
+            == ("x.h5", 0.5, 0.3, 10, "paper"))
 
 
 @pytest.mark.parametrize("words", [("--batch_size", 0), ("--lr", -1), ("--epochs", "x"),
                                    ("--recon_weight", -0.5), ("--temperature", "nan"),
-                                   ("--unknown_flag", 1), ])
+                                   ("--unknown_flag", 1)])
 def test_bad_values_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(*words)

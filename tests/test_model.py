@@ -13,30 +13,28 @@ SIZES = dict(video_dims={"2d": 12, "3d": 6}, word_dim=5, embd_dim=16, recon_dim=
 
 def batch(n=6, frames=96, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {
-        "video": {"2d": torch.rand(n, 12, generator=g), "3d": torch.rand(n, 6, generator=g)
-                  }, "audio": torch.randn(n, 40, frames, generator=g) * 20 - 40,
-        "n_frames": torch.randint(20, frames + 1, (n, ),
-                                  generator=g), "text": torch.randn(n, 4, 5, generator=g),
-        "text_mask": torch.arange(4) < torch.arange(1, n + 1)[:, None],
-        "valid": {m: torch.ones(n, dtype=torch.bool) for m in ("video", "audio", "text")
-                  }, "clip_id": torch.arange(n), "caption_id": torch.arange(n)
-    }
+    return {"video": {"2d": torch.rand(n, 12, generator=g), "3d": torch.rand(n, 6, generator=g)},
+            "audio": torch.randn(n, 40, frames, generator=g) * 20 - 40,
+            "n_frames": torch.randint(20, frames + 1, (n,), generator=g),
+            "text": torch.randn(n, 4, 5, generator=g),
+            "text_mask": torch.arange(4) < torch.arange(1, n + 1)[:, None],
+            "valid": {m: torch.ones(n, dtype=torch.bool) for m in ("video", "audio", "text")},
+            "clip_id": torch.arange(n), "caption_id": torch.arange(n)}
 
 
 def test_published_parameter_names_and_shapes():
     model = MCN("AVT", audio_width=1.0, embd_dim=32, recon_dim=8)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name, shape in {
-            "DAVEnet.conv1.weight": (128, 1, 40, 1), "DAVEnet.layer1.0.conv1.weight":
-                (128, 128, 1, 9), "DAVEnet.layer4.0.downsample.0.weight": (1024, 512, 1, 1),
-            "DAVEnet.layer4.1.bn2.running_var": (1024, ), "DAVEnet_projection.weight":
-                (32, 1024), "GU_audio.fc.weight": (1024, 1024), "GU_audio.cg.fc.bias":
-                    (1024, ), "GU_video.fc.weight": (32, 4096), "text_pooling_caption.fc.weight":
-                        (32, 300), "GU_text_captions.cg.fc.weight": (32, 32), "recon_v.0.weight":
-                            (8, 32), "recon_v.2.weight": (4096, 8), "recon_a.2.weight": (1024, 8),
-            "recon_t.2.weight": (32, 8)
-    }.items():
+            "DAVEnet.conv1.weight": (128, 1, 40, 1),
+            "DAVEnet.layer1.0.conv1.weight": (128, 128, 1, 9),
+            "DAVEnet.layer4.0.downsample.0.weight": (1024, 512, 1, 1),
+            "DAVEnet.layer4.1.bn2.running_var": (1024,), "DAVEnet_projection.weight": (32, 1024),
+            "GU_audio.fc.weight": (1024, 1024), "GU_audio.cg.fc.bias": (1024,),
+            "GU_video.fc.weight": (32, 4096), "text_pooling_caption.fc.weight": (32, 300),
+            "GU_text_captions.cg.fc.weight": (32, 32), "recon_v.0.weight": (8, 32),
+            "recon_v.2.weight": (4096, 8), "recon_a.2.weight": (1024, 8),
+            "recon_t.2.weight": (32, 8)}.items():
         assert shapes[name] == shape, name
     assert ("DAVEnet.layer1.1.downsample.0.weight" not in shapes
             and "DAVEnet.layer1.0.downsample.0.weight" in shapes)
@@ -61,8 +59,8 @@ def test_audio_embedding_of_a_clip_alone_is_that_in_a_batch():
     mel, n = torch.randn(3, 40, 90) * 20, torch.tensor([90, 41, 16])
     together = net(mel, n)
     for i in range(3):
-        torch.testing.assert_close(
-            net(mel[i:i + 1, :, :n[i]], n[i:i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(mel[i:i + 1, :, :n[i]], n[i:i + 1])[0], together[i],
+                                   rtol=1e-4, atol=1e-5)
 
 
 def test_batch_of_silence_trains_and_leaves_statistics_alone():
@@ -127,10 +125,9 @@ def test_reconstruction_target_is_detached():
     with torch.no_grad():
         audio.recon_a[0].weight.zero_(), audio.recon_a[0].bias.zero_()
     _, errors = audio(batch())
-    (g, ) = torch.autograd.grad(errors["audio"].sum(), audio.DAVEnet.conv1.weight,
-                                allow_unused=True)
-    assert (g is None or not g.any()
-            )  # nothing reaches DAVEnet but through the embedding, which the zeroed head cuts off
+    (g,) = torch.autograd.grad(errors["audio"].sum(), audio.DAVEnet.conv1.weight, allow_unused=True)
+    # Nothing reaches DAVEnet but through the embedding, which the zeroed head cuts off.
+    assert g is None or not g.any()
 
 
 def test_invalid_rows_leave_the_loss_alone():

@@ -33,10 +33,8 @@ def textbook(x, y, temperature, margin, normalize, ids=None, valid=None):
 
 def pair(n, d, dtype=torch.float64, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-        for _ in range(2)
-    ]
+    return [(torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+            for _ in range(2)]
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 33])
@@ -53,8 +51,7 @@ def test_contrastive_equals_textbook(n, d, normalize):
         got = torch.autograd.grad(loss, (x, y))
         want = torch.autograd.grad(expected, (x, y), allow_unused=True)
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g,
-                                       torch.zeros_like(g) if w is None else w, rtol=1e-8,
+            torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-8,
                                        atol=1e-10)
 
 
@@ -141,8 +138,8 @@ def test_any_norm_gives_the_same_normalized_loss(scale):
     big = (x.detach() * scale).requires_grad_()
     loss = contrastive_loss(big, y)
     torch.testing.assert_close(loss, contrastive_loss(x, y), rtol=1e-5, atol=1e-6)
-    (grad, ) = torch.autograd.grad(loss, big)
-    (expected, ) = torch.autograd.grad(contrastive_loss(x, y), x)
+    (grad,) = torch.autograd.grad(loss, big)
+    (expected,) = torch.autograd.grad(contrastive_loss(x, y), x)
     torch.testing.assert_close(grad * scale, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -187,7 +184,7 @@ def test_gradients_are_right_where_the_loss_is_nearly_zero():
                                 margin=0.0)
     assert 1e-10 < expected < 1e-8
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    (g, ), (w, ) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, exact)
+    (g,), (w,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, exact)
     torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-14)
 
 
@@ -214,17 +211,12 @@ def test_mcn_loss_is_the_mean_of_its_terms():
     ids = {p: torch.arange(9) // (i + 1) for i, p in enumerate(pairs)}
     terms = mcn_loss(embeddings, pairs, mu, labels, ids=ids, valid=valid, cluster_weight=0.5,
                      temperature=0.2)
-    both = {
-        pairs[0]: valid["audio"] & valid["text"], pairs[1]: valid["audio"], pairs[2]: valid["text"]
-    }
-    contrastive = (sum(
-        contrastive_loss(embeddings[a], embeddings[b], ids=ids[a,
-                                                               b], valid=both[a,
-                                                                              b], temperature=0.2)
-        for a, b in pairs) / 3)
-    cluster = sum(
-        cluster_loss(e, mu, labels, valid=valid.get(m), temperature=0.2)
-        for m, e in embeddings.items()) / (3 * math.log(4))
+    both = {pairs[0]: valid["audio"] & valid["text"], pairs[1]: valid["audio"],
+            pairs[2]: valid["text"]}
+    contrastive = sum(contrastive_loss(embeddings[a], embeddings[b], ids=ids[a, b],
+                                       valid=both[a, b], temperature=0.2) for a, b in pairs) / 3
+    cluster = sum(cluster_loss(e, mu, labels, valid=valid.get(m), temperature=0.2)
+                  for m, e in embeddings.items()) / (3 * math.log(4))
     torch.testing.assert_close(terms.contrastive, contrastive)
     torch.testing.assert_close(terms.cluster, cluster)
     torch.testing.assert_close(terms.total, contrastive + 0.5 * cluster)

@@ -34,7 +34,7 @@ def test_layout_is_the_documented_one(store_path):
         assert set(f["2d"].attrs) == {"rate_hz", "model", "weights_sha256", "tool"}
         n = len(f["video/id"])
         for name in ("2d", "3d", "mel", "caption"):
-            assert f[f"{name}/offset"].shape == (n + 1, ) and f[f"{name}/offset"].dtype == np.int64
+            assert f[f"{name}/offset"].shape == (n + 1,) and f[f"{name}/offset"].dtype == np.int64
         assert f["caption/start"].dtype == f["caption/end"].dtype == np.float32
 
 
@@ -83,13 +83,13 @@ def test_errors_name_file_dataset_and_fix(tmp_path, store_path):
         with h5py.File(broken, "a") as f:
             change(f)
 
-    for change, message in ((lambda f: f.attrs.update(version=2),
-                             "version 2, this code reads version 1"),
-                            (lambda f: f.attrs.update(format="other"), "not 'mcn-store'"),
-                            (lambda f: f.__delitem__("caption/offset"), "a dataset is missing"),
-                            (lambda f: f["2d/offset"].__setitem__(1, 9999),
-                             "2d/offset does not run"), (lambda f: f["mel/data"].__setitem__(
-                                 (5, 5), np.nan), "mel/data has values that are not finite")):
+    for change, message in (
+            (lambda f: f.attrs.update(version=2), "version 2, this code reads version 1"),
+            (lambda f: f.attrs.update(format="other"), "not 'mcn-store'"),
+            (lambda f: f.__delitem__("caption/offset"), "a dataset is missing"),
+            (lambda f: f["2d/offset"].__setitem__(1, 9999), "2d/offset does not run"),
+            (lambda f: f["mel/data"].__setitem__((5, 5), np.nan),
+             "mel/data has values that are not finite")):
         damage(change)
         with pytest.raises(StoreError, match=message):
             validate(broken)
@@ -109,12 +109,12 @@ def test_existing_store_is_not_overwritten(tmp_path):
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("touch executed", )
+        return os.system, ("touch executed",)
 
 
 class EvilTorch:
     def __reduce__(self):
-        return torch.storage._load_from_bytes, (pickle.dumps(Evil()), )
+        return torch.storage._load_from_bytes, (pickle.dumps(Evil()),)
 
 
 def hostile():
@@ -123,7 +123,7 @@ def hostile():
 
     class Nested:
         def __reduce__(self):
-            return torch.storage._load_from_bytes, (torch_file.getvalue(), )
+            return torch.storage._load_from_bytes, (torch_file.getvalue(),)
 
     yield "reduce", pickle.dumps([Evil()])
     yield "protocol 0", b"cos\nsystem\n(S'touch executed'\ntR."
@@ -148,11 +148,9 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, monkeypatch, nam
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_honest_pickles_load(tmp_path, protocol):
-    value = {
-        "f": np.arange(6.0, dtype=np.float16).reshape(2, 3), "t": torch.arange(4).half(),
-        "s": ["é", None, True,
-              2.5], "scalar": np.float32(3), "fortran": np.asfortranarray(np.ones((2, 2)))
-    }
+    value = {"f": np.arange(6.0, dtype=np.float16).reshape(2, 3), "t": torch.arange(4).half(),
+             "s": ["é", None, True, 2.5], "scalar": np.float32(3),
+             "fortran": np.asfortranarray(np.ones((2, 2)))}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol=protocol))
     got = load_pickle(tmp_path / "x.pkl")
     np.testing.assert_array_equal(got["f"], value["f"])
@@ -172,15 +170,13 @@ def make_howto(folder, n=6, seed=0):
         place = folder / "features" / path
         place.mkdir(parents=True)
         np.savez(place / f"{name}_2d.npz", features=rng.random((30, 12)).astype(np.float16))
-        np.savez_compressed(place / f"{name}_3d.npz", features=rng.random(
-            (45, 6)).astype(np.float32))
+        np.savez_compressed(place / f"{name}_3d.npz",
+                            features=rng.random((45, 6)).astype(np.float32))
         if i != 1:
-            np.savez(place / f"{name}_spec.npz", arr_0=rng.uniform(-80, 0,
-                                                                   (40, 3000)).astype(np.float16))
-        captions[name] = {
-            "start": [1.0, 5.0, 20.0], "end": [3.0, 9.0, 22.5],
-            "text": ["chop the onion", "now fry", "egg"]
-        }
+            np.savez(place / f"{name}_spec.npz",
+                     arr_0=rng.uniform(-80, 0, (40, 3000)).astype(np.float16))
+        captions[name] = {"start": [1.0, 5.0, 20.0], "end": [3.0, 9.0, 22.5],
+                          "text": ["chop the onion", "now fry", "egg"]}
     (folder / "list.csv").write_text("path\n" + "\n".join(paths) + "\n")
     (folder / "caption.pickle").write_bytes(pickle.dumps(captions))
     return paths, captions
@@ -248,9 +244,8 @@ def test_the_other_layouts(tmp_path, layout):
         source = tmp_path / "captions"
         source.mkdir()
         for name, c in captions.items():
-            lines = [
-                f"{s},{e},{t}" for s, e, t in zip(c["start"], c["end"], c["text"], strict=True)
-            ]
+            lines = [f"{s},{e},{t}"
+                     for s, e, t in zip(c["start"], c["end"], c["text"], strict=True)]
             (source / f"{name}.csv").write_text("start,end,text\n" + "\n".join(lines))
     else:
         for path in [p.removeprefix("None/") for p in paths]:
@@ -273,10 +268,9 @@ def test_the_other_layouts(tmp_path, layout):
 @pytest.mark.slow
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     make_howto(tmp_path, n=400)
-    command = [
-        sys.executable, "-m", "mcn_ext.prepare", "howto100m", "--list", "list.csv", "--features",
-        "features", "--captions", "caption.pickle", "--out", "out.h5", "--shard-mib", "2"
-    ]
+    command = [sys.executable, "-m", "mcn_ext.prepare", "howto100m", "--list", "list.csv",
+               "--features", "features", "--captions", "caption.pickle", "--out", "out.h5",
+               "--shard-mib", "2"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -309,10 +303,8 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
 
 def test_youcook2_round_trip(tmp_path):
     rng = np.random.default_rng(0)
-    items = [{
-        "id": "GLd3aX16zBg", "caption": f"step {i}", "2d": rng.random(12).astype(np.float32),
-        "3d": rng.random(6), "audio": torch.rand(40, 100 + i)
-    } for i in range(5)]
+    items = [{"id": "GLd3aX16zBg", "caption": f"step {i}", "2d": rng.random(12).astype(np.float32),
+              "3d": rng.random(6), "audio": torch.rand(40, 100 + i)} for i in range(5)]
     items[1]["audio"] = None
     items[2]["2d"] = np.full(12, np.nan)
     items[3].pop("3d")
@@ -323,8 +315,8 @@ def test_youcook2_round_trip(tmp_path):
     store = Store(tmp_path / "val.h5")
     assert store.ids() == ["GLd3aX16zBg", "GLd3aX16zBg#2", "GLd3aX16zBg#5"]
     assert [store.captions(i)[3] for i in range(3)] == [["step 0"], ["step 1"], ["step 4"]]
-    np.testing.assert_allclose(
-        store.clips(0, "2d", [0.0], [store.captions(0)[2][0]])[0][0], items[0]["2d"], rtol=1e-3)
+    np.testing.assert_allclose(store.clips(0, "2d", [0.0], [store.captions(0)[2][0]])[0][0],
+                               items[0]["2d"], rtol=1e-3)
     assert len(store.clips(2, "mel", [0.0], [store.captions(2)[2][0]])[0]) == 104
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"not": "a list"}))
     with pytest.raises(SystemExit, match="expected a list of dictionaries"):
@@ -352,16 +344,11 @@ def test_demo_is_what_it_says(tmp_path, monkeypatch):
     known = set(demo.CONCEPTS) | set(demo.FILLER)
     words = [text.split() for text in train.texts()]
     assert any(set(w) - known for w in words), "some words have no vector"
-    lengths = {
-        round(float(e - s)) for i in range(len(train))
-        for s, e in zip(*train.captions(i)[1:3], strict=True)
-    }
+    lengths = {round(float(e - s)) for i in range(len(train))
+               for s, e in zip(*train.captions(i)[1:3], strict=True)}
     assert len(lengths) > 1
-    silent = [
-        np.ptp(c.astype(float)) == 0 for i in range(len(train))
-        for c in train.clips(i, "mel",
-                             *train.captions(i)[1:3])
-    ]
+    silent = [np.ptp(c.astype(float)) == 0 for i in range(len(train))
+              for c in train.clips(i, "mel", *train.captions(i)[1:3])]
     assert 0.01 < np.mean(silent) < 0.15
     concepts = [frozenset(t.split()) & set(demo.CONCEPTS) for t in evaluation.texts()]
     assert len(set(concepts)) == len(concepts), "every evaluation caption asks for one clip"

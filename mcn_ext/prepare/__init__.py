@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 class Skipped(ValueError):
-    """An item that cannot be used; the message says which file and why. The run goes on without
-    it."""
+    """An item that cannot be used; says which file and why. The run goes on without it."""
 
 
 class SkipList:
     """Items left out: kept for the summary and, as they come, in ``<out>.skipped.csv``."""
+
     def __init__(self, out: Path):
         self.path = out.with_name(out.name + ".skipped.csv")
         self.rows: list[tuple[str, str]] = []
@@ -25,8 +25,7 @@ class SkipList:
         self.rows.append((name, reason))
 
     def close(self) -> str:
-        """Write the list (remove an old one when nothing was left out); returns one sentence for
-        people."""
+        """Write the list (or remove an old one if nothing was left out); a sentence for people."""
         if not self.rows:
             self.path.unlink(missing_ok=True)
             return "none skipped"

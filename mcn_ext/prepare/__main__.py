@@ -15,12 +15,10 @@ def parser() -> Parser:
 
     def common(p, out):
         p.add_argument(
-            "--out", type=Path, default=Path(out), metavar="PATH", help=
-            f"where to write (default {out}, where the scripts look); a path that does not end in "
-            f".h5 "
-            "becomes a folder of shards: better from some 100 GB on, as nothing is joined at the "
-            "end"
-        )
+            "--out", type=Path, default=Path(out), metavar="PATH",
+            help=f"where to write (default {out}, where the scripts look); a path that does not "
+            "end in .h5 becomes a folder of shards: better from some 100 GB on, as nothing is "
+            "joined at the end")
         p.add_argument(
             "--overwrite", action=argparse.BooleanOptionalAction, default=False,
             help="replace what is at --out; without it a run that was interrupted is resumed")
@@ -44,10 +42,9 @@ def parser() -> Parser:
     p.add_argument("--workers", type=int, default=4, metavar="N",
                    help="reading threads (default 4); more on network disks")
     p.add_argument(
-        "--shard_mib", type=float, default=512, metavar="MIB", help=
-        "features gathered in memory before they are written (default 512); a kill loses at most "
-        "these"
-    )
+        "--shard_mib", type=float, default=512, metavar="MIB",
+        help="features gathered in memory before they are written (default 512); a kill loses at "
+        "most these")
     common(p, "data/howto100m.h5")
     p = kinds.add_parser(
         "youcook2", help="youcook_val_audio.pkl -> evaluation store",
@@ -72,9 +69,9 @@ def main(argv=None) -> int:
 
             summary = howto100m.prepare(
                 args.list, args.features, args.features_audio, args.captions, args.out,
-                workers=args.workers,
-                rates={"2d": args.rate_2d, "3d": args.rate_3d, "mel": howto100m.MEL_RATE
-                       }, overwrite=args.overwrite, shard_mib=args.shard_mib)
+                workers=args.workers, rates={"2d": args.rate_2d, "3d": args.rate_3d,
+                                             "mel": howto100m.MEL_RATE},
+                overwrite=args.overwrite, shard_mib=args.shard_mib)
         elif args.kind == "youcook2":
             from mcn_ext.prepare import youcook2
 

@@ -16,10 +16,8 @@ from mcn_ext.prepare.howto100m import MEL_RATE
 from mcn_ext.store import N_MELS, Store, StoreWriter
 
 VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()
-THINGS = (
-    "onion carrot tomato garlic potato egg butter flour rice chicken salmon lemon basil cheese "
-    "mushroom pepper "
-    "ginger bean apple cream honey spinach bread noodle").split()
+THINGS = ("onion carrot tomato garlic potato egg butter flour rice chicken salmon lemon basil "
+          "cheese mushroom pepper ginger bean apple cream honey spinach bread noodle").split()
 FILLER = "now we take the and some then just here with a little so next into you want to".split()
 CONCEPTS = VERBS + THINGS
 DIM_2D, DIM_3D = 128, 64
@@ -41,8 +39,7 @@ class _World:
 
     @staticmethod
     def _utterance(rng) -> np.ndarray:
-        """Two formants gliding between three random heights each: (FRAMES_PER_WORD, 40) in [0,
-        1]."""
+        """Two formants gliding between three random heights: (FRAMES_PER_WORD, 40) in [0, 1]."""
         time, mel = np.linspace(0, 2, FRAMES_PER_WORD), np.arange(N_MELS)
         out = np.zeros((FRAMES_PER_WORD, N_MELS), np.float32)
         for low, high in ((2, 18), (16, 38)):
@@ -64,10 +61,8 @@ class _Channel:
 
     def concepts(self) -> list[int]:
         rng = self.rng
-        return [
-            int(rng.choice(self.verbs)),
-            *map(int, rng.choice(self.things, rng.integers(1, 4), replace=False))
-        ]
+        things = rng.choice(self.things, rng.integers(1, 4), replace=False)
+        return [int(rng.choice(self.verbs)), *map(int, things)]
 
     def caption(self, concepts: list[int]) -> list[str]:
         words: list[str] = []
@@ -99,45 +94,35 @@ class _Channel:
             if pattern is None or rng.random() < 0.06:
                 continue
             length = max(6, round(FRAMES_PER_WORD / self.tempo * rng.uniform(0.9, 1.1)))
-            pattern = np.roll(
-                pattern[np.linspace(0, FRAMES_PER_WORD - 1, length).round().astype(int)],
-                self.pitch, 1)
+            paced = np.linspace(0, FRAMES_PER_WORD - 1, length).round().astype(int)
+            pattern = np.roll(pattern[paced], self.pitch, 1)
             stop = min(n, position + length)
             if stop > position:
-                loud = (-78 + 66 * pattern[:stop - position]
-                        + self.tilt * pattern[:stop - position])
+                loud = -78 + (66 + self.tilt) * pattern[:stop - position]
                 mel[position:stop] = np.maximum(mel[position:stop], loud)
             position += length + rng.integers(0, 4)
         return np.clip(mel, -80, 0).astype(np.float16)
 
-    def clip(self, concepts: list[int], seen: list[int], seconds: float, words: list[str],
-             silent: bool):
-        world = self.world
-        return {
-            "2d": self.frames(seen, seconds, 1.0, world.look_2d, self.clutter[0]),
-            "3d": self.frames(seen, seconds, 1.5, world.look_3d, self.clutter[1]), "mel": np.full(
-                (max(1, round(seconds * MEL_RATE)),
-                 N_MELS), -80, np.float16) if silent else self.speech(words, seconds)
-        }
+    def clip(self, seen: list[int], words: list[str], seconds: float, silent: bool) -> dict:
+        """All streams of a clip that shows the concepts ``seen`` while the words are spoken."""
+        mel = self.speech(words, seconds)
+        return {"2d": self.frames(seen, seconds, 1.0, self.world.look_2d, self.clutter[0]),
+                "3d": self.frames(seen, seconds, 1.5, self.world.look_3d, self.clutter[1]),
+                "mel": np.full_like(mel, -80) if silent else mel}
 
 
-_STREAMS = {
-    "2d": {"dim": DIM_2D, "rate_hz": 1.0}, "3d": {"dim": DIM_3D, "rate_hz": 1.5},
-    "mel": {"dim": N_MELS, "rate_hz": MEL_RATE}
-}
+_STREAMS = {"2d": {"dim": DIM_2D, "rate_hz": 1.0}, "3d": {"dim": DIM_3D, "rate_hz": 1.5},
+            "mel": {"dim": N_MELS, "rate_hz": MEL_RATE}}
 
 
 def _writer(path: Path, seed: int) -> StoreWriter:
-    streams = {
-        name: spec | {"model": "made up", "tool": f"mcn_ext.prepare demo --seed {seed}"}
-        for name, spec in _STREAMS.items()
-    }
+    made = {"model": "made up", "tool": f"mcn_ext.prepare demo --seed {seed}"}
+    streams = {name: spec | made for name, spec in _STREAMS.items()}
     return StoreWriter(path, streams, SOURCE, overwrite=True)
 
 
 def _seconds(rng, n_words: int) -> float:
-    """Whole seconds, so that the rows of consecutive clips line up with their time stamps in every
-    stream."""
+    """Whole seconds, so that consecutive clips' rows line up with their time stamps."""
     return float(max(2, round(n_words * 0.3 + rng.uniform(0, 2.0))))
 
 
@@ -150,12 +135,12 @@ def _train(path: Path, world: _World, seed: int) -> None:
         rows, start, end, text, clock = {name: [] for name in _STREAMS}, [], [], [], 0.0
         for i, concepts in enumerate(contents):
             words = channel.caption(concepts)
-            seconds = 2.0 * round(
-                _seconds(rng, len(words)) / 2)  # even: 1.5 rows a second give whole rows
-            seen = (contents[max(0, i - 1)] if rng.random() < 0.12 else concepts
-                    )  # people show before or after they say
-            for name, array in channel.clip(concepts, seen, seconds, words, silent=rng.random()
-                                            < 0.06).items():
+            # Even, as 1.5 rows a second are then whole rows.
+            seconds = 2.0 * round(_seconds(rng, len(words)) / 2)
+            # People show things before they speak of them, or after.
+            seen = contents[max(0, i - 1)] if rng.random() < 0.12 else concepts
+            clip = channel.clip(seen, words, seconds, silent=rng.random() < 0.06)
+            for name, array in clip.items():
                 rows[name].append(array)
             start.append(clock)
             end.append(clock + seconds - 0.05)  # a slice takes the row its end falls into
@@ -178,14 +163,11 @@ def _eval(path: Path, world: _World, seed: int) -> None:
             if len(used) == N_EVAL or frozenset(concepts) in used:
                 continue
             used.add(frozenset(concepts))
-            # The caption names every concept: two captions that miss the one word would ask for the
-            # same.
-            words = [
-                word for concept in concepts
-                for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]
-            ]
+            # Every concept is named: two captions that miss the one word would ask for the same.
+            words = [word for concept in concepts
+                     for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]]
             seconds = _seconds(rng, len(words))
-            rows = channel.clip(concepts, concepts, seconds, words, silent=rng.random() < 0.03)
+            rows = channel.clip(concepts, words, seconds, silent=rng.random() < 0.03)
             for name in ("2d", "3d"):
                 rows[name] = rows[name].max(axis=0, keepdims=True)  # pooled, as YouCook2's are
             writer.add(f"eval{item:05d}_{len(used):03d}", rows, [0.0], [seconds], [" ".join(words)])
@@ -193,8 +175,7 @@ def _eval(path: Path, world: _World, seed: int) -> None:
 
 
 def prepare(out: Path, *, seed: int = 0, overwrite: bool = False) -> str:
-    """Write ``out``/train.h5 and ``out``/eval.h5 unless both are there; returns the summary that is
-    printed."""
+    """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary."""
     train, evaluation = out / "train.h5", out / "eval.h5"
     if overwrite or not (train.exists() and evaluation.exists()):
         out.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,7 @@ from mcn_ext.prepare.unpickle import load_pickle
 from mcn_ext.store import N_MELS, StoreWriter
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
-MAX_ARRAY_BYTES = (
-    2**31)  # 36 hours of ResNet rows, 7 days of spectrogram in fp16: beyond it a header is lying
+MAX_ARRAY_BYTES = 2**31  # 36 hours of ResNet rows, 7 days of spectrogram: beyond, a header lies
 
 
 def read_list(path: Path) -> list[str]:
@@ -34,17 +33,15 @@ def read_list(path: Path) -> list[str]:
             raise SystemExit(
                 f"--list {path}: no column 'path' in its first line {rows.fieldnames}; "
                 "expected a CSV with the header 'path' and rows like topic/subtopic/VIDEOID")
-        paths = [
-            row["path"].strip().removeprefix("None/").strip("/") for row in rows if row["path"]
-        ]
+        paths = [row["path"].strip().removeprefix("None/").strip("/")
+                 for row in rows if row["path"]]
     if not paths:
         raise SystemExit(f"--list {path}: lists no video")
     return paths
 
 
 def load_array(path: Path) -> np.ndarray:
-    """The (rows, columns) array of an .npz or .npy, key ``features`` or ``arr_0``. Skipped says
-    what is wrong."""
+    """The (rows, columns) array of an .npz or .npy, key ``features`` or ``arr_0``, or Skipped."""
     try:
         if path.suffix == ".npz":
             with zipfile.ZipFile(path) as archive:
@@ -58,8 +55,8 @@ def load_array(path: Path) -> np.ndarray:
             array = file[key]
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error,
             NotImplementedError) as error:
-        raise (error if isinstance(error, Skipped) else
-               Skipped(f"{path}: {type(error).__name__}: {error}")) from error
+        raise (error if isinstance(error, Skipped)
+               else Skipped(f"{path}: {type(error).__name__}: {error}")) from error
     if array.ndim != 2 or array.dtype.kind != "f":
         raise Skipped(
             f"{path}: {array.dtype} array of shape {array.shape}, expected floats (rows, columns)")
@@ -81,8 +78,8 @@ def find_features(folder: Path, path: str, kind: str) -> Path | None:
 
 
 class Captions:
-    """Captions by video id, from a pickle, a JSON file, or a folder of CSV files read one by
-    one."""
+    """Captions by video id: a pickle, a JSON file, or a folder of CSV files read one by one."""
+
     def __init__(self, path: Path):
         self.path, self.table = path, None
         if path.is_dir():
@@ -130,11 +127,10 @@ class Captions:
 def prepare(list_file: Path, features: Path, features_audio: Path | None, captions_file: Path,
             out: Path, *, rates: dict[str, float], workers: int = 4, overwrite: bool = False,
             shard_mib: float = 512) -> str:
-    """Convert; returns the summary that is printed. See the module's first lines for the
-    formats."""
-    for flag, path in (("--list", list_file), ("--features", features), ("--captions",
-                                                                         captions_file),
-                       *((("--features_audio", features_audio), ) if features_audio else ())):
+    """Convert; returns the summary that is printed. The module's first lines have the formats."""
+    for flag, path in (("--list", list_file), ("--features", features),
+                       ("--captions", captions_file),
+                       *((("--features_audio", features_audio),) if features_audio else ())):
         if not path.exists():
             raise SystemExit(f"{flag} {path}: no such file or folder")
     paths = read_list(list_file)
@@ -155,23 +151,17 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
     if "2d" not in dims and "3d" not in dims:
         raise SystemExit(
             f"--features {features}: no readable _2d.npz or _3d.npz for any of the {len(paths)} "
-            f"videos of "
-            f"{list_file}; looked for names like "
-            f"{features / paths[0]}/{paths[0].split('/')[-1]}_2d.npz"
-        )
+            f"videos of {list_file}; looked for names like "
+            f"{features / paths[0]}/{paths[0].split('/')[-1]}_2d.npz")
     models = {"2d": "2D features as found", "3d": "3D features as found", "mel": "log-mel as found"}
-    streams = {
-        name: {
-            "dim": dim, "rate_hz": rates[name], "model": models[name], "weights_sha256": "unknown",
-            "tool": "mcn_ext.prepare howto100m"
-        } for name, dim in sorted(dims.items())
-    }
+    streams = {name: {"dim": dim, "rate_hz": rates[name], "model": models[name],
+                      "weights_sha256": "unknown", "tool": "mcn_ext.prepare howto100m"}
+               for name, dim in sorted(dims.items())}
     captions = Captions(captions_file)
     writer = StoreWriter(
         out, streams, f"HowTo100M features from {features}", overwrite=overwrite,
-        shard_mib=shard_mib, settings={
-            "list": str(list_file), "captions": str(captions_file), "audio": str(audio_folder)
-        })
+        shard_mib=shard_mib, settings={"list": str(list_file), "captions": str(captions_file),
+                                       "audio": str(audio_folder)})
     resumed, silent, skips, seen, todo = len(writer.done), 0, SkipList(out), set(), []
     for path in paths:
         name = path.rsplit("/", 1)[-1]
@@ -216,5 +206,5 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
     store = writer.close()
     again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
     return (f"{store}: {kept} of {len(paths)} videos{again}, streams "
-            + ", ".join(f"{n} {d}" for n, d in dims.items()) +
-            (f", {silent} without audio" if silent else "") + f"; {sentence}")
+            + ", ".join(f"{n} {d}" for n, d in dims.items())
+            + (f", {silent} without audio" if silent else "") + f"; {sentence}")

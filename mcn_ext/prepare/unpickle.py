@@ -26,16 +26,14 @@ _ALLOWED = {("collections", "OrderedDict"), ("collections", "defaultdict"),
 
 
 class UnsafePickle(ValueError):
-    """A pickle that asks for something off the list, or is damaged; the message names the file and
-    the request."""
+    """A damaged pickle, or one that asks for something off the list; names the file and request."""
 
 
 def _torch_constructors() -> dict:
     import torch
 
     def storage_from_bytes(data: bytes):
-        # torch pickles a storage as a nested torch file and reads it back with everything allowed;
-        # not here.
+        # torch pickles a storage as a torch file, and reads it with everything allowed. Not here.
         return torch.load(io.BytesIO(data), weights_only=True)
 
     return {("torch.storage", "_load_from_bytes"): storage_from_bytes,
@@ -63,8 +61,7 @@ class _Unpickler(pickle.Unpickler):
 def load_pickle(path: str | os.PathLike, stand_ins: dict | None = None):
     """The object in a pickle made of numpy arrays, torch tensors, containers, numbers and strings.
 
-    stand_ins: {(module, name): class} to use for further names. UnsafePickle for any other name or
-        a damaged file.
+    stand_ins: {(module, name): class} for further names. UnsafePickle for any other, or damage.
     """
     with open(path, "rb") as file:
         try:
@@ -79,8 +76,7 @@ def load_pickle(path: str | os.PathLike, stand_ins: dict | None = None):
 
 
 def load_key_vectors(path: str | os.PathLike) -> tuple[list[str], np.ndarray]:
-    """Words and vectors (V, dim) of a gensim .kv file, which is a pickle with the large array
-    beside it."""
+    """Words and vectors (V, dim) of a gensim .kv: a pickle, with the large array beside it."""
     class Plain:
         pass
 
@@ -98,6 +94,5 @@ def load_key_vectors(path: str | os.PathLike) -> tuple[list[str], np.ndarray]:
     if words is None or vectors is None or len(words) != len(vectors):
         raise UnsafePickle(
             f"{path}: no words with vectors in it; a large .kv also needs {path}.vectors.npy "
-            f"beside it"
-        )
+            "beside it")
     return list(words), vectors

@@ -1,8 +1,6 @@
-"""YouCook2 evaluation pickle (``youcook_val_audio.pkl``) -> store with one caption per clip,
-already cut.
+"""YouCook2 evaluation pickle (``youcook_val_audio.pkl``) -> store, one caption per cut clip.
 
-A list of dictionaries: ``2d`` and ``3d`` pooled features (dim,), ``audio`` (40, T) dB, ``caption``,
-``id``.
+A list of dictionaries: pooled ``2d`` and ``3d`` (dim,), ``audio`` (40, T) dB, ``caption``, ``id``.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from mcn_ext.store import N_MELS, StoreWriter
 
 def _pooled(item: dict, key: str, dim: int) -> np.ndarray:
     features = np.asarray(item[key], np.float32)
-    if features.shape != (dim, ):
+    if features.shape != (dim,):
         raise Skipped(f"{key} has shape {features.shape}, the other clips have ({dim},)")
     with np.errstate(over="ignore"):
         features = features.astype(np.float16)
@@ -47,8 +45,7 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
     if not pickle_file.is_file():
         raise SystemExit(
             f"{pickle_file}: no such file; expected YouCook2's evaluation pickle, "
-            f"youcook_val_audio.pkl"
-        )
+            "youcook_val_audio.pkl")
     items = load_pickle(pickle_file)
     if (not isinstance(items, list) or not items
             or not all(isinstance(i, dict) and "caption" in i for i in items)):
@@ -66,18 +63,16 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
     specs = {key: (dim, 1.0, "pooled 2D/3D features as found") for key, dim in dims.items()}
     if any(item.get("audio") is not None for item in items):
         specs["mel"] = (N_MELS, MEL_RATE, "log-mel as found")
-    streams = {
-        name: {"dim": dim, "rate_hz": rate, "model": model, "tool": "mcn_ext.prepare youcook2"}
-        for name, (dim, rate, model) in specs.items()
-    }
+    streams = {name: {"dim": dim, "rate_hz": rate, "model": model,
+                      "tool": "mcn_ext.prepare youcook2"}
+               for name, (dim, rate, model) in specs.items()}
     writer = StoreWriter(out, streams, f"YouCook2 clips from {pickle_file.name}",
                          overwrite=overwrite, settings={"pickle": str(pickle_file)})
     skips, repeats, silent = SkipList(out), Counter(), 0
     for number, item in enumerate(tqdm(items, unit="clip", desc="prepare", mininterval=0.5)):
         base = str(item.get("id", number))
         repeats[base] += 1
-        name = (base if repeats[base] == 1 else f"{base}#{repeats[base]}"
-                )  # clips of one video may share its id
+        name = base if repeats[base] == 1 else f"{base}#{repeats[base]}"  # clips may share an id
         if name in writer.done:
             continue
         try:
@@ -94,5 +89,5 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
     kept = len(writer.done)
     sentence = skips.close()
     return (f"{writer.close()}: {kept} of {len(items)} clips, streams "
-            + ", ".join(f"{n} {s[0]}" for n, s in specs.items()) +
-            (f", {silent} without audio" if silent else "") + f"; {sentence}")
+            + ", ".join(f"{n} {s[0]}" for n, s in specs.items())
+            + (f", {silent} without audio" if silent else "") + f"; {sentence}")
