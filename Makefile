@@ -6,10 +6,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test setup bench gpu lint clean
 
 demo: setup
-	$(PY) train_stage1.py --pair AV
-	$(PY) train_stage2.py --add T
-	$(PY) evaluate.py --youcook2
-	$(PY) -m mcn_ext.report
+	$(PY) train_stage1.py --pair AV --preset demo
+	$(PY) train_stage2.py --add T --init runs/stage1-AV-demo
+	$(PY) evaluate.py --youcook2 --run runs/stage2-AV_T-demo
+	$(PY) -m mcn_ext.report runs/stage2-AV_T-demo
 
 test: setup
 	$(PY) -m ruff check .
@@ -33,7 +33,7 @@ bench: setup
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m mcn_ext
-	$(PYTHON) -m pytest -q -m cuda tests
+	$(PYTHON) -m pytest -q tests/test_cuda.py
 	$(PYTHON) benchmarks/loader.py
 
 lint: setup

@@ -50,7 +50,6 @@ def rank_direction(embeddings, valid, direction, similarity):
         part = prepared[query] @ prepared[name].T
         scores = scores + torch.where(valid[name][None, :], part, torch.zeros_like(part))
         present |= valid[name]
-    rank = ranks(scores)
     # Clips with nothing to compare stand behind all others; queries without content find nothing.
     scores = torch.where(present[None, :], scores, scores.min() - 1.0)
     rank = ranks(scores)
@@ -123,10 +122,15 @@ def main(argv=None):
     model.load_state_dict(content["model"])
     words = None
     if "T" in sizes["modalities"]:
-        words = WordVectors.load(args.run / training.WORDS)
-        if trained.get("word2vec") and Path(trained["word2vec"]).exists():  # also unseen words
+        words = kept = WordVectors.load(args.run / training.WORDS)
+        if trained["word2vec"] and Path(trained["word2vec"]).exists():  # also words never met
             words = vectors_for(store, Path(trained["word2vec"]),
                                 data.with_name(data.name + ".words.npz"))
+            if not kept.agrees(words):
+                raise SystemExit(f"{trained['word2vec']} is not the file {args.run} was trained "
+                                 "with; put that back, or move this one away")
+        elif trained["word2vec"]:
+            print(f"{trained['word2vec']} is gone: only words of the training captions are known")
     reader = ClipReader(
         store, video_streams=tuple(sizes["video_dims"]) if "V" in sizes["modalities"] else (),
         audio="A" in sizes["modalities"], words=words, max_words=trained["max_words"],

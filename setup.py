@@ -26,6 +26,8 @@ kernels = sorted(str(path) for path in Path("csrc").glob("*.cu"))
 possible = bool(torch.version.cuda and CUDA_HOME
                 and (shutil.which("nvcc") or Path(CUDA_HOME, "bin/nvcc").exists()))
 wanted = os.environ.get("MCN_CUDA")
+if wanted == "1" and not kernels:
+    raise SystemExit("MCN_CUDA=1: this version has no CUDA kernels (csrc/*.cu) to build")
 if wanted == "1" and not possible:
     raise SystemExit(
         f"MCN_CUDA=1: torch {torch.__version__} has CUDA {torch.version.cuda}, nvcc under "

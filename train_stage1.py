@@ -49,7 +49,7 @@ def main(argv=None):
     next_script = f"train_stage2.py --add {missing[0]}" if missing else "evaluate.py --youcook2"
     hint = f"Next: python {next_script}"
     if run.done:
-        say(f"{folder} is done ({run.step} steps); --no-resume trains anew. {hint}")
+        say(f"{folder} is done ({run.step} of {run.total_steps} steps). {hint}")
         return distributed.finish()
 
     # ----------------------------------------------------------------------------------- train

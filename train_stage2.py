@@ -50,6 +50,9 @@ def main(argv=None):
     args = flags.complete(args, inherited=start["args"])
     args.init_run_id = start["run_id"]  # a retrained stage 1 is another start: not resumed from
     state = "complete" if start["complete"] else "NOT complete"
+    if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
+        raise SystemExit(f"--word2vec {args.word2vec}: the text encoder of {args.init} was trained "
+                         f"on {start['args']['word2vec'] or 'vectors of its own'}; leave it out")
     say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
 
     # ------------------------------------------------------------------------------- run, data
@@ -79,7 +82,7 @@ def main(argv=None):
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     hint = "Next: python evaluate.py --youcook2"
     if run.done:
-        say(f"{folder} is done ({run.step} steps); --no-resume trains anew. {hint}")
+        say(f"{folder} is done ({run.step} of {run.total_steps} steps). {hint}")
         return distributed.finish()
 
     # ----------------------------------------------------------------------------------- train

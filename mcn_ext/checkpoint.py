@@ -17,7 +17,7 @@ LATEST = "checkpoint.pt"
 FORMAT = 1
 # Flags that change neither the model nor what it is shown: they may differ when a run is resumed.
 FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
-              "out", "n_ranks"}
+              "out", "n_ranks", "init_run_id"}
 
 
 def _write(path: Path, content: dict) -> None:
@@ -53,14 +53,12 @@ def load(path: Path) -> dict:
 
 def save(folder: Path, *, args: dict, sizes: dict, step: int, epoch_done: int | None,
          complete: bool, run_id: str, model: dict, training: dict) -> None:
-    """Write ``checkpoint.pt`` and, after an epoch, its weights as ``epoch-NN.pt``; rank 0 only."""
-    if distributed.rank() != 0:
-        return
+    """Write ``checkpoint.pt`` and, after an epoch, its weights as ``epoch-NN.pt``."""
     content = {"mcn_checkpoint": FORMAT, "args": args, "sizes": sizes, "step": step,
                "complete": complete, "run_id": run_id, "model": model}
-    _write(folder / LATEST, content | {"training": training})
-    if epoch_done is not None:
+    if epoch_done is not None:  # first: a kill in between costs the epoch again, not its file
         _write(folder / f"epoch-{epoch_done:02d}.pt", content)
+    _write(folder / LATEST, content | {"training": training})
 
 
 def new_run_id() -> str:
@@ -82,8 +80,11 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
         return None
     content = load(folder / LATEST)
     old = content["args"]
-    changed = [f"--{name} {old[name]} (now {args[name]})" for name in
-               sorted(args.keys() & old.keys() - FREE_FLAGS) if old[name] != args[name]]
+    compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
+    changed = [f"--{name} {old[name]} (now {args[name]})" for name in compared
+               if old[name] != args[name]]
+    if old.get("init_run_id") != args.get("init_run_id"):
+        changed.append("another stage-1 run as its start (retrained since)")
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "
@@ -91,17 +92,16 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     return content
 
 
-def find_run(runs: Path, stage: int | None = None, lacks: str = "",
-             demo: bool | None = None) -> Path | None:
+def find_run(runs: Path, stage: int | None = None, lacks: str = "") -> Path | None:
     """The newest run with a checkpoint, of one stage (None: 2, then 1), that lacks a modality."""
     for wanted in (2, 1) if stage is None else (stage,):
         found = []
         for file in runs.glob(f"stage{wanted}-*/{LATEST}"):
-            match = re.fullmatch(r"stage\d-([AVT]+)(?:_([AVT]))?(-demo)?", file.parent.name)
+            match = re.fullmatch(r"stage\d-([AVT]+)(?:_([AVT]))?(?:-demo)?", file.parent.name)
             if not match:
                 continue  # moved aside (.1), or named by hand
             letters = match[1] + (match[2] or "")
-            if not (lacks and lacks in letters) and (demo is None or demo == bool(match[3])):
+            if not (lacks and lacks in letters):
                 found.append(file)
         if found:
             return max(found, key=lambda file: file.stat().st_mtime).parent

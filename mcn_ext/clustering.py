@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mcn_ext import distributed
 from mcn_ext.reference import unit_rows
 
 
@@ -105,15 +106,17 @@ class OnlineClusters:
 
     def refit(self) -> None:
         features = torch.cat(self.queue)
-        usable = features[torch.isfinite(features).all(dim=1) & (features != 0).any(dim=1)]
-        if len(usable) < self.k:
+        usable = torch.isfinite(features).all(dim=1) & (features != 0).any(dim=1)
+        n = int(usable.sum())
+        if n < self.k:
             return  # too little to tell k clusters apart; the contrastive terms go on alone
         generator = torch.Generator().manual_seed(self.seed + self.steps)
-        self.centroids, labels = spherical_kmeans(usable, self.k, init=self.centroids,
+        self.centroids, labels = spherical_kmeans(features, self.k, init=self.centroids,
                                                   generator=generator)
-        counts = torch.bincount(labels, minlength=self.k)
+        distributed.broadcast(self.centroids)  # ranks on unlike hardware must not drift apart
+        counts = torch.bincount(labels[usable], minlength=self.k)
         self.statistics = {"live_clusters": int((counts > 0).sum()),
-                           "largest_share": float(counts.max() / len(usable))}
+                           "largest_share": float(counts.max() / n)}
 
     def label(self, joint: Tensor) -> Tensor:
         """(B, D) -> (B,) int64, the nearest centroid of each row."""
@@ -122,9 +125,10 @@ class OnlineClusters:
 
     def state_dict(self) -> dict:
         return {"queue": [q.cpu() for q in self.queue], "steps": self.steps,
+                "statistics": self.statistics,
                 "centroids": None if self.centroids is None else self.centroids.cpu()}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         self.queue = [q.to(device) for q in state["queue"]][-self.queue_size:]
-        self.steps = state["steps"]
+        self.steps, self.statistics = state["steps"], state["statistics"]
         self.centroids = None if state["centroids"] is None else state["centroids"].to(device)

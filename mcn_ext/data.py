@@ -99,7 +99,7 @@ class ClipReader:
 
         Features that are not finite, silent sound and captions without a known word are not valid.
         """
-        number, start, end, texts = self.store.captions(video)
+        number, start, end = self.store.caption_times(video)
         begin = np.array([start[first] for first, _ in spans])
         stop = np.array([end[last] for _, last in spans])
         n = len(spans)
@@ -131,6 +131,7 @@ class ClipReader:
             for i, (rows, frames) in enumerate(zip(clips, out["n_frames"], strict=True)):
                 out["audio"][i, :, :frames] = rows[:frames].T
         if self.words is not None:
+            texts = self.store.caption_texts(video)
             out["words"] = np.full((n, self.max_words), -1, np.int64)
             out["caption_id"] = np.zeros(n, np.int64)
             for i, (first, last) in enumerate(spans):
@@ -176,7 +177,7 @@ class TrainingClips(torch.utils.data.Dataset):
     def __init__(self, reader: ClipReader, *, n_pair: int, min_time: float, seed: int):
         self.reader, self.n_pair, self.min_time, self.seed = reader, n_pair, min_time, seed
         store = reader.store
-        self.videos = np.array([i for i in range(len(store)) if store.n_captions_of(i)], np.int64)
+        self.videos = np.flatnonzero(store.caption_counts())
         self.n_without_captions = len(store) - len(self.videos)
 
     def __len__(self) -> int:
@@ -185,7 +186,7 @@ class TrainingClips(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, index = key
         video = int(self.videos[index])
-        _, start, end, _ = self.reader.store.captions(video)
+        _, start, end = self.reader.store.caption_times(video)
         rng = np.random.default_rng((self.seed, epoch, video))
         return self.reader.read(video, draw_spans(start, end, self.n_pair, self.min_time, rng),
                                 rng if self.reader.audio_augment else None)

@@ -43,6 +43,10 @@ def init(device: str) -> torch.device:
     local = int(env.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise SystemExit(f"--device {device}: use auto, cpu, cuda or cuda:N") from None
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise SystemExit(
@@ -83,6 +87,12 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast(value: Tensor) -> None:
+    """Overwrite a tensor, on every rank, with rank 0's."""
+    if world() > 1:
+        dist.broadcast(value, src=0)
 
 
 def total(value: Tensor) -> Tensor:

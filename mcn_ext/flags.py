@@ -13,11 +13,11 @@ WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
 PRESETS = {
     "paper": dict(batch_size=128, n_pair=32, lr=1e-4, embd_dim=6144, recon_dim=1024,
                   audio_width=1.0, audio_frames=1000, min_time=10.0, max_words=20, cluster_size=256,
-                  queue_size=20, refit_every=20, temperature=0.05, cluster_weight=1.0,
+                  queue_size=20, refit_every=20, temperature=0.05, margin=0.001, cluster_weight=1.0,
                   recon_weight=50.0, audio_augment=0.0),
     "demo": dict(batch_size=16, n_pair=8, lr=2e-3, embd_dim=256, recon_dim=128,
                  audio_width=0.125, audio_frames=300, min_time=1.0, max_words=20, cluster_size=64,
-                 queue_size=20, refit_every=20, temperature=0.1, cluster_weight=0.3,
+                 queue_size=20, refit_every=20, temperature=0.1, margin=0.001, cluster_weight=0.3,
                  recon_weight=5.0, audio_augment=1.0),
 }
 EPOCHS = {1: 20, 2: 10}
@@ -105,7 +105,7 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     group = parser.add_argument_group("objective")
     add("temperature", positive(float), "T", "of contrastive and clustering terms; higher when "
         "data is noisy (0.05 to 0.15). 1 with --similarity dot")
-    add("margin", float, "M", "taken off the positives' similarity (default 0.001)", default=0.001)
+    add("margin", float, "M", "taken off the positives' similarity")
     add("similarity", str, None, "cosine, or dot: the published objective, which can diverge "
         "(default cosine)", choices=("cosine", "dot"))
     add("cluster_weight", not_negative(float), "W", "weight of the clustering loss, 0: without")
@@ -132,7 +132,7 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     group.add_argument("--resume", action=switch, default=True, help="go on from the run folder's "
                        "checkpoint if there is one; --no-resume keeps the old folder as <name>.1 "
                        "and starts anew")
-    add("seed", int, "N", "of weights, sampling and clustering (default 0)")
+    add("seed", not_negative(int), "N", "of weights, sampling and clustering (default 0)")
     add("device", str, "DEV", "auto, cpu, cuda or cuda:N (default auto)", default="auto")
     add("save_every", positive(int), "STEPS", "steps between checkpoints within an epoch (default "
         "1000); a kill costs at most these", default=1000)
@@ -145,16 +145,19 @@ def add_training_flags(parser: Parser, stage: int) -> None:
 # What stage 2 takes from the run it starts from unless it is given: the data and all that must not
 # differ between stages.
 INHERITED = ("data", "word2vec", "n_pair", "min_time", "max_words", "audio_frames", "audio_augment",
-             "embd_dim", "recon_dim", "audio_width", "temperature", "similarity", "cluster_weight",
-             "recon_weight", "cluster_size", "queue_size", "refit_every", "batch_size", "lr",
-             "precision", "seed", "preset")
+             "embd_dim", "recon_dim", "audio_width", "temperature", "margin", "similarity",
+             "cluster_weight", "recon_weight", "cluster_size", "queue_size", "refit_every",
+             "batch_size", "lr", "precision", "seed", "preset")
 
 
 def complete(args: argparse.Namespace, inherited: dict | None = None) -> argparse.Namespace:
     """Fill in what was not given: from ``inherited``, then from the preset the data asks for."""
+    inherited = dict(inherited or {})
+    if args.similarity not in (None, inherited.get("similarity")):
+        inherited.pop("temperature", None)  # the other similarity has another scale
     for name in INHERITED:
         if getattr(args, name, None) is None:
-            value = (inherited or {}).get(name)
+            value = inherited.get(name)
             setattr(args, name, Path(value) if value and name in ("data", "word2vec") else value)
     if args.data is None:
         found = next((path for path in (DATA, DATA.with_suffix("")) if path.exists()), None)
@@ -162,7 +165,7 @@ def complete(args: argparse.Namespace, inherited: dict | None = None) -> argpars
             raise SystemExit(f"--preset paper: no data at {DATA}; prepare it (python -m "
                              "mcn_ext.prepare howto100m --help) or give --data")
         args.data = DEMO / "train.h5" if found is None or args.preset == "demo" else found
-    args.demo = args.data == DEMO / "train.h5"
+    args.demo = args.data.resolve() == (DEMO / "train.h5").resolve()
     if not args.demo and not args.data.exists():
         raise SystemExit(f"--data {args.data}: no such store; prepare one with python -m "
                          "mcn_ext.prepare, or check the path")
@@ -175,7 +178,8 @@ def complete(args: argparse.Namespace, inherited: dict | None = None) -> argpars
             setattr(args, name, value)
     args.similarity = args.similarity or "cosine"
     args.seed = args.seed or 0
-    if args.word2vec is None and WORD2VEC.exists() and not args.demo:
+    has_words = "T" in inherited.get("pair", "")  # stage 1's text encoder knows its own vectors
+    if args.word2vec is None and WORD2VEC.exists() and not args.demo and not has_words:
         args.word2vec = WORD2VEC
     if args.word2vec is not None and not args.word2vec.is_file():
         raise SystemExit(f"--word2vec {args.word2vec}: no such file; leave it out to train vectors "

@@ -58,8 +58,10 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, args: dict, device: torch.device, *, step: int,
-                 total_steps: int):
+                 total_steps: int,
+                 last_step: int):
         self.folder, self.device, self.first = folder, device, distributed.rank() == 0
+        self.last = last_step
         self.last_time, self.last_step, self.waited, self.clips = time.perf_counter(), step, 0.0, 0
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.first,
                         mininterval=0.5 if sys.stderr.isatty() else 15, desc=folder.name,
@@ -105,7 +107,7 @@ class RunLog:
         """
         self.clips += clips
         self.bar.update(step - self.bar.n)
-        if step % every and step != self.bar.total:
+        if step % every and step != self.last:
             return
         # The mean over ranks: each holds its share of the terms that are not of the global batch.
         # This waits for the device.

@@ -103,8 +103,8 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
         budget: bytes the compiled loss may use; of no meaning here.
 
     Returns a scalar, fp32 (fp64 for fp64 inputs). N = 0, N = 1 or no valid row: 0 with zero
-    gradients. NaN or inf in a valid row: NaN, never hidden. temperature 1, normalize=False is the
-    published form.
+    gradients. NaN or inf in a valid row: NaN, never hidden. normalize=False is finite as long as
+    the dot products are (below 3e38 in fp32); with temperature 1 it is the published form.
         form.
     """
     if x.shape != y.shape:

@@ -15,11 +15,14 @@ rows. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import re
 import shutil
 import sys
 from bisect import bisect_right
+from collections import OrderedDict
 from pathlib import Path
 
 import h5py
@@ -27,6 +30,7 @@ import numpy as np
 
 VERSION = 1
 N_MELS = 40
+MAX_OPEN = 128  # files a process keeps open at a time
 _NOT_STREAMS = {"video", "caption"}
 
 
@@ -34,40 +38,49 @@ class StoreError(ValueError):
     """A file that is not a store, or does not fit; the message names file, dataset and fix."""
 
 
-def stream_names(file: h5py.File) -> list[str]:
-    return sorted(name for name in file if name not in _NOT_STREAMS)
-
-
 class _Shard:
-    """One open file: offsets in memory (8 bytes a video and stream), rows on disk."""
+    """What of a file stays in memory: sizes and offsets, 8 bytes a video and stream."""
 
     def __init__(self, path: Path):
-        try:
-            self.file = h5py.File(path, "r")
-        except OSError as error:
-            raise StoreError(f"{path}: not a readable HDF5 file ({error}); prepare it again with "
-                             "python -m mcn_ext.prepare") from error
-        attrs = self.file.attrs
-        if attrs.get("format") != "mcn-store":
-            raise StoreError(
-                f"{path}: root attribute 'format' is {attrs.get('format')!r}, not 'mcn-store'; "
-                "make a store with python -m mcn_ext.prepare")
-        if attrs.get("version") != VERSION:
-            raise StoreError(
-                f"{path}: store version {attrs.get('version')}, this code reads version {VERSION}; "
-                "update mcn_ext or prepare the store again")
-        try:
-            self.n = len(self.file["video/id"])
-            self.caption_offset = self.file["caption/offset"][:]
-            self.streams = {name: (self.file[f"{name}/data"], self.file[f"{name}/offset"][:])
-                            for name in stream_names(self.file)}
-        except KeyError as error:
-            raise StoreError(
-                f"{path}: a dataset is missing ({error}); prepare the store again") from error
+        with open_hdf5(path) as file:
+            attrs = file.attrs
+            if attrs.get("format") != "mcn-store":
+                raise StoreError(f"{path}: root attribute 'format' is {attrs.get('format')!r}, not "
+                                 "'mcn-store'; make a store with python -m mcn_ext.prepare")
+            if attrs.get("version") != VERSION:
+                raise StoreError(f"{path}: store version {attrs.get('version')}, this code reads "
+                                 f"version {VERSION}; update mcn_ext or prepare the store again")
+            try:
+                names = sorted(name for name in file if name not in _NOT_STREAMS)
+                self.dims = {name: file[f"{name}/data"].shape[1] for name in names}
+                self.rates = {name: float(file[name].attrs["rate_hz"]) for name in names}
+                self.rows = {name: len(file[f"{name}/data"]) for name in names}
+                self.rows["caption"] = min(len(file[f"caption/{key}"])
+                                           for key in ("start", "end", "text"))
+                self.offsets = {name: file[f"{name}/offset"][:] for name in self.rows}
+                self.n = len(file["video/id"])
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise StoreError(f"{path}: a dataset or attribute is missing or of another kind "
+                                 f"({error}); prepare the store again") from error
+            self.source = str(attrs.get("source", ""))
+        if self.dims.get("mel", N_MELS) != N_MELS:
+            raise StoreError(f"{path}: mel/data has {self.dims['mel']} columns, the audio encoder "
+                             f"takes {N_MELS}; prepare it from {N_MELS}-band spectrograms")
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """A file to read; StoreError that tells a damaged one from too many open files."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise StoreError(f"{path}: too many open files; raise the limit (ulimit -n)") from error
+        raise StoreError(f"{path}: not a readable HDF5 file ({error}); prepare it again with "
+                         "python -m mcn_ext.prepare") from error
 
 
 class Store:
-    """Read access to a store; each process opens it anew, so it may travel to loader workers.
+    """Read access to a store; each process opens files anew, so it may travel to loader workers.
 
     ``dims`` {stream: width}, ``rates`` {stream: Hz}, ``source`` str; ``len(store)`` is in videos.
     """
@@ -75,69 +88,73 @@ class Store:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not self.path.exists():
-            raise StoreError(
-                f"{self.path}: no such store; make one with python -m mcn_ext.prepare, "
-                "or check the path")
+            raise StoreError(f"{self.path}: no such store; make one with python -m "
+                             "mcn_ext.prepare, or check the path")
         self.files = sorted(self.path.glob("shard-*.h5")) if self.path.is_dir() else [self.path]
         if not self.files:
             raise StoreError(f"{self.path}: a folder without shard-*.h5 files is not a store")
-        self._shards: list[_Shard] = []
-        self._pid = -1
-        shards = self._open()
-        first = shards[0]
-        self.dims = {name: data.shape[1] for name, (data, _) in first.streams.items()}
-        self.rates = {name: float(first.file[name].attrs["rate_hz"]) for name in first.streams}
-        self.source = str(first.file.attrs.get("source", ""))
-        for path_i, shard in zip(self.files, shards, strict=True):
-            dims = {name: data.shape[1] for name, (data, _) in shard.streams.items()}
-            if dims != self.dims:
-                raise StoreError(
-                    f"{path_i}: streams {dims} differ from {self.files[0].name}'s {self.dims}; "
-                    "shards of one store must come from one prepare run")
-        self._starts = np.cumsum([0] + [shard.n for shard in shards])
-        self._caption_starts = np.cumsum([0] + [int(shard.caption_offset[-1]) for shard in shards])
+        self.shards = [_Shard(file) for file in self.files]
+        first = self.shards[0]
+        self.dims, self.rates, self.source = first.dims, first.rates, first.source
+        for file, shard in zip(self.files, self.shards, strict=True):
+            if (shard.dims, shard.rates) != (self.dims, self.rates):
+                raise StoreError(f"{file}: streams {shard.dims} at {shard.rates} Hz differ from "
+                                 f"{self.files[0].name}'s {self.dims} at {self.rates} Hz; shards "
+                                 "of one store must come from one prepare run")
+        self._starts = np.cumsum([0] + [shard.n for shard in self.shards])
+        self._caption_starts = np.cumsum([0] + [int(shard.offsets["caption"][-1])
+                                                for shard in self.shards])
         self.n_captions = int(self._caption_starts[-1])
+        self._handles: OrderedDict[int, h5py.File] = OrderedDict()
+        self._pid = os.getpid()
 
-    def _open(self) -> list[_Shard]:
-        if self._pid != os.getpid():  # HDF5 handles must not be shared over a fork
-            self._shards = [_Shard(path) for path in self.files]
-            self._pid = os.getpid()
-        return self._shards
+    def _file(self, number: int) -> h5py.File:
+        """The open file of a shard; at most MAX_OPEN stay open, and none is shared over a fork."""
+        if self._pid != os.getpid():
+            self._handles, self._pid = OrderedDict(), os.getpid()
+        if number not in self._handles:
+            if len(self._handles) >= MAX_OPEN:
+                self._handles.popitem(last=False)[1].close()
+            self._handles[number] = open_hdf5(self.files[number])
+        self._handles.move_to_end(number)
+        return self._handles[number]
 
     def __getstate__(self):
-        return self.__dict__ | {"_shards": [], "_pid": -1}
+        return self.__dict__ | {"_handles": OrderedDict(), "_pid": -1}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _at(self, video: int) -> tuple[_Shard, int, int]:
-        shard = bisect_right(self._starts, video) - 1
-        return self._open()[shard], video - int(self._starts[shard]), shard
-
-    def id(self, video: int) -> str:
-        shard, i, _ = self._at(video)
-        return shard.file["video/id"].asstr()[i]
+    def _at(self, video: int, stream: str) -> tuple[int, int, int]:
+        """(shard, first row, last row + 1) of a video's rows of a stream, or of its captions."""
+        number = bisect_right(self._starts, video) - 1
+        i = video - int(self._starts[number])
+        first, last = self.shards[number].offsets[stream][i:i + 2]
+        return number, int(first), int(last)
 
     def ids(self) -> list[str]:
-        return [name for shard in self._open() for name in shard.file["video/id"].asstr()[:]]
+        return [name for number in range(len(self.files))
+                for name in self._file(number)["video/id"].asstr(errors="replace")[:]]
 
-    def n_captions_of(self, video: int) -> int:
-        shard, i, _ = self._at(video)
-        return int(shard.caption_offset[i + 1] - shard.caption_offset[i])
+    def caption_counts(self) -> np.ndarray:
+        """Captions of each video, (n,) int64."""
+        return np.concatenate([np.diff(shard.offsets["caption"]) for shard in self.shards])
 
-    def captions(self, video: int) -> tuple[int, np.ndarray, np.ndarray, list[str]]:
-        """(first caption's number in the store, start (n,) s, end (n,) s, n texts) of a video."""
-        shard, i, number = self._at(video)
-        lo, hi = (int(o) for o in shard.caption_offset[i:i + 2])
-        group = shard.file["caption"]
-        return (int(self._caption_starts[number]) + lo, group["start"][lo:hi], group["end"][lo:hi],
-                list(group["text"].asstr(errors="replace")[lo:hi]))
+    def caption_times(self, video: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """(first caption's number in the store, start (n,) s, end (n,) s) of a video."""
+        number, lo, hi = self._at(video, "caption")
+        group = self._file(number)["caption"]
+        return int(self._caption_starts[number]) + lo, group["start"][lo:hi], group["end"][lo:hi]
+
+    def caption_texts(self, video: int) -> list[str]:
+        number, lo, hi = self._at(video, "caption")
+        return list(self._file(number)["caption/text"].asstr(errors="replace")[lo:hi])
 
     def texts(self, block: int = 100_000):
         """All captions' texts, in order, ``block`` in memory at a time."""
-        for shard in self._open():
-            texts = shard.file["caption/text"].asstr(errors="replace")
-            for lo in range(0, len(shard.file["caption/text"]), block):
+        for number, shard in enumerate(self.shards):
+            for lo in range(0, shard.rows["caption"], block):
+                texts = self._file(number)["caption/text"].asstr(errors="replace")
                 yield from texts[lo:lo + block]
 
     def clips(self, video: int, stream: str, start: np.ndarray,
@@ -147,10 +164,8 @@ class Store:
         Clips that lie close are read in one slab and cut in memory: a read costs more than the rows
         between.
         """
-        shard, i, _ = self._at(video)
-        data, offset = shard.streams[stream]
-        lo, n = int(offset[i]), int(offset[i + 1] - offset[i])
-        rate = self.rates[stream]
+        number, lo, hi = self._at(video, stream)
+        data, n, rate = self._file(number)[stream]["data"], hi - lo, self.rates[stream]
         first = np.clip((np.asarray(start, float) * rate).astype(np.int64), 0, n)
         last = np.clip((np.asarray(end, float) * rate).astype(np.int64) + 1, first, n)
         begin, stop = (int(first.min()), int(last.max())) if len(first) else (0, 0)
@@ -182,10 +197,15 @@ class StoreWriter:
         self.folder = self.out.with_name(self.out.name + ".parts") if single else self.out
         self.settings = json.dumps({"source": source, "streams": streams, **(settings or {})},
                                    sort_keys=True)
-        if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
         if single and self.out.exists() and not overwrite:
             raise StoreError(f"{self.out} exists; pass --overwrite to replace it, or another --out")
+        ours = re.compile(r"(shard-\d{5,}\.h5|prepare\.json)(\.tmp)?")
+        for path in self.folder.glob("*"):
+            if not ours.fullmatch(path.name):
+                raise StoreError(f"{self.folder} holds {path.name}, which is not part of a store; "
+                                 "give --out a folder of its own")
+        if overwrite:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings_file = self.folder / "prepare.json"
         if self.settings_file.exists():
@@ -195,7 +215,7 @@ class StoreWriter:
                     "pass --overwrite to start again, or another --out")
         else:
             _write_atomically(self.settings_file, lambda path: path.write_text(self.settings))
-        for leftover in self.folder.glob("*.tmp"):
+        for leftover in self.folder.glob("shard-*.tmp"):
             leftover.unlink()
         self.parts = sorted(self.folder.glob("shard-*.h5"))
         self.done: set[str] = set()
@@ -219,6 +239,8 @@ class StoreWriter:
             if array.ndim != 2 or array.shape[1] != self.streams[stream]["dim"]:
                 raise StoreError(f"{name}: stream {stream} has shape {array.shape}, "
                                  f"expected (rows, {self.streams[stream]['dim']})")
+        # HDF5 strings hold neither NUL nor half a surrogate pair.
+        text = [t.replace("\0", " ").encode("utf-8", "replace").decode() for t in text]
         self.done.add(name)
         self.videos.append((name, arrays, (start, end, text)))
         self.bytes += sum(a.nbytes for a in arrays.values())
@@ -268,6 +290,7 @@ class StoreWriter:
         """Write what is left, join the parts if one file was asked for; returns the path."""
         self._flush()
         if not self.parts:
+            self.settings_file.unlink()  # nothing that a corrected run would have to agree with
             raise StoreError(f"{self.out}: no usable video, nothing written")
         if self.folder == self.out:
             return self.out
@@ -279,25 +302,26 @@ class StoreWriter:
         return self.out
 
     def _join(self, tmp: Path) -> None:
-        files = [h5py.File(part, "r") for part in self.parts]
-        rows = {s: sum(len(f[f"{s}/data"]) for f in files) for s in self.streams}
-        ids = [name for f in files for name in f["video/id"].asstr()[:]]
-        with self._create(tmp, ids, rows, sum(len(f["caption/text"]) for f in files)) as out:
-            for group in [*self.streams, "caption"]:
-                keys = ("data",) if group != "caption" else ("start", "end", "text")
-                position, offsets = 0, [np.zeros(1, np.int64)]
-                for f in files:
-                    offsets.append(f[f"{group}/offset"][1:] + offsets[-1][-1])
-                    n = len(f[f"{group}/{keys[0]}"])
-                    for key in keys:
-                        for lo in range(0, n, 65536):
-                            hi = min(lo + 65536, n)
-                            out[f"{group}/{key}"][position + lo:position + hi] = (
-                                f[f"{group}/{key}"][lo:hi])
-                    position += n
-                out[f"{group}/offset"][:] = np.concatenate(offsets)
-        for f in files:
-            f.close()
+        shards = [_Shard(part) for part in self.parts]
+        ids = []
+        for part in self.parts:  # one open at a time: there may be more than a process may open
+            with h5py.File(part, "r") as file:
+                ids += file["video/id"].asstr()[:].tolist()
+        rows = {name: sum(shard.rows[name] for shard in shards) for name in shards[0].rows}
+        with self._create(tmp, ids, rows, rows["caption"]) as out:
+            position = dict.fromkeys(rows, 0)
+            for part, shard in zip(self.parts, shards, strict=True):
+                with h5py.File(part, "r") as file:
+                    for group, n in shard.rows.items():
+                        for key in ("start", "end", "text") if group == "caption" else ("data",):
+                            for lo in range(0, n, 65536):
+                                block = file[f"{group}/{key}"][lo:min(lo + 65536, n)]
+                                begin = position[group] + lo
+                                out[f"{group}/{key}"][begin:begin + len(block)] = block
+                        position[group] += n
+            for group in rows:
+                steps = [np.diff(shard.offsets[group]) for shard in shards]
+                out[f"{group}/offset"][:] = np.cumsum(np.concatenate([[0], *steps]))
 
 
 def _fill(file: h5py.File, stream: str, arrays: list[np.ndarray]) -> None:
@@ -332,21 +356,22 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
     for name, dim in store.dims.items():
         info["streams"][name] = {"dim": dim, "rate_hz": store.rates[name], "rows": 0,
                                  "videos_without": 0}
-    for file, shard in zip(store.files, store._open(), strict=True):
-        offsets = {name: (offset, len(data)) for name, (data, offset) in shard.streams.items()}
-        offsets["caption"] = (shard.caption_offset, len(shard.file["caption/text"]))
-        for name, (offset, n) in offsets.items():
+    for number, (file, shard) in enumerate(zip(store.files, store.shards, strict=True)):
+        for name, offset in shard.offsets.items():
+            n = shard.rows[name]
             if (len(offset) != shard.n + 1 or offset[0] != 0 or (np.diff(offset) < 0).any()
                     or offset[-1] != n):
-                raise StoreError(
-                    f"{file}: {name}/offset does not run from 0 to its {n} rows in {shard.n} steps")
-        for name, (data, offset) in shard.streams.items():
-            info["streams"][name]["rows"] += len(data)
-            info["streams"][name]["videos_without"] += int((np.diff(offset) == 0).sum())
+                raise StoreError(f"{file}: {name}/offset does not run from 0 to its {n} rows in "
+                                 f"{shard.n} steps")
+        for name in store.dims:
+            empty = np.diff(shard.offsets[name]) == 0
+            info["streams"][name]["rows"] += shard.rows[name]
+            info["streams"][name]["videos_without"] += int(empty.sum())
+            data = store._file(number)[name]["data"]
             for lo in range(0, len(data) if check_rows else 0, 65536):
                 if not np.isfinite(data[lo:lo + 65536]).all():
-                    raise StoreError(
-                        f"{file}: {name}/data has values that are not finite in rows from {lo}")
+                    raise StoreError(f"{file}: {name}/data has values that are not finite in rows "
+                                     f"from {lo}")
     return info
 
 

@@ -126,13 +126,17 @@ class Training:
 
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=args.lr)
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False)
         precision = args.precision or ("bf16" if has_bf16 else "fp32")
         self.amp_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step, self.run_id = 0, checkpoint.new_run_id()
         if resumed is not None:
             self._resume(resumed)
+        if distributed.broadcast_object(self.step) != self.step:
+            raise SystemExit(f"ranks see different checkpoints in {folder}: put --out on a disk "
+                             "that all of them share")
         self.net = DistributedDataParallel(model) if world > 1 else model
         self.done = self.step >= self.last_step
         if self.done:
@@ -147,8 +151,14 @@ class Training:
             f"{world} rank(s), {n_clips // world} each; {precision}, {device}; "
             f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters learn, {fixed / 1e6:.1f} M "
             "are fixed")
+        clusters = objective.clusters
+        if clusters and (n_clips * clusters.queue_size < clusters.k
+                         or self.total_steps <= clusters.queue_size):
+            say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps of "
+                f"{n_clips} clips are more than the run's {self.total_steps} steps, or fewer "
+                f"clips than --cluster_size {clusters.k}")
         self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
-                           total_steps=self.total_steps)
+                           total_steps=self.total_steps, last_step=self.last_step)
 
     def _resume(self, content: dict) -> None:
         if content["args"].get("n_ranks") != distributed.world():
@@ -212,6 +222,13 @@ class Training:
 
     def save(self, epoch: int | None) -> None:
         """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete."""
+        state = self.model.state_dict()
+        if not torch.stack([torch.isfinite(value).all() for value in state.values()]).all():
+            raise SystemExit(f"step {self.step}: the weights are not finite and are not saved; "
+                             f"what is in {self.folder} is from before. Train anew (--no-resume) "
+                             "with a lower --lr, --precision fp32 or --similarity cosine")
+        if distributed.rank() != 0:
+            return
         ended = epoch is not None and self.step == epoch * self.loader.steps_per_epoch
         clusters = self.objective.clusters
         training = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -219,7 +236,7 @@ class Training:
         checkpoint.save(self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes,
                         step=self.step, epoch_done=epoch if ended else None,
                         complete=self.step >= self.total_steps, run_id=self.run_id,
-                        model=self.model.state_dict(), training=training)
+                        model=state, training=training)
 
     def finish(self, hint: str) -> None:
         """Close the log, draw curves.png, say what comes next."""

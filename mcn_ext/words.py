@@ -6,10 +6,12 @@ import hashlib
 import logging
 import os
 import re
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+MAX_SENTENCES = 500_000
 _WORD = re.compile(r"[\w']+")
 
 
@@ -34,6 +36,12 @@ class WordVectors:
         """Rows of ``vectors``, int64, of a caption's first ``max_words`` known words, if any."""
         known = [self.index[word] for word in tokenize(text) if word in self.index]
         return np.array(known[:max_words], np.int64)
+
+    def agrees(self, other: WordVectors) -> bool:
+        """Whether words in both have the same vectors."""
+        common = self.index.keys() & other.index.keys()
+        mine, theirs = ([w.index[word] for word in common] for w in (self, other))
+        return self.dim == other.dim and np.array_equal(self.vectors[mine], other.vectors[theirs])
 
     def save(self, path: Path) -> None:
         tmp = path.with_name(path.name + ".tmp.npz")  # numpy appends .npz to any other ending
@@ -73,9 +81,9 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
     GoogleNews has 3 million words and takes a minute and 3.6 GB to read; the words of a store are
     kept beside it in ``cache`` and read from there by every later run and rank.
     """
-    stat = word2vec.stat()
-    key = hashlib.sha256(f"{word2vec.name} {stat.st_size} {stat.st_mtime_ns} {store.n_captions}"
-                         .encode()).hexdigest()
+    stat, made = word2vec.stat(), store.files[0].stat()
+    facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
+    key = hashlib.sha256(repr((*facts, store.n_captions)).encode()).hexdigest()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():
         cached = WordVectors.load(cache)
@@ -102,7 +110,9 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     """Skip-gram vectors of the store's own captions, for when there is no word2vec file."""
     from gensim.models import Word2Vec
 
-    sentences = [tokenize(text) for text in store.texts()]
+    # Enough for good vectors; all 136 million captions of HowTo100M would take days and 100 GB.
+    every = max(1, store.n_captions // MAX_SENTENCES)
+    sentences = [tokenize(text) for text in islice(store.texts(), 0, None, every)]
     # One worker and a fixed seed: the same captions give the same vectors.
     model = Word2Vec(sentences, vector_size=dim, window=5,
                      min_count=3 if len(sentences) > 300 else 1, sg=1, seed=seed + 1, workers=1,

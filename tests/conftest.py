@@ -73,12 +73,18 @@ def run(*command, cwd, check=True, timeout=300, env=None):
     return done
 
 
-def call(script, *args, cwd, check=True):
-    """A script's main() in this process: what `run` does, without loading torch again."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+def load_script(script):
+    """A script of the project as a module."""
     spec = importlib.util.spec_from_file_location(script[:-3], ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def call(script, *args, cwd, check=True):
+    """A script's main() in this process: what `run` does, without loading torch again."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    module = load_script(script)
     before = os.getcwd()
     os.chdir(cwd)
     try:

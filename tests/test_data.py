@@ -12,6 +12,7 @@ from mcn_ext.data import (
     caption_span,
     collate,
     draw_spans,
+    perturb_voice,
     to_device,
 )
 from mcn_ext.metrics import ranks, summarize, table
@@ -186,3 +187,48 @@ def test_summary_of_known_ranks_and_interval():
     assert summarize(rank) == s
     assert ("| text->video | 20.0 |" in table({"text->video": s}, 100)
             and "n = 100" in table({"text->video": s}, 100))
+
+
+# ----------------------------------------------------------------------------- the scripts' parts
+
+
+def test_missing_clips_are_misses():
+    from tests.conftest import load_script
+
+    evaluate = load_script("evaluate.py")
+    eye = torch.eye(4)
+    embeddings = {"text": eye, "audio": eye.clone(), "video": eye.clone()}
+    valid = {m: torch.ones(4, dtype=torch.bool) for m in embeddings}
+    valid["audio"][2] = False
+    _, rank = evaluate.rank_direction(embeddings, valid, "text->audio", "cosine")
+    assert rank.tolist() == [1, 1, 4, 1]  # a silent clip is not found, and nobody's first answer
+    _, rank = evaluate.rank_direction(embeddings, valid, "text->video+audio", "cosine")
+    assert rank.tolist() == [1, 1, 1, 1]  # its video still speaks for it
+    valid["text"][0] = False
+    _, rank = evaluate.rank_direction(embeddings, valid, "text->video", "cosine")
+    assert rank.tolist() == [4, 1, 1, 1]  # a query without a known word finds nothing
+    embeddings["video"][1, 1] = float("nan")
+    with pytest.raises(FloatingPointError):
+        evaluate.rank_direction(embeddings, valid, "text->video", "cosine")
+
+
+def test_perturbed_voice_is_another_but_alike():
+    rng = np.random.default_rng(0)
+    mel = np.repeat(rng.uniform(-70, 0, (30, 40)), 10, axis=0).astype(np.float32)
+    lengths = set()
+    for _ in range(20):
+        out = perturb_voice(mel, rng, 1.0)
+        lengths.add(len(out))
+        assert out.dtype == np.float32 and out.shape[1] == 40 and np.isfinite(out).all()
+        assert 0.8 <= len(out) / len(mel) <= 1.25
+    assert len(lengths) > 10
+    np.testing.assert_array_equal(perturb_voice(mel, rng, 0.0), mel)
+    assert perturb_voice(mel[:1], rng, 1.0).shape == (1, 40)
+
+
+def test_vectors_of_another_file_are_noticed():
+    other = WordVectors(WORDS[:3] + ["new"], np.eye(4, len(WORDS)), "other")
+    assert VECTORS.agrees(other)
+    other.vectors[1] += 1
+    assert not VECTORS.agrees(other)
+    assert not VECTORS.agrees(WordVectors(WORDS, np.eye(len(WORDS), 9), "wider"))

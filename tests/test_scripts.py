@@ -14,6 +14,7 @@ import torch
 
 from mcn_ext import checkpoint
 from mcn_ext.log import read
+from mcn_ext.words import WordVectors
 from tests.conftest import ROOT, SMALL, WORDS, call, run, write_store
 
 TERMS = ("total", "contrastive", "cluster", "reconstruction")
@@ -21,6 +22,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 # Total loss of a small run's first 10 steps (fp32, CPU, one thread): the mathematics, frozen.
 GOLDEN = [8.0521, 6.9150, 6.8395, 6.1796, 6.9406, 5.5274, 6.8965, 6.8980, 5.6163, 7.1931]
+
+
+def write_vectors(path):
+    """The same vectors whatever the version of gensim."""
+    rows = [f"{w} {' '.join(map(str, v))}" for w, v in zip(WORDS, np.eye(8, 10), strict=True)]
+    path.write_text("\n".join(["8 10", *rows]) + "\n")
 
 
 def losses(run_folder):
@@ -145,6 +152,28 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(work, store_path):
     assert not (work / "runs/bad/checkpoint.pt").exists()
 
 
+def test_nan_between_two_log_lines_is_not_saved(work, store_path):
+    done = call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--lr", 1e30,
+                "--similarity", "dot", "--out", "runs/late", "--log_every", 100, "--save_every", 1,
+                cwd=work, check=False)
+    assert done.returncode == 1 and "the weights are not finite and are not saved" in done.stderr
+    saved = checkpoint.load(work / "runs/late/checkpoint.pt")
+    assert 0 < saved["step"] < 4 and all(torch.isfinite(v).all() for v in saved["model"].values())
+
+
+def test_words_of_an_unfinished_start_are_not_reused(tmp_path, store_path):
+    pytest.importorskip("gensim")
+    common = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--max_steps", 1)
+    call(*common, cwd=tmp_path)
+    (tmp_path / "runs/stage1-VT/checkpoint.pt").unlink()  # as if killed before the first save
+    write_vectors(tmp_path / "words.txt")
+    call(*common, "--word2vec", tmp_path / "words.txt", cwd=tmp_path)
+    assert WordVectors.load(tmp_path / "runs/stage1-VT/words.npz").dim == 10
+    refused = call("train_stage2.py", "--add", "A", "--word2vec", store_path, "--device", "cpu",
+                   cwd=tmp_path, check=False)
+    assert refused.returncode == 1 and "leave it out" in refused.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pair,extra", [("AV", ()), ("AVT", ()), ("VT", ("--precision", "bf16"))])
 def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra):
@@ -156,6 +185,13 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra
     assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
     a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("whole", "pieces"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    if pair == "AV":  # and stage 2
+        common = ("train_stage2.py", "--add", "T", "--init", "whole", "--epochs", 2, "--save_every",
+                  1, "--log_every", 1, "--device", "cpu")
+        run(*common, "--out", "whole2", cwd=tmp_path, env=ONE_THREAD)
+        for steps in (3, 4):
+            run(*common, "--out", "pieces2", "--max_steps", steps, cwd=tmp_path, env=ONE_THREAD)
+        assert losses(tmp_path / "whole2") == losses(tmp_path / "pieces2")
 
 
 @pytest.mark.slow
@@ -237,9 +273,7 @@ def test_the_three_commands_without_flags(tmp_path):
 def test_golden_losses(tmp_path, store_path):
     """Ten steps' losses, frozen. If this fails, the mathematics changed: say why in CHANGELOG."""
     pytest.importorskip("gensim")
-    vectors = [f"{word} {' '.join(map(str, row))}"
-               for word, row in zip(WORDS, np.eye(8, 10), strict=True)]
-    (tmp_path / "words.txt").write_text("\n".join(["8 10", *vectors]) + "\n")
+    write_vectors(tmp_path / "words.txt")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     call("train_stage1.py", "--pair", "AVT", "--data", store_path, *SMALL, "--epochs", 5,

@@ -47,9 +47,9 @@ def test_shards_and_one_file_read_the_same(tmp_path, store_path):
     assert (len({len(s) for s in stores}) == 1
             and stores[0].ids() == stores[1].ids() == stores[2].ids())
     for i in range(len(stores[0])):
-        wanted = stores[0].captions(i)
+        wanted = (*stores[0].caption_times(i), stores[0].caption_texts(i))
         for other in stores[1:]:
-            got = other.captions(i)
+            got = (*other.caption_times(i), other.caption_texts(i))
             assert got[0] == wanted[0] and got[3] == wanted[3] and np.array_equal(got[1], wanted[1])
             for stream in ("2d", "mel"):
                 for a, b in zip(stores[0].clips(i, stream, [1, 9.5], [3, 500]),
@@ -84,9 +84,13 @@ def test_errors_name_file_dataset_and_fix(tmp_path, store_path):
             change(f)
 
     for change, message in (
-            (lambda f: f.attrs.update(version=2), "version 2, this code reads version 1"),
+            (lambda f: f["mel"].attrs.__delitem__("rate_hz"), "missing or of another kind"),
+        (lambda f: f.__delitem__("caption/text"), "missing or of another kind"),
+        (lambda f: f["mel"].attrs.__delitem__("rate_hz"), "missing or of another kind"),
+        (lambda f: f.__delitem__("caption/text"), "missing or of another kind"),
+        (lambda f: f.attrs.update(version=2), "version 2, this code reads version 1"),
             (lambda f: f.attrs.update(format="other"), "not 'mcn-store'"),
-            (lambda f: f.__delitem__("caption/offset"), "a dataset is missing"),
+            (lambda f: f.__delitem__("caption/offset"), "missing or of another kind"),
             (lambda f: f["2d/offset"].__setitem__(1, 9999), "2d/offset does not run"),
             (lambda f: f["mel/data"].__setitem__((5, 5), np.nan),
              "mel/data has values that are not finite")):
@@ -102,6 +106,30 @@ def test_existing_store_is_not_overwritten(tmp_path):
         write_store(path)
     write_store(path, n_videos=3, overwrite=True)
     assert len(Store(path)) == 3
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tmp").touch()
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match="holds thesis.tmp, which is not part of a store"):
+            write_store(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tmp").exists()
+
+
+def test_more_shards_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("mcn_ext.store.MAX_OPEN", 3)
+    store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))
+    assert len(store.files) == 12
+    first = [store.clips(i, "2d", [0], [3])[0] for i in range(12)]
+    again = [store.clips(i, "2d", [0], [3])[0] for i in reversed(range(12))][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len(store._handles) == 3 and len(store.ids()) == 12
+
+
+def test_captions_hdf5_cannot_hold_are_mended(tmp_path):
+    writer = StoreWriter(tmp_path / "s.h5", {"2d": STREAMS["2d"]}, "test")
+    writer.add("a", {"2d": np.ones((3, 12))}, [0, 1], [1, 2], ["chop\0it", "cut \ud83d off"])
+    assert Store(writer.close()).caption_texts(0) == ["chop it", "cut ? off"]
 
 
 # ------------------------------------------------------------------------------------ pickles
@@ -196,7 +224,7 @@ def test_howto100m_round_trip(tmp_path):
     assert store.dims == {"2d": 12, "3d": 6, "mel": 40} and store.rates == RATES
     with np.load(tmp_path / "features/Food/Cakes/vid00000003/vid00000003_spec.npz") as f:
         np.testing.assert_array_equal(store.clips(3, "mel", [5.0], [9.0])[0], f["arr_0"].T[500:901])
-    assert store.captions(3)[3] == ["chop the onion", "now fry", "egg"]
+    assert store.caption_texts(3) == ["chop the onion", "now fry", "egg"]
     assert len(store.clips(1, "mel", [0.0], [9.0])[0]) == 0
     validate(tmp_path / "out.h5")
 
@@ -262,7 +290,7 @@ def test_the_other_layouts(tmp_path, layout):
                     np.savez(old, arr_0=array)
     summary = convert(tmp_path, tmp_path / "out.h5", captions=source)
     assert "3 of 3 videos" in summary
-    assert Store(tmp_path / "out.h5").captions(2)[3][1] == "now fry"
+    assert Store(tmp_path / "out.h5").caption_texts(2)[1] == "now fry"
 
 
 @pytest.mark.slow
@@ -314,10 +342,10 @@ def test_youcook2_round_trip(tmp_path):
     assert "3 of 5 clips" in summary and "2 skipped" in summary and "1 without audio" in summary
     store = Store(tmp_path / "val.h5")
     assert store.ids() == ["GLd3aX16zBg", "GLd3aX16zBg#2", "GLd3aX16zBg#5"]
-    assert [store.captions(i)[3] for i in range(3)] == [["step 0"], ["step 1"], ["step 4"]]
-    np.testing.assert_allclose(store.clips(0, "2d", [0.0], [store.captions(0)[2][0]])[0][0],
+    assert [store.caption_texts(i) for i in range(3)] == [["step 0"], ["step 1"], ["step 4"]]
+    np.testing.assert_allclose(store.clips(0, "2d", [0.0], [store.caption_times(0)[2][0]])[0][0],
                                items[0]["2d"], rtol=1e-3)
-    assert len(store.clips(2, "mel", [0.0], [store.captions(2)[2][0]])[0]) == 104
+    assert len(store.clips(2, "mel", [0.0], [store.caption_times(2)[2][0]])[0]) == 104
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"not": "a list"}))
     with pytest.raises(SystemExit, match="expected a list of dictionaries"):
         youcook2.prepare(tmp_path / "other.pkl", tmp_path / "other.h5")
@@ -345,10 +373,10 @@ def test_demo_is_what_it_says(tmp_path, monkeypatch):
     words = [text.split() for text in train.texts()]
     assert any(set(w) - known for w in words), "some words have no vector"
     lengths = {round(float(e - s)) for i in range(len(train))
-               for s, e in zip(*train.captions(i)[1:3], strict=True)}
+               for s, e in zip(*train.caption_times(i)[1:], strict=True)}
     assert len(lengths) > 1
     silent = [np.ptp(c.astype(float)) == 0 for i in range(len(train))
-              for c in train.clips(i, "mel", *train.captions(i)[1:3])]
+              for c in train.clips(i, "mel", *train.caption_times(i)[1:])]
     assert 0.01 < np.mean(silent) < 0.15
     concepts = [frozenset(t.split()) & set(demo.CONCEPTS) for t in evaluation.texts()]
     assert len(set(concepts)) == len(concepts), "every evaluation caption asks for one clip"

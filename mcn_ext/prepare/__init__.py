@@ -15,7 +15,7 @@ class Skipped(ValueError):
 
 
 class SkipList:
-    """Items left out: kept for the summary and, as they come, in ``<out>.skipped.csv``."""
+    """Items left out, for the summary and, at the end, in ``<out>.skipped.csv``."""
 
     def __init__(self, out: Path):
         self.path = out.with_name(out.name + ".skipped.csv")

@@ -12,6 +12,7 @@ import csv
 import json
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def load_array(path: Path) -> np.ndarray:
                 raise Skipped(f"{path}: keys {list(file)}, expected 'features' or 'arr_0'")
             array = file[key]
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error,
-            NotImplementedError) as error:
+            NotImplementedError, RuntimeError) as error:
         raise (error if isinstance(error, Skipped)
                else Skipped(f"{path}: {type(error).__name__}: {error}")) from error
     if array.ndim != 2 or array.dtype.kind != "f":
@@ -68,11 +69,14 @@ def load_array(path: Path) -> np.ndarray:
     return array
 
 
-def find_features(folder: Path, path: str, kind: str) -> Path | None:
-    """The file of one stream of a video under any of the layouts in use."""
+def find_features(folder: Path, path: str, kind: str, bare: bool = False) -> Path | None:
+    """The file of one stream of a video under any of the layouts in use.
+
+    bare: the folder holds this stream only, whose files may go without the suffix ``_<kind>``.
+    """
     name = path.rsplit("/", 1)[-1]
     candidates = [f"{path}/{name}_{kind}.npz", f"{path}_{kind}.npz", f"{name}_{kind}.npz"]
-    if kind in ("2d", "spec"):  # a folder of one stream only may leave the suffix out
+    if bare:
         candidates += [f"{path}/{name}.npz", f"{path}.npz"]
     return next((file for c in candidates if (file := folder / c).is_file()), None)
 
@@ -119,9 +123,31 @@ class Captions:
     def _csv(path: Path):
         if not path.is_file():
             return None
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, csv.Error) as error:
+            raise Skipped(f"{path}: {error}") from error
         return {key: [row.get(key) for row in rows] for key in ("start", "end", "text")}
+
+
+def stream_widths(paths: list[str], find) -> dict[str, int]:
+    """{stream: the width most of its first 20 readable files have}, from the first 1000 videos."""
+    widths: dict[str, Counter] = {kind: Counter() for kind in ("2d", "3d", "mel")}
+    for path in paths[:1000]:
+        for kind, seen in widths.items():
+            if seen.total() < 20 and (file := find(path, kind)) is not None:
+                try:
+                    seen[load_array(file).shape[0 if kind == "mel" else 1]] += 1
+                except Skipped:
+                    pass  # reported when its turn comes
+        if all(seen.total() >= 20 for seen in widths.values()):
+            break
+    dims = {kind: seen.most_common(1)[0][0] for kind, seen in widths.items() if seen}
+    if dims.get("mel", N_MELS) != N_MELS:
+        raise SystemExit(f"the spectrograms have {dims['mel']} bands, the audio encoder takes "
+                         f"{N_MELS}")
+    return dims
 
 
 def prepare(list_file: Path, features: Path, features_audio: Path | None, captions_file: Path,
@@ -135,23 +161,17 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
             raise SystemExit(f"{flag} {path}: no such file or folder")
     paths = read_list(list_file)
     audio_folder = features_audio or features
-    dims: dict[str, int] = {}
-    for path in paths:  # widths of the streams from the first readable file of each
-        for kind in ("2d", "3d"):
-            file = find_features(features, path, kind) if kind not in dims else None
-            if file is not None:
-                try:
-                    dims[kind] = load_array(file).shape[1]
-                except Skipped:
-                    continue
-        if "mel" not in dims and find_features(audio_folder, path, "spec"):
-            dims["mel"] = N_MELS
-        if len(dims) == 3:
-            break
+
+    def find(path: str, kind: str) -> Path | None:
+        if kind == "mel":
+            return find_features(audio_folder, path, "spec", bare=features_audio is not None)
+        return find_features(features, path, kind, bare=kind == "2d")
+
+    dims = stream_widths(paths, find)
     if "2d" not in dims and "3d" not in dims:
         raise SystemExit(
-            f"--features {features}: no readable _2d.npz or _3d.npz for any of the {len(paths)} "
-            f"videos of {list_file}; looked for names like "
+            f"--features {features}: no readable _2d.npz or _3d.npz among the first videos of "
+            f"{list_file}; looked for names like "
             f"{features / paths[0]}/{paths[0].split('/')[-1]}_2d.npz")
     models = {"2d": "2D features as found", "3d": "3D features as found", "mel": "log-mel as found"}
     streams = {name: {"dim": dim, "rate_hz": rates[name], "model": models[name],
@@ -175,8 +195,7 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
         name = path.rsplit("/", 1)[-1]
         rows: dict[str, np.ndarray | None] = {}
         for kind in dims:
-            folder, suffix = (audio_folder, "spec") if kind == "mel" else (features, kind)
-            file = find_features(folder, path, suffix)
+            file = find(path, kind)
             if file is None:
                 if kind == "mel":  # silent videos are many, and of use for video and text
                     rows[kind] = None
@@ -203,6 +222,8 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
         writer.add(name, rows, start, end, text)
     kept = len(writer.done)
     sentence = skips.close()
+    if not kept:
+        print(sentence)
     store = writer.close()
     again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
     return (f"{store}: {kept} of {len(paths)} videos{again}, streams "

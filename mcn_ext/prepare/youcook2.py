@@ -80,7 +80,7 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
             if missing:
                 raise Skipped(f"no {' or '.join(missing)} features")
             rows = {key: _pooled(item, key, dim) for key, dim in dims.items()} | {"mel": _mel(item)}
-        except Skipped as reason:
+        except (Skipped, TypeError, ValueError, RuntimeError) as reason:
             skips.add(name, str(reason))
             continue
         frames = 0 if rows["mel"] is None else len(rows["mel"])
