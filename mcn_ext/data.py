@@ -147,10 +147,15 @@ def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     batch = {}
     for key in items[0]:
         arrays = [item[key] for item in items]
-        if key == "audio":
-            longest = -(-max(a.shape[-1] for a in arrays) // 16) * 16
-            arrays = [np.pad(a, ((0, 0), (0, 0), (0, longest - a.shape[-1]))) for a in arrays]
-        batch[key] = torch.from_numpy(np.concatenate(arrays))
+        if key != "audio":
+            batch[key] = torch.from_numpy(np.concatenate(arrays))
+            continue
+        longest = -(-max(a.shape[-1] for a in arrays) // 16) * 16
+        batch[key] = torch.zeros(sum(map(len, arrays)), N_MELS, longest)
+        begin = 0
+        for a in arrays:
+            batch[key][begin:begin + len(a), :, :a.shape[-1]] = torch.from_numpy(a)
+            begin += len(a)
     return batch
 
 

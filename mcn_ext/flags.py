@@ -18,7 +18,7 @@ PRESETS = {
     "demo": dict(batch_size=16, n_pair=8, lr=2e-3, embd_dim=256, recon_dim=128,
                  audio_width=0.125, audio_frames=300, min_time=1.0, max_words=20, cluster_size=64,
                  queue_size=20, refit_every=20, temperature=0.1, margin=0.001, cluster_weight=0.3,
-                 recon_weight=5.0, audio_augment=1.0),
+                 recon_weight=5.0, audio_augment=0.0),
 }
 EPOCHS = {1: 20, 2: 10}
 PAIRS = ("AV", "VT", "AT", "AVT")

@@ -58,11 +58,10 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, args: dict, device: torch.device, *, step: int,
-                 total_steps: int,
-                 last_step: int):
+                 total_steps: int, last_step: int):
         self.folder, self.device, self.first = folder, device, distributed.rank() == 0
         self.last = last_step
-        self.last_time, self.last_step, self.waited, self.clips = time.perf_counter(), step, 0.0, 0
+        self.last_time, self.waited, self.clips = time.perf_counter(), 0.0, 0
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.first,
                         mininterval=0.5 if sys.stderr.isatty() else 15, desc=folder.name,
                         dynamic_ncols=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from math import nan
 from pathlib import Path
 
 from mcn_ext.flags import Parser
@@ -46,7 +47,10 @@ def curves(run: Path) -> Path | None:
     step = [row["step"] for row in rows]
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), layout="constrained", sharex=True)
     for axis, term in zip(axes.flat, _TERMS, strict=False):
-        axis.plot(step, [row[term] for row in rows], color="tab:blue")
+        # Before the first k-means fit there is no clustering loss: a gap, not a zero.
+        shown = [row[term] if term != "cluster" or "live_clusters" in row and row[term] else nan
+                 for row in rows]
+        axis.plot(step, shown, color="tab:blue")
         axis.set_title(term if term != "cluster" else "cluster (1 = no better than uniform)")
     axis = axes[1, 1]
     fitted = [row for row in rows if "live_clusters" in row]
@@ -100,6 +104,9 @@ def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | N
               ylabel="queries at or below it, %", title=f"{direction}, n = {n}")
     for k in (1, 5, 10):
         right.axvline(k, color="grey", linewidth=0.6)
+    ticks = [k for k in (1, 5, 10, 50, 100, 500, 1000, 5000) if k <= n]
+    right.set_xticks(ticks, [str(k) for k in ticks])
+    right.minorticks_off()
     right.legend(loc="lower right")
     _save(figure, path)
     plt.close(figure)

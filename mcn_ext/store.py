@@ -105,19 +105,22 @@ class Store:
         self._caption_starts = np.cumsum([0] + [int(shard.offsets["caption"][-1])
                                                 for shard in self.shards])
         self.n_captions = int(self._caption_starts[-1])
-        self._handles: OrderedDict[int, h5py.File] = OrderedDict()
+        self._handles: OrderedDict[int, dict] = OrderedDict()
         self._pid = os.getpid()
 
-    def _file(self, number: int) -> h5py.File:
-        """The open file of a shard; at most MAX_OPEN stay open, and none is shared over a fork."""
+    def _data(self, number: int, path: str) -> h5py.Dataset:
+        """A data set of a shard; MAX_OPEN files stay open, none is shared over a fork."""
         if self._pid != os.getpid():
             self._handles, self._pid = OrderedDict(), os.getpid()
         if number not in self._handles:
             if len(self._handles) >= MAX_OPEN:
-                self._handles.popitem(last=False)[1].close()
-            self._handles[number] = open_hdf5(self.files[number])
+                self._handles.popitem(last=False)[1][""].close()
+            self._handles[number] = {"": open_hdf5(self.files[number])}
         self._handles.move_to_end(number)
-        return self._handles[number]
+        handle = self._handles[number]
+        if path not in handle:  # looking a name up costs as much as reading a clip
+            handle[path] = handle[""][path]
+        return handle[path]
 
     def __getstate__(self):
         return self.__dict__ | {"_handles": OrderedDict(), "_pid": -1}
@@ -134,7 +137,7 @@ class Store:
 
     def ids(self) -> list[str]:
         return [name for number in range(len(self.files))
-                for name in self._file(number)["video/id"].asstr(errors="replace")[:]]
+                for name in self._data(number, "video/id").asstr(errors="replace")[:]]
 
     def caption_counts(self) -> np.ndarray:
         """Captions of each video, (n,) int64."""
@@ -143,18 +146,18 @@ class Store:
     def caption_times(self, video: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(first caption's number in the store, start (n,) s, end (n,) s) of a video."""
         number, lo, hi = self._at(video, "caption")
-        group = self._file(number)["caption"]
-        return int(self._caption_starts[number]) + lo, group["start"][lo:hi], group["end"][lo:hi]
+        start, end = (self._data(number, f"caption/{key}")[lo:hi] for key in ("start", "end"))
+        return int(self._caption_starts[number]) + lo, start, end
 
     def caption_texts(self, video: int) -> list[str]:
         number, lo, hi = self._at(video, "caption")
-        return list(self._file(number)["caption/text"].asstr(errors="replace")[lo:hi])
+        return list(self._data(number, "caption/text").asstr(errors="replace")[lo:hi])
 
     def texts(self, block: int = 100_000):
         """All captions' texts, in order, ``block`` in memory at a time."""
         for number, shard in enumerate(self.shards):
             for lo in range(0, shard.rows["caption"], block):
-                texts = self._file(number)["caption/text"].asstr(errors="replace")
+                texts = self._data(number, "caption/text").asstr(errors="replace")
                 yield from texts[lo:lo + block]
 
     def clips(self, video: int, stream: str, start: np.ndarray,
@@ -165,7 +168,7 @@ class Store:
         between.
         """
         number, lo, hi = self._at(video, stream)
-        data, n, rate = self._file(number)[stream]["data"], hi - lo, self.rates[stream]
+        data, n, rate = self._data(number, f"{stream}/data"), hi - lo, self.rates[stream]
         first = np.clip((np.asarray(start, float) * rate).astype(np.int64), 0, n)
         last = np.clip((np.asarray(end, float) * rate).astype(np.int64) + 1, first, n)
         begin, stop = (int(first.min()), int(last.max())) if len(first) else (0, 0)
@@ -367,7 +370,7 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
             empty = np.diff(shard.offsets[name]) == 0
             info["streams"][name]["rows"] += shard.rows[name]
             info["streams"][name]["videos_without"] += int(empty.sum())
-            data = store._file(number)[name]["data"]
+            data = store._data(number, f"{name}/data")
             for lo in range(0, len(data) if check_rows else 0, 65536):
                 if not np.isfinite(data[lo:lo + 65536]).all():
                     raise StoreError(f"{file}: {name}/data has values that are not finite in rows "

@@ -122,7 +122,9 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
         raise SystemExit(
             f"{store.path}: no word occurs often enough in its captions to train "
             "vectors; give --word2vec")
-    vectors = model.wv.vectors
+    # Of few captions, all words' vectors point much the same way; what tells them apart is the rest
+    # (Mu & Viswanath 2018).
+    vectors = model.wv.vectors - model.wv.vectors.mean(axis=0)
     # The scale of GoogleNews' vectors, whose rms norm is about 2: encoders are initialised for it.
     return WordVectors(words, vectors * (2.0 / np.sqrt((vectors**2).sum(1).mean())),
                        f"trained on {store.path}")

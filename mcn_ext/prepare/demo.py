@@ -53,9 +53,9 @@ class _Channel:
     def __init__(self, world: _World, rng: np.random.Generator):
         self.world, self.rng = world, rng
         self.clutter = [rng.gamma(0.4, 1.0, dim).astype(np.float32) for dim in (DIM_2D, DIM_3D)]
-        self.pitch, self.tempo = int(rng.integers(-2, 3)), rng.uniform(0.8, 1.25)
-        self.tilt = rng.normal(0, 4) * np.linspace(-1, 1, N_MELS)
-        self.noise_db = rng.uniform(-62, -48)
+        self.pitch, self.tempo = int(rng.integers(-1, 2)), rng.uniform(0.85, 1.18)
+        self.tilt = rng.normal(0, 3) * np.linspace(-1, 1, N_MELS)
+        self.noise_db = rng.uniform(-66, -54)
         self.verbs = rng.choice(len(VERBS), 5, replace=False)
         self.things = len(VERBS) + rng.choice(len(THINGS), 9, replace=False)
 
