@@ -225,11 +225,7 @@ class StoreWriter:
         for part in self.parts:
             with h5py.File(part, "r") as file:
                 self.done.update(file["video/id"].asstr()[:])
-        self._clear()
-
-    def _clear(self) -> None:
-        self.videos: list[tuple[str, dict[str, np.ndarray], tuple]] = []
-        self.bytes = 0
+        self.videos, self.bytes = [], 0  # (id, {stream: rows}, (start, end, text)) not yet written
 
     def add(self, name: str, rows: dict[str, np.ndarray | None], start, end, text) -> None:
         """One video: rows {stream: (n, dim) or None}, captions' start and end in seconds, texts."""
@@ -270,7 +266,7 @@ class StoreWriter:
 
         _write_atomically(path, write)
         self.parts.append(path)
-        self._clear()
+        self.videos, self.bytes = [], 0  # (id, {stream: rows}, (start, end, text)) not yet written
 
     def _create(self, path: Path, ids: list[str], rows: dict[str, int],
                 n_captions: int) -> h5py.File:

