@@ -151,7 +151,7 @@ def _train(path: Path, world: _World, seed: int) -> None:
     writer.close()
 
 
-def _eval(path: Path, world: _World, seed: int) -> None:
+def _evaluation(path: Path, world: _World, seed: int) -> None:
     """One clip per item, no two with the same concepts, of channels never seen in training."""
     writer, used, item = _writer(path, seed), set(), 0
     while len(used) < N_EVAL:
@@ -181,7 +181,7 @@ def prepare(out: Path, *, seed: int = 0, overwrite: bool = False) -> str:
         out.mkdir(parents=True, exist_ok=True)
         world = _World(seed)
         _train(train, world, seed)
-        _eval(evaluation, world, seed)
+        _evaluation(evaluation, world, seed)
     store = Store(train)
     return (f"{out}: demo data, {len(store)} training videos with {store.n_captions} captions, "
             f"{len(Store(evaluation))} evaluation clips")
