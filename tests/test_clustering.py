@@ -27,6 +27,7 @@ def test_finds_blobs():
     assert len(pairs) == 8  # one label per blob and one blob per label
 
 
+@pytest.mark.slow
 def test_as_good_as_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     x = unit_rows(torch.randn(1500, 24, generator=torch.Generator().manual_seed(3)))

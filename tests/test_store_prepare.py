@@ -363,6 +363,7 @@ def test_real_recordings_convert(tmp_path, digits):
 # --------------------------------------------------------------------------------------- demo
 
 
+@pytest.mark.slow
 def test_demo_is_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "N_TRAIN", 40)
     demo.prepare(tmp_path / "demo")
