@@ -30,6 +30,14 @@ def write_vectors(path):
     path.write_text("\n".join(["8 10", *rows]) + "\n")
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def losses(run_folder):
     return [[row[t] for t in TERMS] for row in read(run_folder / "log.jsonl")]
 
@@ -177,21 +185,21 @@ def test_words_of_an_unfinished_start_are_not_reused(tmp_path, store_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair,extra", [("AV", ()), ("AVT", ()), ("VT", ("--precision", "bf16"))])
-def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra):
+def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra, one_thread):
     common = ("train_stage1.py", "--pair", pair, "--data", store_path, *SMALL, "--save_every", 1,
               *extra)
-    run(*common, "--out", "whole", cwd=tmp_path, env=ONE_THREAD)
+    call(*common, "--out", "whole", cwd=tmp_path)
     for steps in (1, 3, 4):  # within an epoch, within the next, to the end
-        run(*common, "--out", "pieces", "--max_steps", steps, cwd=tmp_path, env=ONE_THREAD)
+        call(*common, "--out", "pieces", "--max_steps", steps, cwd=tmp_path)
     assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
     a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("whole", "pieces"))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     if pair == "AV":  # and stage 2
         common = ("train_stage2.py", "--add", "T", "--init", "whole", "--epochs", 2, "--save_every",
                   1, "--log_every", 1, "--device", "cpu")
-        run(*common, "--out", "whole2", cwd=tmp_path, env=ONE_THREAD)
+        call(*common, "--out", "whole2", cwd=tmp_path)
         for steps in (3, 4):
-            run(*common, "--out", "pieces2", "--max_steps", steps, cwd=tmp_path, env=ONE_THREAD)
+            call(*common, "--out", "pieces2", "--max_steps", steps, cwd=tmp_path)
         assert losses(tmp_path / "whole2") == losses(tmp_path / "pieces2")
 
 
