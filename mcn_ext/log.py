@@ -114,9 +114,9 @@ class RunLog:
         values = dict(zip(terms, mean.tolist(), strict=True))
         if values["total"] != values["total"] or abs(values["total"]) == float("inf"):
             raise SystemExit(
-                f"step {step}: the loss is not finite: {values}. The last checkpoint in "
-                f"{self.folder} is from before it; try --precision fp32, a lower --lr or "
-                "--similarity cosine")
+                f"step {step}: the loss is not finite: {values}. What is saved in "
+                f"{self.folder} has finite weights. Train anew (--no-resume) with a lower --lr, "
+                "--precision fp32 or --similarity cosine")
         now = time.perf_counter()
         seconds = now - self.last_time
         row = {"step": step, "epoch": epoch, "lr": lr, **values,

@@ -55,7 +55,7 @@ def load_array(path: Path) -> np.ndarray:
                 raise Skipped(f"{path}: keys {list(file)}, expected 'features' or 'arr_0'")
             array = file[key]
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error,
-            NotImplementedError, RuntimeError) as error:
+            RuntimeError) as error:
         raise (error if isinstance(error, Skipped)
                else Skipped(f"{path}: {type(error).__name__}: {error}")) from error
     if array.ndim != 2 or array.dtype.kind != "f":
