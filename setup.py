@@ -37,11 +37,13 @@ cuda = bool(kernels) and possible and wanted != "0"
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
 level = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+# Comparisons may be evaluated for lanes that do not need them: else no loop with a mask vectorises.
+host = level + ["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 extension = (CUDAExtension if cuda else CppExtension)(
     "mcn_ext._C",
     sources + (kernels if cuda else []),
     define_macros=[("MCN_WITH_CUDA", None)] if cuda else [],
     # No -std: torch 2.11 builds as C++17, 2.13 as C++20, and says so itself.
-    extra_compile_args={"cxx": level, "nvcc": level} if cuda else level)
+    extra_compile_args={"cxx": host, "nvcc": level} if cuda else host)
 setup(ext_modules=[extension],
       cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})

@@ -1,21 +1,28 @@
-"""The losses as users call them: compiled where an implementation is compiled in, the reference
-otherwise.
+"""The losses as users call them: compiled where the extension loads, else the reference.
 
-So far the extension only says how it was built; the losses are :mod:`mcn_ext.reference`'s. A
-compiled loss takes the reference's place here, and nothing else in the project changes.
+:mod:`mcn_ext.reference` is the specification, in arguments and in values. The compiled losses never
+hold more of a similarity matrix than ``budget`` bytes, and compute all terms in one call.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mcn_ext.reference import LossTerms, cluster_loss, contrastive_loss, mcn_loss
+from mcn_ext import reference
+from mcn_ext.distributed import gather
+from mcn_ext.reference import LossTerms
 
 __all__ = ["LossTerms", "build_info", "cluster_loss", "contrastive_loss", "has_cuda", "mcn_loss"]
+
+_tile = 0  # rows and columns of a tile; 0 lets csrc/loss.cpp choose (tests try ragged ones)
 
 
 def _load() -> str | None:
@@ -26,7 +33,8 @@ def _load() -> str | None:
         return "the extension is not built; run `pip install -e . --no-build-isolation`"
     try:
         torch.ops.load_library(str(libraries[0]))
-    except OSError as error:
+        torch.ops.mcn.loss  # noqa: B018  (an older build has none)
+    except (OSError, AttributeError) as error:
         return (f"{libraries[0].name} does not load in torch {torch.__version__} "
                 f"({error.__cause__ or error}); rebuild it")
     return None
@@ -45,3 +53,206 @@ def build_info() -> dict:
 def has_cuda() -> bool:
     """True when the extension was built with CUDA kernels and loaded."""
     return bool(build_info().get("cuda"))
+
+
+def _compiled_for(x: Tensor) -> bool:
+    return not _unavailable and (x.device.type == "cpu" or (x.is_cuda and has_cuda()))
+
+
+def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
+                     margin: float = 0.001, normalize: bool = True, ids: Tensor | None = None,
+                     valid: Tensor | None = None, group=None, budget: int | None = None) -> Tensor:
+    """Masked-margin softmax in both directions; arguments and values of
+    :func:`mcn_ext.reference.contrastive_loss`.
+
+    budget: bytes that the similarity matrix may take (default: the environment variable
+    MCN_LOSS_BUDGET, else 2 GiB). Within it the matrix is computed once and gradients are taken in
+    forward; above it, and always with 0, tiles stream and backward computes them again.
+    """
+    if not _compiled_for(x):
+        return reference.contrastive_loss(x, y, temperature=temperature, margin=margin,
+                                          normalize=normalize, ids=ids, valid=valid, group=group)
+    if x.shape != y.shape:
+        raise ValueError(
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs")
+    return _loss([x, y], [0, 1], [] if ids is None else [ids],
+                 [] if valid is None else [valid, valid], temperature=temperature, margin=margin,
+                 normalize=normalize, group=group, budget=budget).total
+
+
+def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
+                 temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
+                 valid: Tensor | None = None) -> Tensor:
+    """Cross entropy of each row against its centroid; arguments and values of
+    :func:`mcn_ext.reference.cluster_loss`. On a GPU a label outside [0, K) is printed and ends the
+    context, as in torch's own losses: the host does not wait for the device."""
+    if not _compiled_for(x):
+        return reference.cluster_loss(x, centroids, labels, temperature=temperature, margin=margin,
+                                      normalize=normalize, valid=valid)
+    return _loss([x], [], [], [] if valid is None else [valid], centroids, labels, [0],
+                 temperature=temperature, margin=margin, normalize=normalize).total
+
+
+def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
+             centroids: Tensor | None = None, labels: Tensor | None = None, *,
+             clustered: Sequence[str] | None = None, cluster_weight: float = 1.0,
+             temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
+             ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
+             valid: Mapping[str, Tensor] | None = None, group=None,
+             budget: int | None = None) -> LossTerms:
+    """All contrastive and clustering terms in one call that reuses one buffer; arguments and values
+    of :func:`mcn_ext.reference.mcn_loss`, ``budget`` of :func:`contrastive_loss`."""
+    names = list(embeddings)
+    if not names or not _compiled_for(embeddings[names[0]]):
+        return reference.mcn_loss(embeddings, pairs, centroids, labels, clustered=clustered,
+                                  cluster_weight=cluster_weight, temperature=temperature,
+                                  margin=margin, normalize=normalize, ids=ids, valid=valid,
+                                  group=group)
+    rows = [embeddings[name] for name in names]
+    index = {name: i for i, name in enumerate(names)}
+    flat = []
+    for first, second in pairs:
+        flat.append(index[first])
+        if first == second:  # a pair's sides are distinct to csrc/loss.cpp
+            rows.append(embeddings[second])
+        flat.append(index[second] if first != second else len(rows) - 1)
+    masks = []
+    if valid:
+        everything = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
+        masks = [valid.get(name, everything) for name in names]
+        masks += [masks[flat[flat.index(i) - 1]] for i in range(len(names), len(rows))]
+    if ids is not None:
+        ids = [ids[tuple(p)] if isinstance(ids, Mapping) else ids for p in pairs]
+    clusters = [index[name] for name in (names if clustered is None else clustered)]
+    k = 0 if centroids is None else len(centroids)
+    return _loss(rows, flat, ids or [], masks, centroids, labels, clusters, temperature=temperature,
+                 margin=margin, normalize=normalize, cluster_weight=cluster_weight, group=group,
+                 cluster_scale=1 / math.log(k) if normalize and k > 1 else 1.0, budget=budget)
+
+
+def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[Tensor],
+          centroids: Tensor | None = None, labels: Tensor | None = None,
+          clustered: Sequence[int] = (), *, temperature: float | Tensor, margin: float,
+          normalize: bool, cluster_weight: float = 1.0, cluster_scale: float = 1.0, group=None,
+          budget: int | None = None) -> LossTerms:
+    """Arguments checked, gathered and in the types that ``torch.ops.mcn.loss`` takes."""
+    if group is not None:
+        rows, valid = [gather(x, group) for x in rows], [gather(mask, group) for mask in valid]
+        ids, labels = [gather(i, group) for i in ids], gather(labels, group)
+    dtype = rows[0].dtype
+    for x in rows:
+        if x.dim() != 2 or x.shape != rows[0].shape:
+            raise ValueError("embeddings must be (N, D), all of one shape, got "
+                             f"{', '.join(str(tuple(x.shape)) for x in rows)}")
+        dtype = torch.promote_types(dtype, x.dtype)
+    for name, vectors, kind in (("ids", ids, torch.int64), ("valid", valid, torch.bool),
+                                ("labels", [] if labels is None else [labels], torch.int64)):
+        for vector in vectors:
+            if vector.shape != rows[0].shape[:1] or vector.dtype != kind:
+                raise ValueError(f"{name} must be ({len(rows[0])},) {kind}, got "
+                                 f"{tuple(vector.shape)} {vector.dtype}")
+    if centroids is not None:
+        if labels is None or centroids.dim() != 2 or centroids.shape[1] != rows[0].shape[1]:
+            raise ValueError(f"embeddings {tuple(rows[0].shape)} and centroids "
+                             f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels")
+        centroids = centroids.detach()
+    elif not pairs:
+        raise ValueError("neither pairs nor centroids: there is nothing to compute")
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    if not rows[0].is_cuda:
+        dtype = accumulate  # few CPUs multiply 16-bit matrices well
+    rows = [x.to(dtype) for x in rows]
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(accumulate)
+    else:  # not torch.tensor: its copy to a GPU would wait for the device
+        temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
+    if budget is None:
+        budget = int(os.environ.get("MCN_LOSS_BUDGET", 2**31))
+    grad = torch.is_grad_enabled()
+    columns = max(len(rows[0]) if pairs else 0, 0 if centroids is None else len(centroids))
+    values, _, _, _ = torch.ops.mcn.loss(
+        rows, pairs, ids, valid, centroids, labels, list(clustered), temperature, margin, normalize,
+        cluster_weight, cluster_scale, [int(grad and x.requires_grad) for x in rows],
+        grad and temperature.requires_grad,
+        budget >= len(rows[0]) * columns * accumulate.itemsize and budget > 0, _tile)
+    total, contrastive, cluster = values.unbind()
+    return LossTerms(total, contrastive.detach(), cluster.detach())
+
+
+def _shapes(inputs) -> tuple[int, list[int]]:
+    """Elements of ``state``, and indices of the embeddings whose gradient is wanted."""
+    rows, pairs, clustered, wanted = inputs[0], inputs[1], inputs[6], inputs[12]
+    n = rows[0].shape[0]
+    size = len(pairs) // 2 * (3 * n + 2)
+    size += 0 if inputs[4] is None else len(clustered) * (2 * n + 2)
+    return size, [i for i, want in enumerate(wanted) if want]
+
+
+def _fake_loss(*inputs):
+    rows, temperature, keep = inputs[0], inputs[7], inputs[14]
+    size, wanted = _shapes(inputs)
+    return (temperature.new_empty(3), temperature.new_empty(size), temperature.new_empty(()),
+            [torch.empty_like(rows[i], dtype=temperature.dtype,
+                              memory_format=torch.contiguous_format) for i in wanted if keep])
+
+
+def _fake_backward(upstream, state, *inputs):
+    rows = inputs[0]
+    return upstream.new_empty(()), [
+        torch.empty_like(rows[i], memory_format=torch.contiguous_format)
+        for i in _shapes(inputs)[1]]
+
+
+def _setup(ctx, inputs, output):
+    values, state, d_temperature, gradients = output
+    rows, pairs, ids, valid, centroids, labels, clustered, temperature = inputs[:8]
+    ctx.mark_non_differentiable(state, d_temperature, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.rest, ctx.lengths = inputs[8:], (len(rows), len(ids), len(valid))
+    # One None for each input; a list for each list of tensors, to which torch counts empty lists.
+    ctx.none = [[None] * len(x) if isinstance(x, list | tuple)
+                and all(isinstance(t, Tensor) for t in x) else None for x in inputs]
+    ctx.pairs, ctx.clustered, ctx.keep = pairs, clustered, inputs[14]
+    ctx.wanted = _shapes(inputs)[1]
+    if ctx.keep:
+        ctx.dtype = rows[0].dtype
+        ctx.save_for_backward(d_temperature, *gradients)
+    else:
+        ctx.save_for_backward(state, temperature, centroids, labels, *rows, *ids, *valid)
+
+
+def _backward(ctx, upstream, *_):
+    """d total; contrastive and cluster, for the log only, carry no gradient."""
+    if upstream is None:
+        return tuple(ctx.none)
+    upstream = upstream[0].contiguous()
+    if ctx.keep:
+        d_temperature, *gradients = ctx.saved_tensors
+        # The upstream gradient once, in fp32, in the last cast: a loss scale of 2^16 never meets
+        # a gradient that fp16 has already rounded to nothing.
+        gradients = [(g * upstream).to(ctx.dtype) for g in gradients]
+        d_temperature = d_temperature * upstream
+    else:
+        state, temperature, centroids, labels, *rest = ctx.saved_tensors
+        n_rows, n_ids, n_valid = ctx.lengths
+        rows, ids, valid = rest[:n_rows], rest[n_rows:n_rows + n_ids], rest[n_rows + n_ids:]
+        d_temperature, gradients = torch.ops.mcn.loss_backward(
+            upstream, state, rows, ctx.pairs, ids, valid, centroids, labels, ctx.clustered,
+            temperature, *ctx.rest)
+    none = [list(x) if isinstance(x, list) else x for x in ctx.none]
+    for i, gradient in zip(ctx.wanted, gradients, strict=True):
+        none[0][i] = gradient
+    none[7] = d_temperature if ctx.needs_input_grad[7] else None
+    return tuple(none)
+
+
+def _no_double_backward(ctx, *_):
+    raise NotImplementedError("mcn_ext's compiled losses have no second derivative; "
+                              "mcn_ext.reference's losses have")
+
+
+if not _unavailable:
+    torch.library.register_fake("mcn::loss", _fake_loss)
+    torch.library.register_fake("mcn::loss_backward", _fake_backward)
+    torch.library.register_autograd("mcn::loss", _backward, setup_context=_setup)
+    torch.library.register_autograd("mcn::loss_backward", _no_double_backward)

@@ -1,0 +1,62 @@
+// The formulas of the losses, once, for the CPU and the GPU kernels.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#ifdef __CUDACC__
+#define MCN_INLINE __host__ __device__ __forceinline__
+#else
+#define MCN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace mcn {
+
+// |x| at or below it counts as zero: no direction, no gradient. (mcn_ext/reference.py has the same.)
+constexpr double kEps = 1e-12;
+
+template <typename A>
+MCN_INLINE A lowest() { return -std::numeric_limits<A>::infinity(); }
+
+// Sum of exponentials as (largest logit, sum of exp(logit - largest)); nothing yet is (-inf, 0).
+template <typename A>
+struct LogSum {
+  A max = lowest<A>();
+  A sum = 0;
+
+  MCN_INLINE void merge(A other_max, A other_sum) {
+    const A top = max > other_max ? max : other_max;
+    if (top == lowest<A>()) {  // both empty: exp(-inf - -inf) would be NaN
+      sum += other_sum;        // 0, or the NaN of a row that must not be hidden
+      return;
+    }
+    sum = sum * std::exp(max - top) + other_sum * std::exp(other_max - top);
+    max = top;
+  }
+  MCN_INLINE A log() const { return sum == A(0) ? lowest<A>() : max + std::log(sum); }
+};
+
+// One direction of one row: log(1 + exp(others - positive)) where `others` is the log-sum-exp without
+// the positive. The same number as lse - positive, which cancels to nothing when the loss is near 0.
+template <typename A>
+MCN_INLINE A softplus(A gap) {
+  return gap > A(0) ? gap + std::log1p(std::exp(-gap)) : std::log1p(std::exp(gap));
+}
+
+// Its derivative, the weight with which the row is pulled to its positive.
+template <typename A>
+MCN_INLINE A sigmoid(A gap) {
+  const A e = std::exp(gap > A(0) ? -gap : gap);
+  return gap > A(0) ? A(1) / (A(1) + e) : e / (A(1) + e);
+}
+
+// Largest power of two p with p * value < 1, at most 2^100 (value <= 0 or not finite: 1).
+MCN_INLINE double power_below_one(double value) {
+  if (!(value > 0) || value > 1e300) return 1.0;
+  int exponent = 0;
+  std::frexp(value, &exponent);  // value = fraction * 2^exponent, fraction in [0.5, 1)
+  return std::ldexp(1.0, exponent < -100 ? 100 : -exponent);
+}
+
+}  // namespace mcn

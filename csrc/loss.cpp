@@ -1,0 +1,377 @@
+// All terms of the objective in one call: which tile of which similarity matrix is multiplied, read and
+// turned into a gradient when. The same for every device; kernels.h says what differs.
+//
+// keep: the largest similarity matrix fits the budget. It is computed once into one buffer that all terms
+// reuse, becomes the gradient in place, and the gradients are ready when forward returns: 3 matrix products.
+// Otherwise tiles stream: forward leaves the log-sums, backward computes the tiles again: 4 products.
+#include "loss.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <string>
+
+#include "kernels.h"
+
+#ifdef MCN_WITH_CUDA
+#include <c10/cuda/CUDAStream.h>
+// Not if constexpr: both sides must exist for either device to be chosen at run time.
+#define MCN_RUN(kernel, ...) (cuda_ ? cuda::kernel(__VA_ARGS__) : cpu::kernel(__VA_ARGS__))
+#else
+#define MCN_RUN(kernel, ...) cpu::kernel(__VA_ARGS__)
+#endif
+
+namespace mcn {
+namespace {
+
+using at::Tensor;
+
+Type type_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Type::kFloat;
+    case at::kDouble: return Type::kDouble;
+    case at::kHalf: return Type::kHalf;
+    case at::kBFloat16: return Type::kBFloat16;
+    default: TORCH_CHECK_TYPE(false, "mcn: embeddings must be floating point, got ", type);
+  }
+}
+
+// a b into out, which may be wider; added to it when `add`.
+void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
+  if (a.scalar_type() == out.scalar_type()) {
+    add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+  } else if (add) {  // addmm with a wider out differs between versions of torch; this does not
+    out.add_(at::mm(a, b, out.scalar_type()));
+  } else {
+    at::mm_out(out, a, b, out.scalar_type());
+  }
+}
+
+// Embeddings of one modality, or centroids.
+struct Side {
+  Tensor x, scale, inverse, valid;  // valid undefined: all rows
+  bool copies = false;              // the matrix products must read working copies, not x
+  bool wanted = false;              // its gradient
+  int terms = 0;                    // in which it still takes part
+  bool started = false;             // total holds something
+  Tensor total;                     // (N, D) gradient before the normalisation's
+  Tensor result;                    // (N, D) gradient
+};
+
+template <typename A>
+class Losses {
+ public:
+  explicit Losses(const Problem& problem)
+      : p_(problem), first_(problem.embeddings.at(0)), options_(first_.options().dtype(c10::CppTypeToScalarType<A>::value)),
+        rows_(first_.size(0)), dim_(first_.size(1)), cuda_(first_.is_cuda()) {
+#ifdef MCN_WITH_CUDA
+    if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
+#endif
+    for (size_t i = 0; i < p_.embeddings.size(); ++i) {
+      Side& side = sides_.emplace_back();
+      side.x = p_.embeddings[i].contiguous();
+      side.wanted = p_.wanted[i];
+      if (!p_.valid.empty()) side.valid = p_.valid[i].contiguous();
+      measure(side);
+    }
+    if (p_.centroids.defined()) {
+      centroids_.x = p_.centroids.to(first_.scalar_type()).contiguous();
+      measure(centroids_);
+      const auto& labels = p_.labels;
+      for (int64_t i : p_.clustered) {
+        const bool* valid = sides_[i].valid.defined() ? sides_[i].valid.template const_data_ptr<bool>() : nullptr;
+        const int64_t bad = MCN_RUN(first_outside, stream_, labels.template const_data_ptr<int64_t>(), valid, rows_, centroids_.x.size(0));
+        TORCH_CHECK_VALUE(bad < 0, "labels[", bad, "] = ", labels[bad].template item<int64_t>(), " is outside [0, ", centroids_.x.size(0), ")");
+      }
+    }
+    list_terms();
+  }
+
+  // (total, contrastive, cluster), the log-sums, and in keep mode the gradients.
+  std::tuple<Tensor, Tensor, Tensor> forward() {
+    Tensor losses = at::zeros({3}, options_);
+    Tensor state = at::zeros({state_size()}, options_);
+    Tensor d_temperature = at::zeros({}, options_);
+    const bool gradients = p_.keep && wants_any();
+    if (p_.keep) kept_ = at::empty({largest_matrix()}, options_);
+    prepare(gradients);
+    int64_t at = 0;
+    for (Spec& spec : specs_) {
+      Tensor here = state.narrow(0, at, state_size(spec));
+      at += here.size(0);
+      statistics(spec, here, losses);
+      if (gradients) this->gradients(spec, here, d_temperature, nullptr);
+    }
+    return {losses, state, d_temperature};
+  }
+
+  Tensor backward(const Tensor& upstream, const Tensor& state) {
+    Tensor d_temperature = at::zeros({}, options_);
+    prepare(true);
+    int64_t at = 0;
+    for (Spec& spec : specs_) {
+      Tensor here = state.narrow(0, at, state_size(spec));
+      at += here.size(0);
+      gradients(spec, here, d_temperature, upstream.template const_data_ptr<A>());
+    }
+    return d_temperature.mul_(upstream);
+  }
+
+  std::vector<Tensor> results() const {
+    std::vector<Tensor> out;
+    for (const Side& side : sides_)
+      if (side.result.defined()) out.push_back(side.result);
+    return out;
+  }
+
+ private:
+  struct Spec {  // one term
+    Side *x, *y;
+    Tensor row_key, col_key;
+    bool both;
+    double weight, report;
+    int slot;
+  };
+
+  // ---------------------------------------------------------------- what there is to do
+  void measure(Side& side) {
+    side.scale = at::empty({side.x.size(0)}, options_);
+    side.inverse = at::empty_like(side.scale);
+    side.copies = MCN_RUN(template measure<A>, stream_, rows(side), p_.normalize);
+  }
+
+  // int32 keys: equal for equal ids; the matrix is compared against them at twice the speed of int64.
+  Tensor keys(const Tensor& ids, const Tensor& valid) {
+    Tensor key = at::arange(rows_, options_.dtype(at::kInt));
+    if (ids.defined()) key = at::searchsorted(std::get<0>(ids.sort()), ids, /*out_int32=*/true);
+    return valid.defined() ? at::where(valid, key, at::full({}, -1, key.options())) : key;
+  }
+
+  void list_terms() {
+    const double pairs = p_.pairs.size() / 2, modalities = p_.clustered.size();
+    for (size_t i = 0; i < p_.pairs.size(); i += 2) {
+      Side &x = sides_[p_.pairs[i]], &y = sides_[p_.pairs[i + 1]];
+      Tensor key = keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], x.valid.defined() ? x.valid.logical_and(y.valid) : Tensor());
+      specs_.push_back({&x, &y, key, key, true, 1 / pairs, 1 / pairs, 1});
+    }
+    if (!p_.centroids.defined()) return;
+    const Tensor clusters = at::arange(centroids_.x.size(0), options_.dtype(at::kInt));
+    for (int64_t i : p_.clustered) {
+      Side& x = sides_[i];
+      const Tensor labels = p_.labels.to(at::kInt);
+      Tensor key = x.valid.defined() ? at::where(x.valid, labels, at::full({}, -1, labels.options())) : labels;
+      const double report = p_.cluster_scale / modalities;
+      specs_.push_back({&x, &centroids_, key, clusters, false, p_.cluster_weight * report, report, 2});
+    }
+  }
+
+  bool wants_any() const {
+    return p_.wants_temperature || std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
+  }
+  int64_t state_size(const Spec& spec) const { return 2 * rows_ + (spec.both ? rows_ : 0) + 2; }
+  int64_t state_size() const {
+    int64_t size = 0;
+    for (const Spec& spec : specs_) size += state_size(spec);
+    return size;
+  }
+  int64_t largest_matrix() const {
+    int64_t cols = 0;
+    for (const Spec& spec : specs_) cols = std::max(cols, spec.y->x.size(0));
+    return rows_ * cols;
+  }
+
+  // ---------------------------------------------------------------- blocks
+  int64_t row_block() const {
+    if (p_.tile) return p_.tile;
+    if (cuda_) return p_.keep ? 8192 : dim_ > 1024 ? 8192 : 4096;
+    return p_.keep ? 512 : 1024;
+  }
+  int64_t col_block() const {
+    if (p_.tile) return p_.tile;
+    return p_.keep ? std::max<int64_t>(largest_matrix(), 1) : cuda_ && dim_ > 1024 ? 8192 : 4096;
+  }
+  template <typename F>
+  static void blocks(int64_t size, int64_t block, F f) {
+    for (int64_t begin = 0; begin < size; begin += block) f(begin, std::min(block, size - begin));
+  }
+
+  Rows<A> rows(const Side& side) const {
+    return {side.x.const_data_ptr(), type_of(side.x.scalar_type()), side.x.size(0), dim_,
+            side.valid.defined() ? side.valid.template const_data_ptr<bool>() : nullptr,
+            side.scale.template mutable_data_ptr<A>(), side.inverse.template mutable_data_ptr<A>()};
+  }
+  // Working rows: x itself where that will do, else a copy in `scratch`.
+  Tensor working(const Side& side, int64_t begin, int64_t size, Tensor& scratch) const {
+    if (!side.copies) return side.x.narrow(0, begin, size);
+    if (!scratch.defined() || scratch.size(0) < size) scratch = at::empty({size, dim_}, side.x.options());
+    MCN_RUN(template copy_rows<A>, stream_, rows(side), begin, begin + size, scratch.mutable_data_ptr());
+    return scratch.narrow(0, 0, size);
+  }
+  Term<A> term(const Spec& spec, const Tensor& state) const {
+    const int64_t n = rows_, m = spec.y->x.size(0);
+    A* at = state.template mutable_data_ptr<A>();
+    Term<A> t{};
+    t.n = n, t.m = m, t.both = spec.both, t.margin = p_.margin;
+    t.row_key = spec.row_key.template const_data_ptr<int32_t>();
+    t.col_key = spec.col_key.template const_data_ptr<int32_t>();
+    t.temperature = p_.temperature.template const_data_ptr<A>();
+    t.row_lse = at, t.pull = at + n, t.factor = at + 2 * n, t.col_lse = at + 2 * n + 2;
+    return t;
+  }
+  Tensor tile(int64_t row, int64_t n_rows, int64_t col, int64_t n_cols, int64_t ld) {
+    if (kept_.defined()) return kept_.as_strided({n_rows, n_cols}, {ld, 1}, row * ld + col);
+    if (!scratch_.defined() || scratch_.numel() < n_rows * n_cols) scratch_ = at::empty({n_rows * n_cols}, options_);
+    return scratch_.narrow(0, 0, n_rows * n_cols).view({n_rows, n_cols});
+  }
+  static Tile<A> tile_of(const Tensor& s, int64_t row, int64_t col) {
+    return {s.template mutable_data_ptr<A>(), s.stride(0), row, s.size(0), col, s.size(1)};
+  }
+
+  // ---------------------------------------------------------------- forward
+  void statistics(Spec& spec, const Tensor& state, const Tensor& losses) {
+    Term<A> t = term(spec, state);
+    Tensor running = at::zeros({2 * t.n + 2 * t.m}, options_), positive = at::empty({t.n}, options_);
+    A* at = running.template mutable_data_ptr<A>();
+    t.row_sum = at, t.col_sum = at + t.n, t.row_max = at + t.n + t.m, t.col_max = at + 2 * t.n + t.m;
+    running.narrow(0, t.n + t.m, t.n + t.m).fill_(-std::numeric_limits<double>::infinity());
+    Tensor y_copy, x_copy, partial;
+    const Tensor y = working(*spec.y, 0, t.m, y_copy);
+    blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
+      const Tensor x = working(*spec.x, row, n_rows, x_copy);
+      blocks(t.m, col_block(), [&](int64_t col, int64_t n_cols) {
+        Tensor s = tile(row, n_rows, col, n_cols, t.m);
+        multiply(s, x, y.narrow(0, col, n_cols).t());
+        const int64_t size = MCN_RUN(partial_size, n_rows, n_cols);
+        if (!partial.defined() || partial.numel() < size) partial = at::empty({size}, options_);
+        MCN_RUN(tile_statistics, stream_, t, tile_of(s, row, col), spec.x->inverse.template const_data_ptr<A>(),
+                spec.y->inverse.template const_data_ptr<A>(), partial.template mutable_data_ptr<A>());
+      });
+    });
+    MCN_RUN(finish, stream_, t, rows(*spec.x), rows(*spec.y), positive.template mutable_data_ptr<A>(), spec.weight,
+            spec.report, spec.slot, losses.template mutable_data_ptr<A>());
+  }
+
+  // ---------------------------------------------------------------- gradients
+  // A term's row side is summed in a block of its own and then added to the modality's total, so that a modality
+  // with this one term never has an fp32 gradient of full size beside its result.
+  void prepare(bool gradients) {
+    if (!gradients) return;
+    for (const Spec& spec : specs_) ++spec.x->terms, ++spec.y->terms;
+    for (Side& side : sides_)
+      if (side.wanted) {
+        // fp32 rows: the total is the result, in place. In keep mode every result is fp32, for upstream to scale.
+        side.result = at::empty({rows_, dim_}, p_.keep ? options_ : side.x.options());
+        if (side.terms == 0) side.result.zero_();
+      }
+  }
+  Tensor total(Side& side) {
+    if (!side.total.defined())
+      side.total = side.result.scalar_type() == options_.dtype() ? side.result : at::empty({rows_, dim_}, options_);
+    return side.total;
+  }
+
+  void project(Side& side, int64_t begin, int64_t size, const Tensor& total, const A* upstream) {
+    Tensor out = side.result.narrow(0, begin, size);
+    MCN_RUN(project, stream_, rows(side), p_.normalize, begin, begin + size, total.template const_data_ptr<A>(), upstream,
+            out.mutable_data_ptr(), type_of(out.scalar_type()));
+  }
+
+  void gradients(Spec& spec, const Tensor& state, const Tensor& d_temperature, const A* upstream) {
+    Side &x = *spec.x, &y = *spec.y;
+    const bool want_x = x.wanted || p_.wants_temperature, want_y = y.wanted;
+    const bool alone = x.terms == 1 && !x.started;  // nothing before, nothing after: rows can be finished
+    if (!want_x && !want_y) return;
+    Term<A> t = term(spec, state);
+    const bool narrow = x.x.scalar_type() != options_.dtype();  // 16-bit rows: the gradient of S is 16-bit too
+    Tensor y_copy, x_copy, p_tile, x_sums, y_sums, dots;
+    const Tensor w_y = working(y, 0, t.m, y_copy);
+    if (want_y) y_sums = y.started ? at::empty({t.m, dim_}, options_) : total(y);
+    if (p_.wants_temperature) dots = at::zeros({t.n}, options_);
+    blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
+      const Tensor w_x = working(x, row, n_rows, x_copy);
+      const bool in_place = x.wanted && !x.started && !(alone && x.result.scalar_type() != options_.dtype());
+      Tensor sums;
+      if (want_x) {
+        if (!in_place && !x_sums.defined()) x_sums = at::empty({n_rows, dim_}, options_);
+        sums = in_place ? total(x).narrow(0, row, n_rows) : x_sums.narrow(0, 0, n_rows);
+      }
+      blocks(t.m, col_block(), [&](int64_t col, int64_t n_cols) {
+        const Tensor w = w_y.narrow(0, col, n_cols);
+        Tensor s = tile(row, n_rows, col, n_cols, t.m), p = s;
+        if (!kept_.defined()) multiply(s, w_x, w.t());
+        if (narrow) {
+          if (!p_tile.defined() || p_tile.numel() < n_rows * n_cols) p_tile = at::empty({n_rows * n_cols}, x.x.options());
+          p = p_tile.narrow(0, 0, n_rows * n_cols).view({n_rows, n_cols});
+        }
+        MCN_RUN(tile_gradient, stream_, t, tile_of(s, row, col), x.inverse.template const_data_ptr<A>(),
+                y.inverse.template const_data_ptr<A>(), p.mutable_data_ptr(), type_of(p.scalar_type()), p.stride(0));
+        if (want_x) multiply(sums, p, w, col > 0);
+        if (want_y) multiply(y_sums.narrow(0, col, n_cols), p.t(), w_x, row > 0);
+      });
+      if (!want_x) return;
+      // A frozen x is summed for the temperature's sake only, in place.
+      Tensor into = x.wanted && x.started ? total(x).narrow(0, row, n_rows) : sums;
+      MCN_RUN(accumulate, stream_, t, rows(x), rows(y), row, row + n_rows, sums.template const_data_ptr<A>(),
+              into.template mutable_data_ptr<A>(), x.wanted && x.started,
+              dots.defined() ? dots.template mutable_data_ptr<A>() : nullptr);
+      if (x.wanted && alone) project(x, row, n_rows, into, upstream);
+    });
+    if (want_y) {
+      MCN_RUN(accumulate, stream_, t, rows(y), rows(x), int64_t(0), t.m, y_sums.template const_data_ptr<A>(),
+              total(y).template mutable_data_ptr<A>(), y.started, static_cast<A*>(nullptr));
+    }
+    if (p_.wants_temperature)
+      MCN_RUN(temperature_gradient, stream_, t, dots.template const_data_ptr<A>(), d_temperature.template mutable_data_ptr<A>());
+    x.started = y.started = true;
+    --x.terms, --y.terms;
+    if (x.wanted && x.terms == 0 && !alone) project(x, 0, rows_, total(x), upstream);
+    if (y.wanted && y.terms == 0) project(y, 0, rows_, total(y), upstream);
+  }
+
+  const Problem& p_;
+  Tensor first_;
+  at::TensorOptions options_;  // of A, on the device
+  int64_t rows_, dim_;
+  bool cuda_;
+  void* stream_ = nullptr;
+  std::vector<Side> sides_;
+  Side centroids_;
+  std::vector<Spec> specs_;
+  Tensor kept_, scratch_;
+};
+
+// Autocast would round inside the matrix products: what they are given is already in the wanted type.
+struct Guards {
+  c10::DeviceGuard device;
+  at::AutoDispatchBelowAutograd below;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  explicit Guards(const Tensor& x) : device(x.device()) {}
+};
+
+template <typename F>
+auto with_type(const Problem& problem, F f) {
+  return problem.embeddings.at(0).scalar_type() == at::kDouble ? f(Losses<double>(problem)) : f(Losses<float>(problem));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> forward(const Problem& problem) {
+  const Guards guards(problem.embeddings.at(0));
+  return with_type(problem, [](auto losses) {
+    auto [values, state, d_temperature] = losses.forward();
+    return std::make_tuple(values, state, d_temperature, losses.results());
+  });
+}
+
+std::tuple<Tensor, std::vector<Tensor>> backward(const Problem& problem, const Tensor& upstream, const Tensor& state) {
+  const Guards guards(problem.embeddings.at(0));
+  return with_type(problem, [&](auto losses) {
+    Tensor d_temperature = losses.backward(upstream, state);
+    return std::make_tuple(d_temperature, losses.results());
+  });
+}
+
+}  // namespace mcn
