@@ -24,9 +24,10 @@ namespace {
 
 constexpr int64_t kStrip = 32;  // rows of a tile that stay in the cache while they are read twice
 int64_t strips(int64_t rows) { return (rows + kStrip - 1) / kStrip; }
+constexpr float kSpread = 40;   // of logits, far enough from fp32's exp(-87) that no sum loses a digit
 constexpr int64_t kGrain = 64;  // rows of d elements that are worth a thread's start
 
-// exp for arguments up to 0, which is all that shifted logits are; below -87, where fp32 loses precision, 0.
+// exp for arguments up to 88, as shifted logits are; 0 below -87, where fp32 loses precision.
 // Cody-Waite reduction and Cephes' polynomial, 1 unit in the last place; written so that it vectorises.
 MCN_INLINE float exp_shifted(float x) {
   constexpr float kLog2e = 1.44269504f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;
@@ -102,28 +103,45 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     }
     largest[i - begin] = top;
   }
-  // A column without any logit so far has the shift 0: exp(-inf - -inf) would be NaN.
-  for (int64_t j = 0; term.both && j < cols; ++j) col_max[j] = col_max[j] == lowest<A>() ? A(0) : col_max[j];
+  // Within kSpread of each other, one shift and so one exponential serves rows and columns; else each its own.
+  A top = lowest<A>(), bottom = -lowest<A>();
+  const auto spread = [&](A value) {
+    if (value == lowest<A>()) return;
+    top = std::max(top, value), bottom = std::min(bottom, value);
+  };
+  std::for_each(largest, largest + (end - begin), spread);
+  if (term.both) std::for_each(col_max, col_max + cols, spread);
+  const bool shared = term.both && top >= bottom && top - bottom <= kSpread;
+  // Nothing unmasked in a column so far: the shift is 0, as exp(-inf - -inf) would be NaN.
+  for (int64_t j = 0; term.both && j < cols; ++j)
+    col_max[j] = shared ? top : col_max[j] == lowest<A>() ? A(0) : col_max[j];
   for (int64_t i = begin; i < end; ++i) {
     const Row<A> row = row_of(term, tile, row_inverse, i);
     if (row.key < 0) continue;
-    const A top = largest[i - begin] == lowest<A>() ? A(0) : largest[i - begin];
+    const A shift = shared ? top : largest[i - begin] == lowest<A>() ? A(0) : largest[i - begin];
     A sum = 0;
-    if (term.both) {
+    if (shared) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < cols; ++j) {
+        const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
+        sum += e;
+        col_sum[j] += e;
+      }
+    } else if (term.both) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cols; ++j) {
         const A z = logit(row, row.s[j], inverse[j], col_key[j]);
-        sum += exp_shifted(z - top);
+        sum += exp_shifted(z - shift);
         col_sum[j] += exp_shifted(z - col_max[j]);
       }
     } else {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cols; ++j) {
-        sum += exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - top);
+        sum += exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
       }
     }
     LogSum<A> total{term.row_max[tile.row0 + i], term.row_sum[tile.row0 + i]};
-    total.merge(sum == A(0) ? lowest<A>() : top, sum);
+    total.merge(sum == A(0) ? lowest<A>() : shift, sum);
     term.row_max[tile.row0 + i] = total.max;
     term.row_sum[tile.row0 + i] = total.sum;
   }
@@ -139,9 +157,11 @@ void strip_statistics_of(const Term<double>& term, const Tile<double>& tile, con
   strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);
 }
 
+// exp(z - row_lse) + exp(z - col_lse) = exp(z - center) (exp(center - row_lse) + exp(center - col_lse)): one
+// exponential an element where all log-sums of a tile lie close. col_factor: the last term, or null if they do not.
 template <typename A>
 MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                             const A* col_inverse, int64_t i, A* out) {
+                             const A* col_inverse, int64_t i, A center, const A* col_factor, A* out) {
   const int64_t cols = tile.cols;
   const Row<A> row = row_of(term, tile, row_inverse, i);
   if (row.key < 0) {
@@ -152,7 +172,14 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
   const A* inverse = col_inverse + tile.col0;
   const A row_lse = term.row_lse[tile.row0 + i];
   const A scale = row_inverse[tile.row0 + i] * term.factor[1];
-  if (term.both) {
+  if (col_factor) {
+    const A row_factor = exp_shifted(center - row_lse);
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - center);
+      out[j] = e * (row_factor + col_factor[j]) * scale * inverse[j];
+    }
+  } else if (term.both) {
     const A* col_lse = term.col_lse + tile.col0;
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
@@ -168,12 +195,13 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
   }
 }
 MCN_CLONES void row_gradient_of(const Term<float>& term, const Tile<float>& tile, const float* row_inverse,
-                                const float* col_inverse, int64_t i, float* out) {
-  row_gradient(term, tile, row_inverse, col_inverse, i, out);
+                                const float* col_inverse, int64_t i, float center, const float* col_factor,
+                                float* out) {
+  row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);
 }
 void row_gradient_of(const Term<double>& term, const Tile<double>& tile, const double* row_inverse,
-                     const double* col_inverse, int64_t i, double* out) {
-  row_gradient(term, tile, row_inverse, col_inverse, i, out);
+                     const double* col_inverse, int64_t i, double center, const double* col_factor, double* out) {
+  row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);
 }
 
 // In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of 1e-9.
@@ -330,9 +358,27 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* p
 template <typename A>
 void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                    const A* col_inverse, void* out, Type, int64_t ld_out) {
+  A top = lowest<A>(), bottom = -lowest<A>();
+  const auto spread = [&](const A* lse, int64_t size) {  // +inf: a row that is not there
+    for (int64_t i = 0; i < size; ++i) {
+      if (lse[i] == -lowest<A>()) continue;
+      top = std::max(top, lse[i]), bottom = std::min(bottom, lse[i]);
+    }
+  };
+  std::vector<A> col_factor;
+  if (term.both) {
+    spread(term.row_lse + tile.row0, tile.rows);
+    spread(term.col_lse + tile.col0, tile.cols);
+    if (top >= bottom && top - bottom <= 2 * kSpread) {
+      col_factor.resize(tile.cols);
+      for (int64_t j = 0; j < tile.cols; ++j)
+        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col_lse[tile.col0 + j]);
+    }
+  }
   at::parallel_for(0, tile.rows, kStrip, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      row_gradient_of(term, tile, row_inverse, col_inverse, i, static_cast<A*>(out) + i * ld_out);
+      row_gradient_of(term, tile, row_inverse, col_inverse, i, (top + bottom) / 2,
+                      col_factor.empty() ? nullptr : col_factor.data(), static_cast<A*>(out) + i * ld_out);
   });
 }
 
