@@ -27,13 +27,15 @@ mcn_ext/_C.so: setup.py pyproject.toml $(wildcard csrc/*) .venv/dependencies
 	touch $@
 
 bench: setup
+	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/loader.py
 
 # With the python3 at hand and its own CUDA torch; nothing is installed.
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m mcn_ext
-	$(PYTHON) -m pytest -q tests/test_cuda.py
+	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py tests/test_loss.py
+	$(PYTHON) benchmarks/loss.py
 	$(PYTHON) benchmarks/loader.py
 
 lint: setup

@@ -67,17 +67,21 @@ std::tuple<Tensor, Tensors> loss_backward(Tensor upstream, Tensor state, MCN_PAR
 }  // namespace
 }  // namespace mcn
 
-TORCH_LIBRARY(mcn, m) {
+#ifndef MCN_LIBRARY  // the tests load a second one
+#define MCN_LIBRARY mcn
+#endif
+
+TORCH_LIBRARY(MCN_LIBRARY, m) {
   m.def("build_info() -> str", &mcn::build_info);
   m.def("loss(" MCN_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor[])");
   m.def("loss_backward(Tensor upstream, Tensor state, " MCN_SCHEMA ") -> (Tensor, Tensor[])");
 }
-TORCH_LIBRARY_IMPL(mcn, CPU, m) {
+TORCH_LIBRARY_IMPL(MCN_LIBRARY, CPU, m) {
   m.impl("loss", &mcn::loss);
   m.impl("loss_backward", &mcn::loss_backward);
 }
 #ifdef MCN_WITH_CUDA
-TORCH_LIBRARY_IMPL(mcn, CUDA, m) {
+TORCH_LIBRARY_IMPL(MCN_LIBRARY, CUDA, m) {
   m.impl("loss", &mcn::loss);
   m.impl("loss_backward", &mcn::loss_backward);
 }

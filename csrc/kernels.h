@@ -90,4 +90,17 @@ struct Tile {
 namespace cpu { MCN_DECLARE_KERNELS; }
 namespace cuda { MCN_DECLARE_KERNELS; }
 
+#define MCN_INSTANTIATE_KERNELS(A)                                                                               \
+  template bool measure<A>(void*, const Rows<A>&, bool);                                                 \
+  template void copy_rows<A>(void*, const Rows<A>&, int64_t, int64_t, void*);                            \
+  template void tile_statistics<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, A*);       \
+  template void finish<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, A*, double, double,     \
+                          int, A*);                                                                      \
+  template void tile_gradient<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, void*, Type, \
+                                 int64_t);                                                               \
+  template void accumulate<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, int64_t, int64_t,   \
+                              const A*, A*, bool, A*);                                                   \
+  template void temperature_gradient<A>(void*, const Term<A>&, const A*, A*);                            \
+  template void project<A>(void*, const Rows<A>&, bool, int64_t, int64_t, const A*, const A*, void*, Type)
+
 }  // namespace mcn

@@ -21,7 +21,13 @@
 #endif
 #ifdef MCN_WITH_CUDA
 #include <c10/cuda/CUDAStream.h>
-// Not if constexpr: both sides must exist for either device to be chosen at run time.
+#endif
+
+// The device is known when the code runs, so both sides are compiled. MCN_EMULATE: the tests' build, in which the
+// CUDA kernels run on the CPU, thread by thread.
+#if defined(MCN_EMULATE)
+#define MCN_RUN(kernel, ...) cuda::kernel(__VA_ARGS__)
+#elif defined(MCN_WITH_CUDA)
 #define MCN_RUN(kernel, ...) (cuda_ ? cuda::kernel(__VA_ARGS__) : cpu::kernel(__VA_ARGS__))
 #else
 #define MCN_RUN(kernel, ...) cpu::kernel(__VA_ARGS__)
@@ -31,6 +37,12 @@ namespace mcn {
 namespace {
 
 using at::Tensor;
+
+#ifdef MCN_EMULATE
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
 
 Type type_of(at::ScalarType type) {
   switch (type) {
@@ -44,6 +56,9 @@ Type type_of(at::ScalarType type) {
 
 // a b into out, which may be wider; added to it when `add`.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
+#ifdef MCN_EMULATE
+  if (a.scalar_type() != out.scalar_type()) return multiply(out, a.to(out.scalar_type()), b.to(out.scalar_type()), add);
+#endif
   if (a.scalar_type() == out.scalar_type()) {
     add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
   } else if (add) {  // addmm with a wider out differs between versions of torch; this does not
@@ -69,7 +84,7 @@ class Losses {
  public:
   explicit Losses(const Problem& problem)
       : p_(problem), first_(problem.embeddings.at(0)), options_(first_.options().dtype(c10::CppTypeToScalarType<A>::value)),
-        rows_(first_.size(0)), dim_(first_.size(1)), cuda_(first_.is_cuda()) {
+        rows_(first_.size(0)), dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()) {
 #ifdef MCN_WITH_CUDA
     if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
 #endif

@@ -1,6 +1,7 @@
 """python -m mcn_ext: what was built, for which device, with which torch. Put its output into bug
 reports."""
 
+import os
 import platform
 import sys
 
@@ -14,11 +15,13 @@ def main() -> int:
     print(f"mcn_ext    {__version__} ({ops.__file__})")
     print("extension  " + (f"not loaded: {built['error']}" if "error" in built else ", ".join(
         f"{key} {value}" for key, value in built.items())))
-    print("losses     plain PyTorch (mcn_ext/reference.py)")
-    print(
-        f"torch      {torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} "
-        f"threads"
-    )
+    compiled = "plain PyTorch" if "error" in built else "compiled"
+    print(f"losses     {compiled} on CPU, "
+          f"{compiled if built.get('cuda') else 'plain PyTorch'} on CUDA; at most "
+          f"{os.environ.get('MCN_LOSS_BUDGET', f'{2**31} (default)')} bytes of a similarity matrix "
+          "(MCN_LOSS_BUDGET)")
+    print(f"torch      {torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} "
+          "threads")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"GPUs       {', '.join(names) or 'none'}")
     print(f"python     {platform.python_version()} on {platform.platform()}")

@@ -108,6 +108,9 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     add("margin", float, "M", "taken off the positives' similarity")
     add("similarity", str, None, "cosine, or dot: the published objective, which can diverge "
         "(default cosine)", choices=("cosine", "dot"))
+    add("loss_impl", str, None, "fused: compiled, within MCN_LOSS_BUDGET bytes (default 2 GiB); "
+        "reference: plain PyTorch, to compare (default fused)", choices=("fused", "reference"),
+        default="fused")
     add("cluster_weight", not_negative(float), "W", "weight of the clustering loss, 0: without")
     add("recon_weight", not_negative(float), "W", "weight of the reconstruction loss, 0: without")
     add("cluster_size", positive(int), "K", "number of centroids; the queue must hold many times "

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from mcn_ext import distributed, ops
+from mcn_ext import distributed, ops, reference
 from mcn_ext.clustering import OnlineClusters
 from mcn_ext.reference import unit_rows
 
@@ -24,15 +24,17 @@ class Objective:
         trained: those that learn; pairs without one are left out, and only these are clustered and
             reconstructed.
         similarity: "cosine" (unit length, the default objective) or "dot" (the published one).
+        loss_impl: "fused" (:mod:`mcn_ext.ops`) or "reference" (:mod:`mcn_ext.reference`).
     """
 
     def __init__(self, modalities: list[str], trained: list[str], *, temperature: float = 0.05,
-                 margin: float = 0.001, similarity: str = "cosine", cluster_weight: float = 1.0,
-                 recon_weight: float = 50.0, cluster_size: int = 256, queue_size: int = 20,
-                 refit_every: int = 20, seed: int = 0):
+                 margin: float = 0.001, similarity: str = "cosine", loss_impl: str = "fused",
+                 cluster_weight: float = 1.0, recon_weight: float = 50.0, cluster_size: int = 256,
+                 queue_size: int = 20, refit_every: int = 20, seed: int = 0):
         self.modalities, self.trained = list(modalities), list(trained)
         self.pairs = [p for p in combinations(sorted(modalities), 2) if set(p) & set(trained)]
         self.loss = dict(temperature=temperature, margin=margin, normalize=similarity == "cosine")
+        self.mcn_loss = (ops if loss_impl == "fused" else reference).mcn_loss
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
         self.clusters = (OnlineClusters(cluster_size, queue_size, refit_every, seed)
                          if cluster_weight else None)
@@ -51,7 +53,7 @@ class Objective:
                 centroids, labels = self.clusters.centroids, self.clusters.label(joint)
         # Clips with the same words have one text embedding: neither can be the other's negative.
         ids = {p: batch["caption_id" if "text" in p else "clip_id"] for p in self.pairs}
-        terms = ops.mcn_loss(
+        terms = self.mcn_loss(
             {name: embeddings[name] for name in self.modalities}, self.pairs, centroids, labels,
             clustered=self.trained, cluster_weight=self.cluster_weight, ids=ids, valid=valid,
             group=group, **self.loss)

@@ -37,6 +37,10 @@ def _load() -> str | None:
     except (OSError, AttributeError) as error:
         return (f"{libraries[0].name} does not load in torch {torch.__version__} "
                 f"({error.__cause__ or error}); rebuild it")
+    if torch.cuda.is_available() and not json.loads(torch.ops.mcn.build_info())["cuda"]:
+        warnings.warn("mcn_ext: the extension was built without CUDA; on GPUs the plain PyTorch "
+                      "losses run. `MCN_CUDA=1 pip install -e . --no-build-isolation` says what is "
+                      "missing.", stacklevel=3)
     return None
 
 
@@ -167,7 +171,10 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[T
     else:  # not torch.tensor: its copy to a GPU would wait for the device
         temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
     if budget is None:
-        budget = int(os.environ.get("MCN_LOSS_BUDGET", 2**31))
+        text = os.environ.get("MCN_LOSS_BUDGET", str(2**31))
+        if not text.isdecimal():
+            raise ValueError(f"MCN_LOSS_BUDGET={text!r} must be bytes, such as {2**31}")
+        budget = int(text)
     grad = torch.is_grad_enabled()
     columns = max(len(rows[0]) if pairs else 0, 0 if centroids is None else len(centroids))
     values, _, _, _ = torch.ops.mcn.loss(

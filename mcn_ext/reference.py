@@ -27,7 +27,8 @@ EPS = 1e-12  # |x| at or below it counts as zero: no direction, no gradient
 
 
 class LossTerms(NamedTuple):
-    """What :func:`mcn_loss` returns; scalars, fp32 (fp64 for fp64 inputs)."""
+    """What :func:`mcn_loss` returns; scalars, fp32 (fp64 for fp64 inputs). Only ``total`` carries a
+    gradient: the terms are for the log, ``cluster_weight`` sets their balance."""
 
     total: Tensor
     contrastive: Tensor
@@ -100,12 +101,11 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
         group: process group. The loss is then that of the global batch, on every rank, and
             gradients are scaled so that averaging them over ranks (DDP) gives the single-process
             gradient.
-        budget: bytes the compiled loss may use; of no meaning here.
+        budget: bytes the compiled loss may keep of S; of no meaning here.
 
     Returns a scalar, fp32 (fp64 for fp64 inputs). N = 0, N = 1 or no valid row: 0 with zero
     gradients. NaN or inf in a valid row: NaN, never hidden. normalize=False is finite as long as
     the dot products are (below 3e38 in fp32); with temperature 1 it is the published form.
-        form.
     """
     if x.shape != y.shape:
         raise ValueError(
@@ -191,9 +191,10 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
             embeddings[first], embeddings[second], ids=pair_ids,
             valid=masks[0] & masks[-1] if masks else None, **common) / len(pairs)
     if centroids is None:
-        return LossTerms(contrastive, contrastive, torch.zeros_like(contrastive))
+        return LossTerms(contrastive, contrastive.detach(), torch.zeros_like(contrastive).detach())
     names = list(embeddings if clustered is None else clustered)
     scale = math.log(len(centroids)) if normalize and len(centroids) > 1 else 1.0
     cluster = sum(cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)
                   for name in names) / (max(len(names), 1) * scale)
-    return LossTerms(contrastive + cluster_weight * cluster, contrastive, torch.as_tensor(cluster))
+    return LossTerms(contrastive + cluster_weight * cluster, contrastive.detach(),
+                     torch.as_tensor(cluster).detach())

@@ -1,0 +1,532 @@
+// The kernels on CUDA, for sm_80 and later. No torch header. Nothing waits for the device, no atomics: every sum
+// has one order, so that a run repeats bit for bit.
+//
+// The tests compile this file as C++ too (tests/simt.h) and run every kernel, thread by thread, without a GPU.
+#ifndef MCN_EMULATE
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#define MCN_LAUNCH(kernel, blocks, threads, stream, ...) \
+  (kernel)<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "formulas.h"
+#include "kernels.h"
+
+namespace mcn::cuda {
+namespace {
+
+constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+// A block reads 64 x 128 logits of a tile: a warp 8 rows, a lane 4 columns of each, 32 values in registers.
+constexpr int kRows = 8, kCols = 4, kBlockRows = kWarps * kRows, kBlockCols = kWarp * kCols;
+constexpr int kOneBlock = 1024;  // threads of the kernels that end in one number
+constexpr unsigned kAll = 0xffffffffu;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void check(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string("mcn ") + kernel + ": " + cudaGetErrorString(error));
+}
+
+__device__ __forceinline__ float number(float x) { return x; }
+__device__ __forceinline__ double number(double x) { return x; }
+__device__ __forceinline__ float number(__half x) { return __half2float(x); }
+__device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T rounded(float x);
+template <>
+__device__ __forceinline__ float rounded<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ __half rounded<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <typename T>
+__device__ __forceinline__ T rounded(double x) { return T(x); }
+
+// One hardware exponential and a multiplication; its error is that of the logit's own last digit.
+__device__ __forceinline__ float exp_shifted(float x) { return exp2f(x * 1.44269504f); }
+__device__ __forceinline__ double exp_shifted(double x) { return exp(x); }
+
+template <typename V>
+__device__ __forceinline__ V warp_sum(V value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
+  return value;
+}
+template <typename V>
+__device__ __forceinline__ V warp_max(V value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const V other = __shfl_xor_sync(kAll, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Sum or largest of a block's values, for thread 0; `shared` has one place per warp.
+template <typename V, typename F>
+__device__ __forceinline__ V block_reduce(V value, V* shared, F combine) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(kAll, value, offset));
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) value = combine(value, shared[warp]);
+  return value;
+}
+
+// f(k) for a lane's share of a row of d elements, in runs of 16 bytes of T where rows begin on such bounds: the
+// compiler joins the loads of a run.
+template <typename T, typename F>
+__device__ __forceinline__ void for_lane(int64_t d, F f) {
+  constexpr int kRun = 16 / sizeof(T);
+  const int lane = threadIdx.x % kWarp;
+  if (d % kRun == 0) {
+    for (int64_t k = lane * kRun; k < d; k += kWarp * kRun) {
+#pragma unroll
+      for (int v = 0; v < kRun; ++v) f(k + v);
+    }
+  } else {
+    for (int64_t k = lane; k < d; k += kWarp) f(k);
+  }
+}
+
+__device__ __forceinline__ int64_t warp_row() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+}
+
+// ------------------------------------------------------------------------------------------ rows
+__global__ void first_outside_kernel(const int64_t* labels, const bool* valid, int64_t n, int64_t k) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n || (valid && !valid[i]) || (labels[i] >= 0 && labels[i] < k)) return;
+  printf("mcn_ext: labels[%lld] = %lld is outside [0, %lld)\n", static_cast<long long>(i),
+         static_cast<long long>(labels[i]), static_cast<long long>(k));
+  __trap();
+}
+
+template <typename A, typename T>
+__global__ void __launch_bounds__(kThreads) measure_kernel(Rows<A> x, bool normalize) {
+  const int64_t i = warp_row();
+  if (i >= x.n) return;
+  const T* row = static_cast<const T*>(x.data) + i * x.d;
+  A top = 0;
+  bool finite = true;
+  for_lane<T>(x.d, [&](int64_t k) {
+    const A size = fabs(A(number(row[k])));
+    finite = finite && size <= std::numeric_limits<A>::max();
+    top = size > top ? size : top;
+  });
+  top = warp_max(top);
+  finite = __all_sync(kAll, finite);
+  const bool valid = !x.valid || x.valid[i];
+  A scale = valid ? 1 : 0;
+  A inverse = !valid ? A(0) : finite ? A(1) : std::numeric_limits<A>::quiet_NaN();
+  if (normalize && valid && finite) {
+    const double unit = power_below_one(top);  // squares of 1e-30 or 1e30 would be lost
+    double sum = 0;
+    for_lane<T>(x.d, [&](int64_t k) {
+      const double value = double(number(row[k])) * unit;
+      sum += value * value;
+    });
+    const double norm = sqrt(warp_sum(sum)) / unit, power = power_below_one(norm);
+    const bool alive = norm > kEps;
+    scale = A(alive ? power : -power);
+    inverse = norm == 0 ? A(0) : A(1.0 / ((alive ? norm : kEps) * power));
+  }
+  if (threadIdx.x % kWarp == 0) x.scale[i] = scale, x.inverse[i] = inverse;
+}
+
+template <typename A, typename T>
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(Rows<A> x, int64_t begin, int64_t end, T* out) {
+  const int64_t i = begin + warp_row();
+  if (i >= end) return;
+  const T* row = static_cast<const T*>(x.data) + i * x.d;
+  const A scale = fabs(x.scale[i]);
+  T* copy = out + (i - begin) * x.d;
+  for_lane<T>(x.d, [&](int64_t k) { copy[k] = rounded<T>(scale == A(0) ? A(0) : A(number(row[k])) * scale); });
+}
+
+// ------------------------------------------------------------------------------------------ statistics
+// A row's factor, and whether it takes part.
+template <typename A>
+struct Row {
+  A scale;
+  int32_t key;
+};
+template <typename A>
+__device__ __forceinline__ A logit(const Row<A>& row, A s, A col_inverse, int32_t col_key) {
+  const bool skip = col_key == row.key || col_key < 0 || row.key < 0;
+  return skip ? lowest<A>() : s * row.scale * col_inverse;
+}
+
+// partial: maxima and sums of the rows, (column blocks, rows) each, then of the columns, (row blocks, cols) each.
+template <typename A>
+__global__ void __launch_bounds__(kThreads) tile_statistics_kernel(Term<A> term, Tile<A> tile, const A* row_inverse,
+                                                                   const A* col_inverse, A* partial) {
+  __shared__ A shared_max[kWarps][kBlockCols], shared_sum[kWarps][kBlockCols];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
+  const int64_t col_begin = static_cast<int64_t>(blockIdx.x) * kBlockCols;
+  A z[kRows][kCols], col_scale[kCols], col_max[kCols];
+  int32_t col_key[kCols];
+  const A inverse_temperature = A(1) / term.temperature[0];
+#pragma unroll
+  for (int c = 0; c < kCols; ++c) {
+    const int64_t j = col_begin + c * kWarp + lane;
+    const bool there = j < tile.cols;
+    col_key[c] = there ? term.col_key[tile.col0 + j] : -1;
+    col_scale[c] = there ? col_inverse[tile.col0 + j] : A(0);
+    col_max[c] = lowest<A>();
+  }
+  const int64_t row_partials = gridDim.x * tile.rows;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t i = row_begin + r;
+    const bool there = i < tile.rows;
+    const Row<A> row{there ? row_inverse[tile.row0 + i] * inverse_temperature : A(0),
+                     there ? term.row_key[tile.row0 + i] : -1};
+    A top = lowest<A>();
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      const int64_t j = col_begin + c * kWarp + lane;
+      const A s = there && j < tile.cols ? tile.data[i * tile.ld + j] : A(0);
+      z[r][c] = logit(row, s, col_scale[c], col_key[c]);
+      top = z[r][c] > top ? z[r][c] : top;
+      col_max[c] = z[r][c] > col_max[c] ? z[r][c] : col_max[c];
+    }
+    top = warp_max(top);
+    const A shift = top == lowest<A>() ? A(0) : top;  // exp(-inf - -inf) would be NaN
+    A sum = 0;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) sum += exp_shifted(z[r][c] - shift);
+    sum = warp_sum(sum);
+    if (there && lane == 0) {
+      partial[blockIdx.x * tile.rows + i] = top;
+      partial[row_partials + blockIdx.x * tile.rows + i] = sum;
+    }
+  }
+  if (!term.both) return;
+#pragma unroll
+  for (int c = 0; c < kCols; ++c) {
+    const A shift = col_max[c] == lowest<A>() ? A(0) : col_max[c];
+    A sum = 0;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum += exp_shifted(z[r][c] - shift);
+    shared_max[warp][c * kWarp + lane] = col_max[c];
+    shared_sum[warp][c * kWarp + lane] = sum;
+  }
+  __syncthreads();
+  const int64_t j = col_begin + threadIdx.x;
+  if (threadIdx.x >= kBlockCols || j >= tile.cols) return;
+  LogSum<A> total;
+  for (int w = 0; w < kWarps; ++w) total.merge(shared_max[w][threadIdx.x], shared_sum[w][threadIdx.x]);
+  A* columns = partial + 2 * row_partials;
+  columns[blockIdx.y * tile.cols + j] = total.max;
+  columns[(gridDim.y + blockIdx.y) * tile.cols + j] = total.sum;
+}
+
+// One thread per row or column, its parts in order.
+template <typename A>
+__global__ void merge_kernel(const A* partial, int64_t parts, int64_t size, A* running_max, A* running_sum) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  LogSum<A> total{running_max[i], running_sum[i]};
+  for (int64_t part = 0; part < parts; ++part)
+    total.merge(partial[part * size + i], partial[(parts + part) * size + i]);
+  running_max[i] = total.max;
+  running_sum[i] = total.sum;
+}
+
+// In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of 1e-9.
+template <typename A, typename T>
+__global__ void __launch_bounds__(kThreads) positive_kernel(Term<A> term, Rows<A> x, Rows<A> y, A* positive) {
+  const int64_t i = warp_row();
+  if (i >= term.n || term.row_key[i] < 0) return;
+  const int64_t p = term.both ? i : term.row_key[i];
+  const T *own = static_cast<const T*>(x.data) + i * x.d, *other = static_cast<const T*>(y.data) + p * x.d;
+  const double own_scale = fabs(x.scale[i]), other_scale = fabs(y.scale[p]);
+  double sum = 0;
+  for_lane<T>(x.d, [&](int64_t k) { sum += (number(own[k]) * own_scale) * (number(other[k]) * other_scale); });
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0)
+    positive[i] = A((sum * x.inverse[i] * y.inverse[p] - term.margin) / term.temperature[0]);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kOneBlock) finish_kernel(Term<A> term, const A* x_inverse, const A* y_inverse,
+                                                           const A* positive, double weight, double report, int slot,
+                                                           A* losses) {
+  __shared__ double shared[kOneBlock / kWarp];
+  double sum = 0, bound = 0, count = 0, broken = 0;
+  for (int64_t j = threadIdx.x; j < term.m; j += blockDim.x) {
+    const bool there = term.col_key[j] >= 0;
+    if (there && isnan(y_inverse[j])) broken = 1;
+    if (term.both && !there) term.col_lse[j] = -lowest<A>();
+  }
+  for (int64_t i = threadIdx.x; i < term.n; i += blockDim.x) {
+    A pull = 0, row_lse = -lowest<A>();
+    if (term.row_key[i] >= 0) {
+      count += 1;
+      if (isnan(x_inverse[i])) broken = 1;
+      const auto direction = [&](A max, A total) {
+        const A gap = LogSum<A>{max, total}.log() - positive[i], loss = softplus(gap);
+        sum += loss;
+        pull += sigmoid(gap);
+        const double largest = exp(max - (positive[i] + loss));
+        bound = largest > bound ? largest : bound;
+        return positive[i] + loss;
+      };
+      row_lse = direction(term.row_max[i], term.row_sum[i]);
+      if (term.both) term.col_lse[i] = direction(term.col_max[i], term.col_sum[i]);
+    }
+    term.row_lse[i] = row_lse;
+    term.pull[i] = pull;
+  }
+  const auto add = [](double a, double b) { return a + b; };
+  const auto larger = [](double a, double b) { return a > b ? a : b; };
+  sum = block_reduce(sum, shared, add);
+  count = block_reduce(count, shared, add);
+  bound = block_reduce(bound, shared, larger);
+  broken = block_reduce(broken, shared, larger);
+  if (threadIdx.x != 0) return;
+  const double mean = broken > 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / (count > 1 ? count : 1.0);
+  term.factor[0] = A(weight * mean / term.temperature[0]);
+  term.factor[1] = A(512 * power_below_one(bound));
+  losses[slot] += A(report * (sum * mean));
+  losses[0] += A(weight * (sum * mean));
+}
+
+// ------------------------------------------------------------------------------------------ gradients
+template <typename A, typename P>
+__global__ void __launch_bounds__(kThreads) tile_gradient_kernel(Term<A> term, Tile<A> tile, const A* row_inverse,
+                                                                 const A* col_inverse, P* out, int64_t ld_out) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
+  const int64_t col_begin = static_cast<int64_t>(blockIdx.x) * kBlockCols;
+  const A inverse_temperature = A(1) / term.temperature[0], boost = term.factor[1];
+  A col_scale[kCols], col_lse[kCols];
+  int32_t col_key[kCols];
+#pragma unroll
+  for (int c = 0; c < kCols; ++c) {
+    const int64_t j = col_begin + c * kWarp + lane;
+    const bool there = j < tile.cols;
+    col_key[c] = there ? term.col_key[tile.col0 + j] : -1;
+    col_scale[c] = there ? col_inverse[tile.col0 + j] : A(0);
+    col_lse[c] = there && term.both ? term.col_lse[tile.col0 + j] : -lowest<A>();
+  }
+#pragma unroll 1  // 4 loads in flight a thread are enough, and double would spill
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t i = row_begin + r;
+    if (i >= tile.rows) break;
+    const A inverse = row_inverse[tile.row0 + i], row_lse = term.row_lse[tile.row0 + i];
+    const Row<A> row{inverse * inverse_temperature, term.row_key[tile.row0 + i]};
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      const int64_t j = col_begin + c * kWarp + lane;
+      if (j >= tile.cols) continue;
+      const A z = logit(row, tile.data[i * tile.ld + j], col_scale[c], col_key[c]);
+      // A row that is not there has lse +inf, a logit left out is -inf: their difference is -inf, never NaN.
+      A p = exp_shifted(z - row_lse);
+      if (term.both) p += exp_shifted(z - col_lse[c]);
+      out[i * ld_out + j] = rounded<P>(p * (boost * inverse * col_scale[c]));
+    }
+  }
+}
+
+template <typename A, typename T>
+__global__ void __launch_bounds__(kThreads) accumulate_kernel(Term<A> term, Rows<A> own, Rows<A> other, int64_t begin,
+                                                              int64_t end, const A* sums, A* total, bool add, A* dots) {
+  const int64_t i = begin + warp_row();
+  if (i >= end) return;
+  const A factor = term.factor[0], unboost = A(1) / term.factor[1];
+  const A *sum = sums + (i - begin) * own.d;
+  A* g = total + (i - begin) * own.d;
+  const bool there = term.row_key[i] >= 0;  // other rows may hold anything
+  const int64_t p = term.both ? i : there ? term.row_key[i] : 0;
+  const A pull = there ? term.pull[i] * own.inverse[i] * other.inverse[p] * A(fabs(other.scale[p])) : A(0);
+  const T *w = static_cast<const T*>(own.data) + i * own.d, *partner = static_cast<const T*>(other.data) + p * own.d;
+  double product = 0;
+  for_lane<T>(own.d, [&](int64_t k) {
+    const A value = there ? sum[k] * unboost - pull * A(number(partner[k])) : A(0);
+    if (dots && there) product += double(value) * double(number(w[k]));
+    g[k] = (add ? g[k] : A(0)) + factor * value;
+  });
+  if (!dots) return;
+  product = warp_sum(product) * fabs(double(own.scale[i]));
+  if (threadIdx.x % kWarp == 0) dots[i] = A(product);
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kOneBlock) temperature_kernel(Term<A> term, const A* dots, A* d_temperature) {
+  __shared__ double shared[kOneBlock / kWarp];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < term.n; i += blockDim.x) sum += dots[i] + term.margin * term.pull[i];
+  sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
+  if (threadIdx.x == 0) *d_temperature -= A(term.factor[0] * sum / term.temperature[0]);
+}
+
+template <typename A, typename T, typename O>
+__global__ void __launch_bounds__(kThreads) project_kernel(Rows<A> x, bool normalize, int64_t begin, int64_t end,
+                                                           const A* total, const A* upstream, O* out) {
+  const int64_t i = begin + warp_row();
+  if (i >= end) return;
+  const A *g = total + (i - begin) * x.d, up = upstream ? *upstream : A(1), scale = x.scale[i];
+  const T* row = static_cast<const T*>(x.data) + i * x.d;
+  O* result = out + (i - begin) * x.d;
+  const bool alive = !normalize || scale > A(0);
+  double along = 0;
+  if (normalize && alive) {
+    const double unit = double(scale) * x.inverse[i];
+    for_lane<T>(x.d, [&](int64_t k) { along += double(g[k]) * (double(number(row[k])) * unit); });
+    along = warp_sum(along) * unit;
+  }
+  const A back = A(along);
+  for_lane<T>(x.d, [&](int64_t k) {  // the elements that this lane has read: total and out may be one
+    const A value = alive ? up * (scale * (g[k] - (normalize ? back * A(number(row[k])) : A(0)))) : A(0);
+    result[k] = rounded<O>(value);
+  });
+}
+
+// f(T*) with a null pointer of the rows' type; double sums have double rows only.
+template <typename A, typename F>
+void with_rows(Type type, F f) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    f(static_cast<double*>(nullptr));
+  } else {
+    if (type == Type::kHalf) return f(static_cast<__half*>(nullptr));
+    if (type == Type::kBFloat16) return f(static_cast<__nv_bfloat16*>(nullptr));
+    f(static_cast<float*>(nullptr));
+  }
+}
+template <typename P>
+using Pointee = std::remove_pointer_t<P>;
+
+unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kWarps)); }
+
+}  // namespace
+
+int64_t first_outside(void* stream, const int64_t* labels, const bool* valid, int64_t n, int64_t k) {
+  if (n == 0) return -1;
+  MCN_LAUNCH(first_outside_kernel, static_cast<unsigned>(ceil_div(n, kThreads)), kThreads, stream, labels, valid, n, k);
+  check("first_outside");
+  return -1;
+}
+
+int64_t partial_size(int64_t rows, int64_t cols) {
+  return 2 * (rows * ceil_div(cols, kBlockCols) + cols * ceil_div(rows, kBlockRows));
+}
+
+template <typename A>
+bool measure(void* stream, const Rows<A>& x, bool normalize) {
+  if (x.n > 0) {
+    with_rows<A>(x.type, [&](auto* type) {
+      using T = Pointee<decltype(type)>;
+      MCN_LAUNCH((measure_kernel<A, T>), row_blocks(x.n), kThreads, stream, x, normalize);
+    });
+    check("measure");
+  }
+  return normalize || x.valid;  // whether rows are extreme is known on the device only
+}
+
+template <typename A>
+void copy_rows(void* stream, const Rows<A>& x, int64_t begin, int64_t end, void* out) {
+  if (end == begin) return;
+  with_rows<A>(x.type, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    MCN_LAUNCH((copy_rows_kernel<A, T>), row_blocks(end - begin), kThreads, stream, x, begin, end, static_cast<T*>(out));
+  });
+  check("copy_rows");
+}
+
+template <typename A>
+void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                     const A* col_inverse, A* partial) {
+  const int64_t across = ceil_div(tile.cols, kBlockCols), down = ceil_div(tile.rows, kBlockRows);
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
+  MCN_LAUNCH((tile_statistics_kernel<A>), grid, kThreads, stream, term, tile, row_inverse, col_inverse, partial);
+  check("tile_statistics");
+  const auto merge = [&](const A* parts, int64_t count, int64_t size, A* max, A* sum) {
+    MCN_LAUNCH((merge_kernel<A>), static_cast<unsigned>(ceil_div(size, kThreads)), kThreads, stream, parts, count, size,
+               max, sum);
+    check("merge");
+  };
+  merge(partial, across, tile.rows, term.row_max + tile.row0, term.row_sum + tile.row0);
+  if (term.both)
+    merge(partial + 2 * across * tile.rows, down, tile.cols, term.col_max + tile.col0, term.col_sum + tile.col0);
+}
+
+template <typename A>
+void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive, double weight,
+            double report, int slot, A* losses) {
+  if (term.n > 0) {
+    with_rows<A>(x.type, [&](auto* type) {
+      using T = Pointee<decltype(type)>;
+      MCN_LAUNCH((positive_kernel<A, T>), row_blocks(term.n), kThreads, stream, term, x, y, positive);
+    });
+    check("positive");
+  }
+  MCN_LAUNCH((finish_kernel<A>), 1, kOneBlock, stream, term, x.inverse, y.inverse, positive, weight, report, slot,
+             losses);
+  check("finish");
+}
+
+template <typename A>
+void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse, const A* col_inverse,
+                   void* out, Type type, int64_t ld_out) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(tile.cols, kBlockCols)),
+                  static_cast<unsigned>(ceil_div(tile.rows, kBlockRows)));
+  with_rows<A>(type, [&](auto* kind) {
+    using P = Pointee<decltype(kind)>;
+    MCN_LAUNCH((tile_gradient_kernel<A, P>), grid, kThreads, stream, term, tile, row_inverse, col_inverse,
+               static_cast<P*>(out), ld_out);
+  });
+  check("tile_gradient");
+}
+
+template <typename A>
+void accumulate(void* stream, const Term<A>& term, const Rows<A>& own, const Rows<A>& other, int64_t begin, int64_t end,
+                const A* sums, A* total, bool add, A* dots) {
+  if (end == begin) return;
+  with_rows<A>(own.type, [&](auto* type) {
+    using T = Pointee<decltype(type)>;
+    MCN_LAUNCH((accumulate_kernel<A, T>), row_blocks(end - begin), kThreads, stream, term, own, other, begin, end, sums,
+               total, add, dots);
+  });
+  check("accumulate");
+}
+
+template <typename A>
+void temperature_gradient(void* stream, const Term<A>& term, const A* dots, A* d_temperature) {
+  MCN_LAUNCH((temperature_kernel<A>), 1, kOneBlock, stream, term, dots, d_temperature);
+  check("temperature_gradient");
+}
+
+template <typename A>
+void project(void* stream, const Rows<A>& x, bool normalize, int64_t begin, int64_t end, const A* total,
+             const A* upstream, void* out, Type type) {
+  if (end == begin) return;
+  with_rows<A>(x.type, [&](auto* kind) {
+    using T = Pointee<decltype(kind)>;
+    if (type == x.type)
+      MCN_LAUNCH((project_kernel<A, T, T>), row_blocks(end - begin), kThreads, stream, x, normalize, begin, end, total,
+                 upstream, static_cast<T*>(out));
+    else  // keep mode's gradients of 16-bit rows
+      MCN_LAUNCH((project_kernel<A, T, A>), row_blocks(end - begin), kThreads, stream, x, normalize, begin, end, total,
+                 upstream, static_cast<A*>(out));
+  });
+  check("project");
+}
+
+MCN_INSTANTIATE_KERNELS(float);
+MCN_INSTANTIATE_KERNELS(double);
+
+}  // namespace mcn::cuda

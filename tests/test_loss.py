@@ -1,0 +1,414 @@
+"""The compiled losses against the float64 reference: values, gradients, edges, torch's plumbing.
+
+An error budget: at most that of the reference in the inputs' own dtype, plus 1e-12 in fp64, else
+2e-6 (16 units in fp32's last place). Temperatures and margins are numbers that fp32 holds exactly.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from mcn_ext import ops, reference
+
+try:  # a machine with a GPU may have pytest alone
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+except ImportError:
+    given = None
+
+ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-11}  # of a gradient that leaves in 16 bit
+BITS = {"rtol": 0, "atol": 0}
+NAMES = ("video", "audio", "text")
+PAIRS = [("audio", "text"), ("video", "audio"), ("text", "video")]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[
+    pytest.mark.cuda, pytest.mark.skipif(not (torch.cuda.is_available() and ops.has_cuda()),
+                                         reason="no GPU, or built without CUDA")])])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=["keep", "stream"])
+def mode(request, monkeypatch):
+    """Both ways through csrc/loss.cpp: the matrix kept within its budget, or tiles streaming."""
+    monkeypatch.setenv("MCN_LOSS_BUDGET", str(2**31 if request.param == "keep" else 0))
+    return request.param
+
+
+def embeddings(n, d, dtype=torch.float32, device="cpu", count=2, scale=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).to(device)
+            for _ in range(count)]
+
+
+def problem(n, d, device, dtype=torch.float32):
+    """Three modalities, and all that mcn_loss takes beside them; the last cluster is empty."""
+    number, (mu,) = torch.arange(n, device=device), embeddings(6, d, dtype, device, 1, seed=1)
+    return embeddings(n, d, dtype, device, count=3), {
+        "centroids": mu, "labels": number % 5, "cluster_weight": 0.5, "margin": 0.125,
+        "valid": {"audio": number % 4 != 1, "text": number % 5 != 2},
+        "ids": {p: number // (i % 3 + 1) for i, p in enumerate(itertools.product(NAMES, NAMES))}}
+
+
+def contrastive(**options):
+    return lambda module, rows, t: module.contrastive_loss(*rows, temperature=t, **options)
+
+
+def cluster(mu, labels, **options):
+    return lambda module, rows, t: module.cluster_loss(rows[0], mu, labels, temperature=t,
+                                                       **options)
+
+
+def everything(pairs=PAIRS, **options):
+    return lambda module, rows, t: module.mcn_loss(dict(zip(NAMES, rows, strict=False)), pairs,
+                                                   temperature=t, **options)
+
+
+def values(module, call, rows, temperature=0.25, frozen=()):
+    """Terms of the loss, then gradients of the rows that are not frozen and of the temperature."""
+    rows = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(rows)]
+    kind = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+    t = torch.tensor(temperature, dtype=kind, device=rows[0].device, requires_grad=True)
+    terms = call(module, rows, t)
+    total, *others = terms if isinstance(terms, tuple) else (terms,)
+    wanted = [x for x in (*rows, t) if x.requires_grad]
+    gradients = torch.autograd.grad(total, wanted, materialize_grads=True)
+    assert total.dtype == kind and total.shape == ()
+    assert [(g.dtype, g.shape) for g in gradients] == [(x.dtype, x.shape) for x in wanted]
+    assert not any(term.requires_grad for term in others)
+    return [v.detach() for v in (total, *others, *gradients)]
+
+
+def check(call, rows, temperature=0.25, tolerance=None, frozen=()):
+    """Each value within its budget; a row's gradient times its norm, so that all rows count alike.
+    Where the exact number is about 0, rounding is relative to the size of what cancels."""
+    exact = [x.double() for x in rows]
+    norms = iter([x.norm(dim=1, keepdim=True) for i, x in enumerate(exact) if i not in frozen])
+    got, eager, want = (values(module, call, x, temperature, frozen) for module, x in (
+        (ops, rows), (reference, rows), (reference, exact)))
+    for i, (g, e, w) in enumerate(zip(got, eager, want, strict=True)):
+        assert torch.isfinite(g).all(), f"value {i}"
+        if not g.numel():
+            continue
+        norm = next(norms).nan_to_num(1.0, 1.0) if w.dim() == 2 else 1.0
+        error, budget, size = ((v * norm).abs().max() for v in (g.double() - w, e.double() - w, w))
+        size = max(size, 1 / (temperature * len(w)) if w.dim() == 2 else 1.0)
+        relative = tolerance or (1e-12 if rows[0].dtype == torch.float64 else 2e-6)
+        budget += (relative + ROUNDING.get(g.dtype, 0.0)) * size
+        assert error <= budget, f"value {i}: error {error:.3g} > budget {budget:.3g}"
+    return got
+
+
+def spy(monkeypatch, name="loss"):
+    """Arguments of every call of the operator from here on."""
+    calls, operator = [], getattr(torch.ops.mcn, name)
+    monkeypatch.setattr(torch.ops.mcn, name, lambda *args: calls.append(args) or operator(*args))
+    return calls
+
+
+@pytest.mark.parametrize("dtype, n, d, tile", [
+    *((dtype, 129, 33, 0) for dtype in (torch.float64, torch.float32, *ROUNDING)),
+    *((torch.float32, *size) for size in [(0, 5, 0), (1, 5, 0), (2, 1, 0), (7, 1, 0), (8, 3, 1), (
+        64, 3, 7), (129, 7, 33), (129, 9, 64), (1000, 13, 0)]),
+    pytest.param(torch.float32, 4097, 5, 0, marks=pytest.mark.slow)])
+def test_errors_in_budget_and_equal_bits(device, mode, monkeypatch, dtype, n, d, tile):
+    monkeypatch.setattr(ops, "_tile", tile)
+    rows, options = problem(n, d, device, dtype)
+    check(contrastive(), rows[:2])
+    check(everything(normalize=False, **options), rows, temperature=4.0)
+    got = check(everything(**options), rows)
+    for _ in range(9):
+        assert_close(values(ops, everything(**options), rows), got, **BITS)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_any_memory_layout(device, mode, layout):
+    def lay(x):
+        if layout == "expanded":
+            return x[:1].expand(x.shape)
+        if layout == "transposed" and x.dim() == 2:
+            return x.t().contiguous().t()
+        whole = torch.full([2 * s for s in x.shape], 77, dtype=x.dtype, device=device)
+        return whole[tuple(slice(None, None, 2) for _ in x.shape)].copy_(x)
+
+    x, y, mu = map(lay, embeddings(20, 5, device=device, count=3))
+    number = torch.arange(20, device=device)
+    labels, ids, valid = map(lay, (number, number // 2, number % 3 != 1))
+    for call, rows in ((lambda lay: contrastive(ids=lay(ids), valid=lay(valid)), [x, y]),
+                       (lambda lay: cluster(lay(mu), lay(labels)), [x]),
+                       (lambda lay: cluster(mu, lay(labels), valid=lay(valid)), [x])):
+        want = values(ops, call(torch.Tensor.contiguous), [x.contiguous() for x in rows])
+        assert_close(values(ops, call(lambda t: t), rows), want, **BITS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_logits_of_ten_thousand(device, mode, dtype):
+    # Whole numbers, so that logits are exact; a log-sum of 1e4 in fp32 is rounded by 2^-11.
+    x, y = (t.mul(24).round() for t in embeddings(40, 17, dtype, device))
+    assert (x.double() @ y.double().t()).abs().max() > 8e3
+    labels, tolerance = torch.arange(40, device=device) % 6, None if dtype.itemsize == 8 else 2**-11
+    for sign in (1, -1):
+        dot = {"normalize": False, "margin": 0.5}
+        check(contrastive(**dot), [x, sign * y], 1.0, tolerance)
+        check(cluster(sign * y[:6], labels, **dot), [x], 1.0, tolerance)
+    check(contrastive(), [x, y], 2**-13, 1e-9 if tolerance is None else 2e-3)
+
+
+@pytest.mark.parametrize("temperature, normalize", [(0.25, True), (2.0**33, False), (4.0, False)])
+def test_the_edge_of_fp16(device, mode, temperature, normalize):
+    # Dot products of 4e9 and 1.3e10 are exact in fp32. At temperature 4 many logits of 3e9 tie.
+    x, y = (t.sign() * 65504 for t in embeddings(33, 3, torch.float16, device))
+    common, labels = {"normalize": normalize, "margin": 0.0}, torch.arange(33, device=device) % 4
+    check(contrastive(**common), [x, y], temperature)
+    check(cluster(y[:4], labels, **common), [x], temperature)
+
+
+@pytest.mark.parametrize("scales", [(1e-30, 1.0), (1e30, 1.0), (1e30, 1e-30), (1e37, 1e-10)])
+def test_any_norm(device, mode, scales):
+    x, y = embeddings(24, 7, device=device)
+    x[::2], y[1::3] = x[::2] * scales[0], y[1::3] * scales[1]
+    check(contrastive(), [x, y])
+    check(cluster(y[:5], torch.arange(24, device=device) % 5), [x])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_at_and_below_eps_are_zero_rows(device, mode, dtype):
+    rows = embeddings(8, 3, dtype, device)
+    for x in rows:
+        x[:4] = torch.tensor([[0.0], [5e-13], [1e-12], [2e-12]]) * torch.eye(3)[1]
+    for g in check(contrastive(), rows)[1:3]:
+        assert not g[:3].any() and g[3:].any(dim=1).all()
+
+
+def test_losses_near_zero_have_gradients(device, mode):
+    x = F.normalize(embeddings(16, 33, device=device, count=1)[0])
+    got, want = (values(module, contrastive(margin=0.0), [rows, rows], 7 / 256)
+                 for module, rows in ((ops, x), (reference, x.double())))
+    assert 1e-10 < want[0] < 1e-8
+    assert all((g - w).abs().max() < 1e-3 * w.abs().max() for g, w in zip(got, want, strict=True))
+    # What it is for: fp32 cross entropy has nothing left, nor has its pull on the positive.
+    z = (x @ x.t() * (256 / 7)).requires_grad_()
+    plain = F.cross_entropy(z, torch.arange(16, device=device))
+    assert plain == 0 and not torch.autograd.grad(plain, z)[0].diagonal().any()
+
+
+def test_nothing_to_tell_apart_is_zero_and_ids_are_any_int64(device, mode):
+    x, y, mu = embeddings(5, 3, device=device, count=3)
+    none = torch.zeros(5, dtype=torch.bool, device=device)
+    one, labels = torch.arange(5, device=device) == 2, none.long()
+    for call, rows in ((contrastive(valid=none), [x, y]), (contrastive(valid=one), [x, y]),
+                       (contrastive(ids=labels - 2**63), [x, y]), (cluster(mu[:1], labels), [x]),
+                       (cluster(mu, labels, valid=none), [x])):
+        assert not any(v.any() for v in values(ops, call, rows))
+    check(cluster(mu, labels, valid=one), [x])
+    for ids in ([-2**63, 2**63 - 1, -2**63, -1, 2**63 - 1], [2**32, 0, 2**33, 0, 2**32]):
+        check(contrastive(ids=torch.tensor(ids, device=device)), [x, y])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_values_show_unless_their_row_is_not_there(device, mode, bad, normalize):
+    x, y, mu = embeddings(7, 3, device=device, count=3)
+    number, common = torch.arange(7, device=device), {"normalize": normalize}
+    x[2, 1] = bad
+    clean = x.nan_to_num(0.0, 0.0, 0.0)
+    for call, rows, same in ((contrastive, [x, y], [clean, y]), (contrastive, [y, x], [y, clean]),
+                             (lambda **o: cluster(mu, number % 4, **o), [x], [clean])):
+        assert all(v.isnan().all() for v in values(ops, call(**common), rows)), "hidden"
+        masked = call(valid=number != 2, **common)
+        assert_close(values(ops, masked, rows), values(ops, masked, same), **BITS)
+    mu[3, 0] = bad
+    assert values(ops, cluster(mu, number % 4, **common), [y])[0].isnan()
+
+
+@pytest.mark.parametrize("n, k", [(7, 1), (7, 30), (65, 33)])
+def test_number_and_type_of_centroids(device, mode, n, k):
+    x, mu = embeddings(n, 5, device=device)[0], embeddings(k, 5, device=device)[1].requires_grad_()
+    labels = torch.arange(n, device=device) * 3 % k
+    for dtype in (torch.float32, *ROUNDING):
+        check(cluster(mu.to(dtype), labels), [x])
+    assert not ops.cluster_loss(x, mu, labels).requires_grad
+
+
+@pytest.mark.parametrize("bad", [2, -1, 2**40 + 1])
+def test_labels_outside_are_named_unless_invalid(mode, bad):  # on a GPU it ends the context
+    (x, mu), valid = embeddings(4, 3), torch.arange(4) != 2
+    garbage, zero = (torch.tensor([0, 1, label, 0]) for label in (bad, 0))
+    with pytest.raises(ValueError, match=rf"labels\[2\] = {bad} is outside \[0, 2\)"):
+        ops.cluster_loss(x, mu[:2], garbage)
+    got, want = (values(ops, cluster(mu[:2], y, valid=valid), [x]) for y in (garbage, zero))
+    assert_close(got, want, **BITS)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"ids": None}, {"ids": "shared"}, {"ids": "partly"}, {"valid": None}, {"normalize": False},
+    {"clustered": ["text", "audio"]}, {"clustered": []}, {"cluster_weight": 0.0}, {"pairs": []},
+    {"pairs": [["video", "text"], ("audio", "video")]}, {"centroids": None, "labels": None},
+    {"pairs": [("audio", "audio"), ("text", "audio")]}, {"pairs": PAIRS[:1], "clustered": ["text"]},
+    {"frozen": [1]}, {"frozen": [0, 2]}, {"frozen": [0, 1, 2]}, {"mixed": True},
+    {"alone": math.nan, "clustered": ["text", "audio"]},
+    {"alone": math.inf, "clustered": ["text", "audio"], "normalize": False}], ids=str)
+def test_mcn_loss_equals_the_reference(device, mode, change):
+    rows, options = problem(37, 9, device)
+    ids = options["ids"][PAIRS[1]]
+    options |= change
+    frozen = options.pop("frozen", ())
+    rows[0][17] = options.pop("alone", 0.5)  # neither of this row's partners is valid: in no pair
+    if options.pop("mixed", False):
+        rows = [rows[0].half(), rows[1], rows[2].bfloat16()]
+    if "ids" in change:
+        options["ids"] = {"shared": ids, "partly": {PAIRS[2]: ids}}.get(change["ids"])
+    check(everything(**options), rows, frozen=frozen)
+
+
+def test_kernels_do_not_depend_on_the_number_of_threads(mode, request):
+    # The library's matrix products may: MKL splits long sums between threads (y's gradient at
+    # N = 1000, D = 13). Here y is the identity: S = x, and x's gradient P, exact in any order.
+    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        rows = [embeddings(129, 129)[0], torch.eye(129)]
+        results.append(values(ops, contrastive(normalize=False), rows))
+    assert_close(results[0][:2], results[1][:2], **BITS)
+    assert_close(*results, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count(device):
+    # Every row 100 times: all of the float64 answer comes from a matrix of 464 x 464.
+    x, y = embeddings(464, 4, device=device)
+    n, i = 46400, torch.arange(46400, device=device)
+    i, j = i % 464, i // 100
+    got = values(ops, contrastive(margin=0.0, budget=0), [x[i], y[j]], 0.5)
+    a, b = (F.normalize(t.double()) for t in (x, y))
+    z = a @ b.t() / 0.5
+    lse = z.logsumexp(dim=1)[i] + z.logsumexp(dim=0)[j] + 2 * math.log(100)
+    want, p = [(lse - 2 * z[i, j]).mean()], (z.softmax(dim=1) + z.softmax(dim=0)) / (n * 0.5)
+    for raw, u, w, q, own, other in ((x, a, b, p, i, j), (y, b, a, p.t(), j, i)):
+        g = (q @ w)[own] - w[other] * (2 / (n * 0.5))
+        g -= (g * u[own]).sum(dim=1, keepdim=True) * u[own]
+        want.append(g / raw.double().norm(dim=1, keepdim=True)[own])
+    assert_close([v.double() for v in got[:3]], want, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck(device, mode, normalize):
+    rows, options = problem(6, 3, device, torch.float64)
+    call = everything(normalize=normalize, **options)
+    inputs = [x.requires_grad_() for x in (*rows, torch.full_like(rows[0][0, 0], 0.5))]
+    assert torch.autograd.gradcheck(lambda *x: call(ops, x[:3], x[3]).total, inputs)
+
+
+def test_opcheck(device, mode, monkeypatch):
+    rows, options = problem(9, 5, device)
+    forward, backward = spy(monkeypatch), spy(monkeypatch, "loss_backward")
+    values(ops, everything(**options), rows)
+    monkeypatch.undo()
+    assert forward[0][14] is (mode == "keep") and len(backward) == (mode == "stream")
+    torch.library.opcheck(torch.ops.mcn.loss.default, forward[0])
+    for args in backward:  # not test_aot_dispatch: it asks for second derivatives
+        torch.library.opcheck(torch.ops.mcn.loss_backward.default, args, test_utils=(
+            "test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager",
+                                     pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_has_no_graph_break(device, mode, backend):
+    rows, options = problem(13, 5, device)
+    call = everything(**options)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda rows, t: call(ops, rows, t), fullgraph=True, backend=backend)
+    got = values(ops, lambda _, rows, t: compiled(rows, t), rows)
+    assert_close(got, values(ops, call, rows), rtol=1e-6, atol=1e-7)
+
+
+def test_a_loss_scale_meets_gradients_that_fp16_has_not_rounded_away(device, mode):
+    def scaled(module, rows, t):
+        return module.contrastive_loss(*rows, temperature=t) * 65536
+    got = check(scaled, embeddings(64, 9, torch.float16, device, scale=1e4))
+    # Without the scale fp16 would lose digits below 2^-14.
+    assert all(0 < g.abs().max() < 65536 * 2**-14 for g in got[1:3])
+
+
+@pytest.mark.parametrize("power", [1, 2])  # 2: the first derivative holds the loss itself
+def test_double_backward_is_refused(device, mode, power):
+    x, y = (t.requires_grad_() for t in embeddings(5, 3, device=device))
+    loss = ops.contrastive_loss(x, y) ** power
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)[0].sum().backward()
+
+
+def test_under_autocast_and_without_gradients(device, mode, monkeypatch):
+    rows = embeddings(32, 17, device=device)
+    outside, calls = values(ops, contrastive(), rows), spy(monkeypatch)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert_close(values(ops, contrastive(), rows), outside, **BITS)
+    rows = [x.requires_grad_() for x in rows]
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(ops.contrastive_loss(*rows, temperature=0.25), outside[0])
+    assert [args[12:14] for args in calls] == [([1, 1], True)] + 2 * [([0, 0], False)]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_input_its_hook_and_a_second_backward(device, mode, side):
+    rows, seen = embeddings(9, 5, device=device), []
+    full = values(ops, contrastive(), rows)[1 + side]
+    rows[side].requires_grad_().register_hook(lambda g: seen.append(g.clone()))
+    loss = ops.contrastive_loss(*rows, temperature=0.25)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_close(seen, [full, full])
+    assert torch.equal(*seen) and torch.equal(rows[side].grad, 2 * seen[0])
+    assert rows[1 - side].grad is None
+
+
+def test_budget_comes_from_the_argument_or_the_environment(monkeypatch):
+    calls, (x, y), needed = spy(monkeypatch), embeddings(10, 3), 10 * 10 * 4
+    for variable, budget, keep in ((None, None, True), (0, None, False), (needed, None, True),
+                                   (needed - 1, None, False), (0, needed, True), (2**40, 0, False)):
+        monkeypatch.delenv("MCN_LOSS_BUDGET", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("MCN_LOSS_BUDGET", str(variable))
+        ops.contrastive_loss(x, y, budget=budget)
+        assert calls[-1][14] is keep, (variable, budget)
+
+
+def test_the_reference_runs_where_nothing_is_compiled(monkeypatch):
+    rows, options = problem(9, 5, "cpu")
+    monkeypatch.setattr(ops, "_unavailable", "not built")
+    calls = spy(monkeypatch)
+    assert ops.build_info() == {"error": "not built"} and not ops.has_cuda()
+    for call, some in ((contrastive(), rows[:2]), (everything(**options), rows),
+                       (cluster(options["centroids"], options["labels"]), rows)):
+        assert torch.equal(*(torch.as_tensor(call(m, some, 0.25)) for m in (ops, reference)))
+    assert not calls
+
+
+if given:
+    @settings(max_examples=40, deadline=None)
+    @given(n=st.integers(0, 40), d=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 999),
+           temperature=st.integers(1, 160).map(lambda t: t / 16), margin=st.sampled_from([0, 0.125]),
+           normalize=st.booleans(), tile=st.sampled_from([0, 1, 7, 33]),
+           budget=st.sampled_from([0, 2**31]), dtype=st.sampled_from([torch.float32, torch.float64]))
+    def test_any_problem(device, n, d, k, seed, temperature, tile, budget, dtype, **common):
+        g = torch.Generator().manual_seed(seed)
+        (x, y), (mu,) = (embeddings(rows, d, dtype, device, count, seed=seed + count)
+                         for rows, count in ((n, 2), (k, 1)))
+        ids, labels, number = (torch.randint(0, high, (n,), generator=g).to(device)
+                               for high in (n + 1, k, 4))
+        # An error may be some units in the last place of the largest logit.
+        largest = 1 if common["normalize"] else torch.cat([x, y, mu]).square().sum(dim=1).max()
+        tolerance = (1e-13 if dtype == torch.float64 else 1e-6) * float(2 + largest / temperature)
+        common["valid"] = number > 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "_tile", tile)
+            patch.setenv("MCN_LOSS_BUDGET", str(budget))
+            check(contrastive(ids=ids, **common), [x, y], temperature, tolerance)
+            check(cluster(mu, labels, **common), [x], temperature, tolerance)
