@@ -331,10 +331,10 @@ def draw(report, path):
     styles = {"eager": ("eager", "dimgray"), "compile": ("torch.compile", "tab:orange"),
               "ours": ("ours, keeping S", "tab:blue"),
               "ours_stream": ("ours, streaming", "tab:green")}
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
-    gib = report["memory_mib"] / 1024
-    for axis, key, title in zip(axes, ("ms", "extra_mib"), (
-            "time, ms", f"extra memory, MiB, and the N that {gib:.0f} GiB hold"), strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    memory_title = (f"extra memory, MiB (N ≤ what fits {report['memory_mib'] / 1024:.0f} GiB; "
+                    "S kept: 2 GiB)")
+    for axis, key, title in zip(axes, ("ms", "extra_mib"), ("time, ms", memory_title), strict=True):
         ends = []
         for name, (label, color) in styles.items():
             line = [(row["n"], row["results"].get(name, {}).get(key, 0)) for row in sweep
@@ -345,21 +345,22 @@ def draw(report, path):
             axis.plot(*zip(*line, strict=True), "o-", markersize=3, color=color)
             (n0, m0), (n1, m1) = line[-2:]
             if key == "extra_mib" and name == "ours":
-                label += f"\nN ≤ {math.isqrt(2**31 // 4):,} (budget)"
+                label += f", N ≤ {math.isqrt(2**31 // 4):,}"
             elif key == "extra_mib":
                 growth, reach = math.log(m1 / m0) / math.log(n1 / n0), float(n1)
                 rows_mib = 4 * sweep[0]["d"] * DTYPES[report["dtype"]].itemsize / 2**20
                 while m1 * (reach / n1) ** growth + reach * rows_mib < report["memory_mib"]:
                     reach *= 1.01
-                label += f"\nN ≤ {float(f'{reach:.2g}'):,.0f}"
+                label += f", N ≤ {float(f'{reach:.2g}'):,.0f}"
             ends.append((m1, n1, label, color))
         low, high = axis.dataLim.intervaly
         floor = 0.0
         for value, n, label, color in sorted(ends):  # labels of lines that meet are moved apart
-            floor = max(value, (high / low) ** (0.06 + 0.06 * label.count("\n")) * floor)
+            floor = max(value, (high / low) ** 0.06 * floor)
             axis.annotate(label, (n, floor), (6, 0), textcoords="offset points", color=color,
                           va="center")
-        axis.set(xscale="log", yscale="log", title=title, xlabel="N")
+        axis.set(xscale="log", yscale="log", xlabel="N")
+        axis.set_title(title, loc="left", fontsize=10)
         axis.set_xticks([row["n"] for row in sweep], [str(row["n"]) for row in sweep], minor=False)
         axis.minorticks_off()
         axis.yaxis.set_major_formatter("{x:,.0f}")

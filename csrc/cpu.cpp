@@ -426,6 +426,10 @@ void project(void*, const Rows<A>& x, bool normalize, int64_t begin, int64_t end
         continue;
       }
       const A along = normalize ? A(dot(g, row(x, i), x.d, 1, double(scale) * inverse)) * inverse * scale : A(0);
+      if (!normalize) {
+        for (int64_t k = 0; k < x.d; ++k) result[k] = up * g[k];
+        continue;
+      }
       for (int64_t k = 0; k < x.d; ++k) result[k] = up * (scale * (g[k] - along * row(x, i)[k]));
     }
   });

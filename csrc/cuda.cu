@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kOneBlock) finish_kernel(Term<A> term, const A
 
 // ------------------------------------------------------------------------------------------ gradients
 template <typename A, typename P>
-__global__ void __launch_bounds__(kThreads) tile_gradient_kernel(Term<A> term, Tile<A> tile, const A* row_inverse,
+__global__ void __launch_bounds__(kThreads, 2) tile_gradient_kernel(Term<A> term, Tile<A> tile, const A* row_inverse,
                                                                  const A* col_inverse, P* out, int64_t ld_out) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(kThreads) project_kernel(Rows<A> x, bool norma
   }
   const A back = A(along);
   for_lane<T>(x.d, [&](int64_t k) {  // the elements that this lane has read: total and out may be one
-    const A value = alive ? up * (scale * (g[k] - (normalize ? back * A(number(row[k])) : A(0)))) : A(0);
+    const A value = !normalize ? up * g[k] : alive ? up * (scale * (g[k] - back * A(number(row[k])))) : A(0);
     result[k] = rounded<O>(value);
   });
 }

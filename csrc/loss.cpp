@@ -88,19 +88,24 @@ class Losses {
 #ifdef MCN_WITH_CUDA
     if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
 #endif
+    // The kernels read vectors without strides.
+    const auto dense = [](Tensor& vector) { vector = vector.contiguous(); };
+    std::for_each(p_.ids.begin(), p_.ids.end(), dense);
+    std::for_each(p_.valid.begin(), p_.valid.end(), dense);
+    if (p_.labels.defined()) dense(p_.labels);
     for (size_t i = 0; i < p_.embeddings.size(); ++i) {
       Side& side = sides_.emplace_back();
       side.x = p_.embeddings[i].contiguous();
       side.wanted = p_.wanted[i];
-      if (!p_.valid.empty()) side.valid = p_.valid[i].contiguous();
-      measure(side);
     }
+    mark_used();
+    for (Side& side : sides_) measure(side);
     if (p_.centroids.defined()) {
       centroids_.x = p_.centroids.to(first_.scalar_type()).contiguous();
       measure(centroids_);
-      const auto& labels = p_.labels;
+      const Tensor& labels = p_.labels;
       for (int64_t i : p_.clustered) {
-        const bool* valid = sides_[i].valid.defined() ? sides_[i].valid.template const_data_ptr<bool>() : nullptr;
+        const bool* valid = p_.valid.empty() ? nullptr : p_.valid[i].template const_data_ptr<bool>();
         const int64_t bad = MCN_RUN(first_outside, stream_, labels.template const_data_ptr<int64_t>(), valid, rows_, centroids_.x.size(0));
         TORCH_CHECK_VALUE(bad < 0, "labels[", bad, "] = ", labels[bad].template item<int64_t>(), " is outside [0, ", centroids_.x.size(0), ")");
       }
@@ -155,6 +160,18 @@ class Losses {
   };
 
   // ---------------------------------------------------------------- what there is to do
+  // A row that no term reads is as good as not valid: what it holds must not reach the matrix products.
+  void mark_used() {
+    if (p_.valid.empty()) return;
+    for (Side& side : sides_) side.valid = at::zeros_like(p_.valid[0]);
+    for (size_t i = 0; i < p_.pairs.size(); i += 2) {
+      const int64_t x = p_.pairs[i], y = p_.pairs[i + 1];
+      both_.push_back(p_.valid[x].logical_and(p_.valid[y]));
+      sides_[x].valid.logical_or_(both_.back());
+      sides_[y].valid.logical_or_(both_.back());
+    }
+    for (int64_t i : p_.clustered) sides_[i].valid.logical_or_(p_.valid[i]);
+  }
   void measure(Side& side) {
     side.scale = at::empty({side.x.size(0)}, options_);
     side.inverse = at::empty_like(side.scale);
@@ -172,7 +189,7 @@ class Losses {
     const double pairs = p_.pairs.size() / 2, modalities = p_.clustered.size();
     for (size_t i = 0; i < p_.pairs.size(); i += 2) {
       Side &x = sides_[p_.pairs[i]], &y = sides_[p_.pairs[i + 1]];
-      Tensor key = keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], x.valid.defined() ? x.valid.logical_and(y.valid) : Tensor());
+      Tensor key = keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], both_.empty() ? Tensor() : both_[i / 2]);
       specs_.push_back({&x, &y, key, key, true, 1 / pairs, 1 / pairs, 1});
     }
     if (!p_.centroids.defined()) return;
@@ -180,7 +197,7 @@ class Losses {
     for (int64_t i : p_.clustered) {
       Side& x = sides_[i];
       const Tensor labels = p_.labels.to(at::kInt);
-      Tensor key = x.valid.defined() ? at::where(x.valid, labels, at::full({}, -1, labels.options())) : labels;
+      Tensor key = p_.valid.empty() ? labels : at::where(p_.valid[i], labels, at::full({}, -1, labels.options()));
       const double report = p_.cluster_scale / modalities;
       specs_.push_back({&x, &centroids_, key, clusters, false, p_.cluster_weight * report, report, 2});
     }
@@ -357,7 +374,7 @@ class Losses {
     if (y.wanted && y.terms == 0) project(y, 0, rows_, total(y), upstream);
   }
 
-  const Problem& p_;
+  Problem p_;
   Tensor first_;
   at::TensorOptions options_;  // of A, on the device
   int64_t rows_, dim_;
@@ -366,6 +383,7 @@ class Losses {
   std::vector<Side> sides_;
   Side centroids_;
   std::vector<Spec> specs_;
+  std::vector<Tensor> both_;  // per pair: rows of which both sides are valid
   Tensor kept_, scratch_;
 };
 

@@ -126,7 +126,8 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
         masks = [valid.get(name, everything) for name in names]
         masks += [masks[flat[flat.index(i) - 1]] for i in range(len(names), len(rows))]
     if ids is not None:
-        ids = [ids[tuple(p)] if isinstance(ids, Mapping) else ids for p in pairs]
+        distinct = torch.arange(len(rows[0]), device=rows[0].device)
+        ids = [ids.get(tuple(p), distinct) if isinstance(ids, Mapping) else ids for p in pairs]
     clusters = [index[name] for name in (names if clustered is None else clustered)]
     k = 0 if centroids is None else len(centroids)
     return _loss(rows, flat, ids or [], masks, centroids, labels, clusters, temperature=temperature,
@@ -232,20 +233,23 @@ def _backward(ctx, upstream, *_):
     """d total; contrastive and cluster, for the log only, carry no gradient."""
     if upstream is None:
         return tuple(ctx.none)
-    upstream = upstream[0].contiguous()
-    if ctx.keep:
-        d_temperature, *gradients = ctx.saved_tensors
-        # The upstream gradient once, in fp32, in the last cast: a loss scale of 2^16 never meets
-        # a gradient that fp16 has already rounded to nothing.
-        gradients = [(g * upstream).to(ctx.dtype) for g in gradients]
-        d_temperature = d_temperature * upstream
-    else:
-        state, temperature, centroids, labels, *rest = ctx.saved_tensors
-        n_rows, n_ids, n_valid = ctx.lengths
-        rows, ids, valid = rest[:n_rows], rest[n_rows:n_rows + n_ids], rest[n_rows + n_ids:]
-        d_temperature, gradients = torch.ops.mcn.loss_backward(
-            upstream, state, rows, ctx.pairs, ids, valid, centroids, labels, ctx.clustered,
-            temperature, *ctx.rest)
+    total = upstream[0].contiguous()
+    with torch.no_grad():
+        if ctx.keep:
+            d_temperature, *gradients = ctx.saved_tensors
+            # The upstream gradient once, in fp32, in the last cast: a loss scale of 2^16 never
+            # meets a gradient that fp16 has already rounded to nothing.
+            gradients = [(g * total).to(ctx.dtype) for g in gradients]
+            d_temperature = d_temperature * total
+        else:
+            state, temperature, centroids, labels, *rest = ctx.saved_tensors
+            n_rows, n_ids, _ = ctx.lengths
+            rows, ids, valid = rest[:n_rows], rest[n_rows:n_rows + n_ids], rest[n_rows + n_ids:]
+            d_temperature, gradients = torch.ops.mcn.loss_backward(
+                total, state, rows, ctx.pairs, ids, valid, centroids, labels, ctx.clustered,
+                temperature, *ctx.rest)
+    if torch.is_grad_enabled():  # create_graph=True
+        d_temperature, *gradients = _Last.apply(total, d_temperature, *gradients)
     none = [list(x) if isinstance(x, list) else x for x in ctx.none]
     for i, gradient in zip(ctx.wanted, gradients, strict=True):
         none[0][i] = gradient
@@ -253,13 +257,20 @@ def _backward(ctx, upstream, *_):
     return tuple(none)
 
 
-def _no_double_backward(ctx, *_):
-    raise NotImplementedError("mcn_ext's compiled losses have no second derivative; "
-                              "mcn_ext.reference's losses have")
+class _Last(torch.autograd.Function):
+    """Gradients as they are, but an error for whoever differentiates them."""
+
+    @staticmethod
+    def forward(ctx, upstream, *gradients):
+        return tuple(g.clone() for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("mcn_ext's compiled losses have no second derivative; "
+                                  "mcn_ext.reference's losses have")
 
 
 if not _unavailable:
     torch.library.register_fake("mcn::loss", _fake_loss)
     torch.library.register_fake("mcn::loss_backward", _fake_backward)
     torch.library.register_autograd("mcn::loss", _backward, setup_context=_setup)
-    torch.library.register_autograd("mcn::loss_backward", _no_double_backward)
