@@ -157,7 +157,7 @@ void strip_statistics_of(const Term<double>& term, const Tile<double>& tile, con
   strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);
 }
 
-// exp(z - row_lse) + exp(z - col_lse) = exp(z - center) (exp(center - row_lse) + exp(center - col_lse)): one
+// exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center - lse_col)): one
 // exponential an element where all log-sums of a tile lie close. col_factor: the last term, or null if they do not.
 template <typename A>
 MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
@@ -170,27 +170,27 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
   }
   const int32_t* col_key = term.col_key + tile.col0;
   const A* inverse = col_inverse + tile.col0;
-  const A row_lse = term.row_lse[tile.row0 + i];
+  const A row_top = term.row_top[tile.row0 + i], row_rest = term.row_rest[tile.row0 + i];
   const A scale = row_inverse[tile.row0 + i] * term.factor[1];
   if (col_factor) {
-    const A row_factor = exp_shifted(center - row_lse);
+    const A row_factor = exp_shifted(center - row_top - row_rest);
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - center);
       out[j] = e * (row_factor + col_factor[j]) * scale * inverse[j];
     }
   } else if (term.both) {
-    const A* col_lse = term.col_lse + tile.col0;
+    const A *col_top = term.col_top + tile.col0, *col_rest = term.col_rest + tile.col0;
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A z = logit(row, row.s[j], inverse[j], col_key[j]);
-      out[j] = (exp_shifted(z - row_lse) + exp_shifted(z - col_lse[j])) * scale * inverse[j];
+      out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) * scale * inverse[j];
     }
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A z = logit(row, row.s[j], inverse[j], col_key[j]);
-      out[j] = exp_shifted(z - row_lse) * scale * inverse[j];
+      out[j] = exp_shifted(z - row_top - row_rest) * scale * inverse[j];
     }
   }
 }
@@ -330,23 +330,23 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* p
   bool finite = true;
   for (int64_t j = 0; j < term.m; ++j) {
     finite = finite && !(term.col_key[j] >= 0 && std::isnan(y.inverse[j]));
-    if (term.both && term.col_key[j] < 0) term.col_lse[j] = -lowest<A>();
+    if (term.both && term.col_key[j] < 0) term.col_top[j] = -lowest<A>();
   }
   for (int64_t i = 0; i < term.n; ++i) {
     term.pull[i] = 0;
-    term.row_lse[i] = -lowest<A>();
+    term.row_top[i] = -lowest<A>();
     if (term.row_key[i] < 0) continue;
     ++count;
     finite = finite && !std::isnan(x.inverse[i]);
-    const auto direction = [&](A max, A total, A* lse) {
-      const A gap = LogSum<A>{max, total}.log() - positive[i];
-      sum += softplus(gap);
-      term.pull[i] += sigmoid(gap);
-      *lse = positive[i] + softplus(gap);
-      bound = std::max(bound, double(std::exp(max - *lse)));
+    const auto add = [&](A max, A total, A* top, A* rest) {
+      const Direction<A> row(max, total, positive[i]);
+      sum += row.loss;
+      term.pull[i] += row.pull;
+      *top = row.top, *rest = row.rest;
+      bound = std::max(bound, double(std::exp(max - row.top - row.rest)));
     };
-    direction(term.row_max[i], term.row_sum[i], term.row_lse + i);
-    if (term.both) direction(term.col_max[i], term.col_sum[i], term.col_lse + i);
+    add(term.row_max[i], term.row_sum[i], term.row_top + i, term.row_rest + i);
+    if (term.both) add(term.col_max[i], term.col_sum[i], term.col_top + i, term.col_rest + i);
   }
   const double mean = finite ? 1.0 / std::max<int64_t>(count, 1) : std::numeric_limits<double>::quiet_NaN();
   term.factor[0] = A(weight * mean / temperature);
@@ -359,20 +359,20 @@ template <typename A>
 void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                    const A* col_inverse, void* out, Type, int64_t ld_out) {
   A top = lowest<A>(), bottom = -lowest<A>();
-  const auto spread = [&](const A* lse, int64_t size) {  // +inf: a row that is not there
+  const auto spread = [&](const A* tops, const A* rests, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
-      if (lse[i] == -lowest<A>()) continue;
-      top = std::max(top, lse[i]), bottom = std::min(bottom, lse[i]);
+      if (tops[i] == -lowest<A>()) continue;
+      top = std::max(top, tops[i] + rests[i]), bottom = std::min(bottom, tops[i] + rests[i]);
     }
   };
   std::vector<A> col_factor;
   if (term.both) {
-    spread(term.row_lse + tile.row0, tile.rows);
-    spread(term.col_lse + tile.col0, tile.cols);
+    spread(term.row_top + tile.row0, term.row_rest + tile.row0, tile.rows);
+    spread(term.col_top + tile.col0, term.col_rest + tile.col0, tile.cols);
     if (top >= bottom && top - bottom <= 2 * kSpread) {
       col_factor.resize(tile.cols);
       for (int64_t j = 0; j < tile.cols; ++j)
-        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col_lse[tile.col0 + j]);
+        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col_top[tile.col0 + j] - term.col_rest[tile.col0 + j]);
     }
   }
   at::parallel_for(0, tile.rows, kStrip, [&](int64_t begin, int64_t end) {

@@ -270,25 +270,25 @@ __global__ void __launch_bounds__(kOneBlock) finish_kernel(Term<A> term, const A
   for (int64_t j = threadIdx.x; j < term.m; j += blockDim.x) {
     const bool there = term.col_key[j] >= 0;
     if (there && isnan(y_inverse[j])) broken = 1;
-    if (term.both && !there) term.col_lse[j] = -lowest<A>();
+    if (term.both && !there) term.col_top[j] = -lowest<A>();
   }
   for (int64_t i = threadIdx.x; i < term.n; i += blockDim.x) {
-    A pull = 0, row_lse = -lowest<A>();
+    A pull = 0;
+    term.row_top[i] = -lowest<A>();
     if (term.row_key[i] >= 0) {
       count += 1;
       if (isnan(x_inverse[i])) broken = 1;
-      const auto direction = [&](A max, A total) {
-        const A gap = LogSum<A>{max, total}.log() - positive[i], loss = softplus(gap);
-        sum += loss;
-        pull += sigmoid(gap);
-        const double largest = exp(max - (positive[i] + loss));
+      const auto add = [&](A max, A total, A* top, A* rest) {
+        const Direction<A> row(max, total, positive[i]);
+        sum += row.loss;
+        pull += row.pull;
+        *top = row.top, *rest = row.rest;
+        const double largest = exp(max - row.top - row.rest);
         bound = largest > bound ? largest : bound;
-        return positive[i] + loss;
       };
-      row_lse = direction(term.row_max[i], term.row_sum[i]);
-      if (term.both) term.col_lse[i] = direction(term.col_max[i], term.col_sum[i]);
+      add(term.row_max[i], term.row_sum[i], term.row_top + i, term.row_rest + i);
+      if (term.both) add(term.col_max[i], term.col_sum[i], term.col_top + i, term.col_rest + i);
     }
-    term.row_lse[i] = row_lse;
     term.pull[i] = pull;
   }
   const auto add = [](double a, double b) { return a + b; };
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_gradient_kernel(Term<A> term
   const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
   const int64_t col_begin = static_cast<int64_t>(blockIdx.x) * kBlockCols;
   const A inverse_temperature = A(1) / term.temperature[0], boost = term.factor[1];
-  A col_scale[kCols], col_lse[kCols];
+  A col_scale[kCols], col_top[kCols], col_rest[kCols];
   int32_t col_key[kCols];
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
@@ -321,22 +321,24 @@ __global__ void __launch_bounds__(kThreads, 2) tile_gradient_kernel(Term<A> term
     const bool there = j < tile.cols;
     col_key[c] = there ? term.col_key[tile.col0 + j] : -1;
     col_scale[c] = there ? col_inverse[tile.col0 + j] : A(0);
-    col_lse[c] = there && term.both ? term.col_lse[tile.col0 + j] : -lowest<A>();
+    col_top[c] = there && term.both ? term.col_top[tile.col0 + j] : -lowest<A>();
+    col_rest[c] = there && term.both ? term.col_rest[tile.col0 + j] : A(0);
   }
 #pragma unroll 1  // 4 loads in flight a thread are enough, and double would spill
   for (int r = 0; r < kRows; ++r) {
     const int64_t i = row_begin + r;
     if (i >= tile.rows) break;
-    const A inverse = row_inverse[tile.row0 + i], row_lse = term.row_lse[tile.row0 + i];
+    const A inverse = row_inverse[tile.row0 + i];
+    const A row_top = term.row_top[tile.row0 + i], row_rest = term.row_rest[tile.row0 + i];
     const Row<A> row{inverse * inverse_temperature, term.row_key[tile.row0 + i]};
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       const int64_t j = col_begin + c * kWarp + lane;
       if (j >= tile.cols) continue;
       const A z = logit(row, tile.data[i * tile.ld + j], col_scale[c], col_key[c]);
-      // A row that is not there has lse +inf, a logit left out is -inf: their difference is -inf, never NaN.
-      A p = exp_shifted(z - row_lse);
-      if (term.both) p += exp_shifted(z - col_lse[c]);
+      // A row that is not there has top +inf, a logit left out is -inf: their difference is -inf, never NaN.
+      A p = exp_shifted(z - row_top - row_rest);
+      if (term.both) p += exp_shifted(z - col_top[c] - col_rest[c]);
       out[i * ld_out + j] = rounded<P>(p * (boost * inverse * col_scale[c]));
     }
   }

@@ -34,10 +34,9 @@ struct LogSum {
     sum = sum * std::exp(max - top) + other_sum * std::exp(other_max - top);
     max = top;
   }
-  MCN_INLINE A log() const { return sum == A(0) ? lowest<A>() : max + std::log(sum); }
 };
 
-// One direction of one row: log(1 + exp(others - positive)) where `others` is the log-sum-exp without
+// log(1 + exp(others - positive)) where `others` is the log-sum-exp without
 // the positive. The same number as lse - positive, which cancels to nothing when the loss is near 0.
 template <typename A>
 MCN_INLINE A softplus(A gap) {
@@ -58,5 +57,21 @@ MCN_INLINE double power_below_one(double value) {
   std::frexp(value, &exponent);  // value = fraction * 2^exponent, fraction in [0.5, 1)
   return std::ldexp(1.0, exponent < -100 ? 100 : -exponent);
 }
+
+// One direction of a row, from the log-sum of the others and the logit of its positive. The row's log-sum with the
+// positive is top + rest: added up they would lose `rest` where logits are 1e9.
+template <typename A>
+struct Direction {
+  A loss, pull, top, rest;
+
+  MCN_INLINE Direction(A max, A sum, A positive) : loss(0), pull(0), top(positive), rest(0) {
+    if (sum == A(0)) return;  // no others
+    const A gap = (max - positive) + std::log(sum);
+    loss = softplus(gap);
+    pull = sigmoid(gap);
+    rest = loss;
+    if (max > positive) top = max, rest = std::log(sum) + softplus(-gap);
+  }
+};
 
 }  // namespace mcn

@@ -34,7 +34,8 @@ struct Term {
   const A* temperature;              // scalar on the device
   double margin;
   A *row_max, *row_sum, *col_max, *col_sum;  // (n,) (n,) (m,) (m,) running, without positives
-  A *row_lse, *col_lse;              // (n,) (m,) with them; +inf where a row is not there
+  A *row_top, *row_rest, *col_top, *col_rest;  // (n,) (n,) (m,) (m,) with them: lse = top + rest;
+                                     // top is +inf where a row is not there
   A* pull;                           // (n,) -d(loss of row)/d(logit of its positive)
   A* factor;                         // {gradient per logit * 1/temperature, boost}, see finish
 };
@@ -62,12 +63,12 @@ struct Tile {
   template <typename A>                                                                                  \
   void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,     \
                        const A* col_inverse, A* partial);                                                \
-  /* From the running statistics: lse, pull, factor = {weight / (valid rows * temperature), boost}, and  \
+  /* From the running statistics: top, rest, pull, factor = {weight / (valid rows * temperature), boost}, and  \
      losses[slot] += report * mean, losses[0] += weight * mean. rows: x; cols: y. positive: (n,). */     \
   template <typename A>                                                                                  \
   void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,        \
               double weight, double report, int slot, A* losses);                                        \
-  /* P = boost (exp(z - row_lse) + exp(z - col_lse)) inverse_i inverse_j, as `type`, leading dimension  \
+  /* P = boost (exp(z - lse_row) + exp(z - lse_col)) inverse_i inverse_j, as `type`, leading dimension  \
      ld_out; out may be the tile. */                                                                     \
   template <typename A>                                                                                  \
   void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,       \

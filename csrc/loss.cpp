@@ -206,7 +206,7 @@ class Losses {
   bool wants_any() const {
     return p_.wants_temperature || std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
   }
-  int64_t state_size(const Spec& spec) const { return 2 * rows_ + (spec.both ? rows_ : 0) + 2; }
+  int64_t state_size(const Spec& spec) const { return (spec.both ? 5 : 3) * rows_ + 2; }
   int64_t state_size() const {
     int64_t size = 0;
     for (const Spec& spec : specs_) size += state_size(spec);
@@ -253,7 +253,8 @@ class Losses {
     t.row_key = spec.row_key.template const_data_ptr<int32_t>();
     t.col_key = spec.col_key.template const_data_ptr<int32_t>();
     t.temperature = p_.temperature.template const_data_ptr<A>();
-    t.row_lse = at, t.pull = at + n, t.factor = at + 2 * n, t.col_lse = at + 2 * n + 2;
+    t.factor = at, t.pull = at + 2, t.row_top = at + 2 + n, t.row_rest = at + 2 + 2 * n;
+    t.col_top = at + 2 + 3 * n, t.col_rest = at + 2 + 4 * n;  // rows only: not there
     return t;
   }
   void keep() {

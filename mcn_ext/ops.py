@@ -191,8 +191,8 @@ def _shapes(inputs) -> tuple[int, list[int]]:
     """Elements of ``state``, and indices of the embeddings whose gradient is wanted."""
     rows, pairs, clustered, wanted = inputs[0], inputs[1], inputs[6], inputs[12]
     n = rows[0].shape[0]
-    size = len(pairs) // 2 * (3 * n + 2)
-    size += 0 if inputs[4] is None else len(clustered) * (2 * n + 2)
+    size = len(pairs) // 2 * (5 * n + 2)
+    size += 0 if inputs[4] is None else len(clustered) * (3 * n + 2)
     return size, [i for i, want in enumerate(wanted) if want]
 
 
