@@ -28,6 +28,7 @@ mcn_ext/_C.so: setup.py pyproject.toml $(wildcard csrc/*) .venv/dependencies
 
 bench: setup
 	$(PY) benchmarks/loss.py
+	$(PY) benchmarks/accuracy.py
 	$(PY) benchmarks/loader.py
 
 # With the python3 at hand and its own CUDA torch; nothing is installed.
@@ -36,6 +37,7 @@ gpu:
 	$(PYTHON) -m mcn_ext
 	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py tests/test_loss.py
 	$(PYTHON) benchmarks/loss.py
+	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/loader.py
 
 lint: setup

@@ -89,7 +89,8 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
                  valid: Tensor | None = None) -> Tensor:
     """Cross entropy of each row against its centroid; arguments and values of
     :func:`mcn_ext.reference.cluster_loss`. On a GPU a label outside [0, K) is printed and ends the
-    context, as in torch's own losses: the host does not wait for the device."""
+    context, as in torch's own losses: the host does not wait for the device; and centroids are
+    rounded to the rows' dtype, for one matrix product."""
     if not _compiled_for(x):
         return reference.cluster_loss(x, centroids, labels, temperature=temperature, margin=margin,
                                       normalize=normalize, valid=valid)
@@ -107,7 +108,8 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
     """All contrastive and clustering terms in one call that reuses one buffer; arguments and values
     of :func:`mcn_ext.reference.mcn_loss`, ``budget`` of :func:`contrastive_loss`."""
     names = list(embeddings)
-    if not names or not _compiled_for(embeddings[names[0]]):
+    nothing = not names or not (pairs or centroids is not None)
+    if nothing or not _compiled_for(embeddings[names[0]]):
         return reference.mcn_loss(embeddings, pairs, centroids, labels, clustered=clustered,
                                   cluster_weight=cluster_weight, temperature=temperature,
                                   margin=margin, normalize=normalize, ids=ids, valid=valid,
@@ -161,8 +163,6 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[T
             raise ValueError(f"embeddings {tuple(rows[0].shape)} and centroids "
                              f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels")
         centroids = centroids.detach()
-    elif not pairs:
-        raise ValueError("neither pairs nor centroids: there is nothing to compute")
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if not rows[0].is_cuda:
         dtype = accumulate  # few CPUs multiply 16-bit matrices well
