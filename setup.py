@@ -5,6 +5,7 @@ MCN_CUDA=0|1 forces CUDA off or on; TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=1 a
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -26,19 +27,23 @@ kernels = sorted(str(path) for path in Path("csrc").glob("*.cu"))
 possible = bool(torch.version.cuda and CUDA_HOME
                 and (shutil.which("nvcc") or Path(CUDA_HOME, "bin/nvcc").exists()))
 wanted = os.environ.get("MCN_CUDA")
-if wanted == "1" and not kernels:
-    raise SystemExit("MCN_CUDA=1: this version has no CUDA kernels (csrc/*.cu) to build")
+if torch.version.cuda is None:
+    missing = f"torch {torch.__version__} is a build without CUDA; install one with it"
+elif not possible:
+    missing = (f"torch has CUDA {torch.version.cuda}, but there is no nvcc under CUDA_HOME="
+               f"{CUDA_HOME}; install the CUDA toolkit, or set CUDA_HOME to where it is")
 if wanted == "1" and not possible:
-    raise SystemExit(
-        f"MCN_CUDA=1: torch {torch.__version__} has CUDA {torch.version.cuda}, nvcc under "
-        f"CUDA_HOME "
-        f"{CUDA_HOME}; both are needed")
-cuda = bool(kernels) and possible and wanted != "0"
+    raise SystemExit(f"MCN_CUDA=1: {missing}")
+if torch.version.cuda and not possible and wanted != "0":
+    print(f"mcn_ext: building without CUDA kernels: {missing}", file=sys.stderr)
+cuda = possible and wanted != "0"
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
 level = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
 # Comparisons may be evaluated for lanes that do not need them: else no loop with a mask vectorises.
-host = level + ["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+host = level + ["-fno-math-errno", "-fno-trapping-math"]
+if sys.platform == "linux":
+    host.append("-fopenmp")  # to compile only: linked, it would bring a second pool of threads
 extension = (CUDAExtension if cuda else CppExtension)(
     "mcn_ext._C",
     sources + (kernels if cuda else []),

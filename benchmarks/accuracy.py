@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py              # seconds, on a CPU; on a GPU if there is one
 
-y = x + noise / 2, or noise alone for a loss above 2 log N; the temperature is bisected in fp64 until
-the loss is the one wanted. The fp64 truth takes the same rounded inputs. Eager works in its inputs'
-dtype, as autocast would have it: 16-bit rows, similarities and log_softmax.
+y = x + noise / 2, or noise alone for a loss above 2 log N; the temperature is bisected in fp64
+until the loss is the one wanted. The fp64 truth takes the same rounded inputs. Eager works in its
+inputs' dtype: 16-bit rows, similarities and log_softmax.
 """
 
 import argparse

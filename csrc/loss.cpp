@@ -71,7 +71,7 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
 // Embeddings of one modality, or centroids.
 struct Side {
   Tensor x, scale, inverse, valid;  // valid undefined: all rows
-  bool copies = false;              // the matrix products must read working copies, not x
+  Tensor work;                      // what the matrix products read: x, or a copy; undefined: copied by blocks
   bool wanted = false;              // its gradient
   int terms = 0;                    // in which it still takes part
   bool started = false;             // total holds something
@@ -175,7 +175,9 @@ class Losses {
   void measure(Side& side) {
     side.scale = at::empty({side.x.size(0)}, options_);
     side.inverse = at::empty_like(side.scale);
-    side.copies = MCN_RUN(template measure<A>, stream_, rows(side), p_.normalize);
+    const bool copies = MCN_RUN(template measure<A>, stream_, rows(side), p_.normalize);
+    if (!copies) side.work = side.x;
+    if (copies && p_.keep) side.work = copy(side, 0, side.x.size(0), at::empty_like(side.x));
   }
 
   // int32 keys: equal for equal ids; the matrix is compared against them at twice the speed of int64.
@@ -238,12 +240,15 @@ class Losses {
             side.valid.defined() ? side.valid.template const_data_ptr<bool>() : nullptr,
             side.scale.template mutable_data_ptr<A>(), side.inverse.template mutable_data_ptr<A>()};
   }
-  // Working rows: x itself where that will do, else a copy in `scratch`.
+  Tensor copy(const Side& side, int64_t begin, int64_t size, const Tensor& out) const {
+    MCN_RUN(template copy_rows<A>, stream_, rows(side), begin, begin + size, out.mutable_data_ptr());
+    return out.narrow(0, 0, size);
+  }
+  // Working rows, in `scratch` where they are copied by blocks.
   Tensor working(const Side& side, int64_t begin, int64_t size, Tensor& scratch) const {
-    if (!side.copies) return side.x.narrow(0, begin, size);
-    if (!scratch.defined() || scratch.size(0) < size) scratch = at::empty({size, dim_}, side.x.options());
-    MCN_RUN(template copy_rows<A>, stream_, rows(side), begin, begin + size, scratch.mutable_data_ptr());
-    return scratch.narrow(0, 0, size);
+    if (side.work.defined()) return side.work.narrow(0, begin, size);
+    if (!scratch.defined()) scratch = at::empty({size, dim_}, side.x.options());  // later blocks are no larger
+    return copy(side, begin, size, scratch);
   }
   Term<A> term(const Spec& spec, const Tensor& state) const {
     const int64_t n = rows_, m = spec.y->x.size(0);
@@ -330,17 +335,18 @@ class Losses {
     if (!want_x && !want_y) return;
     Term<A> t = term(spec, state);
     const bool narrow = x.x.scalar_type() != options_.dtype();  // 16-bit rows: the gradient of S is 16-bit too
-    Tensor y_copy, x_copy, p_tile, x_sums, y_sums, dots;
+    const bool late = kept_.defined() && !narrow;  // all of P is there in the end: y's sums in blocks, too
+    Tensor y_copy, x_copy, p_tile, block_sums, y_sums, dots;
     const Tensor w_y = working(y, 0, t.m, y_copy);
-    if (want_y) y_sums = y.started ? at::empty({t.m, dim_}, options_) : total(y);
+    if (want_y && !late) y_sums = y.started ? at::empty({t.m, dim_}, options_) : total(y);
     if (p_.wants_temperature) dots = at::zeros({t.n}, options_);
     blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
       const Tensor w_x = working(x, row, n_rows, x_copy);
       const bool in_place = x.wanted && !x.started && !(alone && x.result.scalar_type() != options_.dtype());
       Tensor sums;
       if (want_x) {
-        if (!in_place && !x_sums.defined()) x_sums = at::empty({n_rows, dim_}, options_);
-        sums = in_place ? total(x).narrow(0, row, n_rows) : x_sums.narrow(0, 0, n_rows);
+        if (!in_place && !block_sums.defined()) block_sums = at::empty({n_rows, dim_}, options_);
+        sums = in_place ? total(x).narrow(0, row, n_rows) : block_sums.narrow(0, 0, n_rows);
       }
       blocks(t.m, col_block(), [&](int64_t col, int64_t n_cols) {
         const Tensor w = w_y.narrow(0, col, n_cols);
@@ -353,7 +359,7 @@ class Losses {
         MCN_RUN(tile_gradient, stream_, t, tile_of(s, row, col), x.inverse.template const_data_ptr<A>(),
                 y.inverse.template const_data_ptr<A>(), p.mutable_data_ptr(), type_of(p.scalar_type()), p.stride(0));
         if (want_x) multiply(sums, p, w, col > 0);
-        if (want_y) multiply(y_sums.narrow(0, col, n_cols), p.t(), w_x, row > 0);
+        if (want_y && !late) multiply(y_sums.narrow(0, col, n_cols), p.t(), w_x, row > 0);
       });
       if (!want_x) return;
       // A frozen x is summed for the temperature's sake only, in place.
@@ -363,10 +369,17 @@ class Losses {
               dots.defined() ? dots.template mutable_data_ptr<A>() : nullptr);
       if (x.wanted && alone) project(x, row, n_rows, into, upstream);
     });
-    if (want_y) {
-      MCN_RUN(accumulate, stream_, t, rows(y), rows(x), int64_t(0), t.m, y_sums.template const_data_ptr<A>(),
-              total(y).template mutable_data_ptr<A>(), y.started, static_cast<A*>(nullptr));
-    }
+    const auto add_y = [&](int64_t col, int64_t n_cols, const Tensor& sums) {
+      MCN_RUN(accumulate, stream_, t, rows(y), rows(x), col, col + n_cols, sums.template const_data_ptr<A>(),
+              total(y).narrow(0, col, n_cols).template mutable_data_ptr<A>(), y.started, static_cast<A*>(nullptr));
+    };
+    if (want_y && !late) add_y(0, t.m, y_sums);
+    if (want_y && late) blocks(t.m, row_block(), [&](int64_t col, int64_t n_cols) {
+      if (y.started && !block_sums.defined()) block_sums = at::empty({n_cols, dim_}, options_);
+      const Tensor sums = y.started ? block_sums.narrow(0, 0, n_cols) : total(y).narrow(0, col, n_cols);
+      multiply(sums, tile(0, t.n, col, n_cols, t.m).t(), x.work);
+      add_y(col, n_cols, sums);
+    });
     if (p_.wants_temperature)
       MCN_RUN(temperature_gradient, stream_, t, dots.template const_data_ptr<A>(), d_temperature.template mutable_data_ptr<A>());
     x.started = y.started = true;

@@ -148,27 +148,28 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[T
         ids, labels = [gather(i, group) for i in ids], gather(labels, group)
     dtype = rows[0].dtype
     for x in rows:
-        if x.dim() != 2 or x.shape != rows[0].shape:
-            raise ValueError("embeddings must be (N, D), all of one shape, got "
-                             f"{', '.join(str(tuple(x.shape)) for x in rows)}")
+        if x.dim() != 2 or x.shape != rows[0].shape or x.device != rows[0].device:
+            raise ValueError("embeddings must be (N, D), all of one shape, on one device, got "
+                             f"{', '.join(f'{tuple(x.shape)} {x.device}' for x in rows)}")
         dtype = torch.promote_types(dtype, x.dtype)
     for name, vectors, kind in (("ids", ids, torch.int64), ("valid", valid, torch.bool),
                                 ("labels", [] if labels is None else [labels], torch.int64)):
         for vector in vectors:
-            if vector.shape != rows[0].shape[:1] or vector.dtype != kind:
-                raise ValueError(f"{name} must be ({len(rows[0])},) {kind}, got "
-                                 f"{tuple(vector.shape)} {vector.dtype}")
+            if (vector.shape != rows[0].shape[:1] or vector.dtype != kind
+                    or vector.device != rows[0].device):
+                raise ValueError(f"{name} must be ({len(rows[0])},) {kind} on {rows[0].device}, got "
+                                 f"{tuple(vector.shape)} {vector.dtype} on {vector.device}")
     if centroids is not None:
         if labels is None or centroids.dim() != 2 or centroids.shape[1] != rows[0].shape[1]:
             raise ValueError(f"embeddings {tuple(rows[0].shape)} and centroids "
                              f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels")
-        centroids = centroids.detach()
+        centroids = centroids.detach().to(rows[0].device)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if not rows[0].is_cuda:
         dtype = accumulate  # few CPUs multiply 16-bit matrices well
     rows = [x.to(dtype) for x in rows]
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(accumulate)
+        temperature = temperature.to(rows[0].device, accumulate).reshape(())
     else:  # not torch.tensor: its copy to a GPU would wait for the device
         temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
     if budget is None:

@@ -34,7 +34,7 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
     names = subprocess.run(["c++filt", "-p"], input="\n".join(f[0] for f in found),
                            capture_output=True, text=True).stdout.split("\n")
     print(f"\n{architecture}: kernel, registers, stack bytes, spilled bytes")
-    for name, (_, _, stack, stores, loads, registers) in zip(names, found, strict=False):
+    for name, (_, _, stack, stores, _, registers) in zip(names, found, strict=False):
         print(f"  {name.split('::')[-1]:60} {registers:>4} {stack:>5} {stores:>5}")
     assert len(found) > 20
     spilled = [f[0] for f in found if int(f[3]) or int(f[4])]
