@@ -295,7 +295,7 @@ def show(row, device):
 
 
 def draw(report, path):
-    """Time and extra memory over N, and the N at which inputs, gradients and extra fill memory."""
+    """Time and extra memory over N."""
     from mcn_ext.report import _pyplot, _save
     plt, sweep = _pyplot(), report["sweep"]
     if plt is None:
@@ -304,10 +304,9 @@ def draw(report, path):
     styles = {"eager": ("eager", "dimgray"), "compile": ("torch.compile", "tab:orange"),
               "ours": ("ours, keeping S", "tab:blue"),
               "ours_stream": ("ours, streaming", "tab:green")}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    memory_title = (f"extra memory, MiB (N ≤ what fits {report['memory_mib'] / 1024:.0f} GiB; "
-                    "S kept: 2 GiB)")
-    for axis, key, title in zip(axes, ("ms", "extra_mib"), ("time, ms", memory_title), strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    titles = ("time, ms", "memory beyond inputs and gradients, MiB")
+    for axis, key, title in zip(axes, ("ms", "extra_mib"), titles, strict=True):
         ends = []
         for name, (label, color) in styles.items():
             line = [(row["n"], row["results"].get(name, {}).get(key, 0)) for row in sweep
@@ -316,15 +315,7 @@ def draw(report, path):
             if len(line) < 2:
                 continue
             axis.plot(*zip(*line, strict=True), "o-", markersize=3, color=color)
-            (n0, m0), (n1, m1) = line[-2:]
-            if key == "extra_mib" and name == "ours":
-                label += f", N ≤ {math.isqrt(2**31 // 4):,}"
-            elif key == "extra_mib":
-                growth, reach = math.log(m1 / m0) / math.log(n1 / n0), float(n1)
-                rows_mib = 4 * sweep[0]["d"] * DTYPES[report["dtype"]].itemsize / 2**20
-                while m1 * (reach / n1) ** growth + reach * rows_mib < report["memory_mib"]:
-                    reach *= 1.01
-                label += f", N ≤ {float(f'{reach:.2g}'):,.0f}"
+            n1, m1 = line[-1]
             ends.append((m1, n1, label, color))
         low, high = axis.dataLim.intervaly
         floor = 0.0

@@ -146,16 +146,13 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     term.row_sum[tile.row0 + i] = total.sum;
   }
 }
-MCN_CLONES void strip_statistics_of(const Term<float>& term, const Tile<float>& tile, const float* row_inverse,
-                                    const float* col_inverse, int64_t begin, int64_t end, float* col_max,
-                                    float* col_sum) {
-  strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);
-}
-void strip_statistics_of(const Term<double>& term, const Tile<double>& tile, const double* row_inverse,
-                         const double* col_inverse, int64_t begin, int64_t end, double* col_max,
-                         double* col_sum) {
-  strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);
-}
+#define MCN_STRIP_STATISTICS(A)                                                                       \
+  void strip_statistics_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,            \
+                           const A* col_inverse, int64_t begin, int64_t end, A* col_max, A* col_sum) { \
+    strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);             \
+  }
+MCN_CLONES MCN_STRIP_STATISTICS(float)
+MCN_STRIP_STATISTICS(double)
 
 // exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center - lse_col)): one
 // exponential an element where all log-sums of a tile lie close. col_factor: the last term, or null if they do not.
@@ -194,43 +191,38 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
     }
   }
 }
-MCN_CLONES void row_gradient_of(const Term<float>& term, const Tile<float>& tile, const float* row_inverse,
-                                const float* col_inverse, int64_t i, float center, const float* col_factor,
-                                float* out) {
-  row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);
-}
-void row_gradient_of(const Term<double>& term, const Tile<double>& tile, const double* row_inverse,
-                     const double* col_inverse, int64_t i, double center, const double* col_factor, double* out) {
-  row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);
-}
+#define MCN_ROW_GRADIENT(A)                                                                         \
+  void row_gradient_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,              \
+                       const A* col_inverse, int64_t i, A center, const A* col_factor, A* out) {    \
+    row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);                 \
+  }
+MCN_CLONES MCN_ROW_GRADIENT(float)
+MCN_ROW_GRADIENT(double)
 
 // In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of 1e-9.
-MCN_CLONES double dot(const float* x, const float* y, int64_t d, double x_scale, double y_scale) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < d; ++k) sum += (x[k] * x_scale) * (y[k] * y_scale);
-  return sum;
-}
-double dot(const double* x, const double* y, int64_t d, double x_scale, double y_scale) {
-  double sum = 0;
-  for (int64_t k = 0; k < d; ++k) sum += (x[k] * x_scale) * (y[k] * y_scale);
-  return sum;
-}
-MCN_CLONES float largest(const float* x, int64_t d) {  // infinite if any value is inf or NaN
-  float top = 0;
-#pragma omp simd reduction(max : top)
-  for (int64_t k = 0; k < d; ++k) {
-    const float size = std::fabs(x[k]);
-    const float finite = size <= std::numeric_limits<float>::max() ? size : -lowest<float>();
-    top = finite > top ? finite : top;
+#define MCN_DOT(A)                                                                         \
+  double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) {          \
+    double sum = 0;                                                                        \
+    _Pragma("omp simd reduction(+ : sum)")                                                 \
+    for (int64_t k = 0; k < d; ++k) sum += (x[k] * x_scale) * (y[k] * y_scale);            \
+    return sum;                                                                            \
   }
-  return top;
-}
-double largest(const double* x, int64_t d) {
-  double top = 0;
-  for (int64_t k = 0; k < d; ++k) top = std::max(top, std::isnan(x[k]) ? -lowest<double>() : std::fabs(x[k]));
-  return top;
-}
+MCN_CLONES MCN_DOT(float)
+MCN_DOT(double)
+
+#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                           \
+  double largest(const A* x, int64_t d) {                                                  \
+    A top = 0;                                                                             \
+    _Pragma("omp simd reduction(max : top)")                                               \
+    for (int64_t k = 0; k < d; ++k) {                                                      \
+      const A size = std::fabs(x[k]);                                                      \
+      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>();        \
+      top = finite > top ? finite : top;                                                   \
+    }                                                                                      \
+    return top;                                                                            \
+  }
+MCN_CLONES MCN_LARGEST(float)
+MCN_LARGEST(double)
 
 template <typename A>
 const A* row(const Rows<A>& x, int64_t i) { return static_cast<const A*>(x.data) + i * x.d; }

@@ -51,7 +51,7 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { retur
 template <typename T>
 __device__ __forceinline__ T rounded(double x) { return T(x); }
 
-// One hardware exponential and a multiplication; its error is that of the logit's own last digit.
+// About one hardware exponential; its error is that of the logit's own last digit.
 __device__ __forceinline__ float exp_shifted(float x) { return exp2f(x * 1.44269504f); }
 __device__ __forceinline__ double exp_shifted(double x) { return exp(x); }
 
@@ -84,20 +84,10 @@ __device__ __forceinline__ V block_reduce(V value, V* shared, F combine) {
   return value;
 }
 
-// f(k) for a lane's share of a row of d elements, in runs of 16 bytes of T where rows begin on such bounds: the
-// compiler joins the loads of a run.
-template <typename T, typename F>
+// f(k) for a lane's share of a row of d elements.
+template <typename F>
 __device__ __forceinline__ void for_lane(int64_t d, F f) {
-  constexpr int kRun = 16 / sizeof(T);
-  const int lane = threadIdx.x % kWarp;
-  if (d % kRun == 0) {
-    for (int64_t k = lane * kRun; k < d; k += kWarp * kRun) {
-#pragma unroll
-      for (int v = 0; v < kRun; ++v) f(k + v);
-    }
-  } else {
-    for (int64_t k = lane; k < d; k += kWarp) f(k);
-  }
+  for (int64_t k = threadIdx.x % kWarp; k < d; k += kWarp) f(k);
 }
 
 __device__ __forceinline__ int64_t warp_row() {
@@ -120,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Rows<A> x, bool norma
   const T* row = static_cast<const T*>(x.data) + i * x.d;
   A top = 0;
   bool finite = true;
-  for_lane<T>(x.d, [&](int64_t k) {
+  for_lane(x.d, [&](int64_t k) {
     const A size = fabs(A(number(row[k])));
     finite = finite && size <= std::numeric_limits<A>::max();
     top = size > top ? size : top;
@@ -133,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Rows<A> x, bool norma
   if (normalize && valid && finite) {
     const double unit = power_below_one(top);  // squares of 1e-30 or 1e30 would be lost
     double sum = 0;
-    for_lane<T>(x.d, [&](int64_t k) {
+    for_lane(x.d, [&](int64_t k) {
       const double value = double(number(row[k])) * unit;
       sum += value * value;
     });
@@ -152,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(Rows<A> x, int64_t 
   const T* row = static_cast<const T*>(x.data) + i * x.d;
   const A scale = fabs(x.scale[i]);
   T* copy = out + (i - begin) * x.d;
-  for_lane<T>(x.d, [&](int64_t k) { copy[k] = rounded<T>(scale == A(0) ? A(0) : A(number(row[k])) * scale); });
+  for_lane(x.d, [&](int64_t k) { copy[k] = rounded<T>(scale == A(0) ? A(0) : A(number(row[k])) * scale); });
 }
 
 // ------------------------------------------------------------------------------------------ statistics
@@ -234,16 +224,29 @@ __global__ void __launch_bounds__(kThreads) tile_statistics_kernel(Term<A> term,
   columns[(gridDim.y + blockIdx.y) * tile.cols + j] = total.sum;
 }
 
-// One thread per row or column, its parts in order.
+// A lane per row or column, its parts dealt to the block's warps; all in fixed order. Rows, then columns.
 template <typename A>
-__global__ void merge_kernel(const A* partial, int64_t parts, int64_t size, A* running_max, A* running_sum) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  LogSum<A> total{running_max[i], running_sum[i]};
-  for (int64_t part = 0; part < parts; ++part)
-    total.merge(partial[part * size + i], partial[(parts + part) * size + i]);
-  running_max[i] = total.max;
-  running_sum[i] = total.sum;
+struct Parts {
+  const A* partial;  // (2, count, size): maxima, sums
+  int64_t count, size;
+  A *max, *sum;
+};
+template <typename A>
+__global__ void __launch_bounds__(kThreads) merge_kernel(Parts<A> rows, Parts<A> cols, unsigned row_blocks) {
+  __shared__ A shared_max[kWarps][kWarp], shared_sum[kWarps][kWarp];
+  const bool columns = blockIdx.x >= row_blocks;
+  const Parts<A>& parts = columns ? cols : rows;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t i = static_cast<int64_t>(blockIdx.x - (columns ? row_blocks : 0)) * kWarp + lane;
+  LogSum<A> total;
+  for (int64_t part = warp; part < parts.count && i < parts.size; part += kWarps)
+    total.merge(parts.partial[part * parts.size + i], parts.partial[(parts.count + part) * parts.size + i]);
+  shared_max[warp][lane] = total.max, shared_sum[warp][lane] = total.sum;
+  __syncthreads();
+  if (warp > 0 || i >= parts.size) return;
+  LogSum<A> running{parts.max[i], parts.sum[i]};
+  for (int w = 0; w < kWarps; ++w) running.merge(shared_max[w][lane], shared_sum[w][lane]);
+  parts.max[i] = running.max, parts.sum[i] = running.sum;
 }
 
 // In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of 1e-9.
@@ -255,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) positive_kernel(Term<A> term, Rows<A
   const T *own = static_cast<const T*>(x.data) + i * x.d, *other = static_cast<const T*>(y.data) + p * x.d;
   const double own_scale = fabs(x.scale[i]), other_scale = fabs(y.scale[p]);
   double sum = 0;
-  for_lane<T>(x.d, [&](int64_t k) { sum += (number(own[k]) * own_scale) * (number(other[k]) * other_scale); });
+  for_lane(x.d, [&](int64_t k) { sum += (number(own[k]) * own_scale) * (number(other[k]) * other_scale); });
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0)
     positive[i] = A((sum * x.inverse[i] * y.inverse[p] - term.margin) / term.temperature[0]);
@@ -357,7 +360,7 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(Term<A> term, Rows
   const A pull = there ? term.pull[i] * own.inverse[i] * other.inverse[p] * A(fabs(other.scale[p])) : A(0);
   const T *w = static_cast<const T*>(own.data) + i * own.d, *partner = static_cast<const T*>(other.data) + p * own.d;
   double product = 0;
-  for_lane<T>(own.d, [&](int64_t k) {
+  for_lane(own.d, [&](int64_t k) {
     const A value = there ? sum[k] * unboost - pull * A(number(partner[k])) : A(0);
     if (dots && there) product += double(value) * double(number(w[k]));
     g[k] = (add ? g[k] : A(0)) + factor * value;
@@ -388,11 +391,11 @@ __global__ void __launch_bounds__(kThreads) project_kernel(Rows<A> x, bool norma
   double along = 0;
   if (normalize && alive) {
     const double unit = double(scale) * x.inverse[i];
-    for_lane<T>(x.d, [&](int64_t k) { along += double(g[k]) * (double(number(row[k])) * unit); });
+    for_lane(x.d, [&](int64_t k) { along += double(g[k]) * (double(number(row[k])) * unit); });
     along = warp_sum(along) * unit;
   }
   const A back = A(along);
-  for_lane<T>(x.d, [&](int64_t k) {  // the elements that this lane has read: total and out may be one
+  for_lane(x.d, [&](int64_t k) {  // the elements that this lane has read: total and out may be one
     const A value = !normalize ? up * g[k] : alive ? up * (scale * (g[k] - back * A(number(row[k])))) : A(0);
     result[k] = rounded<O>(value);
   });
@@ -456,14 +459,13 @@ void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, con
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
   MCN_LAUNCH((tile_statistics_kernel<A>), grid, kThreads, stream, term, tile, row_inverse, col_inverse, partial);
   check("tile_statistics");
-  const auto merge = [&](const A* parts, int64_t count, int64_t size, A* max, A* sum) {
-    MCN_LAUNCH((merge_kernel<A>), static_cast<unsigned>(ceil_div(size, kThreads)), kThreads, stream, parts, count, size,
-               max, sum);
-    check("merge");
-  };
-  merge(partial, across, tile.rows, term.row_max + tile.row0, term.row_sum + tile.row0);
-  if (term.both)
-    merge(partial + 2 * across * tile.rows, down, tile.cols, term.col_max + tile.col0, term.col_sum + tile.col0);
+  const Parts<A> rows{partial, across, tile.rows, term.row_max + tile.row0, term.row_sum + tile.row0};
+  const Parts<A> cols{partial + 2 * across * tile.rows, down, tile.cols, term.col_max + tile.col0,
+                      term.col_sum + tile.col0};
+  const auto blocks = [](const Parts<A>& parts) { return static_cast<unsigned>(ceil_div(parts.size, kWarp)); };
+  MCN_LAUNCH((merge_kernel<A>), blocks(rows) + (term.both ? blocks(cols) : 0), kThreads, stream, rows, cols,
+             blocks(rows));
+  check("merge");
 }
 
 template <typename A>

@@ -11,8 +11,8 @@ namespace mcn {
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
 
 // One side of a similarity matrix: n rows of embeddings or centroids. The matrix products read
-// "working" rows w = |scale| * x: powers of two that bring every norm to [0.5, 1), exact in any dtype, so
-// that neither products nor 16-bit gradients leave their range. On the CPU scale is 1 and w is x itself
+// "working" rows w = |scale| * x: powers of two that bring every norm to [0.5, 1), exact (fp16: to 2^-25 of the norm),
+// so that neither products nor 16-bit gradients leave their range. On the CPU scale is 1 and w is x itself
 // unless a norm is extreme.
 template <typename A>
 struct Rows {

@@ -12,6 +12,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 
 #include "kernels.h"
@@ -61,10 +62,17 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
 #endif
   if (a.scalar_type() == out.scalar_type()) {
     add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
-  } else if (add) {  // addmm with a wider out differs between versions of torch; this does not
-    out.add_(at::mm(a, b, out.scalar_type()));
-  } else {
+  } else if (!add) {
     at::mm_out(out, a, b, out.scalar_type());
+  } else {
+    static std::atomic<bool> wider{true};  // some versions of torch refuse to add to a wider out
+    if (wider) try {
+        at::addmm_out(out, out, a, b, out.scalar_type());
+        return;
+      } catch (const c10::Error&) {
+        wider = false;
+      }
+    out.add_(at::mm(a, b, out.scalar_type()));
   }
 }
 
@@ -98,6 +106,7 @@ class Losses {
       side.x = p_.embeddings[i].contiguous();
       side.wanted = p_.wanted[i];
     }
+    p_.keep = p_.keep && wants_any();
     mark_used();
     for (Side& side : sides_) measure(side);
     if (p_.centroids.defined()) {
@@ -170,6 +179,7 @@ class Losses {
       sides_[x].valid.logical_or_(both_.back());
       sides_[y].valid.logical_or_(both_.back());
     }
+    if (!p_.centroids.defined()) return;
     for (int64_t i : p_.clustered) sides_[i].valid.logical_or_(p_.valid[i]);
   }
   void measure(Side& side) {

@@ -54,13 +54,16 @@ def build_info() -> dict:
     return {"error": _unavailable} if _unavailable else json.loads(torch.ops.mcn.build_info())
 
 
+_cuda = bool(build_info().get("cuda"))  # once: torch.compile does not trace an operator of strings
+
+
 def has_cuda() -> bool:
     """True when the extension was built with CUDA kernels and loaded."""
-    return bool(build_info().get("cuda"))
+    return _cuda
 
 
 def _compiled_for(x: Tensor) -> bool:
-    return not _unavailable and (x.device.type == "cpu" or (x.is_cuda and has_cuda()))
+    return not _unavailable and (x.device.type == "cpu" or (x.is_cuda and _cuda))
 
 
 def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
@@ -71,7 +74,7 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
 
     budget: bytes that the similarity matrix may take (default: the environment variable
     MCN_LOSS_BUDGET, else 2 GiB). Within it the matrix is computed once and gradients are taken in
-    forward; above it, and always with 0, tiles stream and backward computes them again.
+    forward, in fp32; above it, and always with 0, tiles stream and backward computes them again.
     """
     if not _compiled_for(x):
         return reference.contrastive_loss(x, y, temperature=temperature, margin=margin,
@@ -128,8 +131,7 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
         masks = [valid.get(name, everything) for name in names]
         masks += [masks[flat[flat.index(i) - 1]] for i in range(len(names), len(rows))]
     if ids is not None:
-        distinct = torch.arange(len(rows[0]), device=rows[0].device)
-        ids = [ids.get(tuple(p), distinct) if isinstance(ids, Mapping) else ids for p in pairs]
+        ids = [ids.get(tuple(p)) if isinstance(ids, Mapping) else ids for p in pairs]
     clusters = [index[name] for name in (names if clustered is None else clustered)]
     k = 0 if centroids is None else len(centroids)
     return _loss(rows, flat, ids or [], masks, centroids, labels, clusters, temperature=temperature,
@@ -137,7 +139,7 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
                  cluster_scale=1 / math.log(k) if normalize and k > 1 else 1.0, budget=budget)
 
 
-def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[Tensor],
+def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid: list[Tensor],
           centroids: Tensor | None = None, labels: Tensor | None = None,
           clustered: Sequence[int] = (), *, temperature: float | Tensor, margin: float,
           normalize: bool, cluster_weight: float = 1.0, cluster_scale: float = 1.0, group=None,
@@ -146,6 +148,9 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[T
     if group is not None:
         rows, valid = [gather(x, group) for x in rows], [gather(mask, group) for mask in valid]
         ids, labels = [gather(i, group) for i in ids], gather(labels, group)
+    if None in ids:
+        distinct = torch.arange(len(rows[0]), device=rows[0].device)
+        ids = [distinct if i is None else i for i in ids]
     dtype = rows[0].dtype
     for x in rows:
         if x.dim() != 2 or x.shape != rows[0].shape or x.device != rows[0].device:
@@ -157,8 +162,8 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[T
         for vector in vectors:
             if (vector.shape != rows[0].shape[:1] or vector.dtype != kind
                     or vector.device != rows[0].device):
-                raise ValueError(f"{name} must be ({len(rows[0])},) {kind} on {rows[0].device}, got "
-                                 f"{tuple(vector.shape)} {vector.dtype} on {vector.device}")
+                raise ValueError(f"{name} must be ({len(rows[0])},) {kind} on {rows[0].device}, "
+                                 f"got {tuple(vector.shape)} {vector.dtype} on {vector.device}")
     if centroids is not None:
         if labels is None or centroids.dim() != 2 or centroids.shape[1] != rows[0].shape[1]:
             raise ValueError(f"embeddings {tuple(rows[0].shape)} and centroids "
@@ -169,7 +174,7 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor], valid: list[T
         dtype = accumulate  # few CPUs multiply 16-bit matrices well
     rows = [x.to(dtype) for x in rows]
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(rows[0].device, accumulate).reshape(())
+        temperature = temperature.to(rows[0].device, accumulate, non_blocking=True).reshape(())
     else:  # not torch.tensor: its copy to a GPU would wait for the device
         temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
     if budget is None:
@@ -240,7 +245,8 @@ def _backward(ctx, upstream, *_):
             d_temperature, *gradients = ctx.saved_tensors
             # The upstream gradient once, in fp32, in the last cast: a loss scale of 2^16 never
             # meets a gradient that fp16 has already rounded to nothing.
-            gradients = [(g * total).to(ctx.dtype) for g in gradients]
+            gradients = [torch.mul(g, total, out=torch.empty_like(g, dtype=ctx.dtype))
+                         for g in gradients]
             d_temperature = d_temperature * total
         else:
             state, temperature, centroids, labels, *rest = ctx.saved_tensors

@@ -242,6 +242,7 @@ def test_labels_outside_are_named_unless_invalid(mode, bad):  # on a GPU it ends
     {"pairs": [("audio", "audio"), ("text", "audio")]}, {"pairs": PAIRS[:1], "clustered": ["text"]},
     {"frozen": [1]}, {"frozen": [0, 2]}, {"frozen": [0, 1, 2]}, {"mixed": True},
     {"alone": math.nan, "clustered": ["text", "audio"]},
+    {"alone": math.nan, "centroids": None, "labels": None},
     {"alone": math.inf, "clustered": ["text", "audio"], "normalize": False}], ids=str)
 def test_mcn_loss_equals_the_reference(device, mode, change):
     rows, options = problem(37, 9, device)
