@@ -1,7 +1,8 @@
-// Registers the operators of namespace mcn with torch; mcn_ext/ops.py adds fake tensors and autograd.
+// Registers the operators of namespace mcn with torch; mcn_ext/ops.py adds fake tensors and
+// autograd.
 //
-// torch/library.h, not torch/extension.h: the latter pulls in all of torch and pybind11 and takes ten
-// times as long to compile.
+// torch/library.h, not torch/extension.h: the latter pulls in all of torch and pybind11 and takes
+// ten times as long to compile.
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -41,21 +42,21 @@ std::string build_info() {
   return info + "}";
 }
 
-#define MCN_PARAMETERS                                                                             \
-  Tensors embeddings, Ints pairs, Tensors ids, Tensors valid, std::optional<Tensor> centroids,     \
-      std::optional<Tensor> labels, Ints clustered, Tensor temperature, double margin,             \
-      bool normalize, double cluster_weight, double cluster_scale, Ints wanted,                    \
+#define MCN_PARAMETERS                                                                         \
+  Tensors embeddings, Ints pairs, Tensors ids, Tensors valid, std::optional<Tensor> centroids, \
+      std::optional<Tensor> labels, Ints clustered, Tensor temperature, double margin,         \
+      bool normalize, double cluster_weight, double cluster_scale, Ints wanted,                \
       bool wants_temperature, bool keep, int64_t tile
-#define MCN_PROBLEM                                                                                \
-  Problem {                                                                                        \
-    embeddings, pairs, ids, valid, centroids.value_or(Tensor()), labels.value_or(Tensor()),        \
-        clustered, temperature, margin, normalize, cluster_weight, cluster_scale, wanted,          \
-        wants_temperature, keep, tile                                                              \
+#define MCN_PROBLEM                                                                         \
+  Problem {                                                                                 \
+    embeddings, pairs, ids, valid, centroids.value_or(Tensor()), labels.value_or(Tensor()), \
+        clustered, temperature, margin, normalize, cluster_weight, cluster_scale, wanted,   \
+        wants_temperature, keep, tile                                                       \
   }
-#define MCN_SCHEMA                                                                                 \
-  "Tensor[] embeddings, int[] pairs, Tensor[] ids, Tensor[] valid, Tensor? centroids, "            \
-  "Tensor? labels, int[] clustered, Tensor temperature, float margin, bool normalize, "            \
-  "float cluster_weight, float cluster_scale, int[] wanted, bool wants_temperature, bool keep, "  \
+#define MCN_SCHEMA                                                                               \
+  "Tensor[] embeddings, int[] pairs, Tensor[] ids, Tensor[] valid, Tensor? centroids, "          \
+  "Tensor? labels, int[] clustered, Tensor temperature, float margin, bool normalize, "          \
+  "float cluster_weight, float cluster_scale, int[] wanted, bool wants_temperature, bool keep, " \
   "int tile"
 
 std::tuple<Tensor, Tensor, Tensor, Tensors> loss(MCN_PARAMETERS) { return forward(MCN_PROBLEM); }

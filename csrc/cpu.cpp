@@ -1,5 +1,6 @@
-// The kernels on the CPU: vectorised by the compiler for the machine the code runs on (target_clones),
-// parallel over rows in at::parallel_for. Every sum has one order, whatever the number of threads.
+// The kernels on the CPU: vectorised by the compiler for the machine the code runs on
+// (target_clones), parallel over rows in at::parallel_for. Every sum has one order, whatever the
+// number of threads.
 #include "kernels.h"
 
 #include <ATen/Parallel.h>
@@ -24,11 +25,13 @@ namespace {
 
 constexpr int64_t kStrip = 32;  // rows of a tile that stay in the cache while they are read twice
 int64_t strips(int64_t rows) { return (rows + kStrip - 1) / kStrip; }
-constexpr float kSpread = 40;   // of logits, far enough from fp32's exp(-87) that no sum loses a digit
+constexpr float kSpread =
+    40;  // of logits, far enough from fp32's exp(-87) that no sum loses a digit
 constexpr int64_t kGrain = 64;  // rows of d elements that are worth a thread's start
 
 // exp for arguments up to 88, as shifted logits are; 0 below -87, where fp32 loses precision.
-// Cody-Waite reduction and Cephes' polynomial, 1 unit in the last place; written so that it vectorises.
+// Cody-Waite reduction and Cephes' polynomial, 1 unit in the last place; written so that it
+// vectorises.
 MCN_INLINE float exp_shifted(float x) {
   constexpr float kLog2e = 1.44269504f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
@@ -52,7 +55,7 @@ MCN_INLINE double exp_shifted(double x) { return std::exp(x); }
 template <typename A>
 struct Row {  // what a row of a tile brings to its logits
   const A* s;
-  A scale;      // inverse norm / temperature
+  A scale;  // inverse norm / temperature
   int32_t key;
 };
 
@@ -64,16 +67,19 @@ MCN_INLINE A logit(const Row<A>& row, A s, A col_inverse, int32_t col_key) {
 }
 
 template <typename A>
-MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse, int64_t i) {
+MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                         int64_t i) {
   const int64_t row = tile.row0 + i;
   return {tile.data + i * tile.ld, row_inverse[row] / term.temperature[0], term.row_key[row]};
 }
 
-// Rows [begin, end) of the tile: their statistics merged into the term's, the columns' over these rows
-// into col_max and col_sum. Twice over the strip, which stays in the cache: the largest, then the sums.
+// Rows [begin, end) of the tile: their statistics merged into the term's, the columns' over these
+// rows into col_max and col_sum. Twice over the strip, which stays in the cache: the largest, then
+// the sums.
 template <typename A>
 MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                                 const A* col_inverse, int64_t begin, int64_t end, A* col_max, A* col_sum) {
+                                 const A* col_inverse, int64_t begin, int64_t end, A* col_max,
+                                 A* col_sum) {
   const int64_t cols = tile.cols;
   const int32_t* col_key = term.col_key + tile.col0;
   const A* inverse = col_inverse + tile.col0;
@@ -103,7 +109,8 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     }
     largest[i - begin] = top;
   }
-  // Within kSpread of each other, one shift and so one exponential serves rows and columns; else each its own.
+  // Within kSpread of each other, one shift and so one exponential serves rows and columns; else
+  // each its own.
   A top = lowest<A>(), bottom = -lowest<A>();
   const auto spread = [&](A value) {
     if (value == lowest<A>()) return;
@@ -146,19 +153,21 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     term.row_sum[tile.row0 + i] = total.sum;
   }
 }
-#define MCN_STRIP_STATISTICS(A)                                                                       \
-  void strip_statistics_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,            \
-                           const A* col_inverse, int64_t begin, int64_t end, A* col_max, A* col_sum) { \
-    strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);             \
+#define MCN_STRIP_STATISTICS(A)                                                            \
+  void strip_statistics_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \
+                           const A* col_inverse, int64_t begin, int64_t end, A* col_max,   \
+                           A* col_sum) {                                                   \
+    strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);  \
   }
-MCN_CLONES MCN_STRIP_STATISTICS(float)
-MCN_STRIP_STATISTICS(double)
+MCN_CLONES MCN_STRIP_STATISTICS(float) MCN_STRIP_STATISTICS(double)
 
-// exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center - lse_col)): one
-// exponential an element where all log-sums of a tile lie close. col_factor: the last term, or null if they do not.
-template <typename A>
-MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                             const A* col_inverse, int64_t i, A center, const A* col_factor, A* out) {
+    // exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center -
+    // lse_col)): one exponential an element where all log-sums of a tile lie close. col_factor: the
+    // last term, or null if they do not.
+    template <typename A>
+    MCN_INLINE
+    void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                      const A* col_inverse, int64_t i, A center, const A* col_factor, A* out) {
   const int64_t cols = tile.cols;
   const Row<A> row = row_of(term, tile, row_inverse, i);
   if (row.key < 0) {
@@ -181,7 +190,8 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A z = logit(row, row.s[j], inverse[j], col_key[j]);
-      out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) * scale * inverse[j];
+      out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) *
+               scale * inverse[j];
     }
   } else {
 #pragma omp simd
@@ -191,41 +201,39 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
     }
   }
 }
-#define MCN_ROW_GRADIENT(A)                                                                         \
-  void row_gradient_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,              \
-                       const A* col_inverse, int64_t i, A center, const A* col_factor, A* out) {    \
-    row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);                 \
+#define MCN_ROW_GRADIENT(A)                                                                      \
+  void row_gradient_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,           \
+                       const A* col_inverse, int64_t i, A center, const A* col_factor, A* out) { \
+    row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);              \
   }
-MCN_CLONES MCN_ROW_GRADIENT(float)
-MCN_ROW_GRADIENT(double)
-
-// In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of 1e-9.
-#define MCN_DOT(A)                                                                         \
-  double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) {          \
-    double sum = 0;                                                                        \
-    _Pragma("omp simd reduction(+ : sum)")                                                 \
-    for (int64_t k = 0; k < d; ++k) sum += (x[k] * x_scale) * (y[k] * y_scale);            \
-    return sum;                                                                            \
+MCN_CLONES MCN_ROW_GRADIENT(float) MCN_ROW_GRADIENT(double)
+// In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of
+// 1e-9.
+#define MCN_DOT(A)                                                                \
+  double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) { \
+    double sum = 0;                                                               \
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t k = 0; k < d; ++k) sum += \
+        (x[k] * x_scale) * (y[k] * y_scale);                                      \
+    return sum;                                                                   \
   }
-MCN_CLONES MCN_DOT(float)
-MCN_DOT(double)
+    MCN_CLONES MCN_DOT(float) MCN_DOT(double)
 
-#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                           \
-  double largest(const A* x, int64_t d) {                                                  \
-    A top = 0;                                                                             \
-    _Pragma("omp simd reduction(max : top)")                                               \
-    for (int64_t k = 0; k < d; ++k) {                                                      \
-      const A size = std::fabs(x[k]);                                                      \
-      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>();        \
-      top = finite > top ? finite : top;                                                   \
-    }                                                                                      \
-    return top;                                                                            \
+#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                    \
+  double largest(const A* x, int64_t d) {                                           \
+    A top = 0;                                                                      \
+    _Pragma("omp simd reduction(max : top)") for (int64_t k = 0; k < d; ++k) {      \
+      const A size = std::fabs(x[k]);                                               \
+      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>(); \
+      top = finite > top ? finite : top;                                            \
+    }                                                                               \
+    return top;                                                                     \
   }
-MCN_CLONES MCN_LARGEST(float)
-MCN_LARGEST(double)
+        MCN_CLONES MCN_LARGEST(float) MCN_LARGEST(double)
 
-template <typename A>
-const A* row(const Rows<A>& x, int64_t i) { return static_cast<const A*>(x.data) + i * x.d; }
+            template <typename A>
+            const A* row(const Rows<A>& x, int64_t i) {
+  return static_cast<const A*>(x.data) + i * x.d;
+}
 
 }  // namespace
 
@@ -306,8 +314,8 @@ void tile_statistics(void*, const Term<A>& term, const Tile<A>& tile, const A* r
 }
 
 template <typename A>
-void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive, double weight,
-            double report, int slot, A* losses) {
+void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,
+            double weight, double report, int slot, A* losses) {
   const double temperature = term.temperature[0];
   at::parallel_for(0, term.n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -340,7 +348,8 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* p
     add(term.row_max[i], term.row_sum[i], term.row_top + i, term.row_rest + i);
     if (term.both) add(term.col_max[i], term.col_sum[i], term.col_top + i, term.col_rest + i);
   }
-  const double mean = finite ? 1.0 / std::max<int64_t>(count, 1) : std::numeric_limits<double>::quiet_NaN();
+  const double mean =
+      finite ? 1.0 / std::max<int64_t>(count, 1) : std::numeric_limits<double>::quiet_NaN();
   term.factor[0] = A(weight * mean / temperature);
   term.factor[1] = A(512 * power_below_one(bound));
   losses[slot] += A(report * (sum * mean));
@@ -364,13 +373,15 @@ void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row
     if (top >= bottom && top - bottom <= 2 * kSpread) {
       col_factor.resize(tile.cols);
       for (int64_t j = 0; j < tile.cols; ++j)
-        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col_top[tile.col0 + j] - term.col_rest[tile.col0 + j]);
+        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col_top[tile.col0 + j] -
+                                    term.col_rest[tile.col0 + j]);
     }
   }
   at::parallel_for(0, tile.rows, kStrip, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       row_gradient_of(term, tile, row_inverse, col_inverse, i, (top + bottom) / 2,
-                      col_factor.empty() ? nullptr : col_factor.data(), static_cast<A*>(out) + i * ld_out);
+                      col_factor.empty() ? nullptr : col_factor.data(),
+                      static_cast<A*>(out) + i * ld_out);
   });
 }
 
@@ -384,7 +395,9 @@ void accumulate(void*, const Term<A>& term, const Rows<A>& own, const Rows<A>& o
       A* g = total + (i - begin) * own.d;
       const int64_t p = term.both ? i : std::max(term.row_key[i], 0);
       const bool there = term.row_key[i] >= 0;  // other rows may hold anything
-      const A pull = there ? term.pull[i] * own.inverse[i] * other.inverse[p] * std::fabs(other.scale[p]) : A(0);
+      const A pull =
+          there ? term.pull[i] * own.inverse[i] * other.inverse[p] * std::fabs(other.scale[p])
+                : A(0);
       const A *w = row(own, i), *partner = row(other, p), scale = std::fabs(own.scale[i]);
       double product = 0;
       for (int64_t k = 0; k < own.d; ++k) {
@@ -417,7 +430,9 @@ void project(void*, const Rows<A>& x, bool normalize, int64_t begin, int64_t end
         std::fill(result, result + x.d, A(0));
         continue;
       }
-      const A along = normalize ? A(dot(g, row(x, i), x.d, 1, double(scale) * inverse)) * inverse * scale : A(0);
+      const A along = normalize
+                          ? A(dot(g, row(x, i), x.d, 1, double(scale) * inverse)) * inverse * scale
+                          : A(0);
       if (!normalize) {
         for (int64_t k = 0; k < x.d; ++k) result[k] = up * g[k];
         continue;

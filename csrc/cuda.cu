@@ -1,7 +1,8 @@
-// The kernels on CUDA, for sm_80 and later. No torch header. Nothing waits for the device, no atomics: every sum
-// has one order, so that a run repeats bit for bit.
+// The kernels on CUDA, for sm_80 and later. No torch header. Nothing waits for the device, no
+// atomics: every sum has one order, so that a run repeats bit for bit.
 //
-// The tests compile this file as C++ too (tests/simt.h) and run every kernel, thread by thread, without a GPU.
+// The tests compile this file as C++ too (tests/simt.h) and run every kernel, thread by thread,
+// without a GPU.
 #ifndef MCN_EMULATE
 #include <cuda_runtime.h>
 
@@ -23,7 +24,8 @@ namespace mcn::cuda {
 namespace {
 
 constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
-// A block reads 64 x 128 logits of a tile: a warp 8 rows, a lane 4 columns of each, 32 values in registers.
+// A block reads 64 x 128 logits of a tile: a warp 8 rows, a lane 4 columns of each, 32 values in
+// registers.
 constexpr int kRows = 8, kCols = 4, kBlockRows = kWarps * kRows, kBlockCols = kWarp * kCols;
 constexpr int kOneBlock = 1024;  // threads of the kernels that end in one number
 constexpr unsigned kAll = 0xffffffffu;
@@ -32,7 +34,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void check(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("mcn ") + kernel + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("mcn ") + kernel + ": " + cudaGetErrorString(error));
 }
 
 __device__ __forceinline__ float number(float x) { return x; }
@@ -43,13 +46,21 @@ __device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162flo
 template <typename T>
 __device__ __forceinline__ T rounded(float x);
 template <>
-__device__ __forceinline__ float rounded<float>(float x) { return x; }
+__device__ __forceinline__ float rounded<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __half rounded<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half rounded<__half>(float x) {
+  return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <typename T>
-__device__ __forceinline__ T rounded(double x) { return T(x); }
+__device__ __forceinline__ T rounded(double x) {
+  return T(x);
+}
 
 // About one hardware exponential; its error is that of the logit's own last digit.
 __device__ __forceinline__ float exp_shifted(float x) { return exp2f(x * 1.44269504f); }
@@ -58,7 +69,8 @@ __device__ __forceinline__ double exp_shifted(double x) { return exp(x); }
 template <typename V>
 __device__ __forceinline__ V warp_sum(V value) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(kAll, value, offset);
   return value;
 }
 template <typename V>
@@ -75,12 +87,14 @@ __device__ __forceinline__ V warp_max(V value) {
 template <typename V, typename F>
 __device__ __forceinline__ V block_reduce(V value, V* shared, F combine) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(kAll, value, offset));
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    value = combine(value, __shfl_xor_sync(kAll, value, offset));
   __syncthreads();
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
   __syncthreads();
   if (threadIdx.x == 0)
-    for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) value = combine(value, shared[warp]);
+    for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarp; ++warp)
+      value = combine(value, shared[warp]);
   return value;
 }
 
@@ -95,7 +109,8 @@ __device__ __forceinline__ int64_t warp_row() {
 }
 
 // ------------------------------------------------------------------------------------------ rows
-__global__ void first_outside_kernel(const int64_t* labels, const bool* valid, int64_t n, int64_t k) {
+__global__ void first_outside_kernel(const int64_t* labels, const bool* valid, int64_t n,
+                                     int64_t k) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n || (valid && !valid[i]) || (labels[i] >= 0 && labels[i] < k)) return;
   printf("mcn_ext: labels[%lld] = %lld is outside [0, %lld)\n", static_cast<long long>(i),
@@ -136,17 +151,20 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Rows<A> x, bool norma
 }
 
 template <typename A, typename T>
-__global__ void __launch_bounds__(kThreads) copy_rows_kernel(Rows<A> x, int64_t begin, int64_t end, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    copy_rows_kernel(Rows<A> x, int64_t begin, int64_t end, T* out) {
   const int64_t i = begin + warp_row();
   if (i >= end) return;
   const T* row = static_cast<const T*>(x.data) + i * x.d;
   const A scale = fabs(x.scale[i]);
   T* copy = out + (i - begin) * x.d;
-  for_lane(x.d, [&](int64_t k) { copy[k] = rounded<T>(scale == A(0) ? A(0) : A(number(row[k])) * scale); });
+  for_lane(x.d, [&](int64_t k) {
+    copy[k] = rounded<T>(scale == A(0) ? A(0) : A(number(row[k])) * scale);
+  });
 }
 
-// ------------------------------------------------------------------------------------------ statistics
-// A row's factor, and whether it takes part.
+// ------------------------------------------------------------------------------------------
+// statistics A row's factor, and whether it takes part.
 template <typename A>
 struct Row {
   A scale;
@@ -158,10 +176,12 @@ __device__ __forceinline__ A logit(const Row<A>& row, A s, A col_inverse, int32_
   return skip ? lowest<A>() : s * row.scale * col_inverse;
 }
 
-// partial: maxima and sums of the rows, (column blocks, rows) each, then of the columns, (row blocks, cols) each.
+// partial: maxima and sums of the rows, (column blocks, rows) each, then of the columns, (row
+// blocks, cols) each.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) tile_statistics_kernel(Term<A> term, Tile<A> tile, const A* row_inverse,
-                                                                   const A* col_inverse, A* partial) {
+__global__ void __launch_bounds__(kThreads)
+    tile_statistics_kernel(Term<A> term, Tile<A> tile, const A* row_inverse, const A* col_inverse,
+                           A* partial) {
   __shared__ A shared_max[kWarps][kBlockCols], shared_sum[kWarps][kBlockCols];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
@@ -218,13 +238,15 @@ __global__ void __launch_bounds__(kThreads) tile_statistics_kernel(Term<A> term,
   const int64_t j = col_begin + threadIdx.x;
   if (threadIdx.x >= kBlockCols || j >= tile.cols) return;
   LogSum<A> total;
-  for (int w = 0; w < kWarps; ++w) total.merge(shared_max[w][threadIdx.x], shared_sum[w][threadIdx.x]);
+  for (int w = 0; w < kWarps; ++w)
+    total.merge(shared_max[w][threadIdx.x], shared_sum[w][threadIdx.x]);
   A* columns = partial + 2 * row_partials;
   columns[blockIdx.y * tile.cols + j] = total.max;
   columns[(gridDim.y + blockIdx.y) * tile.cols + j] = total.sum;
 }
 
-// A lane per row or column, its parts dealt to the block's warps; all in fixed order. Rows, then columns.
+// A lane per row or column, its parts dealt to the block's warps; all in fixed order. Rows, then
+// columns.
 template <typename A>
 struct Parts {
   const A* partial;  // (2, count, size): maxima, sums
@@ -232,15 +254,18 @@ struct Parts {
   A *max, *sum;
 };
 template <typename A>
-__global__ void __launch_bounds__(kThreads) merge_kernel(Parts<A> rows, Parts<A> cols, unsigned row_blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    merge_kernel(Parts<A> rows, Parts<A> cols, unsigned row_blocks) {
   __shared__ A shared_max[kWarps][kWarp], shared_sum[kWarps][kWarp];
   const bool columns = blockIdx.x >= row_blocks;
   const Parts<A>& parts = columns ? cols : rows;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t i = static_cast<int64_t>(blockIdx.x - (columns ? row_blocks : 0)) * kWarp + lane;
   LogSum<A> total;
+#pragma unroll 1  // double would spill
   for (int64_t part = warp; part < parts.count && i < parts.size; part += kWarps)
-    total.merge(parts.partial[part * parts.size + i], parts.partial[(parts.count + part) * parts.size + i]);
+    total.merge(parts.partial[part * parts.size + i],
+                parts.partial[(parts.count + part) * parts.size + i]);
   shared_max[warp][lane] = total.max, shared_sum[warp][lane] = total.sum;
   __syncthreads();
   if (warp > 0 || i >= parts.size) return;
@@ -249,25 +274,30 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Parts<A> rows, Parts<A>
   parts.max[i] = running.max, parts.sum[i] = running.sum;
 }
 
-// In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of 1e-9.
+// In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of
+// 1e-9.
 template <typename A, typename T>
-__global__ void __launch_bounds__(kThreads) positive_kernel(Term<A> term, Rows<A> x, Rows<A> y, A* positive) {
+__global__ void __launch_bounds__(kThreads)
+    positive_kernel(Term<A> term, Rows<A> x, Rows<A> y, A* positive) {
   const int64_t i = warp_row();
   if (i >= term.n || term.row_key[i] < 0) return;
   const int64_t p = term.both ? i : term.row_key[i];
-  const T *own = static_cast<const T*>(x.data) + i * x.d, *other = static_cast<const T*>(y.data) + p * x.d;
+  const T *own = static_cast<const T*>(x.data) + i * x.d,
+          *other = static_cast<const T*>(y.data) + p * x.d;
   const double own_scale = fabs(x.scale[i]), other_scale = fabs(y.scale[p]);
   double sum = 0;
-  for_lane(x.d, [&](int64_t k) { sum += (number(own[k]) * own_scale) * (number(other[k]) * other_scale); });
+  for_lane(x.d, [&](int64_t k) {
+    sum += (number(own[k]) * own_scale) * (number(other[k]) * other_scale);
+  });
   sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0)
     positive[i] = A((sum * x.inverse[i] * y.inverse[p] - term.margin) / term.temperature[0]);
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kOneBlock) finish_kernel(Term<A> term, const A* x_inverse, const A* y_inverse,
-                                                           const A* positive, double weight, double report, int slot,
-                                                           A* losses) {
+__global__ void __launch_bounds__(kOneBlock)
+    finish_kernel(Term<A> term, const A* x_inverse, const A* y_inverse, const A* positive,
+                  double weight, double report, int slot, A* losses) {
   __shared__ double shared[kOneBlock / kWarp];
   double sum = 0, bound = 0, count = 0, broken = 0;
   for (int64_t j = threadIdx.x; j < term.m; j += blockDim.x) {
@@ -301,17 +331,20 @@ __global__ void __launch_bounds__(kOneBlock) finish_kernel(Term<A> term, const A
   bound = block_reduce(bound, shared, larger);
   broken = block_reduce(broken, shared, larger);
   if (threadIdx.x != 0) return;
-  const double mean = broken > 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / (count > 1 ? count : 1.0);
+  const double mean =
+      broken > 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / (count > 1 ? count : 1.0);
   term.factor[0] = A(weight * mean / term.temperature[0]);
   term.factor[1] = A(512 * power_below_one(bound));
   losses[slot] += A(report * (sum * mean));
   losses[0] += A(weight * (sum * mean));
 }
 
-// ------------------------------------------------------------------------------------------ gradients
+// ------------------------------------------------------------------------------------------
+// gradients
 template <typename A, typename P>
-__global__ void __launch_bounds__(kThreads, 2) tile_gradient_kernel(Term<A> term, Tile<A> tile, const A* row_inverse,
-                                                                 const A* col_inverse, P* out, int64_t ld_out) {
+__global__ void __launch_bounds__(kThreads, 2)
+    tile_gradient_kernel(Term<A> term, Tile<A> tile, const A* row_inverse, const A* col_inverse,
+                         P* out, int64_t ld_out) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
   const int64_t col_begin = static_cast<int64_t>(blockIdx.x) * kBlockCols;
@@ -339,7 +372,8 @@ __global__ void __launch_bounds__(kThreads, 2) tile_gradient_kernel(Term<A> term
       const int64_t j = col_begin + c * kWarp + lane;
       if (j >= tile.cols) continue;
       const A z = logit(row, tile.data[i * tile.ld + j], col_scale[c], col_key[c]);
-      // A row that is not there has top +inf, a logit left out is -inf: their difference is -inf, never NaN.
+      // A row that is not there has top +inf, a logit left out is -inf: their difference is -inf,
+      // never NaN.
       A p = exp_shifted(z - row_top - row_rest);
       if (term.both) p += exp_shifted(z - col_top[c] - col_rest[c]);
       out[i * ld_out + j] = rounded<P>(p * (boost * inverse * col_scale[c]));
@@ -348,17 +382,20 @@ __global__ void __launch_bounds__(kThreads, 2) tile_gradient_kernel(Term<A> term
 }
 
 template <typename A, typename T>
-__global__ void __launch_bounds__(kThreads) accumulate_kernel(Term<A> term, Rows<A> own, Rows<A> other, int64_t begin,
-                                                              int64_t end, const A* sums, A* total, bool add, A* dots) {
+__global__ void __launch_bounds__(kThreads)
+    accumulate_kernel(Term<A> term, Rows<A> own, Rows<A> other, int64_t begin, int64_t end,
+                      const A* sums, A* total, bool add, A* dots) {
   const int64_t i = begin + warp_row();
   if (i >= end) return;
   const A factor = term.factor[0], unboost = A(1) / term.factor[1];
-  const A *sum = sums + (i - begin) * own.d;
+  const A* sum = sums + (i - begin) * own.d;
   A* g = total + (i - begin) * own.d;
   const bool there = term.row_key[i] >= 0;  // other rows may hold anything
   const int64_t p = term.both ? i : there ? term.row_key[i] : 0;
-  const A pull = there ? term.pull[i] * own.inverse[i] * other.inverse[p] * A(fabs(other.scale[p])) : A(0);
-  const T *w = static_cast<const T*>(own.data) + i * own.d, *partner = static_cast<const T*>(other.data) + p * own.d;
+  const A pull =
+      there ? term.pull[i] * own.inverse[i] * other.inverse[p] * A(fabs(other.scale[p])) : A(0);
+  const T *w = static_cast<const T*>(own.data) + i * own.d,
+          *partner = static_cast<const T*>(other.data) + p * own.d;
   double product = 0;
   for_lane(own.d, [&](int64_t k) {
     const A value = there ? sum[k] * unboost - pull * A(number(partner[k])) : A(0);
@@ -371,17 +408,20 @@ __global__ void __launch_bounds__(kThreads) accumulate_kernel(Term<A> term, Rows
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kOneBlock) temperature_kernel(Term<A> term, const A* dots, A* d_temperature) {
+__global__ void __launch_bounds__(kOneBlock)
+    temperature_kernel(Term<A> term, const A* dots, A* d_temperature) {
   __shared__ double shared[kOneBlock / kWarp];
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < term.n; i += blockDim.x) sum += dots[i] + term.margin * term.pull[i];
+  for (int64_t i = threadIdx.x; i < term.n; i += blockDim.x)
+    sum += dots[i] + term.margin * term.pull[i];
   sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
   if (threadIdx.x == 0) *d_temperature -= A(term.factor[0] * sum / term.temperature[0]);
 }
 
 template <typename A, typename T, typename O>
-__global__ void __launch_bounds__(kThreads) project_kernel(Rows<A> x, bool normalize, int64_t begin, int64_t end,
-                                                           const A* total, const A* upstream, O* out) {
+__global__ void __launch_bounds__(kThreads)
+    project_kernel(Rows<A> x, bool normalize, int64_t begin, int64_t end, const A* total,
+                   const A* upstream, O* out) {
   const int64_t i = begin + warp_row();
   if (i >= end) return;
   const A *g = total + (i - begin) * x.d, up = upstream ? *upstream : A(1), scale = x.scale[i];
@@ -396,7 +436,9 @@ __global__ void __launch_bounds__(kThreads) project_kernel(Rows<A> x, bool norma
   }
   const A back = A(along);
   for_lane(x.d, [&](int64_t k) {  // the elements that this lane has read: total and out may be one
-    const A value = !normalize ? up * g[k] : alive ? up * (scale * (g[k] - back * A(number(row[k])))) : A(0);
+    const A value = !normalize ? up * g[k]
+                    : alive    ? up * (scale * (g[k] - back * A(number(row[k]))))
+                               : A(0);
     result[k] = rounded<O>(value);
   });
 }
@@ -419,9 +461,11 @@ unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, 
 
 }  // namespace
 
-int64_t first_outside(void* stream, const int64_t* labels, const bool* valid, int64_t n, int64_t k) {
+int64_t first_outside(void* stream, const int64_t* labels, const bool* valid, int64_t n,
+                      int64_t k) {
   if (n == 0) return -1;
-  MCN_LAUNCH(first_outside_kernel, static_cast<unsigned>(ceil_div(n, kThreads)), kThreads, stream, labels, valid, n, k);
+  MCN_LAUNCH(first_outside_kernel, static_cast<unsigned>(ceil_div(n, kThreads)), kThreads, stream,
+             labels, valid, n, k);
   check("first_outside");
   return -1;
 }
@@ -447,7 +491,8 @@ void copy_rows(void* stream, const Rows<A>& x, int64_t begin, int64_t end, void*
   if (end == begin) return;
   with_rows<A>(x.type, [&](auto* type) {
     using T = Pointee<decltype(type)>;
-    MCN_LAUNCH((copy_rows_kernel<A, T>), row_blocks(end - begin), kThreads, stream, x, begin, end, static_cast<T*>(out));
+    MCN_LAUNCH((copy_rows_kernel<A, T>), row_blocks(end - begin), kThreads, stream, x, begin, end,
+               static_cast<T*>(out));
   });
   check("copy_rows");
 }
@@ -457,53 +502,58 @@ void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, con
                      const A* col_inverse, A* partial) {
   const int64_t across = ceil_div(tile.cols, kBlockCols), down = ceil_div(tile.rows, kBlockRows);
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
-  MCN_LAUNCH((tile_statistics_kernel<A>), grid, kThreads, stream, term, tile, row_inverse, col_inverse, partial);
+  MCN_LAUNCH((tile_statistics_kernel<A>), grid, kThreads, stream, term, tile, row_inverse,
+             col_inverse, partial);
   check("tile_statistics");
-  const Parts<A> rows{partial, across, tile.rows, term.row_max + tile.row0, term.row_sum + tile.row0};
+  const Parts<A> rows{partial, across, tile.rows, term.row_max + tile.row0,
+                      term.row_sum + tile.row0};
   const Parts<A> cols{partial + 2 * across * tile.rows, down, tile.cols, term.col_max + tile.col0,
                       term.col_sum + tile.col0};
-  const auto blocks = [](const Parts<A>& parts) { return static_cast<unsigned>(ceil_div(parts.size, kWarp)); };
-  MCN_LAUNCH((merge_kernel<A>), blocks(rows) + (term.both ? blocks(cols) : 0), kThreads, stream, rows, cols,
-             blocks(rows));
+  const auto blocks = [](const Parts<A>& parts) {
+    return static_cast<unsigned>(ceil_div(parts.size, kWarp));
+  };
+  MCN_LAUNCH((merge_kernel<A>), blocks(rows) + (term.both ? blocks(cols) : 0), kThreads, stream,
+             rows, cols, blocks(rows));
   check("merge");
 }
 
 template <typename A>
-void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive, double weight,
-            double report, int slot, A* losses) {
+void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,
+            double weight, double report, int slot, A* losses) {
   if (term.n > 0) {
     with_rows<A>(x.type, [&](auto* type) {
       using T = Pointee<decltype(type)>;
-      MCN_LAUNCH((positive_kernel<A, T>), row_blocks(term.n), kThreads, stream, term, x, y, positive);
+      MCN_LAUNCH((positive_kernel<A, T>), row_blocks(term.n), kThreads, stream, term, x, y,
+                 positive);
     });
     check("positive");
   }
-  MCN_LAUNCH((finish_kernel<A>), 1, kOneBlock, stream, term, x.inverse, y.inverse, positive, weight, report, slot,
-             losses);
+  MCN_LAUNCH((finish_kernel<A>), 1, kOneBlock, stream, term, x.inverse, y.inverse, positive, weight,
+             report, slot, losses);
   check("finish");
 }
 
 template <typename A>
-void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse, const A* col_inverse,
-                   void* out, Type type, int64_t ld_out) {
+void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                   const A* col_inverse, void* out, Type type, int64_t ld_out) {
   const dim3 grid(static_cast<unsigned>(ceil_div(tile.cols, kBlockCols)),
                   static_cast<unsigned>(ceil_div(tile.rows, kBlockRows)));
   with_rows<A>(type, [&](auto* kind) {
     using P = Pointee<decltype(kind)>;
-    MCN_LAUNCH((tile_gradient_kernel<A, P>), grid, kThreads, stream, term, tile, row_inverse, col_inverse,
-               static_cast<P*>(out), ld_out);
+    MCN_LAUNCH((tile_gradient_kernel<A, P>), grid, kThreads, stream, term, tile, row_inverse,
+               col_inverse, static_cast<P*>(out), ld_out);
   });
   check("tile_gradient");
 }
 
 template <typename A>
-void accumulate(void* stream, const Term<A>& term, const Rows<A>& own, const Rows<A>& other, int64_t begin, int64_t end,
-                const A* sums, A* total, bool add, A* dots) {
+void accumulate(void* stream, const Term<A>& term, const Rows<A>& own, const Rows<A>& other,
+                int64_t begin, int64_t end, const A* sums, A* total, bool add, A* dots) {
   if (end == begin) return;
   with_rows<A>(own.type, [&](auto* type) {
     using T = Pointee<decltype(type)>;
-    MCN_LAUNCH((accumulate_kernel<A, T>), row_blocks(end - begin), kThreads, stream, term, own, other, begin, end, sums,
-               total, add, dots);
+    MCN_LAUNCH((accumulate_kernel<A, T>), row_blocks(end - begin), kThreads, stream, term, own,
+               other, begin, end, sums, total, add, dots);
   });
   check("accumulate");
 }
@@ -515,17 +565,17 @@ void temperature_gradient(void* stream, const Term<A>& term, const A* dots, A* d
 }
 
 template <typename A>
-void project(void* stream, const Rows<A>& x, bool normalize, int64_t begin, int64_t end, const A* total,
-             const A* upstream, void* out, Type type) {
+void project(void* stream, const Rows<A>& x, bool normalize, int64_t begin, int64_t end,
+             const A* total, const A* upstream, void* out, Type type) {
   if (end == begin) return;
   with_rows<A>(x.type, [&](auto* kind) {
     using T = Pointee<decltype(kind)>;
     if (type == x.type)
-      MCN_LAUNCH((project_kernel<A, T, T>), row_blocks(end - begin), kThreads, stream, x, normalize, begin, end, total,
-                 upstream, static_cast<T*>(out));
+      MCN_LAUNCH((project_kernel<A, T, T>), row_blocks(end - begin), kThreads, stream, x, normalize,
+                 begin, end, total, upstream, static_cast<T*>(out));
     else  // keep mode's gradients of 16-bit rows
-      MCN_LAUNCH((project_kernel<A, T, A>), row_blocks(end - begin), kThreads, stream, x, normalize, begin, end, total,
-                 upstream, static_cast<A*>(out));
+      MCN_LAUNCH((project_kernel<A, T, A>), row_blocks(end - begin), kThreads, stream, x, normalize,
+                 begin, end, total, upstream, static_cast<A*>(out));
   });
   check("project");
 }

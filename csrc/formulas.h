@@ -13,11 +13,14 @@
 
 namespace mcn {
 
-// |x| at or below it counts as zero: no direction, no gradient. (mcn_ext/reference.py has the same.)
+// |x| at or below it counts as zero: no direction, no gradient. (mcn_ext/reference.py has the
+// same.)
 constexpr double kEps = 1e-12;
 
 template <typename A>
-MCN_INLINE A lowest() { return -std::numeric_limits<A>::infinity(); }
+MCN_INLINE A lowest() {
+  return -std::numeric_limits<A>::infinity();
+}
 
 // Sum of exponentials as (largest logit, sum of exp(logit - largest)); nothing yet is (-inf, 0).
 template <typename A>
@@ -37,7 +40,8 @@ struct LogSum {
 };
 
 // log(1 + exp(others - positive)) where `others` is the log-sum-exp without
-// the positive. The same number as lse - positive, which cancels to nothing when the loss is near 0.
+// the positive. The same number as lse - positive, which cancels to nothing when the loss is near
+// 0.
 template <typename A>
 MCN_INLINE A softplus(A gap) {
   return gap > A(0) ? gap + std::log1p(std::exp(-gap)) : std::log1p(std::exp(gap));
@@ -58,8 +62,8 @@ MCN_INLINE double power_below_one(double value) {
   return std::ldexp(1.0, exponent < -100 ? 100 : -exponent);
 }
 
-// One direction of a row, from the log-sum of the others and the logit of its positive. The row's log-sum with the
-// positive is top + rest: added up they would lose `rest` where logits are 1e9.
+// One direction of a row, from the log-sum of the others and the logit of its positive. The row's
+// log-sum with the positive is top + rest: added up they would lose `rest` where logits are 1e9.
 template <typename A>
 struct Direction {
   A loss, pull, top, rest;

@@ -1,9 +1,10 @@
-// All terms of the objective in one call: which tile of which similarity matrix is multiplied, read and
-// turned into a gradient when. The same for every device; kernels.h says what differs.
+// All terms of the objective in one call: which tile of which similarity matrix is multiplied, read
+// and turned into a gradient when. The same for every device; kernels.h says what differs.
 //
-// keep: the largest similarity matrix fits the budget. It is computed once into one buffer that all terms
-// reuse, becomes the gradient in place, and the gradients are ready when forward returns: 3 matrix products.
-// Otherwise tiles stream: forward leaves the log-sums, backward computes the tiles again: 4 products.
+// keep: the largest similarity matrix fits the budget. It is computed once into one buffer that all
+// terms reuse, becomes the gradient in place, and the gradients are ready when forward returns: 3
+// matrix products. Otherwise tiles stream: forward leaves the log-sums, backward computes the tiles
+// again: 4 products.
 #include "loss.h"
 
 #include <ATen/Functions.h>
@@ -24,8 +25,8 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-// The device is known when the code runs, so both sides are compiled. MCN_EMULATE: the tests' build, in which the
-// CUDA kernels run on the CPU, thread by thread.
+// The device is known when the code runs, so both sides are compiled. MCN_EMULATE: the tests'
+// build, in which the CUDA kernels run on the CPU, thread by thread.
 #if defined(MCN_EMULATE)
 #define MCN_RUN(kernel, ...) cuda::kernel(__VA_ARGS__)
 #elif defined(MCN_WITH_CUDA)
@@ -58,7 +59,8 @@ Type type_of(at::ScalarType type) {
 // a b into out, which may be wider; added to it when `add`.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
 #ifdef MCN_EMULATE
-  if (a.scalar_type() != out.scalar_type()) return multiply(out, a.to(out.scalar_type()), b.to(out.scalar_type()), add);
+  if (a.scalar_type() != out.scalar_type())
+    return multiply(out, a.to(out.scalar_type()), b.to(out.scalar_type()), add);
 #endif
   if (a.scalar_type() == out.scalar_type()) {
     add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
@@ -69,9 +71,7 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
     if (wider) try {
         at::addmm_out(out, out, a, b, out.scalar_type());
         return;
-      } catch (const c10::Error&) {
-        wider = false;
-      }
+      } catch (const c10::Error&) { wider = false; }
     out.add_(at::mm(a, b, out.scalar_type()));
   }
 }
@@ -79,20 +79,21 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
 // Embeddings of one modality, or centroids.
 struct Side {
   Tensor x, scale, inverse, valid;  // valid undefined: all rows
-  Tensor work;                      // what the matrix products read: x, or a copy; undefined: copied by blocks
-  bool wanted = false;              // its gradient
-  int terms = 0;                    // in which it still takes part
-  bool started = false;             // total holds something
-  Tensor total;                     // (N, D) gradient before the normalisation's
-  Tensor result;                    // (N, D) gradient
+  Tensor work;           // what the matrix products read: x, or a copy; undefined: copied by blocks
+  bool wanted = false;   // its gradient
+  int terms = 0;         // in which it still takes part
+  bool started = false;  // total holds something
+  Tensor total;          // (N, D) gradient before the normalisation's
+  Tensor result;         // (N, D) gradient
 };
 
 template <typename A>
 class Losses {
  public:
   explicit Losses(const Problem& problem)
-      : p_(problem), first_(problem.embeddings.at(0)), options_(first_.options().dtype(c10::CppTypeToScalarType<A>::value)),
-        rows_(first_.size(0)), dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()) {
+      : p_(problem), first_(problem.embeddings.at(0)),
+        options_(first_.options().dtype(c10::CppTypeToScalarType<A>::value)), rows_(first_.size(0)),
+        dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()) {
 #ifdef MCN_WITH_CUDA
     if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
 #endif
@@ -114,9 +115,13 @@ class Losses {
       measure(centroids_);
       const Tensor& labels = p_.labels;
       for (int64_t i : p_.clustered) {
-        const bool* valid = p_.valid.empty() ? nullptr : p_.valid[i].template const_data_ptr<bool>();
-        const int64_t bad = MCN_RUN(first_outside, stream_, labels.template const_data_ptr<int64_t>(), valid, rows_, centroids_.x.size(0));
-        TORCH_CHECK_VALUE(bad < 0, "labels[", bad, "] = ", labels[bad].template item<int64_t>(), " is outside [0, ", centroids_.x.size(0), ")");
+        const bool* valid =
+            p_.valid.empty() ? nullptr : p_.valid[i].template const_data_ptr<bool>();
+        const int64_t bad =
+            MCN_RUN(first_outside, stream_, labels.template const_data_ptr<int64_t>(), valid, rows_,
+                    centroids_.x.size(0));
+        TORCH_CHECK_VALUE(bad < 0, "labels[", bad, "] = ", labels[bad].template item<int64_t>(),
+                          " is outside [0, ", centroids_.x.size(0), ")");
       }
     }
     list_terms();
@@ -169,7 +174,8 @@ class Losses {
   };
 
   // ---------------------------------------------------------------- what there is to do
-  // A row that no term reads is as good as not valid: what it holds must not reach the matrix products.
+  // A row that no term reads is as good as not valid: what it holds must not reach the matrix
+  // products.
   void mark_used() {
     if (p_.valid.empty()) return;
     for (Side& side : sides_) side.valid = at::zeros_like(p_.valid[0]);
@@ -190,7 +196,8 @@ class Losses {
     if (copies && p_.keep) side.work = copy(side, 0, side.x.size(0), at::empty_like(side.x));
   }
 
-  // int32 keys: equal for equal ids; the matrix is compared against them at twice the speed of int64.
+  // int32 keys: equal for equal ids; the matrix is compared against them at twice the speed of
+  // int64.
   Tensor keys(const Tensor& ids, const Tensor& valid) {
     Tensor key = at::arange(rows_, options_.dtype(at::kInt));
     if (ids.defined()) key = at::searchsorted(std::get<0>(ids.sort()), ids, /*out_int32=*/true);
@@ -201,7 +208,8 @@ class Losses {
     const double pairs = p_.pairs.size() / 2, modalities = p_.clustered.size();
     for (size_t i = 0; i < p_.pairs.size(); i += 2) {
       Side &x = sides_[p_.pairs[i]], &y = sides_[p_.pairs[i + 1]];
-      Tensor key = keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], both_.empty() ? Tensor() : both_[i / 2]);
+      Tensor key =
+          keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], both_.empty() ? Tensor() : both_[i / 2]);
       specs_.push_back({&x, &y, key, key, true, 1 / pairs, 1 / pairs, 1});
     }
     if (!p_.centroids.defined()) return;
@@ -209,14 +217,18 @@ class Losses {
     for (int64_t i : p_.clustered) {
       Side& x = sides_[i];
       const Tensor labels = p_.labels.to(at::kInt);
-      Tensor key = p_.valid.empty() ? labels : at::where(p_.valid[i], labels, at::full({}, -1, labels.options()));
+      Tensor key = p_.valid.empty()
+                       ? labels
+                       : at::where(p_.valid[i], labels, at::full({}, -1, labels.options()));
       const double report = p_.cluster_scale / modalities;
-      specs_.push_back({&x, &centroids_, key, clusters, false, p_.cluster_weight * report, report, 2});
+      specs_.push_back(
+          {&x, &centroids_, key, clusters, false, p_.cluster_weight * report, report, 2});
     }
   }
 
   bool wants_any() const {
-    return p_.wants_temperature || std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
+    return p_.wants_temperature ||
+           std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
   }
   int64_t state_size(const Spec& spec) const { return (spec.both ? 5 : 3) * rows_ + 2; }
   int64_t state_size() const {
@@ -246,18 +258,24 @@ class Losses {
   }
 
   Rows<A> rows(const Side& side) const {
-    return {side.x.const_data_ptr(), type_of(side.x.scalar_type()), side.x.size(0), dim_,
+    return {side.x.const_data_ptr(),
+            type_of(side.x.scalar_type()),
+            side.x.size(0),
+            dim_,
             side.valid.defined() ? side.valid.template const_data_ptr<bool>() : nullptr,
-            side.scale.template mutable_data_ptr<A>(), side.inverse.template mutable_data_ptr<A>()};
+            side.scale.template mutable_data_ptr<A>(),
+            side.inverse.template mutable_data_ptr<A>()};
   }
   Tensor copy(const Side& side, int64_t begin, int64_t size, const Tensor& out) const {
-    MCN_RUN(template copy_rows<A>, stream_, rows(side), begin, begin + size, out.mutable_data_ptr());
+    MCN_RUN(template copy_rows<A>, stream_, rows(side), begin, begin + size,
+            out.mutable_data_ptr());
     return out.narrow(0, 0, size);
   }
   // Working rows, in `scratch` where they are copied by blocks.
   Tensor working(const Side& side, int64_t begin, int64_t size, Tensor& scratch) const {
     if (side.work.defined()) return side.work.narrow(0, begin, size);
-    if (!scratch.defined()) scratch = at::empty({size, dim_}, side.x.options());  // later blocks are no larger
+    if (!scratch.defined())
+      scratch = at::empty({size, dim_}, side.x.options());  // later blocks are no larger
     return copy(side, begin, size, scratch);
   }
   Term<A> term(const Spec& spec, const Tensor& state) const {
@@ -275,14 +293,17 @@ class Losses {
   void keep() {
     kept_ = at::empty({largest_matrix()}, options_);
 #ifdef __linux__
-    // Huge pages: touching 64 MiB for the first time in 4 KiB steps costs as much as a tenth of the products.
+    // Huge pages: touching 64 MiB for the first time in 4 KiB steps costs as much as a tenth of the
+    // products.
     const auto page = reinterpret_cast<uintptr_t>(kept_.mutable_data_ptr()) & ~uintptr_t(4095);
-    if (!cuda_ && kept_.nbytes() > (4 << 20)) madvise(reinterpret_cast<void*>(page + 4096), kept_.nbytes() - 8192, MADV_HUGEPAGE);
+    if (!cuda_ && kept_.nbytes() > (4 << 20))
+      madvise(reinterpret_cast<void*>(page + 4096), kept_.nbytes() - 8192, MADV_HUGEPAGE);
 #endif
   }
   Tensor tile(int64_t row, int64_t n_rows, int64_t col, int64_t n_cols, int64_t ld) {
     if (kept_.defined()) return kept_.as_strided({n_rows, n_cols}, {ld, 1}, row * ld + col);
-    if (!scratch_.defined() || scratch_.numel() < n_rows * n_cols) scratch_ = at::empty({n_rows * n_cols}, options_);
+    if (!scratch_.defined() || scratch_.numel() < n_rows * n_cols)
+      scratch_ = at::empty({n_rows * n_cols}, options_);
     return scratch_.narrow(0, 0, n_rows * n_cols).view({n_rows, n_cols});
   }
   static Tile<A> tile_of(const Tensor& s, int64_t row, int64_t col) {
@@ -292,9 +313,11 @@ class Losses {
   // ---------------------------------------------------------------- forward
   void statistics(Spec& spec, const Tensor& state, const Tensor& losses) {
     Term<A> t = term(spec, state);
-    Tensor running = at::zeros({2 * t.n + 2 * t.m}, options_), positive = at::empty({t.n}, options_);
+    Tensor running = at::zeros({2 * t.n + 2 * t.m}, options_),
+           positive = at::empty({t.n}, options_);
     A* at = running.template mutable_data_ptr<A>();
-    t.row_sum = at, t.col_sum = at + t.n, t.row_max = at + t.n + t.m, t.col_max = at + 2 * t.n + t.m;
+    t.row_sum = at, t.col_sum = at + t.n, t.row_max = at + t.n + t.m,
+    t.col_max = at + 2 * t.n + t.m;
     running.narrow(0, t.n + t.m, t.n + t.m).fill_(-std::numeric_limits<double>::infinity());
     Tensor y_copy, x_copy, partial;
     const Tensor y = working(*spec.y, 0, t.m, y_copy);
@@ -305,54 +328,65 @@ class Losses {
         multiply(s, x, y.narrow(0, col, n_cols).t());
         const int64_t size = MCN_RUN(partial_size, n_rows, n_cols);
         if (!partial.defined() || partial.numel() < size) partial = at::empty({size}, options_);
-        MCN_RUN(tile_statistics, stream_, t, tile_of(s, row, col), spec.x->inverse.template const_data_ptr<A>(),
-                spec.y->inverse.template const_data_ptr<A>(), partial.template mutable_data_ptr<A>());
+        MCN_RUN(tile_statistics, stream_, t, tile_of(s, row, col),
+                spec.x->inverse.template const_data_ptr<A>(),
+                spec.y->inverse.template const_data_ptr<A>(),
+                partial.template mutable_data_ptr<A>());
       });
     });
-    MCN_RUN(finish, stream_, t, rows(*spec.x), rows(*spec.y), positive.template mutable_data_ptr<A>(), spec.weight,
-            spec.report, spec.slot, losses.template mutable_data_ptr<A>());
+    MCN_RUN(finish, stream_, t, rows(*spec.x), rows(*spec.y),
+            positive.template mutable_data_ptr<A>(), spec.weight, spec.report, spec.slot,
+            losses.template mutable_data_ptr<A>());
   }
 
   // ---------------------------------------------------------------- gradients
-  // A term's row side is summed in a block of its own and then added to the modality's total, so that a modality
-  // with this one term never has an fp32 gradient of full size beside its result.
+  // A term's row side is summed in a block of its own and then added to the modality's total, so
+  // that a modality with this one term never has an fp32 gradient of full size beside its result.
   void prepare(bool gradients) {
     if (!gradients) return;
     for (const Spec& spec : specs_) ++spec.x->terms, ++spec.y->terms;
     for (Side& side : sides_)
       if (side.wanted) {
-        // fp32 rows: the total is the result, in place. In keep mode every result is fp32, for upstream to scale.
+        // fp32 rows: the total is the result, in place. In keep mode every result is fp32, for
+        // upstream to scale.
         side.result = at::empty({rows_, dim_}, p_.keep ? options_ : side.x.options());
         if (side.terms == 0) side.result.zero_();
       }
   }
   Tensor total(Side& side) {
     if (!side.total.defined())
-      side.total = side.result.scalar_type() == options_.dtype() ? side.result : at::empty({rows_, dim_}, options_);
+      side.total = side.result.scalar_type() == options_.dtype()
+                       ? side.result
+                       : at::empty({rows_, dim_}, options_);
     return side.total;
   }
 
   void project(Side& side, int64_t begin, int64_t size, const Tensor& total, const A* upstream) {
     Tensor out = side.result.narrow(0, begin, size);
-    MCN_RUN(project, stream_, rows(side), p_.normalize, begin, begin + size, total.template const_data_ptr<A>(), upstream,
-            out.mutable_data_ptr(), type_of(out.scalar_type()));
+    MCN_RUN(project, stream_, rows(side), p_.normalize, begin, begin + size,
+            total.template const_data_ptr<A>(), upstream, out.mutable_data_ptr(),
+            type_of(out.scalar_type()));
   }
 
   void gradients(Spec& spec, const Tensor& state, const Tensor& d_temperature, const A* upstream) {
     Side &x = *spec.x, &y = *spec.y;
     const bool want_x = x.wanted || p_.wants_temperature, want_y = y.wanted;
-    const bool alone = x.terms == 1 && !x.started;  // nothing before, nothing after: rows can be finished
+    const bool alone =
+        x.terms == 1 && !x.started;  // nothing before, nothing after: rows can be finished
     if (!want_x && !want_y) return;
     Term<A> t = term(spec, state);
-    const bool narrow = x.x.scalar_type() != options_.dtype();  // 16-bit rows: the gradient of S is 16-bit too
-    const bool late = kept_.defined() && !narrow;  // all of P is there in the end: y's sums in blocks, too
+    const bool narrow =
+        x.x.scalar_type() != options_.dtype();  // 16-bit rows: the gradient of S is 16-bit too
+    const bool late =
+        kept_.defined() && !narrow;  // all of P is there in the end: y's sums in blocks, too
     Tensor y_copy, x_copy, p_tile, block_sums, y_sums, dots;
     const Tensor w_y = working(y, 0, t.m, y_copy);
     if (want_y && !late) y_sums = y.started ? at::empty({t.m, dim_}, options_) : total(y);
     if (p_.wants_temperature) dots = at::zeros({t.n}, options_);
     blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
       const Tensor w_x = working(x, row, n_rows, x_copy);
-      const bool in_place = x.wanted && !x.started && !(alone && x.result.scalar_type() != options_.dtype());
+      const bool in_place =
+          x.wanted && !x.started && !(alone && x.result.scalar_type() != options_.dtype());
       Tensor sums;
       if (want_x) {
         if (!in_place && !block_sums.defined()) block_sums = at::empty({n_rows, dim_}, options_);
@@ -363,35 +397,43 @@ class Losses {
         Tensor s = tile(row, n_rows, col, n_cols, t.m), p = s;
         if (!kept_.defined()) multiply(s, w_x, w.t());
         if (narrow) {
-          if (!p_tile.defined() || p_tile.numel() < n_rows * n_cols) p_tile = at::empty({n_rows * n_cols}, x.x.options());
+          if (!p_tile.defined() || p_tile.numel() < n_rows * n_cols)
+            p_tile = at::empty({n_rows * n_cols}, x.x.options());
           p = p_tile.narrow(0, 0, n_rows * n_cols).view({n_rows, n_cols});
         }
-        MCN_RUN(tile_gradient, stream_, t, tile_of(s, row, col), x.inverse.template const_data_ptr<A>(),
-                y.inverse.template const_data_ptr<A>(), p.mutable_data_ptr(), type_of(p.scalar_type()), p.stride(0));
+        MCN_RUN(tile_gradient, stream_, t, tile_of(s, row, col),
+                x.inverse.template const_data_ptr<A>(), y.inverse.template const_data_ptr<A>(),
+                p.mutable_data_ptr(), type_of(p.scalar_type()), p.stride(0));
         if (want_x) multiply(sums, p, w, col > 0);
         if (want_y && !late) multiply(y_sums.narrow(0, col, n_cols), p.t(), w_x, row > 0);
       });
       if (!want_x) return;
       // A frozen x is summed for the temperature's sake only, in place.
       Tensor into = x.wanted && x.started ? total(x).narrow(0, row, n_rows) : sums;
-      MCN_RUN(accumulate, stream_, t, rows(x), rows(y), row, row + n_rows, sums.template const_data_ptr<A>(),
-              into.template mutable_data_ptr<A>(), x.wanted && x.started,
+      MCN_RUN(accumulate, stream_, t, rows(x), rows(y), row, row + n_rows,
+              sums.template const_data_ptr<A>(), into.template mutable_data_ptr<A>(),
+              x.wanted && x.started,
               dots.defined() ? dots.template mutable_data_ptr<A>() : nullptr);
       if (x.wanted && alone) project(x, row, n_rows, into, upstream);
     });
     const auto add_y = [&](int64_t col, int64_t n_cols, const Tensor& sums) {
-      MCN_RUN(accumulate, stream_, t, rows(y), rows(x), col, col + n_cols, sums.template const_data_ptr<A>(),
-              total(y).narrow(0, col, n_cols).template mutable_data_ptr<A>(), y.started, static_cast<A*>(nullptr));
+      MCN_RUN(accumulate, stream_, t, rows(y), rows(x), col, col + n_cols,
+              sums.template const_data_ptr<A>(),
+              total(y).narrow(0, col, n_cols).template mutable_data_ptr<A>(), y.started,
+              static_cast<A*>(nullptr));
     };
     if (want_y && !late) add_y(0, t.m, y_sums);
-    if (want_y && late) blocks(t.m, row_block(), [&](int64_t col, int64_t n_cols) {
-      if (y.started && !block_sums.defined()) block_sums = at::empty({n_cols, dim_}, options_);
-      const Tensor sums = y.started ? block_sums.narrow(0, 0, n_cols) : total(y).narrow(0, col, n_cols);
-      multiply(sums, tile(0, t.n, col, n_cols, t.m).t(), x.work);
-      add_y(col, n_cols, sums);
-    });
+    if (want_y && late)
+      blocks(t.m, row_block(), [&](int64_t col, int64_t n_cols) {
+        if (y.started && !block_sums.defined()) block_sums = at::empty({n_cols, dim_}, options_);
+        const Tensor sums =
+            y.started ? block_sums.narrow(0, 0, n_cols) : total(y).narrow(0, col, n_cols);
+        multiply(sums, tile(0, t.n, col, n_cols, t.m).t(), x.work);
+        add_y(col, n_cols, sums);
+      });
     if (p_.wants_temperature)
-      MCN_RUN(temperature_gradient, stream_, t, dots.template const_data_ptr<A>(), d_temperature.template mutable_data_ptr<A>());
+      MCN_RUN(temperature_gradient, stream_, t, dots.template const_data_ptr<A>(),
+              d_temperature.template mutable_data_ptr<A>());
     x.started = y.started = true;
     --x.terms, --y.terms;
     if (x.wanted && x.terms == 0 && !alone) project(x, 0, rows_, total(x), upstream);
@@ -411,7 +453,8 @@ class Losses {
   Tensor kept_, scratch_;
 };
 
-// Autocast would round inside the matrix products: what they are given is already in the wanted type.
+// Autocast would round inside the matrix products: what they are given is already in the wanted
+// type.
 struct Guards {
   c10::DeviceGuard device;
   at::AutoDispatchBelowAutograd below;
@@ -421,7 +464,8 @@ struct Guards {
 
 template <typename F>
 auto with_type(const Problem& problem, F f) {
-  return problem.embeddings.at(0).scalar_type() == at::kDouble ? f(Losses<double>(problem)) : f(Losses<float>(problem));
+  return problem.embeddings.at(0).scalar_type() == at::kDouble ? f(Losses<double>(problem))
+                                                               : f(Losses<float>(problem));
 }
 
 }  // namespace
@@ -434,7 +478,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> forward(const Problem& p
   });
 }
 
-std::tuple<Tensor, std::vector<Tensor>> backward(const Problem& problem, const Tensor& upstream, const Tensor& state) {
+std::tuple<Tensor, std::vector<Tensor>> backward(const Problem& problem, const Tensor& upstream,
+                                                 const Tensor& state) {
   const Guards guards(problem.embeddings.at(0));
   return with_type(problem, [&](auto losses) {
     Tensor d_temperature = losses.backward(upstream, state);

@@ -19,20 +19,22 @@ struct Problem {
   at::Tensor temperature;              // scalar of the type that is computed in
   double margin;
   bool normalize;
-  double cluster_weight;               // of the clustering in the total
-  double cluster_scale;                // of the sum over rows and modalities' mean: 1 / log K
-  std::vector<int64_t> wanted;         // per modality: its gradient, or not (0)
+  double cluster_weight;        // of the clustering in the total
+  double cluster_scale;         // of the sum over rows and modalities' mean: 1 / log K
+  std::vector<int64_t> wanted;  // per modality: its gradient, or not (0)
   bool wants_temperature;
-  bool keep;                           // the similarity matrix
-  int64_t tile;                        // rows and columns of a tile; 0: chosen
+  bool keep;     // the similarity matrix
+  int64_t tile;  // rows and columns of a tile; 0: chosen
 };
 
-// (total, contrastive, cluster) in one tensor, state for backward, d total / d temperature, and in keep mode the
-// gradient of each wanted modality, fp32 (fp64 for fp64).
-std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(const Problem& problem);
+// (total, contrastive, cluster) in one tensor, state for backward, d total / d temperature, and in
+// keep mode the gradient of each wanted modality, fp32 (fp64 for fp64).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> forward(
+    const Problem& problem);
 
 // Streaming: d temperature and the gradients, times upstream, in the embeddings' dtype.
-std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const Problem& problem, const at::Tensor& upstream,
-                                                        const at::Tensor& state);
+std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const Problem& problem,
+                                                         const at::Tensor& upstream,
+                                                         const at::Tensor& state);
 
 }  // namespace mcn

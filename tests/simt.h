@@ -1,6 +1,7 @@
-// Enough of CUDA to run csrc/cuda.cu's kernels on a CPU, one thread after the other: the same source, its tiles, its
-// shuffles and its order of merging, where no GPU is at hand. Blocks run in turn; each thread is a fiber that runs to
-// its next barrier. A barrier or shuffle that only some threads of a warp or block reach ends in an error, not in luck.
+// Enough of CUDA to run csrc/cuda.cu's kernels on a CPU, one thread after the other: the same
+// source, its tiles, its shuffles and its order of merging, where no GPU is at hand. Blocks run in
+// turn; each thread is a fiber that runs to its next barrier. A barrier or shuffle that only some
+// threads of a warp or block reach ends in an error, not in luck.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -58,7 +59,8 @@ inline void entry() {
   threads[current].state = kDone;
 }
 
-// All live threads of [begin, end) wait in `state` at one line: let them go. False if some wait elsewhere.
+// All live threads of [begin, end) wait in `state` at one line: let them go. False if some wait
+// elsewhere.
 inline bool release(int begin, int end, State state) {
   int line = 0;
   for (int i = begin; i < end; ++i) {
@@ -98,11 +100,13 @@ inline void run_block(int n) {
   }
   for (int i = 0; i < n; ++i)
     if (threads[i].state != kDone)
-      throw std::runtime_error("line " + std::to_string(threads[i].line) + ": not all threads reach this barrier");
+      throw std::runtime_error("line " + std::to_string(threads[i].line) +
+                               ": not all threads reach this barrier");
 }
 
 inline void launch(dim3 blocks, unsigned n, std::function<void()> kernel) {
-  if (blocks.x == 0 || blocks.y == 0 || blocks.y > 65535) throw std::runtime_error("invalid configuration argument");
+  if (blocks.x == 0 || blocks.y == 0 || blocks.y > 65535)
+    throw std::runtime_error("invalid configuration argument");
   if (threads.size() < n) threads = std::vector<Thread>(n);
   body = std::move(kernel), trapped = false;
   gridDim = blocks, blockDim = dim3(n, 1, 1);
