@@ -110,7 +110,6 @@ class _Gather(torch.autograd.Function):
     gradient of every row: its own slice times the number of ranks is what, averaged over ranks by
     DDP, is the single-process gradient. (A gather that lets no gradient through, or does not
     multiply, shrinks gradients by 1/world.)
-    1/world.)
     """
 
     @staticmethod
