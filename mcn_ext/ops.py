@@ -117,22 +117,20 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
                                   cluster_weight=cluster_weight, temperature=temperature,
                                   margin=margin, normalize=normalize, ids=ids, valid=valid,
                                   group=group)
-    rows = [embeddings[name] for name in names]
     index = {name: i for i, name in enumerate(names)}
     flat = []
     for first, second in pairs:
-        flat.append(index[first])
         if first == second:  # a pair's sides are distinct to csrc/loss.cpp
-            rows.append(embeddings[second])
-        flat.append(index[second] if first != second else len(rows) - 1)
+            names.append(second)
+        flat += [index[first], index[second] if first != second else len(names) - 1]
+    rows = [embeddings[name] for name in names]
     masks = []
     if valid:
         everything = torch.ones(len(rows[0]), dtype=torch.bool, device=rows[0].device)
         masks = [valid.get(name, everything) for name in names]
-        masks += [masks[flat[flat.index(i) - 1]] for i in range(len(names), len(rows))]
     if ids is not None:
         ids = [ids.get(tuple(p)) if isinstance(ids, Mapping) else ids for p in pairs]
-    clusters = [index[name] for name in (names if clustered is None else clustered)]
+    clusters = [index[name] for name in (embeddings if clustered is None else clustered)]
     k = 0 if centroids is None else len(centroids)
     return _loss(rows, flat, ids or [], masks, centroids, labels, clusters, temperature=temperature,
                  margin=margin, normalize=normalize, cluster_weight=cluster_weight, group=group,

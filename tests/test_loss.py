@@ -310,9 +310,9 @@ def test_opcheck(device, mode, monkeypatch):
                                      pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not sizes of an older build
+    torch._dynamo.reset()
     rows, options = problem(13, 5, device)
     call = everything(**options)
-    torch._dynamo.reset()
     compiled = torch.compile(lambda rows, t: call(ops, rows, t), fullgraph=True, backend=backend)
     got = values(ops, lambda _, rows, t: compiled(rows, t), rows)
     assert_close(got, values(ops, call, rows), rtol=1e-6, atol=1e-7)
