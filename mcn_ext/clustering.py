@@ -2,38 +2,115 @@
 
 All arithmetic is fp32 whatever the input's dtype and whatever autocast says. In fp16 the cosines of
 rows that share a mean direction tie, argmax sends them all to one cluster, and that cluster's sum
-overflows.
+overflows. fp32 cosines tie too, only later: 1 - cos is the square of a small angle. So rows and
+centroids are compared less their common mean, where |x - mu|^2 = 2 - 2 cos keeps its digits.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mcn_ext import distributed
 from mcn_ext.reference import unit_rows
 
-
-def _plus_plus(x: Tensor, k: int, generator) -> Tensor:
-    """k-means++ seeding (Arthur & Vassilvitskii 2007) on the sphere: |a - b|^2 = 2 - 2 cos."""
-    n = len(x)
-    chosen = [int(torch.randint(n, (1,), generator=generator))]
-    nearest = torch.full((n,), float("inf"), device=x.device)
-    draws = torch.rand(k - 1, generator=generator).tolist()
-    for u in draws:
-        nearest = torch.minimum(nearest, (1.0 - x @ x[chosen[-1]]).clamp_min(0.0))
-        cumulative = nearest.double().cumsum(0)
-        # With all chosen (fewer distinct rows than k), cumulative is 0 and row 0 is repeated.
-        chosen.append(min(int(torch.searchsorted(cumulative, u * cumulative[-1:], right=True)),
-                          n - 1))
-    return x[chosen]
+BLOCK = 1024  # rows compared at once: their (BLOCK, k) similarities stay in a CPU's cache
+SAME = 1e-12  # |x - mu|^2 at or below it, an angle of 1e-6, is one direction
+ROUNDING = 1e-6  # of |x|^2 + |y|^2 - 2 x.y, relative to |x|^2
+FARTHEST = 4.0  # the largest |x - y|^2 on the unit sphere
 
 
-def _sums(x: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Sum of the rows of each cluster (k, D), in an order that never changes."""
-    if x.is_cuda:  # index_add_ adds in whatever order threads arrive
-        return torch.nn.functional.one_hot(labels, k).to(x.dtype).t() @ x
-    return x.new_zeros(k, x.shape[1]).index_add_(0, labels, x)
+def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit rows fp32 of x's rows that are finite and not zero, which those are (N,) bool)."""
+    unit, usable = x.new_empty(x.shape, dtype=torch.float32), []
+    for begin in range(0, len(x), BLOCK):
+        rows = x[begin:begin + BLOCK].float()
+        largest = rows.abs().amax(dim=1, keepdim=True)  # NaN or inf if any entry is
+        usable.append((torch.isfinite(largest) & (largest > 0)).flatten())
+        # By the largest entry first: 1e-20 has a direction too.
+        unit[begin:begin + BLOCK] = unit_rows(rows / largest)
+    usable = torch.cat(usable) if usable else x.new_zeros(0, dtype=torch.bool)
+    return (unit if usable.all() else unit[usable]), usable
+
+
+class _Sphere:
+    """Points on the unit sphere less their mean, what k-means asks of them, and its random draws.
+
+    ``points`` (n, D) and every centroid (k, D) here are fp32 deviations from ``mean``.
+    """
+
+    def __init__(self, unit: Tensor, generator: torch.Generator):
+        self.mean = unit.mean(dim=0)
+        self.points = unit.sub_(self.mean)
+        self.square = self.points.square().sum(dim=1)
+        self.generator = generator
+
+    def nearest(self, centroids: Tensor) -> Tensor:
+        """Label (n,) int64 of each point's nearest centroid."""
+        offset = -0.5 * centroids.square().sum(dim=1)
+        return torch.cat([torch.addmm(offset, block, centroids.t()).argmax(dim=1)
+                          for block in self.points.split(BLOCK)])
+
+    def distance(self, labels: Tensor, centroids: Tensor) -> Tensor:
+        """|point - its centroid|^2 (n,), from the differences: exact where they are small."""
+        square = torch.cat([(block - centroids[label]).square().sum(dim=1) for block, label
+                            in zip(self.points.split(BLOCK), labels.split(BLOCK), strict=True)])
+        return torch.where(square > SAME, square, torch.zeros_like(square))
+
+    def draw(self, distance: Tensor, n: int) -> Tensor:
+        """n rows (n, D), each far from all before it: greedy k-means++ (Arthur & Vassilvitskii
+        2007, section 5). distance (n_points,): squared, to what there is already.
+
+        Of a few rows drawn with probability proportional to ``distance``, the one that lowers its
+        sum most. When no row is left that differs, rows repeat. Nothing here waits for a GPU.
+        """
+        tries = 2 + int(math.log(n))
+        draws = torch.rand(n, tries, generator=self.generator, dtype=torch.float64)
+        draws, rows = draws.to(distance.device), []
+        for u in draws:
+            cumulative = distance.double().cumsum(0)
+            index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
+            index = torch.where(cumulative[-1] > 0, index, u * len(distance)).long()
+            index = index.clamp_max(len(distance) - 1)
+            tried = self.points[index]
+            square = torch.addmm(self.square[index], self.points, tried.t(), alpha=-2.0)
+            square += self.square[:, None]
+            square *= square > SAME + ROUNDING * self.square[:, None]
+            closer = torch.minimum(square, distance[:, None])
+            best = closer.sum(dim=0).argmin()
+            rows.append(tried[best])
+            distance = closer[:, best]
+        return torch.stack(rows)
+
+    def means(self, labels: Tensor, centroids: Tensor) -> Tensor:
+        """Each cluster's mean direction; a cluster whose rows cancel out keeps the one it has."""
+        counts = torch.bincount(labels, minlength=len(centroids))
+        # Sums in an order that never changes, on a GPU too: no atomics.
+        sums = F.embedding_bag(labels.argsort(stable=True), self.points, counts.cumsum(0) - counts,
+                               mode="sum")
+        whole = self.mean + sums / counts.clamp_min(1)[:, None]
+        keep = (counts == 0) | (whole.norm(dim=1) < 1e-6)
+        return torch.where(keep[:, None], centroids, unit_rows(whole) - self.mean)
+
+    def revive(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """(centroids, labels): empty clusters move onto rows far from every centroid.
+
+        A cluster on a row keeps that row, so each pass leaves fewer empty, and one is the rule;
+        until none is, or no row is left that differs from its centroid.
+        """
+        last = len(centroids) + 1
+        while True:
+            labels = self.nearest(centroids)
+            empty = (torch.bincount(labels, minlength=len(centroids)) == 0).nonzero().flatten()
+            if len(empty) == 0 or len(empty) >= last:
+                return centroids, labels
+            distance, last = self.distance(labels, centroids), len(empty)
+            if not distance.any():
+                return centroids, labels
+            centroids = centroids.index_copy(0, empty, self.draw(distance, len(empty)))
 
 
 def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter: int = 20,
@@ -43,43 +120,47 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
     Args:
         x: (N, D), any float dtype. Rows that are zero or not finite take no part; their label is 0.
         k: number of centroids.
-        init: (k, D) to start from (default: k-means++ drawn from ``generator``, on CPU).
+        init: (m, D) with m <= k to start from. What is missing, zero or not finite in it is drawn
+            by greedy k-means++, all of it by default.
+        generator: of those draws, on CPU (default: one seeded with 0, the same on every rank).
 
-    Returns (centroids (k, D) fp32 unit rows, labels (N,) int64 of the nearest centroid). An empty
-    cluster is reseeded from the row farthest from its centroid; with fewer distinct rows than k,
-    centroids repeat. ValueError when no row is usable, k < 1 or init has another shape.
+    Returns (centroids (k, D) fp32 unit rows, labels (N,) int64 of the nearest centroid). Every
+    cluster has a row. With fewer than k distinct directions, each direction has a cluster and the
+    other centroids repeat some; they come to life at the next fit from there that finds more. The
+    same input gives the same result on one rank or several, and whatever autocast says. Takes one
+    fp32 copy of x. ValueError when no row is usable, k < 1 or init has another shape.
     """
-    if k < 1 or (init is not None and init.shape != (k, x.shape[1])):
+    if k < 1 or x.dim() != 2 or (init is not None and (
+            init.dim() != 2 or len(init) > k or init.shape[1] != x.shape[1])):
         raise ValueError(
             f"k = {k} and init {None if init is None else tuple(init.shape)} do not fit "
-            f"x {tuple(x.shape)}: k must be at least 1 and init (k, D)")
+            f"x {tuple(x.shape)}: k must be at least 1, x (N, D) and init (k, D) or less rows")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        rows = x.float()
-        usable = torch.isfinite(rows).all(dim=1)
-        rows = unit_rows(torch.where(usable[:, None], rows, torch.zeros_like(rows)))
-        usable &= rows.square().sum(dim=1) > 0.5
-        points = rows[usable]
-        if len(points) == 0:
+        unit, usable = _directions(x)
+        if len(unit) == 0:
             raise ValueError(
                 f"none of the {len(x)} rows is finite and non-zero: nothing to cluster")
-        centroids = _plus_plus(points, k, generator) if init is None else unit_rows(init.float())
-        labels = None
+        sphere = _Sphere(unit, generator or torch.Generator().manual_seed(0))
+        start, alive = _directions(x[:0] if init is None else init.to(x.device))
+        start -= sphere.mean
+        distance = sphere.square.new_full((len(unit),), FARTHEST)
+        if len(start):
+            distance = sphere.distance(sphere.nearest(start), start)
+        centroids = sphere.points.new_empty(k, x.shape[1])
+        slots = torch.zeros(k, dtype=torch.bool, device=x.device)
+        slots[:len(alive)] = alive
+        centroids[slots] = start
+        if len(start) < k:
+            centroids[~slots] = sphere.draw(distance, k - len(start))
+        centroids, labels = sphere.revive(centroids)
         for _ in range(max_iter):
-            similarity, new = (points @ centroids.t()).max(dim=1)
-            counts = torch.bincount(new, minlength=k)
-            empty = (counts == 0).nonzero().flatten()
-            if labels is not None and len(empty) == 0 and torch.equal(new, labels):
+            before = labels
+            centroids, labels = sphere.revive(sphere.means(labels, centroids))
+            if torch.equal(labels, before):
                 break
-            if len(empty):
-                farthest = similarity.argsort(stable=True)[:len(empty)]
-                new[farthest] = empty[:len(farthest)]
-                counts = torch.bincount(new, minlength=k)
-            labels = new
-            sums = _sums(points, labels, k)
-            # A cluster without rows (k > N), or whose rows cancel out, keeps its direction.
-            keep = (counts == 0) | (sums.norm(dim=1) < 1e-6)
-            centroids = torch.where(keep[:, None], centroids, unit_rows(sums))
-        return centroids, (rows @ centroids.t()).argmax(dim=1)
+        everything = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        everything[usable] = labels
+        return unit_rows(centroids + sphere.mean), everything
 
 
 class OnlineClusters:
@@ -87,7 +168,7 @@ class OnlineClusters:
 
     Every ``refit_every`` steps, once the queue is full (``queue_size`` steps), k-means starts from
     the last centroids (warm start, across epochs too). Between refits a batch is labelled by its
-    nearest centroid.
+    nearest centroid. Centroids are always finite unit rows, whatever is pushed or loaded.
     """
 
     def __init__(self, k: int, queue_size: int, refit_every: int, seed: int = 0):
@@ -98,15 +179,21 @@ class OnlineClusters:
         self.statistics: dict[str, float] = {}
 
     def push(self, joint: Tensor) -> None:
-        """Add a step's features (B, D) of the global batch, zero rows left out; refit when due."""
-        self.queue = [*self.queue, joint.detach().float()][-self.queue_size:]
+        """Add a step's features (B, D) of the global batch; refit when due. Rows that are zero or
+        not finite are kept as zero rows, which take no part: no size depends on their number."""
+        rows = joint.detach().float()
+        rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
+        if self.queue and self.queue[0].shape[1] != rows.shape[1]:
+            raise ValueError(f"features are {rows.shape[1]} wide, the queue holds "
+                             f"{self.queue[0].shape[1]}: start with an empty queue")
+        self.queue = [*self.queue, rows][-self.queue_size:]
         self.steps += 1
         if len(self.queue) == self.queue_size and self.steps % self.refit_every == 0:
             self.refit()
 
     def refit(self) -> None:
         features = torch.cat(self.queue)
-        usable = torch.isfinite(features).all(dim=1) & (features != 0).any(dim=1)
+        usable = (features != 0).any(dim=1)
         n = int(usable.sum())
         if n < self.k:
             return  # too little to tell k clusters apart; the contrastive terms go on alone
@@ -121,7 +208,9 @@ class OnlineClusters:
     def label(self, joint: Tensor) -> Tensor:
         """(B, D) -> (B,) int64, the nearest centroid of each row."""
         with torch.no_grad(), torch.autocast(joint.device.type, enabled=False):
-            return (unit_rows(joint.float()) @ self.centroids.t()).argmax(dim=1)
+            # Less what the centroids share: the same nearest, but cosines near 1 keep their digits.
+            apart = self.centroids - self.centroids.mean(dim=0)
+            return (unit_rows(joint.float()) @ apart.t()).argmax(dim=1)
 
     def state_dict(self) -> dict:
         return {"queue": [q.cpu() for q in self.queue], "steps": self.steps,
@@ -129,6 +218,11 @@ class OnlineClusters:
                 "centroids": None if self.centroids is None else self.centroids.cpu()}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """What was saved with another queue_size or k is cut; the next refit draws what lacks."""
         self.queue = [q.to(device) for q in state["queue"]][-self.queue_size:]
         self.steps, self.statistics = state["steps"], state["statistics"]
-        self.centroids = None if state["centroids"] is None else state["centroids"].to(device)
+        self.centroids = state["centroids"]
+        if self.centroids is not None:
+            finite = torch.isfinite(self.centroids).all(dim=1)
+            kept = self.centroids[finite][:self.k].to(device)
+            self.centroids = kept if len(kept) else None
