@@ -85,6 +85,10 @@ def main(argv=None):
         say(f"{folder} is done ({run.step} of {run.total_steps} steps). {hint}")
         return distributed.finish()
 
+    if args.detect is not None:
+        run.detect()
+        return distributed.finish()
+
     # ----------------------------------------------------------------------------------- train
     model.train()
     for epoch in run.epochs():
@@ -92,7 +96,7 @@ def main(argv=None):
             with run.autocast():
                 embeddings, errors = run.net(batch)
             terms = objective(embeddings, errors, batch)  # fp32, over the global batch
-            run.update(terms["total"])
+            run.update(terms["total"])  # or skip the step, and say why
             run.log(epoch, terms)
         run.save(epoch)
     run.finish(hint)

@@ -15,12 +15,14 @@ from mcn_ext import distributed
 
 LATEST = "checkpoint.pt"
 FORMAT = 1
-# Flags that change neither the model nor what it is shown: they may differ when a run is resumed.
+# Flags that change neither the model nor what it is shown, or are remedies: they may differ when a
+# run is resumed.
 FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
-              "out", "n_ranks", "init_run_id"}
+              "out", "n_ranks", "init_run_id", "max_bad_steps", "grad_outliers", "grad_factor",
+              "detect"}
 
 
-def _write(path: Path, content: dict) -> None:
+def write(path: Path, content: dict) -> None:
     """Write, fsync, rename: at every moment ``path`` is the old file or the new one, complete."""
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -36,7 +38,7 @@ def _write(path: Path, content: dict) -> None:
     os.replace(tmp, path)
 
 
-def load(path: Path) -> dict:
+def load(path: Path, kind: str = "mcn_checkpoint") -> dict:
     """A checkpoint on the CPU; SystemExit names a file that is missing, damaged or not ours."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -46,8 +48,8 @@ def load(path: Path) -> dict:
         raise SystemExit(
             f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); the epochs before "
             f"it are in {path.parent}/epoch-*.pt") from error
-    if not isinstance(content, dict) or content.get("mcn_checkpoint") != FORMAT:
-        raise SystemExit(f"{path}: not a checkpoint of this program (format {FORMAT})")
+    if not isinstance(content, dict) or content.get(kind) != FORMAT:
+        raise SystemExit(f"{path}: not a file of this program ({kind} {FORMAT})")
     return content
 
 
@@ -57,8 +59,8 @@ def save(folder: Path, *, args: dict, sizes: dict, step: int, epoch_done: int | 
     content = {"mcn_checkpoint": FORMAT, "args": args, "sizes": sizes, "step": step,
                "complete": complete, "run_id": run_id, "model": model}
     if epoch_done is not None:  # first: a kill in between costs the epoch again, not its file
-        _write(folder / f"epoch-{epoch_done:02d}.pt", content)
-    _write(folder / LATEST, content | {"training": training})
+        write(folder / f"epoch-{epoch_done:02d}.pt", content)
+    write(folder / LATEST, content | {"training": training})
 
 
 def new_run_id() -> str:

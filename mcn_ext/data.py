@@ -142,6 +142,21 @@ class ClipReader:
         return out
 
 
+    def describe(self, clip_ids: list[int]) -> list[str]:
+        """Clips as a person finds them: video id, seconds, words."""
+        last = np.cumsum(self.store.caption_counts())
+        names, out = self.store.ids() if clip_ids else [], []
+        for clip_id in clip_ids:
+            caption, more = clip_id >> 20, clip_id & (1 << 20) - 1  # as in read()
+            video = int(np.searchsorted(last, caption, side="right"))
+            number, start, end = self.store.caption_times(video)
+            first = caption - number
+            words = " ".join(self.store.caption_texts(video)[first:first + more + 1])
+            out.append(f"{names[video]} {start[first]:.1f} to {end[first + more]:.1f} s "
+                       f"\"{words[:60]}\"")
+        return out
+
+
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
     """Clips of several videos as one flat batch; audio padded to the longest, by 16 frames."""
     batch = {}

@@ -89,6 +89,15 @@ def broadcast_object(value):
     return box[0]
 
 
+def gather_objects(value) -> list:
+    """Every rank's plain Python value, in rank order, on every rank."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast(value: Tensor) -> None:
     """Overwrite a tensor, on every rank, with rank 0's."""
     if world() > 1:

@@ -129,6 +129,12 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     add("precision", str, None, "of the encoders; losses and clustering are always fp32 (default: "
         "bf16 on GPUs that have it, else fp32)", choices=("fp32", "bf16", "fp16"))
     add("max_steps", positive(int), "N", "stop after so many steps; the schedule stays as it is")
+    add("max_bad_steps", positive(int), "N", "stop after so many steps in a row whose loss or "
+        "gradient is not finite; each is skipped and explained (default 10)", default=10)
+    add("grad_outliers", str, None, "what to do with a gradient whose norm is over --grad_factor "
+        "times the median of the last 100 steps: clip it to that, or skip the step; try clip when "
+        "the loss has spikes (default off)", choices=("off", "clip", "skip"), default="off")
+    add("grad_factor", positive(float), "X", "see --grad_outliers (default 10)", default=10.0)
 
     group = parser.add_argument_group("run")
     add("out", Path, "DIR", "run folder (default runs/stage..., by pair and data)")
@@ -141,6 +147,9 @@ def add_training_flags(parser: Parser, stage: int) -> None:
         "1000); a kill costs at most these", default=1000)
     add("log_every", positive(int), "STEPS", "steps between lines of log.jsonl (default 10); each "
         "waits for the GPU", default=10)
+    group.add_argument("--detect", nargs="?", type=Path, const=Path(), metavar="FILE",
+                       help="train nothing: replay a bad step kept in the run folder (default: its "
+                       "last) and print the first module and tensor that is not finite")
     group.add_argument("--tensorboard", action=switch, default=False, help="also write TensorBoard "
                        "events to the run folder (pip install tensorboard)")
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,7 +55,8 @@ def environment(device: torch.device) -> str:
 class RunLog:
     """One run folder's records, and the bar with the time left.
 
-    log.jsonl has one object per logged step; a resumed run goes on after the step it resumed from.
+    log.jsonl has one object per logged step, and one per skipped step ("skipped": why). A resumed
+    run goes on after the step it resumed from.
     """
 
     def __init__(self, folder: Path, args: dict, device: torch.device, *, step: int,
@@ -98,12 +100,17 @@ class RunLog:
             self.waited += time.perf_counter() - begin
             yield batch
 
-    def step(self, step: int, epoch: int, lr: float, terms: dict[str, torch.Tensor], clips: int,
-             every: int, extra: dict) -> None:
-        """Count a step of ``clips`` clips over all ranks; every ``every`` steps write a row.
+    def skipped(self, step: int, epoch: int, clips: int, why: dict) -> None:
+        """Count a step that was skipped, and write why (:meth:`mcn_ext.guard.Guard.skip`)."""
+        self.clips += clips
+        self.bar.update(step - self.bar.n)
+        if self.first:
+            self.file.write(json.dumps({"step": step, "epoch": epoch, **why}) + "\n")
 
-        SystemExit, before anything is saved, if the total is not finite.
-        """
+    def step(self, step: int, epoch: int, lr: float, terms: dict[str, torch.Tensor], clips: int,
+             every: int, extra: Callable[[], dict]) -> None:
+        """Count a step of ``clips`` clips over all ranks; when it is due, write a row with what
+        ``extra`` returns."""
         self.clips += clips
         self.bar.update(step - self.bar.n)
         if step % every and step != self.last:
@@ -112,17 +119,12 @@ class RunLog:
         # This waits for the device.
         mean = distributed.total(torch.stack(list(terms.values())).float()) / distributed.world()
         values = dict(zip(terms, mean.tolist(), strict=True))
-        if values["total"] != values["total"] or abs(values["total"]) == float("inf"):
-            raise SystemExit(
-                f"step {step}: the loss is not finite: {values}. What is saved in "
-                f"{self.folder} has finite weights. Train anew (--no-resume) with a lower --lr, "
-                "--precision fp32 or --similarity cosine")
         now = time.perf_counter()
         seconds = now - self.last_time
         row = {"step": step, "epoch": epoch, "lr": lr, **values,
                "clips_per_s": round(self.clips / seconds, 1),
                "data_wait": round(self.waited / seconds, 4),
-               "peak_mib": round(self._peak_mib(), 1), **extra}
+               "peak_mib": round(self._peak_mib(), 1), **extra()}
         self.last_time, self.waited, self.clips = now, 0.0, 0
         self.bar.set_postfix_str(
             " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False)

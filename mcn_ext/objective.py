@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mcn_ext import distributed, ops, reference
 from mcn_ext.clustering import OnlineClusters
-from mcn_ext.reference import unit_rows
+from mcn_ext.reference import LossTerms, unit_rows
 
 
 class Objective:
@@ -44,25 +44,53 @@ class Objective:
         """A step's ``total`` to differentiate, ``contrastive``, ``cluster`` and ``reconstruction``.
 
         batch: ``valid`` {modality: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64.
+        The clustering queue takes the batch in only with :meth:`enqueue`.
         """
-        group, valid = distributed.default_group(), batch["valid"]
-        centroids = labels = joint = None
+        self.last = {name: e.detach() for name, e in embeddings.items()}, errors, batch
         if self.clusters is not None:
-            joint = self.joint(embeddings, valid)
-            if self.clusters.centroids is not None:
-                centroids, labels = self.clusters.centroids, self.clusters.label(joint)
-        # Clips with the same words have one text embedding: neither can be the other's negative.
-        ids = {p: batch["caption_id" if "text" in p else "clip_id"] for p in self.pairs}
-        terms = self.mcn_loss(
-            {name: embeddings[name] for name in self.modalities}, self.pairs, centroids, labels,
-            clustered=self.trained, cluster_weight=self.cluster_weight, ids=ids, valid=valid,
-            group=group, **self.loss)
-        reconstruction = self.reconstruction(errors, valid)
-        if joint is not None:
-            self.clusters.push(distributed.gather(joint, group))
+            self._joint = self.joint(embeddings, batch["valid"])
+        terms = self._losses(embeddings, batch, self.pairs, self.trained)
+        reconstruction = self.reconstruction(errors, batch["valid"])
         return {"total": terms.total + self.recon_weight * reconstruction,
                 "contrastive": terms.contrastive, "cluster": terms.cluster,
                 "reconstruction": reconstruction}
+
+    def _losses(self, embeddings, batch, pairs, clustered) -> LossTerms:
+        """The contrastive terms of ``pairs`` and the clustering terms of ``clustered``."""
+        centroids = labels = None
+        if self.clusters is not None and self.clusters.centroids is not None and clustered:
+            centroids = self.clusters.centroids
+            labels = self.clusters.label(self._joint)
+        return self.mcn_loss(
+            {name: embeddings[name] for name in self.modalities}, pairs, centroids, labels,
+            clustered=clustered, cluster_weight=self.cluster_weight,
+            ids={p: self.ids(p, batch) for p in pairs}, valid=batch["valid"],
+            group=distributed.default_group(), **self.loss)
+
+    @staticmethod
+    def ids(pair: tuple[str, str], batch: Mapping) -> Tensor:
+        """(B,) equal for clips that cannot be each other's negatives: the same clip or, in a pair
+        with text, the same words, which have one embedding."""
+        return batch["caption_id" if "text" in pair else "clip_id"]
+
+    def enqueue(self) -> None:
+        """Take the last batch into the clustering queue; refit when due. Not for a skipped step."""
+        if self.clusters is not None:
+            self.clusters.push(distributed.gather(self._joint, distributed.default_group()))
+
+    @torch.no_grad()
+    def parts(self) -> dict[str, float]:
+        """Every term of the last batch by pair or modality, unweighted; all ranks call this."""
+        embeddings, errors, batch = self.last
+        parts = {f"contrastive {a}-{b}": self._losses(embeddings, batch, [(a, b)], []).contrastive
+                 for a, b in self.pairs}
+        if self.clusters is not None and self.clusters.centroids is not None:
+            parts |= {f"cluster {name}": self._losses(embeddings, batch, [], [name]).cluster
+                      for name in self.trained}
+        parts |= {f"reconstruction {name}": self.reconstruction({name: error}, batch["valid"])
+                  for name, error in errors.items()}
+        return {name: float(distributed.total(value)) / distributed.world()
+                for name, value in parts.items()}
 
     def joint(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
         """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero for none."""

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mcn_ext import checkpoint, distributed, flags
+from mcn_ext import checkpoint, distributed, flags, guard
 from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
+from mcn_ext.diagnostics import diagnose
+from mcn_ext.guard import Guard
 from mcn_ext.log import RunLog, say
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
@@ -102,7 +104,7 @@ class Training:
         self.args, self.folder, self.device = args, folder, device
         self.model, self.objective = model, objective
         world = distributed.world()
-        reader = ClipReader(
+        self.reader = reader = ClipReader(
             store,
             video_streams=tuple(model.sizes["video_dims"]) if "video" in model.modalities else (),
             audio="audio" in model.modalities, words=words, audio_frames=args.audio_frames,
@@ -131,6 +133,9 @@ class Training:
         precision = args.precision or ("bf16" if has_bf16 else "fp32")
         self.amp_dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.guard = Guard(model, objective, self.optimizer, self.scaler, folder,
+                           max_bad_steps=args.max_bad_steps, outliers=args.grad_outliers,
+                           factor=args.grad_factor, describe=reader.describe)
         self.step, self.run_id = 0, checkpoint.new_run_id()
         if resumed is not None:
             self._resume(resumed)
@@ -138,8 +143,8 @@ class Training:
             raise SystemExit(f"ranks see different checkpoints in {folder}: put --out on a disk "
                              "that all of them share")
         self.net = DistributedDataParallel(model) if world > 1 else model
-        self.done = self.step >= self.last_step
-        if self.done:
+        self.done = self.step >= self.last_step and args.detect is None
+        if self.done or args.detect is not None:
             return
         n_clips, dropped = args.batch_size * args.n_pair, clips.n_without_captions
         fixed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained)
@@ -169,6 +174,8 @@ class Training:
         state = content["training"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         if self.objective.clusters is not None:
             self.objective.clusters.load_state_dict(state["clusters"], self.device)
         self.step, self.run_id = content["step"], content["run_id"]
@@ -184,6 +191,7 @@ class Training:
         """Batches of an epoch on the device, from where a resumed run stood."""
         start = self.step - (epoch - 1) * self.loader.steps_per_epoch
         for batch in self.log_.timed(self.loader.epoch(epoch, start)):
+            self.guard.before()
             yield to_device(batch, self.device, self.table)
             if self.step >= self.last_step:
                 return
@@ -194,31 +202,52 @@ class Training:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled)
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine to 0 at the last step."""
-        if self.step < self.warmup:
-            return self.args.lr * (self.step + 1) / self.warmup
-        progress = (self.step - self.warmup) / max(1, self.total_steps - self.warmup)
+        """Linear warm-up, then half a cosine to 0 at the last step; skipped steps do not count."""
+        step = self.step - self.guard.skipped
+        if step < self.warmup:
+            return self.args.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.total_steps - self.warmup)
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def update(self, total: torch.Tensor) -> None:
-        """Backward and one Adam step. (fp16: skipped by the scaler when a gradient overflowed.)"""
+        """Backward and one Adam step; none, and a report, when the loss or a gradient is bad."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
+        self.step += 1
+        why, self.skipped = self.guard.check(total), None
+        if why:
+            self.skipped = self.guard.skip(self.step, why, flags.as_dict(self.args),
+                                           self.model.sizes)
+            return
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.step += 1
+        self.objective.enqueue()
 
     def log(self, epoch: int, terms: dict[str, torch.Tensor]) -> None:
         """Record the step; save within the epoch when --save_every says so."""
-        clusters = self.objective.clusters
-        self.log_.step(self.step, epoch, self.optimizer.param_groups[0]["lr"],
-                       {name: value.detach() for name, value in terms.items()},
-                       self.args.batch_size * self.args.n_pair, self.args.log_every,
-                       clusters.statistics if clusters is not None else {})
+        n_clips = self.args.batch_size * self.args.n_pair
+        if self.skipped:
+            self.log_.skipped(self.step, epoch, n_clips, self.skipped)
+            self.guard.give_up(self.step)
+        else:
+            self.log_.step(self.step, epoch, self.optimizer.param_groups[0]["lr"],
+                           {name: value.detach() for name, value in terms.items()}, n_clips,
+                           self.args.log_every, self._diagnostics)
         if self.step % self.args.save_every == 0:
             self.save(None)
+
+    def _diagnostics(self) -> dict[str, float]:
+        clusters = self.objective.clusters
+        return {"grad_norm": self.guard.norm, "skipped_steps": self.guard.skipped,
+                **(clusters.statistics if clusters is not None else {}),
+                **diagnose(self.objective)}
+
+    def detect(self) -> None:
+        """Replay a kept bad step and print where it first goes wrong (--detect)."""
+        say(guard.replay(self.args.detect, self.folder, self.model, self.objective, self.autocast(),
+                         self.device, self.reader.describe))
 
     def save(self, epoch: int | None) -> None:
         """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete."""
@@ -232,7 +261,8 @@ class Training:
         ended = epoch is not None and self.step == epoch * self.loader.steps_per_epoch
         clusters = self.objective.clusters
         training = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                    "clusters": clusters.state_dict() if clusters is not None else None}
+                    "clusters": clusters.state_dict() if clusters is not None else None,
+                    "guard": self.guard.state_dict()}
         checkpoint.save(self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes,
                         step=self.step, epoch_done=epoch if ended else None,
                         complete=self.step >= self.total_steps, run_id=self.run_id,

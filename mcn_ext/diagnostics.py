@@ -1,0 +1,75 @@
+"""Signs of collapse, from the embeddings of one batch: numbers for log.jsonl and curves.png.
+
+Computed on at most SAMPLE clips, the same ones on any number of ranks. A batch that has collapsed
+may still have a finite, even a falling loss; these numbers show it at the first logged step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mcn_ext import distributed
+from mcn_ext.objective import Objective
+from mcn_ext.reference import unit_rows
+
+SAMPLE = 512
+
+
+def effective_rank(rows: Tensor) -> Tensor:
+    """exp of the entropy of the singular values' shares (Roy & Vetterli 2007): of rows (n, D), from
+    1, all on one line, to min(n, D). 0 for no row."""
+    if len(rows) == 0:
+        return rows.new_zeros(())
+    gram = rows @ rows.t() if len(rows) <= rows.shape[1] else rows.t() @ rows
+    share = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
+    share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
+    return torch.special.entr(share).sum().exp()
+
+
+def uniformity(rows: Tensor) -> Tensor:
+    """log of the mean of exp(-2 |a - b|^2) over pairs of unit rows (n, D) (Wang & Isola 2020): from
+    0, all the same, to about -4, spread over the sphere. 0 for fewer than two rows."""
+    if len(rows) < 2:
+        return rows.new_zeros(())
+    similarity = rows @ rows.t()
+    apart = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return (4.0 * (similarity[apart] - 1.0)).exp().mean().log()
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Every n-th row of the global batch, from all ranks."""
+    group, n = distributed.default_group(), len(x)
+    stride = -(-n * distributed.world() // SAMPLE)
+    first = -distributed.rank() * n % stride  # ranks hold equal, consecutive parts
+    return distributed.gather(x[first::stride].contiguous(), group)
+
+
+@torch.no_grad()
+def diagnose(objective: Objective) -> dict[str, float]:
+    """Of the objective's last batch, by modality: ``norm_*``, mean length of the embeddings;
+    ``rank_*``, their :func:`effective_rank` at unit length; ``uniformity_*``. By pair: mean cosine
+    of ``positive_*`` and ``negative_*`` clips, ``alignment_*``, mean |x - y|^2 of positives. All
+    ranks call this; waits for the device."""
+    embeddings, _, batch = objective.last
+    out, unit, valid = {}, {}, {}
+    for name in objective.modalities:
+        valid[name] = _sample(batch["valid"][name])
+        rows = _sample(embeddings[name]).float()
+        unit[name] = unit_rows(rows)
+        present = valid[name]
+        out[f"norm_{name}"] = rows[present].norm(dim=1).sum() / present.sum().clamp_min(1)
+        out[f"rank_{name}"] = effective_rank(unit[name][present])
+        out[f"uniformity_{name}"] = uniformity(unit[name][present])
+    for first, second in objective.pairs:
+        both = valid[first] & valid[second]
+        ids = _sample(objective.ids((first, second), batch))
+        similarity = unit[first] @ unit[second].t()
+        others = (ids[:, None] != ids) & both[:, None] & both
+        positive = similarity.diagonal()[both].sum() / both.sum().clamp_min(1)
+        pair = f"{first}_{second}"
+        out[f"positive_{pair}"] = positive
+        out[f"negative_{pair}"] = (similarity * others).sum() / others.sum().clamp_min(1)
+        out[f"alignment_{pair}"] = 2.0 - 2.0 * positive
+    values = torch.stack([value.double() for value in out.values()]).tolist()
+    return dict(zip(out, (round(value, 5) for value in values), strict=True))

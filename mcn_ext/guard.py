@@ -1,0 +1,316 @@
+"""Steps that went wrong: skipped without a trace, explained, kept for a replay; and the replay.
+
+A step is bad when the loss or a gradient is not finite, or, by rule, when its gradient's norm is an
+outlier. It then changes nothing: weights, optimiser, schedule, clustering queue and BatchNorm
+statistics stay as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
+
+from mcn_ext import checkpoint, distributed
+from mcn_ext.log import say
+from mcn_ext.objective import Objective
+
+MAX_DUMPS = 3  # batches kept in a run folder: a dump holds the weights, too
+NORMS, ENOUGH_NORMS = 100, 20  # good steps whose gradient norms are remembered; fewest for a rule
+SHOWN, LISTED = 5, 50  # clips or tensors that a report names, clips that log.jsonl lists
+GRADIENT = "the gradient is not finite"
+
+
+def _bad_rows(x: Tensor) -> Tensor:
+    """(B,) bool: rows of x (B, ...) with an entry that is not finite."""
+    return ~torch.isfinite(x.flatten(1)).all(dim=1) if x.dim() > 1 else ~torch.isfinite(x)
+
+
+def _inputs(batch: Mapping, modality: str) -> list[Tensor]:
+    """A modality's input tensors, padding words as zeros."""
+    if modality == "video":
+        return list(batch["video"].values())
+    if modality == "text":
+        return [batch["text"].masked_fill(~batch["text_mask"][..., None], 0)]
+    return [batch["audio"]]
+
+
+def find_clips(objective: Objective) -> list[dict]:
+    """Where the last batch first goes wrong on this rank: per modality, the first of its inputs,
+    embeddings and reconstruction errors that is not finite, with the clips it is so for."""
+    embeddings, errors, batch = objective.last
+    found = []
+    for name in objective.modalities:
+        stages = [("input", x) for x in _inputs(batch, name)] + [("embedding", embeddings[name])]
+        stages += [("reconstruction", errors[name])] if name in errors else []
+        for stage, x in stages:
+            bad = _bad_rows(x.detach()) & batch["valid"][name]
+            if bad.any():
+                found.append({"modality": name, "stage": stage, "n_bad": int(bad.sum()),
+                              "n_clips": int(batch["valid"][name].sum()),
+                              "clips": batch["clip_id"][bad][:LISTED].tolist()})
+                break
+    return found
+
+
+def _merge(ranks: list[list[dict]]) -> list[dict]:
+    """What the ranks found, one entry for each modality and stage."""
+    merged: dict[tuple, dict] = {}
+    for found in (entry for rank in ranks for entry in rank):
+        into = merged.setdefault((found["modality"], found["stage"]), found | {
+            "n_bad": 0, "n_clips": 0, "clips": []})
+        into["n_bad"] += found["n_bad"]
+        into["n_clips"] += found["n_clips"]
+        into["clips"] = (into["clips"] + found["clips"])[:LISTED]
+    inputs = [entry for entry in merged.values() if entry["stage"] == "input"]
+    # One clip's bad input spoils all the batch in BatchNorm: what follows from it is left out.
+    return inputs or list(merged.values())
+
+
+def _not_finite(tensors) -> list[str]:
+    """Names of those (name, tensor or None) that are not finite everywhere."""
+    return [name for name, x in tensors if x is not None and not torch.isfinite(x).all()]
+
+
+def _some(names: list[str], n: int | None = None) -> str:
+    """The first names, and how many of n (default: of all) there are more."""
+    more = (len(names) if n is None else n) - len(names[:SHOWN])
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+class Guard:
+    """Decides whether a step counts; ``skipped`` steps in all, ``in_a_row`` of bad ones until now.
+
+    Args:
+        scaler: its overflows while it looks for a scale are skipped, but are not bad steps.
+        max_bad_steps: how many in a row :meth:`give_up` bears.
+        outliers: "off", or "clip" or "skip" gradients whose norm is above ``factor`` times the
+            median of the last good steps'.
+        describe: clip ids -> texts that a person understands.
+    """
+
+    def __init__(self, model: torch.nn.Module, objective: Objective,
+                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, folder: Path, *,
+                 max_bad_steps: int = 10, outliers: str = "off", factor: float = 10.0,
+                 describe: Callable[[list[int]], list[str]] = lambda ids: list(map(str, ids))):
+        self.model, self.objective = model, objective
+        self.optimizer, self.scaler = optimizer, scaler
+        self.folder, self.max_bad_steps, self.describe = folder, max_bad_steps, describe
+        self.outliers, self.factor = outliers, factor
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.buffers = list(model.buffers())  # BatchNorm statistics
+        self.before_step = [buffer.clone() for buffer in self.buffers]
+        self.skipped = self.in_a_row = 0
+        self.norms: deque[float] = deque(maxlen=NORMS)
+        self.norm = math.nan  # of the last step's gradient, before clipping
+
+    def before(self) -> None:
+        """Note what a forward pass changes by itself."""
+        for kept, buffer in zip(self.before_step, self.buffers, strict=True):
+            kept.copy_(buffer)
+
+    def check(self, total: Tensor) -> str:
+        """Why the optimiser must not step, or ""; the same on every rank. Call after backward.
+
+        Gradients are unscaled, and clipped if that is the rule. This waits for the device, once.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
+                                              if p.grad is not None])
+        # Ranks hold their shares of the loss, and one decision must serve them all.
+        both = torch.stack([total.detach().float(), norm.float().to(total.device)])
+        loss, self.norm = (distributed.total(both) / distributed.world()).tolist()
+        if not math.isfinite(loss):
+            return "the loss is not finite"
+        if not math.isfinite(self.norm):
+            return GRADIENT
+        limit = math.inf
+        if self.outliers != "off" and len(self.norms) >= ENOUGH_NORMS:
+            limit = self.factor * median(self.norms)
+        if self.norm > limit:
+            if self.outliers == "skip":
+                return (f"the gradient's norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} "
+                        f"times the median of the last {len(self.norms)} good steps")
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        self.in_a_row = 0
+        self.norms.append(min(self.norm, limit))
+        return ""
+
+    def skip(self, step: int, why: str, args: dict, sizes: dict) -> dict:
+        """Undo a bad step and explain it, on the console too; returns what log.jsonl is to hold of
+        it. All ranks call this."""
+        for kept, buffer in zip(self.before_step, self.buffers, strict=True):
+            buffer.copy_(kept)
+        self.skipped += 1
+        scale = self.scaler.get_scale()
+        if why == GRADIENT and self.scaler.is_enabled() and scale > 1:
+            self.scaler.update()
+            return {"skipped": f"fp16 overflow: loss scale {scale:g} to "
+                               f"{self.scaler.get_scale():g}"}
+        if self.scaler.is_enabled():
+            self.scaler.update(scale)  # a bad batch says nothing of the scale: it stays
+        self.in_a_row += 1
+        named = list(self.model.named_parameters())
+        row = {"skipped": why, "in_a_row": self.in_a_row, "gradient_norm": str(self.norm),
+               "terms": {name: str(value) for name, value in self.objective.parts().items()},
+               "weights": _some(_not_finite(named)),
+               "gradients": _some(_not_finite((name, p.grad) for name, p in named)),
+               "clips": _merge(distributed.gather_objects(find_clips(self.objective))),
+               "file": self._dump(step, why, args, sizes, scale)}
+        if distributed.rank() == 0:
+            say(self.report(step, row))
+        return row
+
+    def give_up(self, step: int) -> None:
+        """SystemExit after ``max_bad_steps`` bad steps in a row."""
+        if self.in_a_row >= self.max_bad_steps:
+            raise SystemExit(
+                f"step {step}: {self.in_a_row} bad steps in a row (--max_bad_steps); the run stops."
+                f" They changed nothing: what is saved in {self.folder} has finite weights. The "
+                "reports above are in log.jsonl, too. If they name single clips, look at their "
+                "features; if weights, or all clips, go back to an earlier epoch or train anew "
+                "(--no-resume) with a lower --lr, --precision fp32 or --similarity cosine")
+
+    def report(self, step: int, row: dict) -> str:
+        """What :meth:`skip` found, for people."""
+        lines = [f"step {step} skipped: {row['skipped']} ({row['in_a_row']} in a row, the run "
+                 f"stops at {self.max_bad_steps})"]
+        for found in row["clips"]:
+            known = self.describe(found["clips"][:SHOWN])
+            lines.append(f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} "
+                         f"of {found['n_clips']} clips: {_some(known, found['n_bad'])}")
+        bad = [name for name, value in row["terms"].items() if not math.isfinite(float(value))]
+        good = [f"{name} {float(value):.4g}" for name, value in row["terms"].items()
+                if name not in bad]
+        lines.append(f"  terms: not finite: {', '.join(bad) or 'none'}; "
+                     f"finite: {', '.join(good) or 'none'}")
+        for kind in ("weights", "gradients"):
+            if row[kind]:
+                lines.append(f"  {kind} not finite: {row[kind]}")
+        if row["file"]:
+            lines.append(f"  kept in {row['file']}: the same command with --detect replays it")
+        return "\n".join(lines)
+
+    def _dump(self, step: int, why: str, args: dict, sizes: dict, scale: float) -> str | None:
+        """Keep the batch, each rank its own, and rank 0 the model. None when there are enough, or
+        no room."""
+        if distributed.broadcast_object(len(find_dumps(self.folder)) >= MAX_DUMPS):
+            return None
+        rank, clusters = distributed.rank(), self.objective.clusters
+        path = self.folder / f"bad-step-{step:06d}{f'.rank{rank}' if rank else ''}.pt"
+        content = {"mcn_bad_step": 1, "step": step, "why": why, "n_ranks": distributed.world(),
+                   "loss_scale": scale, "batch": self.objective.last[2]}
+        if rank == 0:
+            content |= {"args": args, "sizes": sizes, "model": self.model.state_dict(),
+                        "centroids": clusters.centroids if clusters is not None else None}
+        try:
+            checkpoint.write(path, content)
+        except SystemExit as error:  # a full disk: training goes on
+            say(f"the bad batch is not kept: {error}")
+            return None
+        return str(path)
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped, "norms": list(self.norms)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = state["skipped"]
+        self.norms.extend(state["norms"])
+
+
+# ------------------------------------------------------------------------------------ the replay
+def find_dumps(folder: Path) -> list[Path]:
+    """Bad steps kept in a run folder, oldest first: rank 0's files."""
+    return sorted(p for p in folder.glob("bad-step-*.pt") if ".rank" not in p.name)
+
+
+def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objective, autocast,
+           device: torch.device, describe) -> str:
+    """Run a kept bad step again, in one process, and say where it first goes wrong.
+
+    ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``.
+    """
+    if file == Path():
+        kept = find_dumps(folder)
+        if not kept:
+            raise SystemExit(f"--detect: no bad-step-*.pt in {folder}; a run keeps the first "
+                             f"{MAX_DUMPS} steps that it skips")
+        file = kept[-1]
+    dump = checkpoint.load(file, kind="mcn_bad_step")
+    parts = [dump] + [checkpoint.load(file.with_name(f"{file.stem}.rank{r}.pt"), "mcn_bad_step")
+                      for r in range(1, dump["n_ranks"])]
+    if dump["sizes"] != model.sizes:
+        raise SystemExit(f"--detect {file}: kept from a model of {dump['sizes']}, not "
+                         f"{model.sizes}; give the run's own flags")
+    model.load_state_dict(dump["model"])
+    model.train()
+    if objective.clusters is not None:
+        centroids = dump["centroids"]
+        objective.clusters.centroids = None if centroids is None else centroids.to(device)
+    batch = _joined([part["batch"] for part in parts], device)
+    lines = [f"{file}: step {dump['step']}, {dump['why']}; {len(batch['clip_id'])} clips"]
+    weights = _not_finite(model.named_parameters())
+    lines += [f"  weights not finite: {_some(weights)}"] if weights else []
+    with FirstNotFinite() as forward, forward.tracker, autocast:
+        embeddings, errors = model(batch)
+    terms = objective(embeddings, errors, batch)
+    for found in _merge([find_clips(objective)]):
+        lines.append(f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} of "
+                     f"{found['n_clips']} clips: "
+                     f"{_some(describe(found['clips'][:SHOWN]), found['n_bad'])}")
+    lines.append(f"  forward:  {forward}")
+    lines += [f"  {name}: {value:.6g}" for name, value in objective.parts().items()]
+    if torch.isfinite(terms["total"]):
+        with FirstNotFinite() as backward, backward.tracker:
+            (terms["total"] * dump["loss_scale"]).backward()
+        lines.append(f"  backward: {backward}")
+    return "\n".join(lines)
+
+
+def _joined(batches: list[Mapping], device: torch.device) -> dict:
+    """Ranks' batches as one, audio padded to the longest."""
+    first, out = batches[0], {}
+    for key, value in first.items():
+        values = [batch[key] for batch in batches]
+        if isinstance(value, Mapping):
+            out[key] = _joined(values, device)
+            continue
+        if key == "audio":
+            longest = max(v.shape[-1] for v in values)
+            values = [torch.nn.functional.pad(v, (0, longest - v.shape[-1])) for v in values]
+        out[key] = torch.cat(values).to(device)
+    return out
+
+
+class FirstNotFinite(TorchDispatchMode):
+    """Notes the first operation, forward or backward, that yields NaN or inf, and its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.tracker, self.found = ModuleTracker(), "all finite"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.found == "all finite" and "empty" not in str(func):  # those are not yet written
+            for x in tree_leaves(out):
+                if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+                    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                    before = _not_finite((str(i), t) for i, t in enumerate(inputs))
+                    self.found = (
+                        f"first in {max(self.tracker.parents, key=len)}: {func} yields "
+                        f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
+                        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
+                        + ("an input that was not finite" if before else "finite inputs"))
+                    break
+        return out
+
+    def __str__(self) -> str:
+        return self.found
