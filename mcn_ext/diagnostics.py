@@ -21,8 +21,9 @@ def effective_rank(rows: Tensor) -> Tensor:
     1, all on one line, to min(n, D). 0 for no row."""
     if len(rows) == 0:
         return rows.new_zeros(())
+    rows = rows.double()  # an eigenvalue's rounding counts by its root
     gram = rows @ rows.t() if len(rows) <= rows.shape[1] else rows.t() @ rows
-    share = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt()
+    share = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
     return torch.special.entr(share).sum().exp()
 
@@ -69,7 +70,22 @@ def diagnose(objective: Objective) -> dict[str, float]:
         positive = similarity.diagonal()[both].sum() / both.sum().clamp_min(1)
         pair = f"{first}_{second}"
         out[f"positive_{pair}"] = positive
-        out[f"negative_{pair}"] = (similarity * others).sum() / others.sum().clamp_min(1)
+        out[f"negative_{pair}"] = similarity[others].sum() / others.sum().clamp_min(1)
         out[f"alignment_{pair}"] = 2.0 - 2.0 * positive
     values = torch.stack([value.double() for value in out.values()]).tolist()
     return dict(zip(out, (round(value, 5) for value in values), strict=True))
+
+
+def signs_of_collapse(values: dict[str, float]) -> list[str]:
+    """What in a logged row says that embeddings or clusters have become one, in words."""
+    signs = []
+    if values.get("largest_share", 0.0) > 0.5:
+        signs.append("one cluster holds more than half of the clips")
+    for key, value in values.items():
+        kind, _, name = key.partition("_")
+        if kind == "rank" and 0.0 < value < 2.0:
+            signs.append(f"the {name} embeddings lie on one line (effective rank below 2)")
+        if kind == "negative" and value > 0.95:
+            signs.append(f"{name.replace('_', ' and ')} of different clips are alike (cosine above "
+                         "0.95)")
+    return signs

@@ -189,6 +189,7 @@ def complete(args: argparse.Namespace, inherited: dict | None = None) -> argpars
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.similarity = args.similarity or "cosine"
+    args.resume = args.resume or args.detect is not None  # the kept step lies in the run folder
     args.seed = args.seed or 0
     has_words = "T" in inherited.get("pair", "")  # stage 1's text encoder knows its own vectors
     if args.word2vec is None and WORD2VEC.exists() and not args.demo and not has_words:

@@ -87,7 +87,8 @@ def _some(names: list[str], n: int | None = None) -> str:
 
 
 class Guard:
-    """Decides whether a step counts; ``skipped`` steps in all, ``in_a_row`` of bad ones until now.
+    """Decides whether a step counts; ``skipped`` and ``clipped`` steps in all, ``in_a_row`` bad
+    ones until now.
 
     Args:
         scaler: its overflows while it looks for a scale are skipped, but are not bad steps.
@@ -108,7 +109,7 @@ class Guard:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.buffers = list(model.buffers())  # BatchNorm statistics
         self.before_step = [buffer.clone() for buffer in self.buffers]
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.clipped = self.in_a_row = 0
         self.norms: deque[float] = deque(maxlen=NORMS)
         self.norm = math.nan  # of the last step's gradient, before clipping
 
@@ -140,6 +141,7 @@ class Guard:
                 return (f"the gradient's norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} "
                         f"times the median of the last {len(self.norms)} good steps")
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+            self.clipped += 1
         self.in_a_row = 0
         self.norms.append(min(self.norm, limit))
         return ""
@@ -219,10 +221,10 @@ class Guard:
         return str(path)
 
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped, "norms": list(self.norms)}
+        return {"skipped": self.skipped, "clipped": self.clipped, "norms": list(self.norms)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.skipped = state["skipped"]
+        self.skipped, self.clipped = state["skipped"], state["clipped"]
         self.norms.extend(state["norms"])
 
 
@@ -259,7 +261,31 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     lines = [f"{file}: step {dump['step']}, {dump['why']}; {len(batch['clip_id'])} clips"]
     weights = _not_finite(model.named_parameters())
     lines += [f"  weights not finite: {_some(weights)}"] if weights else []
-    with FirstNotFinite() as forward, forward.tracker, autocast:
+    first: list[str] = []  # gradients that are not finite, in the order they arrive
+
+    def watch(tensor: Tensor, name: str) -> None:
+        def hook(gradient):
+            if not torch.isfinite(gradient).all():
+                bad = batch["clip_id"][:0]
+                if len(gradient) == len(batch["clip_id"]):
+                    bad = batch["clip_id"][_bad_rows(gradient)]
+                clips = _some(describe(bad[:SHOWN].tolist()), len(bad))
+                first.append(f"{name}{f', for {len(bad)} clips: {clips}' if len(bad) else ''}")
+        tensor.register_hook(hook)
+
+    def watch_outputs(name: str):
+        def hook(_module, _inputs, output):
+            for x in tree_leaves(output):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    watch(x, f"the output of {name or 'the model'}")
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(watch_outputs(name))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            watch(parameter, name)
+    with FirstNotFinite() as forward, autocast:
         embeddings, errors = model(batch)
     terms = objective(embeddings, errors, batch)
     for found in _merge([find_clips(objective)]):
@@ -269,9 +295,10 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     lines.append(f"  forward:  {forward}")
     lines += [f"  {name}: {value:.6g}" for name, value in objective.parts().items()]
     if torch.isfinite(terms["total"]):
-        with FirstNotFinite() as backward, backward.tracker:
+        with FirstNotFinite() as backward:
             (terms["total"] * dump["loss_scale"]).backward()
         lines.append(f"  backward: {backward}")
+        lines += [f"  first gradient that is not finite: {first[0]}"] if first else []
     return "\n".join(lines)
 
 
@@ -291,11 +318,19 @@ def _joined(batches: list[Mapping], device: torch.device) -> dict:
 
 
 class FirstNotFinite(TorchDispatchMode):
-    """Notes the first operation, forward or backward, that yields NaN or inf, and its module."""
+    """Notes the first operation that yields NaN or inf, and, forward, its module."""
 
     def __init__(self):
         super().__init__()
         self.tracker, self.found = ModuleTracker(), "all finite"
+
+    def __enter__(self):
+        self.tracker.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.tracker.__exit__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -304,8 +339,9 @@ class FirstNotFinite(TorchDispatchMode):
                 if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
                     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
                     before = _not_finite((str(i), t) for i, t in enumerate(inputs))
+                    module = max(self.tracker.parents - {"Global"}, key=len, default="")
                     self.found = (
-                        f"first in {max(self.tracker.parents, key=len)}: {func} yields "
+                        f"first {f'in {module}: ' if module else ''}{func} yields "
                         f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
                         f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
                         + ("an input that was not finite" if before else "finite inputs"))

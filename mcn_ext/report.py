@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mcn_ext.flags import Parser
 
+_COLOURS = {"video": "tab:blue", "audio": "tab:orange", "text": "tab:green"}
 _TERMS = ("total", "contrastive", "cluster", "reconstruction")
 
 
@@ -36,23 +37,39 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
+def _lines(axis, rows: list[dict], prefix: str, title: str) -> None:
+    """One line for each quantity ``<prefix>_<modality or pair>`` that the rows have."""
+    axis.set_title(title)
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{prefix}_"))
+    for key in names:
+        name = key.removeprefix(f"{prefix}_")
+        axis.plot([row["step"] for row in rows], [row.get(key, nan) for row in rows],
+                  color=_COLOURS.get(name), label=name.replace("_", "-"),
+                  linestyle="--" if prefix == "negative" else "-")
+    if names:
+        axis.legend(fontsize=7)
+
+
 def curves(run: Path) -> Path | None:
-    """curves.png: loss terms, learning rate, clustering and speed over steps, from log.jsonl."""
+    """curves.png from log.jsonl, over steps: the loss and its terms, signs of collapse
+    (:mod:`mcn_ext.diagnostics`), gradients with skipped steps in red, speed."""
     from mcn_ext.log import read
 
-    rows = read(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    log = read(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    rows = [row for row in log if "total" in row]
+    skipped = [row["step"] for row in log if "skipped" in row]
     plt = _pyplot() if rows else None
     if plt is None:
         return None
     step = [row["step"] for row in rows]
-    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.2), layout="constrained", sharex=True)
-    for axis, term in zip(axes.flat, _TERMS, strict=False):
+    figure, axes = plt.subplots(3, 4, figsize=(13, 7.4), layout="constrained", sharex=True)
+    for axis, term in zip(axes[0], _TERMS, strict=True):
         # Before the first k-means fit there is no clustering loss: a gap, not a zero.
         shown = [row[term] if term != "cluster" or "live_clusters" in row and row[term] else nan
                  for row in rows]
-        axis.plot(step, shown, color="tab:blue")
+        axis.plot(step, shown, color="black")
         axis.set_title(term if term != "cluster" else "cluster (1 = no better than uniform)")
-    axis = axes[1, 1]
+    axis = axes[1, 0]
     fitted = [row for row in rows if "live_clusters" in row]
     axis.set_title("clustering")
     if fitted:
@@ -69,10 +86,23 @@ def curves(run: Path) -> Path | None:
     else:
         axis.text(0.5, 0.5, "no k-means fit yet", ha="center", va="center",
                   transform=axis.transAxes)
-    axes[1, 2].plot(step, [row["clips_per_s"] for row in rows], color="tab:green")
-    axes[1, 2].set_title("clips per second")
-    axes[1, 2].set_ylim(bottom=0)
-    for axis in axes[1]:
+    _lines(axes[1, 1], rows, "negative", "")
+    axes[1, 1].set_prop_cycle(None)
+    _lines(axes[1, 1], rows, "positive", "cosine: positives, negatives (dashed)")
+    _lines(axes[1, 2], rows, "rank", "effective rank")
+    _lines(axes[1, 3], rows, "norm", "embedding norm")
+    _lines(axes[2, 0], rows, "alignment", "alignment (0 = identical)")
+    _lines(axes[2, 1], rows, "uniformity", "uniformity (0 = collapsed)")
+    axes[2, 2].plot(step, [row.get("grad_norm", nan) for row in rows], color="black")
+    axes[2, 2].set_yscale("log")
+    axes[2, 2].set_title(f"gradient norm ({len(skipped)} steps skipped, red)")
+    for at in skipped:
+        axes[2, 2].axvline(at, color="tab:red", linewidth=0.8)
+    axes[2, 3].plot(step, [row["clips_per_s"] for row in rows], color="black")
+    axes[2, 3].set_title("clips per second")
+    for axis in (axes[1, 2], axes[1, 3], axes[2, 3]):
+        axis.set_ylim(bottom=0)
+    for axis in axes[2]:
         axis.set_xlabel("step")
     figure.suptitle(run.name)
     path = _save(figure, run / "curves.png")
@@ -115,6 +145,7 @@ def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | N
 
 def report(run: Path) -> Path:
     """report.md in the run folder: what was trained on what, tables of metrics.json, pictures."""
+    from mcn_ext.log import read
     from mcn_ext.metrics import table
 
     args = json.loads((run / "args.json").read_text())
@@ -131,6 +162,11 @@ def report(run: Path) -> Path:
             lines += [f"## {name}: `{result['data']}`", "", table(rows, result["n"]), ""]
     else:
         lines += ["Not evaluated yet: `python evaluate.py --youcook2`", ""]
+    log = run / "log.jsonl"
+    skipped = [row for row in read(log) if "skipped" in row] if log.exists() else []
+    if skipped:
+        lines += [f"{len(skipped)} steps were skipped (log.jsonl says why), the last at step "
+                  f"{skipped[-1]['step']}: {skipped[-1]['skipped']}.", ""]
     curves(run)
     for name, title in (("curves.png", "Training"), ("similarity.png", "Retrieval")):
         if (run / name).exists():

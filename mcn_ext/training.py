@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mcn_ext import checkpoint, distributed, flags, guard
 from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
-from mcn_ext.diagnostics import diagnose
+from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
 from mcn_ext.log import RunLog, say
 from mcn_ext.model import MCN, MODALITIES
@@ -136,6 +136,7 @@ class Training:
         self.guard = Guard(model, objective, self.optimizer, self.scaler, folder,
                            max_bad_steps=args.max_bad_steps, outliers=args.grad_outliers,
                            factor=args.grad_factor, describe=reader.describe)
+        self.warned: set[str] = set()
         self.step, self.run_id = 0, checkpoint.new_run_id()
         if resumed is not None:
             self._resume(resumed)
@@ -240,12 +241,22 @@ class Training:
 
     def _diagnostics(self) -> dict[str, float]:
         clusters = self.objective.clusters
-        return {"grad_norm": self.guard.norm, "skipped_steps": self.guard.skipped,
-                **(clusters.statistics if clusters is not None else {}),
-                **diagnose(self.objective)}
+        values = {"grad_norm": self.guard.norm, "skipped_steps": self.guard.skipped,
+                  "clipped_steps": self.guard.clipped,
+                  **(clusters.statistics if clusters is not None else {}),
+                  **diagnose(self.objective)}
+        if self.step > self.warmup:  # new encoders map everything to much the same
+            for sign in signs_of_collapse(values):
+                if sign not in self.warned:
+                    self.warned.add(sign)
+                    say(f"step {self.step}: collapse? {sign}; see curves.png and README")
+        return values
 
     def detect(self) -> None:
         """Replay a kept bad step and print where it first goes wrong (--detect)."""
+        if distributed.world() > 1:
+            raise SystemExit("--detect runs in one process, which reads all ranks' batches; leave "
+                             "out torchrun")
         say(guard.replay(self.args.detect, self.folder, self.model, self.objective, self.autocast(),
                          self.device, self.reader.describe))
 

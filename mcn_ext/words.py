@@ -96,7 +96,15 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
         raise SystemExit(
             f"--word2vec {word2vec}: none of the {len(seen)} words of {store.path}'s captions is "
             "in it; is it for another language?")
-    words = WordVectors(known, vectors[[row_of[word] for word in known]], source)
+    rows = vectors[[row_of[word] for word in known]]
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        broken = [word for word, good in zip(known, finite, strict=True) if not good]
+        logging.getLogger("mcn").warning(
+            "%s: the vectors of %d words are not finite and are left out: %s", word2vec,
+            len(broken), ", ".join(broken[:10]))
+    words = WordVectors([w for w, good in zip(known, finite, strict=True) if good], rows[finite],
+                        source)
     if cache is not None:
         try:
             words.save(cache)

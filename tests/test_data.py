@@ -121,7 +121,7 @@ def test_collate_pads_audio_and_to_device_looks_words_up():
             and moved["valid"]["audio"].tolist() == [True, True, False])
 
 
-def test_words_from_every_format_agree(tmp_path, store_path):
+def test_words_from_every_format_agree(tmp_path, store_path, caplog):
     models = pytest.importorskip("gensim.models")
     store = Store(store_path)
     keyed = models.KeyedVectors(5)
@@ -138,6 +138,14 @@ def test_words_from_every_format_agree(tmp_path, store_path):
     for name in ("v.txt", "v.kv"):
         np.testing.assert_allclose(vectors_for(store, tmp_path / name, None).vectors,
                                    binary.vectors, rtol=1e-5)
+    text = (tmp_path / "v.txt").read_text().splitlines()
+    at = next(i for i, line in enumerate(text) if line.startswith("boil "))
+    text[at] = "boil 1 2 nan 4 5"
+    (tmp_path / "holed.txt").write_text("\n".join(text) + "\n")
+    with caplog.at_level("WARNING"):
+        holed = vectors_for(store, tmp_path / "holed.txt", None)
+    assert holed.words == sorted(set(WORDS) - {"boil"}) and np.isfinite(holed.vectors).all()
+    assert "vectors of 1 words are not finite and are left out: boil" in caplog.text
     (tmp_path / "broken.bin").write_bytes(b"not vectors")
     with pytest.raises(SystemExit, match="broken.bin: not a word2vec file"):
         vectors_for(store, tmp_path / "broken.bin", None)

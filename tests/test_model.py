@@ -90,6 +90,8 @@ def test_only_the_modalities_asked_for_exist_and_all_parameters_learn(modalities
     objective = Objective(names, names, recon_weight=1.0, cluster_size=2, queue_size=1,
                           refit_every=1)
     objective(embeddings, errors, data)
+    assert objective.clusters.centroids is None  # not before the step counts
+    objective.enqueue()
     terms = objective(*model(data), data)
     assert terms["cluster"] > 0
     terms["total"].backward()
@@ -168,6 +170,8 @@ def test_autocast_training_step_is_finite(dtype):
         with torch.autocast("cpu", dtype=dtype):
             embeddings, errors = model(data)
         terms = objective(embeddings, errors, data)
+        objective.enqueue()
     terms["total"].backward()
+    assert terms["cluster"] > 0
     assert terms["total"].dtype == torch.float32 and torch.isfinite(terms["total"])
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

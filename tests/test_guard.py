@@ -1,0 +1,361 @@
+"""Bad steps: skipped without a trace, named, replayed; and no setting that brings NaN about."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mcn_ext import checkpoint, data, guard, model, ops, reference
+from mcn_ext.log import read
+from mcn_ext.objective import Objective
+from mcn_ext.reference import unit_rows
+from tests.conftest import ROOT, SMALL, call, run
+from tests.test_model import SIZES, batch
+
+FAULTS = {"audio": lambda item: item["audio"].__setitem__((1, 3, 7), np.nan),
+          "video": lambda item: item["video.2d"].__setitem__((1, 3), np.inf)}
+
+
+# The third video of epoch 1 in the small store: of its first batch, and rank 1's where there are 2.
+VIDEO = int(np.random.default_rng((0, 1)).permutation(10)[2])
+
+NAME = f"video{VIDEO:06d}"
+
+
+def break_reader(monkeypatch, modality):
+    """A reader that goes wrong after its own checks, in one clip of VIDEO, in epoch 1."""
+    read_clips = data.TrainingClips.__getitem__
+
+    def broken(self, key):
+        item = read_clips(self, key)
+        if key == (1, VIDEO):
+            FAULTS[modality](item)
+        return item
+
+    monkeypatch.setattr(data.TrainingClips, "__getitem__", broken)
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypatch, modality):
+    break_reader(monkeypatch, modality)
+    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--epochs", 4)
+    done = call(*command, cwd=tmp_path)
+    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
+    (bad,) = [row for row in rows if "skipped" in row]
+    assert len(rows) == 8 and bad["epoch"] == 1 and bad["skipped"] == "the loss is not finite"
+    (clip,) = bad["clips"]
+    assert (clip["modality"], clip["stage"], clip["n_bad"]) == (modality, "input", 1)
+    assert math.isnan(float(bad["terms"]["contrastive audio-video"]))
+    assert all(math.isfinite(row["total"]) for row in rows if row is not bad)
+    assert f"step {bad['step']} skipped" in done.stdout and NAME in done.stdout
+    assert f"{modality}: input not finite in 1 of" in done.stdout
+    assert (tmp_path / "runs/stage1-AV/curves.png").exists()
+    # The replay needs no fault in the reader any more.
+    monkeypatch.undo()
+    again = call(*command, "--detect", cwd=tmp_path).stdout
+    part = {"audio": "MCN.DAVEnet", "video": "MCN"}[modality]
+    assert f"forward:  first in {part}: aten." in again and NAME in again
+    named = call(*command, "--detect", tmp_path / bad["file"], cwd=tmp_path).stdout
+    assert named.splitlines()[-3:] == again.splitlines()[-3:]
+    assert "no bad-step-*.pt in" in call(*command, "--out", "other", "--detect", cwd=tmp_path,
+                                         check=False).stderr
+
+
+def test_a_fault_in_the_model_is_found_by_module(tmp_path, store_path, monkeypatch):
+    forward = model.GatedUnit.forward
+
+    def broken(self, x):
+        y = forward(self, x)
+        return y + (-y.detach().abs()).sqrt() if self is fragile[0] else y
+
+    fragile = [None]
+    build = model.MCN.__init__
+
+    def remember(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        fragile[0] = self.GU_video
+
+    monkeypatch.setattr(model.MCN, "__init__", remember)
+    monkeypatch.setattr(model.GatedUnit, "forward", broken)
+    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL,
+               "--max_bad_steps", 3)
+    done = call(*command, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "3 bad steps in a row (--max_bad_steps)" in done.stderr
+    assert "video: embedding not finite in 16 of 16 clips" in done.stdout
+    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
+    assert [row["in_a_row"] for row in rows] == [1, 2, 3]
+    assert len(guard.find_dumps(tmp_path / "runs/stage1-AV")) == guard.MAX_DUMPS
+    again = call(*command, "--detect", cwd=tmp_path).stdout
+    assert "first in MCN.GU_video: aten.sqrt.default yields" in again
+    assert "from finite inputs" in again
+
+
+def small_run(tmp_path, precision="fp32", scale=2.0**10, **options):
+    torch.manual_seed(0)
+    net = model.MCN("AVT", **SIZES)
+    objective = Objective(net.modalities, net.modalities, cluster_size=3, queue_size=2,
+                          refit_every=1, temperature=0.1, recon_weight=1.0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=scale)
+    return net, objective, optimizer, scaler, guard.Guard(net, objective, optimizer, scaler,
+                                                          tmp_path, **options)
+
+
+def one_step(net, objective, optimizer, scaler, keeper, content, step, factor=1.0):
+    keeper.before()
+    total = objective(*net(content), content)["total"] * factor
+    optimizer.zero_grad()
+    scaler.scale(total).backward()
+    why = keeper.check(total)
+    if why:
+        return keeper.skip(step, why, {}, net.sizes)
+    scaler.step(optimizer)
+    scaler.update()
+    objective.enqueue()
+    return None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_bad_step_leaves_no_trace(tmp_path, precision, fault):
+    parts = small_run(tmp_path, precision)
+    net, objective, optimizer, scaler, keeper = parts
+    for step in range(4):
+        assert one_step(*parts, batch(), step) is None
+
+    def everything():
+        return [x.clone() for x in (
+            *net.state_dict().values(), objective.clusters.centroids, *objective.clusters.queue,
+            *[v for s in optimizer.state.values() for v in s.values()],
+            torch.tensor([scaler.get_scale(), objective.clusters.steps, len(keeper.norms)]))]
+
+    before, content = everything(), batch()
+    if fault == "loss":
+        content["text"][1] = float("inf")
+        row = one_step(*parts, content, 5)
+    else:
+        if precision == "fp16":
+            scaler.update(0.5)  # so low that it cannot have overflowed
+            before = everything()
+        hook = net.GU_video.fc.weight.register_hook(lambda g: g * math.nan)
+        row = one_step(*parts, content, 5)
+        hook.remove()
+    assert row["skipped"] == f"the {fault} is not finite" and keeper.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    if fault == "gradient":
+        assert row["clips"] == [] and row["gradients"] == "GU_video.fc.weight"
+    else:
+        assert row["clips"][0]["modality"] == "text" and row["clips"][0]["n_bad"] == 1
+    assert one_step(*parts, batch(), 6) is None and keeper.in_a_row == 0
+    json.dumps(row, allow_nan=False)
+    dump = checkpoint.load(guard.find_dumps(tmp_path)[0], "mcn_bad_step")
+    assert torch.equal(dump["batch"]["clip_id"], content["clip_id"])
+
+
+def test_an_overflow_of_the_loss_scale_is_no_bad_step(tmp_path):
+    parts = small_run(tmp_path, "fp16", scale=2.0**20, max_bad_steps=1)
+    scaler, keeper = parts[3], parts[4]
+    hook = parts[0].GU_video.fc.weight.register_hook(
+        lambda g: g * (math.inf if scaler.get_scale() > 2**17 else 1))
+    rows = [one_step(*parts, batch(), step) for step in range(5)]
+    hook.remove()
+    assert [row is not None for row in rows] == [True, True, True, False, False]
+    assert rows[0]["skipped"] == "fp16 overflow: loss scale 1.04858e+06 to 524288"
+    keeper.give_up(5)  # does not
+    assert keeper.skipped == 3 and keeper.in_a_row == 0 and not guard.find_dumps(tmp_path)
+
+
+@pytest.mark.parametrize("rule", ["off", "clip", "skip"])
+def test_outlier_gradients(tmp_path, rule):
+    parts = small_run(tmp_path, outliers=rule, factor=4.0)
+    net, keeper = parts[0], parts[4]
+    for step in range(guard.ENOUGH_NORMS):
+        assert one_step(*parts, batch(), step) is None
+    usual, before = max(keeper.norms), net.GU_video.fc.weight.clone()
+    row = one_step(*parts, batch(), 99, factor=1e3)
+    gradient = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
+    assert keeper.norm > 20 * usual  # noted before clipping
+    if rule == "skip":
+        assert "times the median of the last 20 good steps" in row["skipped"]
+        assert torch.equal(before, net.GU_video.fc.weight) and len(keeper.norms) == 20
+    else:
+        assert keeper.clipped == (rule == "clip")
+        assert row is None and not torch.equal(before, net.GU_video.fc.weight)
+        assert gradient > 20 * usual if rule == "off" else gradient < 4.5 * usual
+    state = keeper.state_dict()
+    again = small_run(tmp_path)[4]
+    again.load_state_dict(state)
+    assert again.norms == keeper.norms and again.skipped == keeper.skipped
+
+
+def test_the_replay_finds_a_fault_in_backward(tmp_path):
+    parts = small_run(tmp_path)
+    net, objective = parts[:2]
+
+    def fault(gradient):
+        gradient = gradient.clone()
+        gradient[4] = math.inf
+        return gradient
+
+    net.GU_audio.register_forward_hook(lambda _, __, out: (out.register_hook(fault), None)[1])
+    row = one_step(*parts, batch(), 1)
+    assert row["skipped"] == "the gradient is not finite" and "DAVEnet" in row["gradients"]
+    text = guard.replay(Path(), tmp_path, net, objective, torch.autocast("cpu", enabled=False),
+                        torch.device("cpu"), lambda ids: [f"clip {i}" for i in ids])
+    assert "forward:  all finite" in text and "  backward: first aten." in text
+    assert "that is not finite: the output of GU_audio, for 1 clips: clip 4" in text
+
+
+def test_skipped_steps_do_not_move_the_schedule(tmp_path, store_path, monkeypatch):
+    command = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--epochs", 4)
+    call(*command, "--out", "whole", cwd=tmp_path)
+    break_reader(monkeypatch, "video")
+    call(*command, "--out", "holed", cwd=tmp_path)
+    whole, holed = read(tmp_path / "whole/log.jsonl"), read(tmp_path / "holed/log.jsonl")
+    assert [row["lr"] for row in holed if "lr" in row] == [row["lr"] for row in whole][:7]
+
+
+INJECT = """
+import os, runpy, sys
+import numpy as np
+from mcn_ext import data
+read = data.TrainingClips.__getitem__
+def broken(self, key):
+    item = read(self, key)
+    if key == (1, VIDEO):
+        item["audio"][1, 3, 7] = np.nan
+    return item
+data.TrainingClips.__getitem__ = broken
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_skip_together_and_name_the_one_clip(tmp_path, store_path):
+    (tmp_path / "inject.py").write_text(INJECT.replace("VIDEO", str(VIDEO)))
+    flags = ("--pair", "AV", "--data", store_path, *SMALL, "--epochs", 3)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+               tmp_path / "inject.py", ROOT / "train_stage1.py", *flags, cwd=tmp_path,
+               env={"PYTHONPATH": str(ROOT)})
+    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
+    (bad,) = [row for row in rows if "skipped" in row]
+    assert len(rows) == 6 and bad["clips"][0]["n_bad"] == 1 and NAME in done.stdout
+    files = sorted(p.name for p in (tmp_path / "runs/stage1-AV").glob("bad-step-*"))
+    assert len(files) == 2 and files[1].endswith(".rank1.pt")
+    again = call("train_stage1.py", *flags, "--detect", cwd=tmp_path).stdout
+    assert "16 clips" in again and "first in MCN.DAVEnet" in again and NAME in again
+
+
+# ------------------------------------------------------------------------- it cannot go NaN itself
+class Scaled(nn.Module):
+    """Encoders of random rows whose embeddings are ``scale`` times as long as usual."""
+
+    def __init__(self, names, scale):
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(12, 24), nn.ReLU(),
+                                                           nn.Linear(24, 16)) for name in names})
+        self.scale = scale
+
+    def forward(self, x):
+        return {name: encoder(x[name]) * self.scale for name, encoder in self.encoders.items()}
+
+
+def train_scaled(names, scale, dtype, steps, n=24, seed=0, **options):
+    """Number of bad steps, and whether all that was computed and learnt is finite."""
+    torch.manual_seed(seed)
+    net = Scaled(names, scale)
+    objective = Objective(names, names, recon_weight=0.0, seed=seed, **options)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    keeper = guard.Guard(net, objective, optimizer, scaler, folder=None)
+    g, bad, finite = torch.Generator().manual_seed(seed), 0, True
+    for _ in range(steps):
+        shared = torch.randn(n, 12, generator=g)
+        rows = {name: shared + torch.randn(n, 12, generator=g) for name in names}
+        valid = {name: torch.rand(n, generator=g) < 0.9 for name in names}
+        content = {"valid": valid, "clip_id": torch.arange(n) // 2, "caption_id": torch.arange(n)}
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            embeddings = net(rows)
+        terms = objective(embeddings, {}, content)
+        finite &= all(bool(torch.isfinite(value)) for value in terms.values())
+        optimizer.zero_grad()
+        scaler.scale(terms["total"]).backward()
+        if why := keeper.check(terms["total"]):
+            # fp16 gradients of tiny embeddings: the loss scale is being looked for
+            bad += not (why == guard.GRADIENT and dtype == torch.float16)
+            scaler.update()
+            continue
+        scaler.step(optimizer)
+        scaler.update()
+        objective.enqueue()
+    if objective.clusters is not None and objective.clusters.centroids is not None:
+        finite &= bool(torch.isfinite(objective.clusters.centroids).all())
+    return bad, finite and all(bool(torch.isfinite(p).all()) for p in net.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e2, 1e4])
+def test_200_steps_at_any_scale_stay_finite(dtype, scale):
+    assert train_scaled(["audio", "text", "video"], scale, dtype, 200, cluster_size=8,
+                        queue_size=4, refit_every=4) == (0, True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(names=st.sampled_from([["audio", "video"], ["text", "video"], ["audio", "text", "video"]]),
+       temperature=st.floats(0.005, 5), margin=st.floats(0, 0.5), n=st.integers(1, 30),
+       cluster_weight=st.sampled_from([0.0, 0.3, 10.0]), cluster_size=st.integers(1, 40),
+       queue_size=st.integers(1, 5), refit_every=st.integers(1, 5), seed=st.integers(0, 9),
+       scale=st.sampled_from([1e-6, 1.0, 1e4]), loss_impl=st.sampled_from(["fused", "reference"]),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_no_setting_of_the_objective_goes_nan(names, scale, dtype, n, seed, **options):
+    assert train_scaled(names, scale, dtype, 8, n=n, seed=seed, **options) == (0, True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 12), d=st.integers(1, 8), seed=st.integers(0, 99),
+       temperature=st.sampled_from([0.01, 0.05, 1.0]), loss_impl=st.sampled_from([ops, reference]))
+def test_gradients_are_bounded_and_never_shorten_a_row(n, d, seed, temperature, loss_impl):
+    """|dL/dx_i| <= 4 / (temperature |x_i|), at a right angle to x_i: a step along it lengthens x_i.
+    With bounded logits, why the objective has nothing to diverge with."""
+    g = torch.Generator().manual_seed(seed)
+    norms = 10.0 ** torch.empty(n, 1).uniform_(-10, 10, generator=g)
+    x = (unit_rows(torch.randn(n, d, generator=g)) * norms).requires_grad_()
+    y = torch.randn(n, d, generator=g)
+    loss = loss_impl.contrastive_loss(x, y, temperature=temperature, margin=0.0)
+    assert 0 <= loss <= 2 * (2 / temperature + math.log(n)) + 1e-3
+    loss.backward()
+    # In float64: squares of 1e-20 leave fp32.
+    grad, rows = x.grad.double(), x.detach().double()
+    length, size = rows.norm(dim=1), grad.norm(dim=1)
+    assert (size <= 4 / (temperature * length) * 1.001).all()
+    assert ((grad * rows).sum(1).abs() <= 1e-5 * length * (size + 4 / (temperature * length))).all()
+
+
+def test_what_kills_the_recipe_does_not_kill_ours():
+    """A refit on rows as the recipe has them before its end: long, alike, many."""
+    from mcn_ext.clustering import spherical_kmeans
+    from tests.conftest import load_script
+
+    recipe = load_script("benchmarks/nan.py")
+    torch.manual_seed(0)
+    rows = (8.0 + 0.08 * torch.randn(10240, recipe.DIM)).half().float()
+    published = recipe.Recipe()
+    published.queue, published.steps = list(rows.chunk(20)), 20
+    published.after_step()
+    assert published.centroids.max() > 1e38 and published.statistics["largest_share"] > 0.9
+    label = torch.zeros(4, dtype=torch.int64)
+    logits = recipe.product(rows[:4], published.centroids)
+    assert torch.nn.functional.cross_entropy(logits, label).isnan()
+    centroids, labels = spherical_kmeans(rows, recipe.K, max_iter=5)
+    assert torch.isfinite(centroids).all()
+    counts = torch.bincount(labels, minlength=recipe.K)
+    assert counts.min() > 0 and counts.max() < 500
+    torch.testing.assert_close(centroids, unit_rows(centroids))
