@@ -52,10 +52,10 @@ def find_clips(objective: Objective) -> list[dict]:
         stages = [("input", x) for x in _inputs(batch, name)] + [("embedding", embeddings[name])]
         stages += [("reconstruction", errors[name])] if name in errors else []
         for stage, x in stages:
-            bad = _bad_rows(x.detach()) & batch["valid"][name]
+            bad = _bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
             if bad.any():
                 found.append({"modality": name, "stage": stage, "n_bad": int(bad.sum()),
-                              "n_clips": int(batch["valid"][name].sum()),
+                              "n_clips": len(bad),
                               "clips": batch["clip_id"][bad][:LISTED].tolist()})
                 break
     return found

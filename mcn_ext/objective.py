@@ -46,7 +46,8 @@ class Objective:
         batch: ``valid`` {modality: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64.
         The clustering queue takes the batch in only with :meth:`enqueue`.
         """
-        self.last = {name: e.detach() for name, e in embeddings.items()}, errors, batch
+        self.last = ({name: x.detach() for name, x in embeddings.items()},
+                     {name: x.detach() for name, x in errors.items()}, batch)
         if self.clusters is not None:
             self._joint = self.joint(embeddings, batch["valid"])
         terms = self._losses(embeddings, batch, self.pairs, self.trained)

@@ -217,10 +217,10 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         self.step += 1
-        why, self.skipped = self.guard.check(total), None
+        why, self.skip_row = self.guard.check(total), None
         if why:
-            self.skipped = self.guard.skip(self.step, why, flags.as_dict(self.args),
-                                           self.model.sizes)
+            self.skip_row = self.guard.skip(self.step, why, flags.as_dict(self.args),
+                                            self.model.sizes)
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -229,8 +229,8 @@ class Training:
     def log(self, epoch: int, terms: dict[str, torch.Tensor]) -> None:
         """Record the step; save within the epoch when --save_every says so."""
         n_clips = self.args.batch_size * self.args.n_pair
-        if self.skipped:
-            self.log_.skipped(self.step, epoch, n_clips, self.skipped)
+        if self.skip_row:
+            self.log_.skipped(self.step, epoch, n_clips, self.skip_row)
             self.guard.give_up(self.step)
         else:
             self.log_.step(self.step, epoch, self.optimizer.param_groups[0]["lr"],
