@@ -1,9 +1,9 @@
-# make demo | test | setup | bench | gpu | lint. Everything but gpu runs in ./.venv and leaves the system alone.
+# make demo | test | setup | bench | nan | gpu | lint. Everything but gpu runs in ./.venv and leaves the system alone.
 PYTHON ?= python3
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup bench gpu lint clean
+.PHONY: demo test setup bench nan gpu lint clean
 
 demo: setup
 	$(PY) train_stage1.py --pair AV --preset demo
@@ -30,6 +30,11 @@ bench: setup
 	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/accuracy.py
 	$(PY) benchmarks/loader.py
+	$(PY) benchmarks/kmeans.py
+
+# The published recipe until it goes NaN, ours beside it: a figure, docs/nan.png.
+nan: setup
+	$(PY) benchmarks/nan.py
 
 # With the python3 at hand and its own CUDA torch; nothing is installed.
 gpu:
@@ -39,6 +44,7 @@ gpu:
 	$(PYTHON) benchmarks/loss.py
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/loader.py
+	$(PYTHON) benchmarks/kmeans.py --repeats 2
 
 lint: setup
 	$(PY) -m ruff check --fix .

@@ -80,10 +80,10 @@ class _Sphere:
             square += self.square[:, None]
             square *= square > SAME + ROUNDING * self.square[:, None]
             closer = torch.minimum(square, distance[:, None])
-            best = closer.sum(dim=0).argmin()
-            rows.append(tried[best])
-            distance = closer[:, best]
-        return torch.stack(rows)
+            best = closer.sum(dim=0).argmin().reshape(1)  # of one dimension: [best] would wait
+            rows.append(tried.index_select(0, best))
+            distance = closer.index_select(1, best).flatten()
+        return torch.cat(rows)
 
     def means(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """Each cluster's mean direction; a cluster whose rows cancel out keeps the one it has."""
