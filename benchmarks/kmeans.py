@@ -95,7 +95,7 @@ def available(names, x):
 
 
 def times(n, d, k, repeats, device):
-    """Rows of milliseconds and inertia, and ratios to the fastest of the others."""
+    """One row of milliseconds and inertia for each implementation, kind of rows and start."""
     rows = []
     for title, noise in (("clusters", 0.5 / d**0.5), ("overlapping", 1.5 / d**0.5)):
         x, earlier = (mixture(n, d, k, noise, seed, device) for seed in (1, 2))

@@ -46,8 +46,9 @@ def load(path: Path, kind: str = "mcn_checkpoint") -> dict:
         raise SystemExit(f"{path}: no such checkpoint") from None
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise SystemExit(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); the epochs before "
-            f"it are in {path.parent}/epoch-*.pt") from error
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
+            + (f"; the epochs before it are in {path.parent}/epoch-*.pt"
+               if kind == "mcn_checkpoint" else "")) from error
     if not isinstance(content, dict) or content.get(kind) != FORMAT:
         raise SystemExit(f"{path}: not a file of this program ({kind} {FORMAT})")
     return content

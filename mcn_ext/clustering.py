@@ -8,8 +8,6 @@ centroids are compared less their common mean, where |x - mu|^2 = 2 - 2 cos keep
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,20 +18,21 @@ from mcn_ext.reference import unit_rows
 BLOCK = 1024  # rows compared at once: their (BLOCK, k) similarities stay in a CPU's cache
 SAME = 1e-12  # |x - mu|^2 at or below it, an angle of 1e-6, is one direction
 ROUNDING = 1e-6  # of |x|^2 + |y|^2 - 2 x.y, relative to |x|^2
+TRIES = 16  # rows tried for each draw: all cost one pass over the points
 FARTHEST = 4.0  # the largest |x - y|^2 on the unit sphere
 
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     """(unit rows fp32 of x's rows that are finite and not zero, which those are (N,) bool)."""
-    unit, usable = x.new_empty(x.shape, dtype=torch.float32), []
-    for begin in range(0, len(x), BLOCK):
-        rows = x[begin:begin + BLOCK].float()
-        largest = rows.abs().amax(dim=1, keepdim=True)  # NaN or inf if any entry is
-        usable.append((torch.isfinite(largest) & (largest > 0)).flatten())
+    largest = [block.abs().amax(dim=1) for block in x.split(BLOCK)]  # NaN or inf if any entry is
+    largest = torch.cat(largest).float() if x.numel() else x.new_zeros(len(x), dtype=torch.float32)
+    usable = torch.isfinite(largest) & (largest > 0)
+    index = usable.nonzero().flatten()
+    unit = x.new_empty((len(index), x.shape[1]), dtype=torch.float32)
+    for rows, at in zip(unit.split(BLOCK), index.split(BLOCK), strict=True):
         # By the largest entry first: 1e-20 has a direction too.
-        unit[begin:begin + BLOCK] = unit_rows(rows / largest)
-    usable = torch.cat(usable) if usable else x.new_zeros(0, dtype=torch.bool)
-    return (unit if usable.all() else unit[usable]), usable
+        rows.copy_(unit_rows(x[at].float() / largest[at, None]))
+    return unit, usable
 
 
 class _Sphere:
@@ -67,8 +66,7 @@ class _Sphere:
         Of a few rows drawn with probability proportional to ``distance``, the one that lowers its
         sum most. When no row is left that differs, rows repeat. Nothing here waits for a GPU.
         """
-        tries = 2 + int(math.log(n))
-        draws = torch.rand(n, tries, generator=self.generator, dtype=torch.float64)
+        draws = torch.rand(n, TRIES, generator=self.generator, dtype=torch.float64)
         draws, rows = draws.to(distance.device), []
         for u in draws:
             cumulative = distance.double().cumsum(0)
@@ -125,10 +123,11 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
         generator: of those draws, on CPU (default: one seeded with 0, the same on every rank).
 
     Returns (centroids (k, D) fp32 unit rows, labels (N,) int64 of the nearest centroid). Every
-    cluster has a row. With fewer than k distinct directions, each direction has a cluster and the
-    other centroids repeat some; they come to life at the next fit from there that finds more. The
-    same input gives the same result on one rank or several, and whatever autocast says. Takes one
-    fp32 copy of x. ValueError when no row is usable, k < 1 or init has another shape.
+    cluster has a row, as far as rows differ by more than about 1e-3 of their distance from the mean
+    of all. With fewer than k distinct directions, each has a cluster and the other centroids repeat
+    some; they come to life at the next fit from there that finds more. The same input gives the
+    same result on one rank or several, and whatever autocast says. Takes one fp32 copy of x.
+    ValueError when no row is usable, k < 1 or init has another shape.
     """
     if k < 1 or x.dim() != 2 or (init is not None and (
             init.dim() != 2 or len(init) > k or init.shape[1] != x.shape[1])):

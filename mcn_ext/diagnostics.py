@@ -55,10 +55,10 @@ def diagnose(objective: Objective) -> dict[str, float]:
     embeddings, _, batch = objective.last
     out, unit, valid = {}, {}, {}
     for name in objective.modalities:
-        valid[name] = _sample(batch["valid"][name])
         rows = _sample(embeddings[name]).float()
+        # A clip may be NaN in a modality that no loss reads of it.
+        present = valid[name] = _sample(batch["valid"][name]) & torch.isfinite(rows).all(dim=1)
         unit[name] = unit_rows(rows)
-        present = valid[name]
         out[f"norm_{name}"] = rows[present].norm(dim=1).sum() / present.sum().clamp_min(1)
         out[f"rank_{name}"] = effective_rank(unit[name][present])
         out[f"uniformity_{name}"] = uniformity(unit[name][present])

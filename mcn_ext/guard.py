@@ -23,10 +23,12 @@ from mcn_ext import checkpoint, distributed
 from mcn_ext.log import say
 from mcn_ext.objective import Objective
 
-MAX_DUMPS = 3  # batches kept in a run folder: a dump holds the weights, too
-NORMS, ENOUGH_NORMS = 100, 20  # good steps whose gradient norms are remembered; fewest for a rule
+MAX_DUMPS = 3  # batches kept in a run folder, the newest: each has the weights beside it
+OVERFLOWS = 24  # in a row are a search for the loss scale, from 65,536 down to 0.004
+NORMS, ENOUGH_NORMS = 100, 20  # steps whose gradient norms are remembered; fewest for a rule
 SHOWN, LISTED = 5, 50  # clips or tensors that a report names, clips that log.jsonl lists
-GRADIENT = "the gradient is not finite"
+MANY = 8  # overflows in a row are said
+GRADIENT, OUTLIER = "the gradient is not finite", "the gradient is an outlier"
 
 
 def _bad_rows(x: Tensor) -> Tensor:
@@ -91,10 +93,11 @@ class Guard:
     ones until now.
 
     Args:
-        scaler: its overflows while it looks for a scale are skipped, but are not bad steps.
+        scaler: steps whose gradients overflow while it looks for its scale are skipped, but are not
+            bad, up to OVERFLOWS in a row.
         max_bad_steps: how many in a row :meth:`give_up` bears.
         outliers: "off", or "clip" or "skip" gradients whose norm is above ``factor`` times the
-            median of the last good steps'.
+            median of the last steps'. Skipped ones are not bad steps either.
         describe: clip ids -> texts that a person understands.
     """
 
@@ -109,14 +112,14 @@ class Guard:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.buffers = list(model.buffers())  # BatchNorm statistics
         self.before_step = [buffer.clone() for buffer in self.buffers]
-        self.skipped = self.clipped = self.in_a_row = 0
+        self.skipped = self.clipped = self.in_a_row = self.overflows = 0
         self.norms: deque[float] = deque(maxlen=NORMS)
         self.norm = math.nan  # of the last step's gradient, before clipping
 
     def before(self) -> None:
         """Note what a forward pass changes by itself."""
-        for kept, buffer in zip(self.before_step, self.buffers, strict=True):
-            kept.copy_(buffer)
+        if self.buffers:
+            torch._foreach_copy_(self.before_step, self.buffers)
 
     def check(self, total: Tensor) -> str:
         """Why the optimiser must not step, or ""; the same on every rank. Call after backward.
@@ -136,35 +139,46 @@ class Guard:
         limit = math.inf
         if self.outliers != "off" and len(self.norms) >= ENOUGH_NORMS:
             limit = self.factor * median(self.norms)
-        if self.norm > limit:
-            if self.outliers == "skip":
-                return (f"the gradient's norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} "
-                        f"times the median of the last {len(self.norms)} good steps")
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-            self.clipped += 1
-        self.in_a_row = 0
-        self.norms.append(min(self.norm, limit))
+        # Outliers too: they hardly move a median, and where gradients stay large it comes to them.
+        self.norms.append(self.norm)
+        self.in_a_row = self.overflows = 0
+        if self.norm <= limit:
+            return ""
+        if self.outliers == "skip":
+            return (f"{OUTLIER}: norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} times "
+                    "the median")
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        self.clipped += 1
         return ""
 
     def skip(self, step: int, why: str, args: dict, sizes: dict) -> dict:
         """Undo a bad step and explain it, on the console too; returns what log.jsonl is to hold of
         it. All ranks call this."""
-        for kept, buffer in zip(self.before_step, self.buffers, strict=True):
-            buffer.copy_(kept)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.before_step)
         self.skipped += 1
-        scale = self.scaler.get_scale()
-        if why == GRADIENT and self.scaler.is_enabled() and scale > 1:
-            self.scaler.update()
-            return {"skipped": f"fp16 overflow: loss scale {scale:g} to "
-                               f"{self.scaler.get_scale():g}"}
-        if self.scaler.is_enabled():
-            self.scaler.update(scale)  # a bad batch says nothing of the scale: it stays
-        self.in_a_row += 1
         named = list(self.model.named_parameters())
+        gradients = _some(_not_finite((name, p.grad) for name, p in named))
+        scale = self.scaler.get_scale()
+        if why == GRADIENT and self.scaler.is_enabled():
+            self.scaler.update()
+            self.overflows += 1
+            # A scale that stays has seen finite gradients: only their norm is not.
+            if self.scaler.get_scale() < scale and self.overflows <= OVERFLOWS:
+                why = f"fp16 overflow: loss scale {scale:g} to {self.scaler.get_scale():g}"
+                if self.overflows == MANY:
+                    say(f"step {step}: {why}, the {MANY}th in a row; gradients not finite: "
+                        f"{gradients}")
+                return {"skipped": why, "gradients": gradients}
+        elif self.scaler.is_enabled():
+            self.scaler.update(scale)  # a bad batch says nothing of the scale: it stays
+        if why.startswith(OUTLIER):
+            say(f"step {step} skipped: {why}")
+            return {"skipped": why}
+        self.in_a_row += 1
         row = {"skipped": why, "in_a_row": self.in_a_row, "gradient_norm": str(self.norm),
                "terms": {name: str(value) for name, value in self.objective.parts().items()},
-               "weights": _some(_not_finite(named)),
-               "gradients": _some(_not_finite((name, p.grad) for name, p in named)),
+               "weights": _some(_not_finite(named)), "gradients": gradients,
                "clips": _merge(distributed.gather_objects(find_clips(self.objective))),
                "file": self._dump(step, why, args, sizes, scale)}
         if distributed.rank() == 0:
@@ -202,9 +216,9 @@ class Guard:
         return "\n".join(lines)
 
     def _dump(self, step: int, why: str, args: dict, sizes: dict, scale: float) -> str | None:
-        """Keep the batch, each rank its own, and rank 0 the model. None when there are enough, or
-        no room."""
-        if distributed.broadcast_object(len(find_dumps(self.folder)) >= MAX_DUMPS):
+        """Keep the batch, each rank its own, and rank 0 the model, in place of the oldest kept.
+        None for later ones in a row, which have the same cause, and without room on the disk."""
+        if self.in_a_row > MAX_DUMPS:
             return None
         rank, clusters = distributed.rank(), self.objective.clusters
         path = self.folder / f"bad-step-{step:06d}{f'.rank{rank}' if rank else ''}.pt"
@@ -213,6 +227,10 @@ class Guard:
         if rank == 0:
             content |= {"args": args, "sizes": sizes, "model": self.model.state_dict(),
                         "centroids": clusters.centroids if clusters is not None else None}
+        if rank == 0:
+            for old in find_dumps(self.folder)[:1 - MAX_DUMPS]:
+                for file in self.folder.glob(f"{old.stem}.*"):
+                    file.unlink(missing_ok=True)
         try:
             checkpoint.write(path, content)
         except SystemExit as error:  # a full disk: training goes on
@@ -238,7 +256,8 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
            device: torch.device, describe) -> str:
     """Run a kept bad step again, in one process, and say where it first goes wrong.
 
-    ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``.
+    ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``. The
+    ranks' batches are joined: BatchNorm sees them together, not, as in the run, each its own.
     """
     if file == Path():
         kept = find_dumps(folder)
@@ -287,7 +306,12 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
             watch(parameter, name)
     with FirstNotFinite() as forward, autocast:
         embeddings, errors = model(batch)
-    terms = objective(embeddings, errors, batch)
+    # Cut between encoders and losses: what the losses do inside is their own affair (the reference
+    # masks with -inf), what they send back is looked at.
+    sides = {"embedding": embeddings, "reconstruction": errors}
+    leaves = {side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
+              for side, xs in sides.items()}
+    terms = objective(leaves["embedding"], leaves["reconstruction"], batch)
     for found in _merge([find_clips(objective)]):
         lines.append(f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} of "
                      f"{found['n_clips']} clips: "
@@ -295,8 +319,13 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     lines.append(f"  forward:  {forward}")
     lines += [f"  {name}: {value:.6g}" for name, value in objective.parts().items()]
     if torch.isfinite(terms["total"]):
+        (terms["total"] * dump["loss_scale"]).backward()
+        ends = [(f"the {name} {side}", sides[side][name], leaf.grad) for side, xs in leaves.items()
+                for name, leaf in xs.items() if leaf.grad is not None]
+        lines += [f"  losses:   the gradient of {name} is not finite"
+                  for name, _, grad in ends if not torch.isfinite(grad).all()]
         with FirstNotFinite() as backward:
-            (terms["total"] * dump["loss_scale"]).backward()
+            torch.autograd.backward([x for _, x, _ in ends], [grad for _, _, grad in ends])
         lines.append(f"  backward: {backward}")
         lines += [f"  first gradient that is not finite: {first[0]}"] if first else []
     return "\n".join(lines)

@@ -132,6 +132,15 @@ def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
         assert len(labels.unique()) == (k if x.shape[1] > 1 else min(k, 2))
 
 
+@pytest.mark.parametrize("noise", [1e-4, 3e-4])
+def test_tight_groups_far_apart_keep_most_clusters(noise):
+    """Rows that differ by less than 1e-3 of their distance from the mean of all: fp32's limit."""
+    x = unit_rows(spread(2, 8)).repeat(1000, 1) + noise * spread(2000, 8, 1)
+    centroids, labels = spherical_kmeans(x, 256)
+    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(256))
+    assert len(labels.unique()) >= 230
+
+
 def test_labels_are_the_nearest_centroids():
     x = spread(500, 16)
     centroids, labels = spherical_kmeans(x, 30)

@@ -5,7 +5,7 @@ import torch
 
 from mcn_ext.clustering import spherical_kmeans
 from mcn_ext.data import to_device
-from mcn_ext.guard import Guard
+from mcn_ext.guard import OVERFLOWS, Guard
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
 from tests.test_model import SIZES, batch
@@ -66,8 +66,9 @@ def test_a_bad_step_on_a_gpu_leaves_no_trace(fault, tmp_path):
     objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1,
                           refit_every=1)
     optimizer = torch.optim.Adam(model.parameters())
-    scaler = torch.amp.GradScaler("cuda", init_scale=0.5)
+    scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
     guard = Guard(model, objective, optimizer, scaler, tmp_path)
+    guard.overflows = OVERFLOWS
     data = on_gpu(batch())
     if fault == "loss":
         data["text"][1] = float("inf")
@@ -84,7 +85,8 @@ def test_a_bad_step_on_a_gpu_leaves_no_trace(fault, tmp_path):
     if fault:
         row = guard.skip(1, why, {}, model.sizes)
         assert (row["clips"][0]["modality"] == "text") if fault == "loss" else not row["clips"]
-        assert scaler.get_scale() == 0.5 and not objective.clusters.queue
+        assert scaler.get_scale() == (64 if fault == "loss" else 32)
+        assert not objective.clusters.queue
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     else:
         scaler.step(optimizer)

@@ -45,6 +45,7 @@ def test_diagnose_against_plain_sums():
     audio, video = torch.randn(40, 6, generator=g), 3 * torch.randn(40, 6, generator=g)
     valid, clip = torch.rand(40, generator=g) < 0.8, torch.arange(40) // 2
     audio[~valid] = float("nan")  # not there: in no number
+    video[3], valid[3] = float("inf"), False  # in no loss, though its own modality is there
     got = diagnose(objective_with(audio, video, valid, clip))
     a, v = unit_rows(audio), unit_rows(video)
     at = valid.nonzero().flatten().tolist()
@@ -53,7 +54,8 @@ def test_diagnose_against_plain_sums():
     assert got["positive_audio_video"] == pytest.approx(positive, abs=1e-4)
     assert got["negative_audio_video"] == pytest.approx(sum(others) / len(others), abs=1e-4)
     assert got["alignment_audio_video"] == pytest.approx(2 - 2 * positive, abs=1e-4)
-    assert got["norm_video"] == pytest.approx(float(video.norm(dim=1).mean()), rel=1e-4)
+    assert got["norm_video"] == pytest.approx(
+        float(video[torch.arange(40) != 3].norm(dim=1).mean()), rel=1e-4)
     assert 1 < got["rank_audio"] <= 6 and got["uniformity_audio"] < 0
     assert signs_of_collapse(got) == []
 
