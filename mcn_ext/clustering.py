@@ -44,7 +44,7 @@ class _Sphere:
     def __init__(self, unit: Tensor, generator: torch.Generator):
         self.mean = unit.mean(dim=0)
         self.points = unit.sub_(self.mean)
-        self.square = self.points.square().sum(dim=1)
+        self.square = self.points.norm(dim=1).square()  # no second (n, D)
         self.generator = generator
 
     def nearest(self, centroids: Tensor) -> Tensor:

@@ -88,6 +88,17 @@ def _some(names: list[str], n: int | None = None) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def _found_lines(clips: list[dict], terms: dict, describe) -> list[str]:
+    """What went wrong first, and which terms it reached, for people."""
+    lines = [f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} of "
+             f"{found['n_clips']} clips: "
+             f"{_some(describe(found['clips'][:SHOWN]), found['n_bad'])}" for found in clips]
+    bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
+    good = [f"{name} {float(value):.4g}" for name, value in terms.items() if name not in bad]
+    return [*lines, f"  terms: not finite: {', '.join(bad) or 'none'}; "
+                    f"finite: {', '.join(good) or 'none'}"]
+
+
 class Guard:
     """Decides whether a step counts; ``skipped`` and ``clipped`` steps in all, ``in_a_row`` bad
     ones until now.
@@ -199,15 +210,7 @@ class Guard:
         """What :meth:`skip` found, for people."""
         lines = [f"step {step} skipped: {row['skipped']} ({row['in_a_row']} in a row, the run "
                  f"stops at {self.max_bad_steps})"]
-        for found in row["clips"]:
-            known = self.describe(found["clips"][:SHOWN])
-            lines.append(f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} "
-                         f"of {found['n_clips']} clips: {_some(known, found['n_bad'])}")
-        bad = [name for name, value in row["terms"].items() if not math.isfinite(float(value))]
-        good = [f"{name} {float(value):.4g}" for name, value in row["terms"].items()
-                if name not in bad]
-        lines.append(f"  terms: not finite: {', '.join(bad) or 'none'}; "
-                     f"finite: {', '.join(good) or 'none'}")
+        lines += _found_lines(row["clips"], row["terms"], self.describe)
         for kind in ("weights", "gradients"):
             if row[kind]:
                 lines.append(f"  {kind} not finite: {row[kind]}")
@@ -312,17 +315,13 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     leaves = {side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
               for side, xs in sides.items()}
     terms = objective(leaves["embedding"], leaves["reconstruction"], batch)
-    for found in _merge([find_clips(objective)]):
-        lines.append(f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} of "
-                     f"{found['n_clips']} clips: "
-                     f"{_some(describe(found['clips'][:SHOWN]), found['n_bad'])}")
-    lines.append(f"  forward:  {forward}")
-    lines += [f"  {name}: {value:.6g}" for name, value in objective.parts().items()]
+    lines += _found_lines(_merge([find_clips(objective)]), objective.parts(), describe)
+    lines.append(f"  forward: {forward}")
     if torch.isfinite(terms["total"]):
         (terms["total"] * dump["loss_scale"]).backward()
         ends = [(f"the {name} {side}", sides[side][name], leaf.grad) for side, xs in leaves.items()
                 for name, leaf in xs.items() if leaf.grad is not None]
-        lines += [f"  losses:   the gradient of {name} is not finite"
+        lines += [f"  losses: the gradient of {name} is not finite"
                   for name, _, grad in ends if not torch.isfinite(grad).all()]
         with FirstNotFinite() as backward:
             torch.autograd.backward([x for _, x, _ in ends], [grad for _, _, grad in ends])

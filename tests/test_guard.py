@@ -60,7 +60,7 @@ def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypa
     monkeypatch.undo()
     again = call(*command, "--detect", cwd=tmp_path).stdout
     part = {"audio": "MCN.DAVEnet", "video": "MCN"}[modality]
-    assert f"forward:  first in {part}: aten." in again and NAME in again
+    assert f"forward: first in {part}: aten." in again and NAME in again
     named = call(*command, "--detect", tmp_path / bad["file"], cwd=tmp_path).stdout
     assert named.splitlines()[-3:] == again.splitlines()[-3:]
     assert "no bad-step-*.pt in" in call(*command, "--out", "other", "--detect", cwd=tmp_path,
@@ -247,7 +247,7 @@ def test_the_replay_finds_a_fault_in_backward(tmp_path, loss_impl):
     assert row["skipped"] == "the gradient is not finite" and "DAVEnet" in row["gradients"]
     text = guard.replay(Path(), tmp_path, net, objective, torch.autocast("cpu", enabled=False),
                         torch.device("cpu"), lambda ids: [f"clip {i}" for i in ids])
-    assert "forward:  all finite" in text and "  backward: first aten." in text
+    assert "forward: all finite" in text and "  backward: first aten." in text
     assert "that is not finite: the output of GU_audio, for 1 clips: clip 4" in text
 
 
