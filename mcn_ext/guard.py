@@ -1,4 +1,4 @@
-"""Steps that went wrong: skipped without a trace, explained, kept for a replay; and the replay.
+"""Steps that went wrong: skipped without a trace, explained, kept for a replay (:mod:`.replay`).
 
 A step is bad when the loss or a gradient is not finite, or, by rule, when its gradient's norm is an
 outlier. It then changes nothing: weights, optimiser, schedule, clustering queue and BatchNorm
@@ -15,9 +15,6 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.module_tracker import ModuleTracker
 
 from mcn_ext import checkpoint, distributed
 from mcn_ext.log import say
@@ -31,7 +28,7 @@ MANY = 8  # overflows in a row are said
 GRADIENT, OUTLIER = "the gradient is not finite", "the gradient is an outlier"
 
 
-def _bad_rows(x: Tensor) -> Tensor:
+def bad_rows(x: Tensor) -> Tensor:
     """(B,) bool: rows of x (B, ...) with an entry that is not finite."""
     return ~torch.isfinite(x.flatten(1)).all(dim=1) if x.dim() > 1 else ~torch.isfinite(x)
 
@@ -54,7 +51,7 @@ def find_clips(objective: Objective) -> list[dict]:
         stages = [("input", x) for x in _inputs(batch, name)] + [("embedding", embeddings[name])]
         stages += [("reconstruction", errors[name])] if name in errors else []
         for stage, x in stages:
-            bad = _bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
+            bad = bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
             if bad.any():
                 found.append({"modality": name, "stage": stage, "n_bad": int(bad.sum()),
                               "n_clips": len(bad),
@@ -63,7 +60,7 @@ def find_clips(objective: Objective) -> list[dict]:
     return found
 
 
-def _merge(ranks: list[list[dict]]) -> list[dict]:
+def merge(ranks: list[list[dict]]) -> list[dict]:
     """What the ranks found, one entry for each modality and stage."""
     merged: dict[tuple, dict] = {}
     for found in (entry for rank in ranks for entry in rank):
@@ -77,22 +74,22 @@ def _merge(ranks: list[list[dict]]) -> list[dict]:
     return inputs or list(merged.values())
 
 
-def _not_finite(tensors) -> list[str]:
+def not_finite(tensors) -> list[str]:
     """Names of those (name, tensor or None) that are not finite everywhere."""
     return [name for name, x in tensors if x is not None and not torch.isfinite(x).all()]
 
 
-def _some(names: list[str], n: int | None = None) -> str:
+def some(names: list[str], n: int | None = None) -> str:
     """The first names, and how many of n (default: of all) there are more."""
     more = (len(names) if n is None else n) - len(names[:SHOWN])
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _found_lines(clips: list[dict], terms: dict, describe) -> list[str]:
+def found_lines(clips: list[dict], terms: dict, describe) -> list[str]:
     """What went wrong first, and which terms it reached, for people."""
     lines = [f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} of "
              f"{found['n_clips']} clips: "
-             f"{_some(describe(found['clips'][:SHOWN]), found['n_bad'])}" for found in clips]
+             f"{some(describe(found['clips'][:SHOWN]), found['n_bad'])}" for found in clips]
     bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
     good = [f"{name} {float(value):.4g}" for name, value in terms.items() if name not in bad]
     return [*lines, f"  terms: not finite: {', '.join(bad) or 'none'}; "
@@ -169,7 +166,7 @@ class Guard:
             torch._foreach_copy_(self.buffers, self.before_step)
         self.skipped += 1
         named = list(self.model.named_parameters())
-        gradients = _some(_not_finite((name, p.grad) for name, p in named))
+        gradients = some(not_finite((name, p.grad) for name, p in named))
         scale = self.scaler.get_scale()
         if why == GRADIENT and self.scaler.is_enabled():
             self.scaler.update()
@@ -189,8 +186,8 @@ class Guard:
         self.in_a_row += 1
         row = {"skipped": why, "in_a_row": self.in_a_row, "gradient_norm": str(self.norm),
                "terms": {name: str(value) for name, value in self.objective.parts().items()},
-               "weights": _some(_not_finite(named)), "gradients": gradients,
-               "clips": _merge(distributed.gather_objects(find_clips(self.objective))),
+               "weights": some(not_finite(named)), "gradients": gradients,
+               "clips": merge(distributed.gather_objects(find_clips(self.objective))),
                "file": self._dump(step, why, args, sizes, scale)}
         if distributed.rank() == 0:
             say(self.report(step, row))
@@ -210,7 +207,7 @@ class Guard:
         """What :meth:`skip` found, for people."""
         lines = [f"step {step} skipped: {row['skipped']} ({row['in_a_row']} in a row, the run "
                  f"stops at {self.max_bad_steps})"]
-        lines += _found_lines(row["clips"], row["terms"], self.describe)
+        lines += found_lines(row["clips"], row["terms"], self.describe)
         for kind in ("weights", "gradients"):
             if row[kind]:
                 lines.append(f"  {kind} not finite: {row[kind]}")
@@ -249,132 +246,6 @@ class Guard:
         self.norms.extend(state["norms"])
 
 
-# ------------------------------------------------------------------------------------ the replay
 def find_dumps(folder: Path) -> list[Path]:
     """Bad steps kept in a run folder, oldest first: rank 0's files."""
     return sorted(p for p in folder.glob("bad-step-*.pt") if ".rank" not in p.name)
-
-
-def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objective, autocast,
-           device: torch.device, describe) -> str:
-    """Run a kept bad step again, in one process, and say where it first goes wrong.
-
-    ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``. The
-    ranks' batches are joined: BatchNorm sees them together, not, as in the run, each its own.
-    """
-    if file == Path():
-        kept = find_dumps(folder)
-        if not kept:
-            raise SystemExit(f"--detect: no bad-step-*.pt in {folder}; a run keeps the first "
-                             f"{MAX_DUMPS} steps that it skips")
-        file = kept[-1]
-    dump = checkpoint.load(file, kind="mcn_bad_step")
-    parts = [dump] + [checkpoint.load(file.with_name(f"{file.stem}.rank{r}.pt"), "mcn_bad_step")
-                      for r in range(1, dump["n_ranks"])]
-    if dump["sizes"] != model.sizes:
-        raise SystemExit(f"--detect {file}: kept from a model of {dump['sizes']}, not "
-                         f"{model.sizes}; give the run's own flags")
-    model.load_state_dict(dump["model"])
-    model.train()
-    if objective.clusters is not None:
-        centroids = dump["centroids"]
-        objective.clusters.centroids = None if centroids is None else centroids.to(device)
-    batch = _joined([part["batch"] for part in parts], device)
-    lines = [f"{file}: step {dump['step']}, {dump['why']}; {len(batch['clip_id'])} clips"]
-    weights = _not_finite(model.named_parameters())
-    lines += [f"  weights not finite: {_some(weights)}"] if weights else []
-    first: list[str] = []  # gradients that are not finite, in the order they arrive
-
-    def watch(tensor: Tensor, name: str) -> None:
-        def hook(gradient):
-            if not torch.isfinite(gradient).all():
-                bad = batch["clip_id"][:0]
-                if len(gradient) == len(batch["clip_id"]):
-                    bad = batch["clip_id"][_bad_rows(gradient)]
-                clips = _some(describe(bad[:SHOWN].tolist()), len(bad))
-                first.append(f"{name}{f', for {len(bad)} clips: {clips}' if len(bad) else ''}")
-        tensor.register_hook(hook)
-
-    def watch_outputs(name: str):
-        def hook(_module, _inputs, output):
-            for x in tree_leaves(output):
-                if isinstance(x, Tensor) and x.requires_grad:
-                    watch(x, f"the output of {name or 'the model'}")
-        return hook
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(watch_outputs(name))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            watch(parameter, name)
-    with FirstNotFinite() as forward, autocast:
-        embeddings, errors = model(batch)
-    # Cut between encoders and losses: what the losses do inside is their own affair (the reference
-    # masks with -inf), what they send back is looked at.
-    sides = {"embedding": embeddings, "reconstruction": errors}
-    leaves = {side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
-              for side, xs in sides.items()}
-    terms = objective(leaves["embedding"], leaves["reconstruction"], batch)
-    lines += _found_lines(_merge([find_clips(objective)]), objective.parts(), describe)
-    lines.append(f"  forward: {forward}")
-    if torch.isfinite(terms["total"]):
-        (terms["total"] * dump["loss_scale"]).backward()
-        ends = [(f"the {name} {side}", sides[side][name], leaf.grad) for side, xs in leaves.items()
-                for name, leaf in xs.items() if leaf.grad is not None]
-        lines += [f"  losses: the gradient of {name} is not finite"
-                  for name, _, grad in ends if not torch.isfinite(grad).all()]
-        with FirstNotFinite() as backward:
-            torch.autograd.backward([x for _, x, _ in ends], [grad for _, _, grad in ends])
-        lines.append(f"  backward: {backward}")
-        lines += [f"  first gradient that is not finite: {first[0]}"] if first else []
-    return "\n".join(lines)
-
-
-def _joined(batches: list[Mapping], device: torch.device) -> dict:
-    """Ranks' batches as one, audio padded to the longest."""
-    first, out = batches[0], {}
-    for key, value in first.items():
-        values = [batch[key] for batch in batches]
-        if isinstance(value, Mapping):
-            out[key] = _joined(values, device)
-            continue
-        if key == "audio":
-            longest = max(v.shape[-1] for v in values)
-            values = [torch.nn.functional.pad(v, (0, longest - v.shape[-1])) for v in values]
-        out[key] = torch.cat(values).to(device)
-    return out
-
-
-class FirstNotFinite(TorchDispatchMode):
-    """Notes the first operation that yields NaN or inf, and, forward, its module."""
-
-    def __init__(self):
-        super().__init__()
-        self.tracker, self.found = ModuleTracker(), "all finite"
-
-    def __enter__(self):
-        self.tracker.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.tracker.__exit__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if self.found == "all finite" and "empty" not in str(func):  # those are not yet written
-            for x in tree_leaves(out):
-                if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
-                    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-                    before = _not_finite((str(i), t) for i, t in enumerate(inputs))
-                    module = max(self.tracker.parents - {"Global"}, key=len, default="")
-                    self.found = (
-                        f"first {f'in {module}: ' if module else ''}{func} yields "
-                        f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
-                        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
-                        + ("an input that was not finite" if before else "finite inputs"))
-                    break
-        return out
-
-    def __str__(self) -> str:
-        return self.found

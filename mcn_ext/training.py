@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mcn_ext import checkpoint, distributed, flags, guard
+from mcn_ext import checkpoint, distributed, flags
 from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
 from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
 from mcn_ext.log import RunLog, say
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
+from mcn_ext.replay import replay
 from mcn_ext.store import Store, StoreError
 from mcn_ext.words import WordVectors, train_vectors, vectors_for
 
@@ -257,8 +258,8 @@ class Training:
         if distributed.world() > 1:
             raise SystemExit("--detect runs in one process, which reads all ranks' batches; leave "
                              "out torchrun")
-        say(guard.replay(self.args.detect, self.folder, self.model, self.objective, self.autocast(),
-                         self.device, self.reader.describe))
+        say(replay(self.args.detect, self.folder, self.model, self.objective, self.autocast(),
+                   self.device, self.reader.describe))
 
     def save(self, epoch: int | None) -> None:
         """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete."""

@@ -15,6 +15,7 @@ from mcn_ext import checkpoint, data, guard, model, ops, reference
 from mcn_ext.log import read
 from mcn_ext.objective import Objective
 from mcn_ext.reference import unit_rows
+from mcn_ext.replay import replay
 from tests.conftest import ROOT, SMALL, call, run
 from tests.test_model import SIZES, batch
 
@@ -245,7 +246,7 @@ def test_the_replay_finds_a_fault_in_backward(tmp_path, loss_impl):
     net.GU_audio.register_forward_hook(lambda _, __, out: (out.register_hook(fault), None)[1])
     row = one_step(*parts, batch(), 1)
     assert row["skipped"] == "the gradient is not finite" and "DAVEnet" in row["gradients"]
-    text = guard.replay(Path(), tmp_path, net, objective, torch.autocast("cpu", enabled=False),
+    text = replay(Path(), tmp_path, net, objective, torch.autocast("cpu", enabled=False),
                         torch.device("cpu"), lambda ids: [f"clip {i}" for i in ids])
     assert "forward: all finite" in text and "  backward: first aten." in text
     assert "that is not finite: the output of GU_audio, for 1 clips: clip 4" in text
