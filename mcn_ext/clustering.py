@@ -24,14 +24,17 @@ FARTHEST = 4.0  # the largest |x - y|^2 on the unit sphere
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     """(unit rows fp32 of x's rows that are finite and not zero, which those are (N,) bool)."""
-    largest = [block.abs().amax(dim=1) for block in x.split(BLOCK)]  # NaN or inf if any entry is
-    largest = torch.cat(largest).float() if x.numel() else x.new_zeros(len(x), dtype=torch.float32)
+    if x.numel() == 0:
+        return x.float(), x.new_zeros(len(x), dtype=torch.bool)
+    # NaN or inf if any entry is.
+    largest = torch.cat([block.abs().amax(dim=1) for block in x.split(BLOCK)]).float()
     usable = torch.isfinite(largest) & (largest > 0)
     index = usable.nonzero().flatten()
     unit = x.new_empty((len(index), x.shape[1]), dtype=torch.float32)
     for rows, at in zip(unit.split(BLOCK), index.split(BLOCK), strict=True):
-        # By the largest entry first: 1e-20 has a direction too.
-        rows.copy_(unit_rows(x[at].float() / largest[at, None]))
+        rows.copy_(x.index_select(0, at))
+        rows /= largest[at, None]  # first: 1e-20 and 1e30 have a direction too, and no square
+        rows /= rows.norm(dim=1, keepdim=True)
     return unit, usable
 
 
@@ -47,11 +50,50 @@ class _Sphere:
         self.square = self.points.norm(dim=1).square()  # no second (n, D)
         self.generator = generator
 
-    def nearest(self, centroids: Tensor) -> Tensor:
-        """Label (n,) int64 of each point's nearest centroid."""
+    def nearest(self, centroids: Tensor, before: Tensor | None = None) -> Tensor:
+        """Label (n,) int64 of each point's nearest centroid.
+
+        ``before``: the centroids of the last call. Then all points are compared with the eighth of
+        the centroids that moved farthest, and with all centroids only if another may have come
+        nearer than the own, by the triangle inequality (Hamerly 2010): ``upper`` bounds a point's
+        distance to its own centroid, ``lower`` that to any other.
+        """
+        doubt = None
+        if before is not None and len(centroids) >= 8:
+            moved, order = (centroids - before).norm(dim=1).sort(descending=True)
+            far = order[:len(centroids) // 8]
+            to_far = torch.addmm(centroids[far].square().sum(dim=1), self.points,
+                                 centroids[far].t(), alpha=-2.0) + self.square[:, None]
+            to_far = to_far.clamp_min_(0.0).sqrt_()
+            own = self.labels[:, None] == far
+            self.upper += torch.empty_like(moved).index_copy_(0, order, moved)[self.labels]
+            self.upper = torch.where(own.any(dim=1), (to_far * own).sum(dim=1), self.upper)
+            self.lower -= moved[len(far)]
+            self.lower = torch.minimum(self.lower, to_far.masked_fill_(own, torch.inf).amin(dim=1))
+            slack = (SAME + ROUNDING * self.square).sqrt()
+            doubt = (self.upper + slack >= self.lower - slack).nonzero().flatten()
+            if 2 * len(doubt) > len(self.points):
+                doubt = None
+        points = self.points if doubt is None else self.points[doubt]
+        square = self.square if doubt is None else self.square[doubt]
         offset = -0.5 * centroids.square().sum(dim=1)
-        return torch.cat([torch.addmm(offset, block, centroids.t()).argmax(dim=1)
-                          for block in self.points.split(BLOCK)])
+        label, best, second = [], [], []
+        for block in points.split(BLOCK):
+            score = torch.addmm(offset, block, centroids.t())
+            top, at = score.max(dim=1)
+            label.append(at)
+            best.append(top)
+            second.append(score.scatter_(1, at[:, None], -torch.inf).amax(dim=1))
+        if not label:
+            return self.labels
+        upper, lower = ((square - 2.0 * torch.cat(score)).clamp_min(0.0).sqrt()
+                        for score in (best, second))
+        if doubt is None:
+            self.labels, self.upper, self.lower = torch.cat(label), upper, lower
+        else:
+            self.labels = self.labels.index_copy(0, doubt, torch.cat(label))
+            self.upper[doubt], self.lower[doubt] = upper, lower
+        return self.labels
 
     def distance(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """|point - its centroid|^2 (n,), from the differences: exact where they are small."""
@@ -93,7 +135,8 @@ class _Sphere:
         keep = (counts == 0) | (whole.norm(dim=1) < 1e-6)
         return torch.where(keep[:, None], centroids, unit_rows(whole) - self.mean)
 
-    def revive(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    def revive(self, centroids: Tensor,
+               before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(centroids, labels): empty clusters move onto rows far from every centroid.
 
         A cluster on a row keeps that row, so each pass leaves fewer empty, and one is the rule;
@@ -101,14 +144,15 @@ class _Sphere:
         """
         last = len(centroids) + 1
         while True:
-            labels = self.nearest(centroids)
+            labels = self.nearest(centroids, before)
             empty = (torch.bincount(labels, minlength=len(centroids)) == 0).nonzero().flatten()
             if len(empty) == 0 or len(empty) >= last:
                 return centroids, labels
             distance, last = self.distance(labels, centroids), len(empty)
             if not distance.any():
                 return centroids, labels
-            centroids = centroids.index_copy(0, empty, self.draw(distance, len(empty)))
+            before = centroids
+            centroids = before.index_copy(0, empty, self.draw(distance, len(empty)))
 
 
 def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter: int = 20,
@@ -142,20 +186,20 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
         sphere = _Sphere(unit, generator or torch.Generator().manual_seed(0))
         start, alive = _directions(x[:0] if init is None else init.to(x.device))
         start -= sphere.mean
-        distance = sphere.square.new_full((len(unit),), FARTHEST)
-        if len(start):
-            distance = sphere.distance(sphere.nearest(start), start)
         centroids = sphere.points.new_empty(k, x.shape[1])
         slots = torch.zeros(k, dtype=torch.bool, device=x.device)
         slots[:len(alive)] = alive
         centroids[slots] = start
         if len(start) < k:
+            distance = sphere.square.new_full((len(unit),), FARTHEST)
+            if len(start):
+                distance = sphere.distance(sphere.nearest(start), start)
             centroids[~slots] = sphere.draw(distance, k - len(start))
         centroids, labels = sphere.revive(centroids)
         for _ in range(max_iter):
-            before = labels
-            centroids, labels = sphere.revive(sphere.means(labels, centroids))
-            if torch.equal(labels, before):
+            last = labels
+            centroids, labels = sphere.revive(sphere.means(labels, centroids), centroids)
+            if torch.equal(labels, last):
                 break
         everything = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         everything[usable] = labels

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcn_ext.clustering import OnlineClusters, spherical_kmeans
+from mcn_ext.clustering import OnlineClusters, _Sphere, spherical_kmeans
 from mcn_ext.reference import unit_rows
 from tests.conftest import ROOT, run
 
@@ -147,6 +147,23 @@ def test_labels_are_the_nearest_centroids():
     similarity = unit_rows(x) @ centroids.t()
     own = similarity.gather(1, labels[:, None])
     assert (own >= similarity - 1e-6).all()
+
+
+@pytest.mark.parametrize("k", [5, 40])
+@pytest.mark.parametrize("step", [0.0, 1e-3, 0.03, 1.0])
+def test_points_left_out_of_a_comparison_would_not_have_moved(k, step):
+    """Labels by bounds equal labels by comparing everything, while centroids move little or far."""
+    x, centroids = unit_rows(spread(2000, 16)), unit_rows(spread(k, 16, 1))
+    lazy = _Sphere(x.clone(), torch.Generator())
+    eager = _Sphere(x.clone(), torch.Generator())
+    before = None
+    for i in range(6):
+        labels, want = lazy.nearest(centroids, before), eager.nearest(centroids)
+        nearest = torch.cdist(eager.points.double(), centroids.double())
+        gap = (nearest.gather(1, labels[:, None]) - nearest.gather(1, want[:, None])).abs()
+        assert gap.max() < 1e-5  # ties aside, the same
+        before, move = centroids, step * spread(k, 16, 2 + i)
+        centroids = before + move * (torch.arange(k)[:, None] % 3 == i % 3)
 
 
 def test_a_start_is_mended_not_believed():
