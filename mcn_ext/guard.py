@@ -87,9 +87,12 @@ def some(names: list[str], n: int | None = None) -> str:
 
 def found_lines(clips: list[dict], terms: dict, describe) -> list[str]:
     """What went wrong first, and which terms it reached, for people."""
-    lines = [f"  {found['modality']}: {found['stage']} not finite in {found['n_bad']} of "
-             f"{found['n_clips']} clips: "
-             f"{some(describe(found['clips'][:SHOWN]), found['n_bad'])}" for found in clips]
+    lines = []
+    for found in clips:
+        n_bad, n_clips = found["n_bad"], found["n_clips"]
+        where = f"all {n_clips} clips" if n_bad == n_clips else (
+            f"{n_bad} of {n_clips} clips: {some(describe(found['clips'][:SHOWN]), n_bad)}")
+        lines.append(f"  {found['modality']}: {found['stage']} not finite in {where}")
     bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
     good = [f"{name} {float(value):.4g}" for name, value in terms.items() if name not in bad]
     return [*lines, f"  terms: not finite: {', '.join(bad) or 'none'}; "
@@ -198,7 +201,7 @@ class Guard:
         if self.in_a_row >= self.max_bad_steps:
             raise SystemExit(
                 f"step {step}: {self.in_a_row} bad steps in a row (--max_bad_steps); the run stops."
-                f" They changed nothing: what is saved in {self.folder} has finite weights. The "
+                f" They changed nothing: what is saved in {self.folder} is of before. The "
                 "reports above are in log.jsonl, too. If they name single clips, look at their "
                 "features; if weights, or all clips, go back to an earlier epoch or train anew "
                 "(--no-resume) with a lower --lr, --precision fp32 or --similarity cosine")
