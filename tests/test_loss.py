@@ -283,7 +283,11 @@ def test_more_elements_than_32_bits_count(device):
         g = (q @ w)[own] - w[other] * (2 / (n * 0.5))
         g -= (g * u[own]).sum(dim=1, keepdim=True) * u[own]
         want.append(g / raw.double().norm(dim=1, keepdim=True)[own])
-    assert_close([v.double() for v in got[:3]], want, rtol=1e-4, atol=1e-9)
+    # An entry is a sum of 46,400 in fp32, in the order of the CPU's matrix library: one near 0 is
+    # as good as its neighbours are large. A wrong index would be off by all of that.
+    assert_close(got[0].double(), want[0], rtol=1e-4, atol=0)
+    for gradient, exact in zip(got[1:3], want[1:], strict=True):
+        assert_close(gradient.double(), exact, rtol=1e-4, atol=2e-4 * float(exact.std()))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
