@@ -32,7 +32,7 @@ bench: setup
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/kmeans.py
 
-# The published recipe until it goes NaN, ours beside it: a figure, docs/nan.png.
+# The published recipe until it goes NaN, ours beside it: a figure, runs/nan.png.
 nan: setup
 	$(PY) benchmarks/nan.py
 

@@ -1,7 +1,8 @@
-"""Why multimodal clustering goes NaN: the published recipe step by step, our objective beside it.
+r"""Why multimodal clustering goes NaN: the published recipe step by step, our objective beside it.
 
     python benchmarks/nan.py              # the recipe until NaN, then ours twice as many steps
-    python benchmarks/nan.py --times 10 --out benchmarks/results/nan-cpu.json     # 17 minutes
+    python benchmarks/nan.py --times 10 --out benchmarks/results/nan-cpu.json \
+        --figure docs/nan.png             # 17 minutes: the committed figure
     python benchmarks/nan.py --ablation   # each cure alone, five together, all but one, and ours
     python benchmarks/nan.py --draw benchmarks/results/nan-cpu.json
 
@@ -360,7 +361,7 @@ def main():
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--draw", type=Path, nargs="+", help="JSON files to draw; nothing runs")
-    parser.add_argument("--figure", type=Path, default=Path("docs/nan.png"))
+    parser.add_argument("--figure", type=Path, default=Path("runs/nan.png"))
     args = parser.parse_args()
     if args.draw:
         results = {}
