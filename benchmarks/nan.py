@@ -360,14 +360,11 @@ def main():
     parser.add_argument("--clips", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--draw", type=Path, nargs="+", help="JSON files to draw; nothing runs")
+    parser.add_argument("--draw", type=Path, help="JSON file to draw; nothing runs")
     parser.add_argument("--figure", type=Path, default=Path("runs/nan.png"))
     args = parser.parse_args()
     if args.draw:
-        results = {}
-        for file in args.draw:
-            results |= json.loads(file.read_text())["data"]
-        draw(results, args.figure)
+        draw(json.loads(args.draw.read_text())["data"], args.figure)
         return
     sets = [] if args.only == "digits" else [Synthetic()]
     if args.only != "synthetic" and args.digits.exists():

@@ -84,8 +84,6 @@ class _Sphere:
             label.append(at)
             best.append(top)
             second.append(score.scatter_(1, at[:, None], -torch.inf).amax(dim=1))
-        if not label:
-            return self.labels
         upper, lower = ((square - 2.0 * torch.cat(score)).clamp_min(0.0).sqrt()
                         for score in (best, second))
         if doubt is None:

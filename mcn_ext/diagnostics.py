@@ -41,7 +41,7 @@ def uniformity(rows: Tensor) -> Tensor:
 def _sample(x: Tensor) -> Tensor:
     """Every n-th row of the global batch, from all ranks."""
     group, n = distributed.default_group(), len(x)
-    stride = -(-n * distributed.world() // SAMPLE)
+    stride = max(1, -(-n * distributed.world() // SAMPLE))
     first = -distributed.rank() * n % stride  # ranks hold equal, consecutive parts
     return distributed.gather(x[first::stride].contiguous(), group)
 

@@ -54,7 +54,7 @@ def find_clips(objective: Objective) -> list[dict]:
             bad = bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
             if bad.any():
                 found.append({"modality": name, "stage": stage, "n_bad": int(bad.sum()),
-                              "n_clips": len(bad),
+                              "n_clips": len(bad) * distributed.world(),  # ranks hold equal parts
                               "clips": batch["clip_id"][bad][:LISTED].tolist()})
                 break
     return found
@@ -65,9 +65,8 @@ def merge(ranks: list[list[dict]]) -> list[dict]:
     merged: dict[tuple, dict] = {}
     for found in (entry for rank in ranks for entry in rank):
         into = merged.setdefault((found["modality"], found["stage"]), found | {
-            "n_bad": 0, "n_clips": 0, "clips": []})
+            "n_bad": 0, "clips": []})
         into["n_bad"] += found["n_bad"]
-        into["n_clips"] += found["n_clips"]
         into["clips"] = (into["clips"] + found["clips"])[:LISTED]
     inputs = [entry for entry in merged.values() if entry["stage"] == "input"]
     # One clip's bad input spoils all the batch in BatchNorm: what follows from it is left out.
