@@ -43,21 +43,23 @@ std::string build_info() {
 }
 
 #define MCN_PARAMETERS                                                                         \
-  Tensors embeddings, Ints pairs, Tensors ids, Tensors valid, std::optional<Tensor> centroids, \
-      std::optional<Tensor> labels, Ints clustered, Tensor temperature, double margin,         \
-      bool normalize, double cluster_weight, double cluster_scale, Ints wanted,                \
-      bool wants_temperature, bool keep, int64_t tile
+  Tensors embeddings, Ints pairs, Tensors ids, Tensors valid, Tensors columns,                 \
+      std::optional<Tensor> centroids, std::optional<Tensor> labels, Ints clustered,           \
+      Tensor temperature, double margin, bool normalize, double cluster_weight,                \
+      double cluster_scale, Ints wanted, bool wants_temperature, bool keep, int64_t tile,      \
+      Ints sizes, int64_t rank, std::string group
 #define MCN_PROBLEM                                                                         \
   Problem {                                                                                 \
-    embeddings, pairs, ids, valid, centroids.value_or(Tensor()), labels.value_or(Tensor()), \
-        clustered, temperature, margin, normalize, cluster_weight, cluster_scale, wanted,   \
-        wants_temperature, keep, tile                                                       \
+    embeddings, pairs, ids, valid, columns, centroids.value_or(Tensor()),                   \
+        labels.value_or(Tensor()), clustered, temperature, margin, normalize,               \
+        cluster_weight, cluster_scale, wanted, wants_temperature, keep, tile, sizes, rank,  \
+        group                                                                               \
   }
 #define MCN_SCHEMA                                                                               \
-  "Tensor[] embeddings, int[] pairs, Tensor[] ids, Tensor[] valid, Tensor? centroids, "          \
-  "Tensor? labels, int[] clustered, Tensor temperature, float margin, bool normalize, "          \
-  "float cluster_weight, float cluster_scale, int[] wanted, bool wants_temperature, bool keep, " \
-  "int tile"
+  "Tensor[] embeddings, int[] pairs, Tensor[] ids, Tensor[] valid, Tensor[] columns, "           \
+  "Tensor? centroids, Tensor? labels, int[] clustered, Tensor temperature, float margin, "       \
+  "bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "                    \
+  "bool wants_temperature, bool keep, int tile, int[] sizes, int rank, str group"
 
 std::tuple<Tensor, Tensor, Tensor, Tensors> loss(MCN_PARAMETERS) { return forward(MCN_PROBLEM); }
 

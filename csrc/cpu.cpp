@@ -315,7 +315,7 @@ void tile_statistics(void*, const Term<A>& term, const Tile<A>& tile, const A* r
 
 template <typename A>
 void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,
-            double weight, double report, int slot, A* losses) {
+            double* sums) {
   const double temperature = term.temperature[0];
   at::parallel_for(0, term.n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -325,35 +325,35 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* p
       positive[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / temperature);
     }
   });
-  double sum = 0, bound = 0;
-  int64_t count = 0;
-  bool finite = true;
+  Sums all;
   for (int64_t j = 0; j < term.m; ++j) {
-    finite = finite && !(term.col_key[j] >= 0 && std::isnan(y.inverse[j]));
+    if (term.col_key[j] >= 0 && std::isnan(y.inverse[j])) all.broken = 1;
     if (term.both && term.col_key[j] < 0) term.col_top[j] = -lowest<A>();
   }
   for (int64_t i = 0; i < term.n; ++i) {
     term.pull[i] = 0;
     term.row_top[i] = -lowest<A>();
     if (term.row_key[i] < 0) continue;
-    ++count;
-    finite = finite && !std::isnan(x.inverse[i]);
+    ++all.count;
+    if (std::isnan(x.inverse[i])) all.broken = 1;
     const auto add = [&](A max, A total, A* top, A* rest) {
       const Direction<A> row(max, total, positive[i]);
-      sum += row.loss;
+      all.loss += row.loss;
       term.pull[i] += row.pull;
       *top = row.top, *rest = row.rest;
-      bound = std::max(bound, double(std::exp(max - row.top - row.rest)));
+      all.bound = std::max(all.bound, double(std::exp(max - row.top - row.rest)));
     };
     add(term.row_max[i], term.row_sum[i], term.row_top + i, term.row_rest + i);
     if (term.both) add(term.col_max[i], term.col_sum[i], term.col_top + i, term.col_rest + i);
   }
-  const double mean =
-      finite ? 1.0 / std::max<int64_t>(count, 1) : std::numeric_limits<double>::quiet_NaN();
-  term.factor[0] = A(weight * mean / temperature);
-  term.factor[1] = A(512 * power_below_one(bound));
-  losses[slot] += A(report * (sum * mean));
-  losses[0] += A(weight * (sum * mean));
+  sums[0] = all.loss, sums[1] = all.count, sums[2] = all.bound, sums[3] = all.broken;
+}
+
+template <typename A>
+void conclude(void*, const Term<A>& term, const double* sums, int64_t ranks, double weight,
+              double report, int slot, A* losses) {
+  conclude_sums(sums, ranks, term.temperature[0], weight, report, term.factor, losses + slot,
+                losses);
 }
 
 template <typename A>

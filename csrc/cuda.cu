@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename A>
 __global__ void __launch_bounds__(kOneBlock)
     finish_kernel(Term<A> term, const A* x_inverse, const A* y_inverse, const A* positive,
-                  double weight, double report, int slot, A* losses) {
+                  double* sums) {
   __shared__ double shared[kOneBlock / kWarp];
   double sum = 0, bound = 0, count = 0, broken = 0;
   for (int64_t j = threadIdx.x; j < term.m; j += blockDim.x) {
@@ -330,13 +330,14 @@ __global__ void __launch_bounds__(kOneBlock)
   count = block_reduce(count, shared, add);
   bound = block_reduce(bound, shared, larger);
   broken = block_reduce(broken, shared, larger);
-  if (threadIdx.x != 0) return;
-  const double mean =
-      broken > 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / (count > 1 ? count : 1.0);
-  term.factor[0] = A(weight * mean / term.temperature[0]);
-  term.factor[1] = A(512 * power_below_one(bound));
-  losses[slot] += A(report * (sum * mean));
-  losses[0] += A(weight * (sum * mean));
+  if (threadIdx.x == 0) sums[0] = sum, sums[1] = count, sums[2] = bound, sums[3] = broken;
+}
+
+template <typename A>
+__global__ void conclude_kernel(Term<A> term, const double* sums, int64_t ranks, double weight,
+                                double report, int slot, A* losses) {
+  conclude_sums(sums, ranks, double(term.temperature[0]), weight, report, term.factor,
+                losses + slot, losses);
 }
 
 // ------------------------------------------------------------------------------------------
@@ -519,7 +520,7 @@ void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, con
 
 template <typename A>
 void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,
-            double weight, double report, int slot, A* losses) {
+            double* sums) {
   if (term.n > 0) {
     with_rows<A>(x.type, [&](auto* type) {
       using T = Pointee<decltype(type)>;
@@ -528,9 +529,15 @@ void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& 
     });
     check("positive");
   }
-  MCN_LAUNCH((finish_kernel<A>), 1, kOneBlock, stream, term, x.inverse, y.inverse, positive, weight,
-             report, slot, losses);
+  MCN_LAUNCH((finish_kernel<A>), 1, kOneBlock, stream, term, x.inverse, y.inverse, positive, sums);
   check("finish");
+}
+
+template <typename A>
+void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks, double weight,
+              double report, int slot, A* losses) {
+  MCN_LAUNCH((conclude_kernel<A>), 1, 1, stream, term, sums, ranks, weight, report, slot, losses);
+  check("conclude");
 }
 
 template <typename A>

@@ -78,4 +78,30 @@ struct Direction {
   }
 };
 
+// A term's loss over some rows.
+struct Sums {
+  double loss = 0, count = 0;  // of the rows that are there
+  double bound = 0;            // the largest softmax weight of a logit that is no positive
+  double broken = 0;           // 1: a value is not finite
+};
+
+// All ranks' sums into a mean, and what every element of the gradient is multiplied by.
+template <typename A>
+MCN_INLINE void conclude_sums(const double* sums, int64_t ranks, double temperature, double weight,
+                              double report, A* factor, A* loss, A* total) {
+  Sums all;
+  for (int64_t r = 0; r < ranks; ++r) {
+    const double* s = sums + 4 * r;
+    all.loss += s[0], all.count += s[1];
+    all.bound = s[2] > all.bound ? s[2] : all.bound;
+    all.broken = s[3] > all.broken ? s[3] : all.broken;
+  }
+  const double mean = all.broken > 0 ? std::numeric_limits<double>::quiet_NaN()
+                                     : 1.0 / (all.count > 1 ? all.count : 1.0);
+  factor[0] = A(weight * mean / temperature);
+  factor[1] = A(512 * power_below_one(all.bound));
+  *loss += A(report * (all.loss * mean));
+  *total += A(weight * (all.loss * mean));
+}
+
 }  // namespace mcn

@@ -64,12 +64,16 @@ struct Tile {
   template <typename A>                                                                            \
   void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile,                     \
                        const A* row_inverse, const A* col_inverse, A* partial);                    \
-  /* From the running statistics: top, rest, pull, factor = {weight / (valid rows * temperature),  \
-     boost}, and losses[slot] += report * mean, losses[0] += weight * mean. rows: x; cols: y.      \
+  /* From the running statistics: top, rest, pull, and sums (4,), see Sums. rows: x; cols: y.       \
      positive: (n,). */                                                                            \
   template <typename A>                                                                            \
   void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,  \
-              double weight, double report, int slot, A* losses);                                  \
+              double* sums);                                                                       \
+  /* From all ranks' sums (ranks, 4): factor = {weight / (valid rows * temperature), boost},        \
+     losses[slot] += report * mean, losses[0] += weight * mean. */                                  \
+  template <typename A>                                                                            \
+  void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks,              \
+                double weight, double report, int slot, A* losses);                                \
   /* P = boost (exp(z - lse_row) + exp(z - lse_col)) inverse_i inverse_j, as `type`, leading       \
      dimension ld_out; out may be the tile. */                                                     \
   template <typename A>                                                                            \
@@ -101,8 +105,9 @@ MCN_DECLARE_KERNELS;
   template bool measure<A>(void*, const Rows<A>&, bool);                                           \
   template void copy_rows<A>(void*, const Rows<A>&, int64_t, int64_t, void*);                      \
   template void tile_statistics<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, A*); \
-  template void finish<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, A*, double,       \
-                          double, int, A*);                                                        \
+  template void finish<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, A*, double*);     \
+  template void conclude<A>(void*, const Term<A>&, const double*, int64_t, double, double, int,    \
+                            A*);                                                                   \
   template void tile_gradient<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, void*, \
                                  Type, int64_t);                                                   \
   template void accumulate<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, int64_t,      \

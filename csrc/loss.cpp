@@ -5,15 +5,21 @@
 // terms reuse, becomes the gradient in place, and the gradients are ready when forward returns: 3
 // matrix products. Otherwise tiles stream: forward leaves the log-sums, backward computes the tiles
 // again: 4 products.
+//
+// Several ranks: each computes the rows it owns of every matrix, n x N, against all ranks' rows of
+// one side. The columns' statistics and gradients are sent to the ranks that own them and summed
+// there in the order of ranks: one exchange of N x D each way, and 1/ranks of the products.
 #include "loss.h"
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <string>
 
 #include "kernels.h"
@@ -77,15 +83,37 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
 }
 
 // Embeddings of one modality, or centroids.
-struct Side {
+struct Matrix {
   Tensor x, scale, inverse, valid;  // valid undefined: all rows
-  Tensor work;           // what the matrix products read: x, or a copy; undefined: copied by blocks
+  Tensor work;  // what the matrix products read: x, or a copy; undefined: copied by blocks
+
+  Matrix narrow(int64_t begin, int64_t size) const {
+    const auto part = [&](const Tensor& t) { return t.defined() ? t.narrow(0, begin, size) : t; };
+    return {part(x), part(scale), part(inverse), part(valid), part(work)};
+  }
+};
+struct Side {
+  Matrix rows;           // n, this rank's
+  Matrix cols;           // N, all ranks'; rows are a part of it, or where it is no column, it
   bool wanted = false;   // its gradient
   int terms = 0;         // in which it still takes part
   bool started = false;  // total holds something
-  Tensor total;          // (N, D) gradient before the normalisation's
-  Tensor result;         // (N, D) gradient
+  Tensor total;          // (n, D) gradient before the normalisation's
+  Tensor result;         // (n, D) gradient
 };
+
+// Blocks of `in`'s rows, `send` to each rank; returns `receive` rows from each, in rank order. By
+// torch's dispatcher, so that the extension links to no communication library.
+Tensor all_to_all(const Tensor& in, const std::vector<int64_t>& send,
+                  const std::vector<int64_t>& receive, const std::string& group) {
+  const auto call = [](const char* name, torch::jit::Stack stack) {
+    c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
+    return stack.at(0).toTensor();
+  };
+  const Tensor out =
+      call("_c10d_functional::all_to_all_single", {in.contiguous(), receive, send, group});
+  return call("_c10d_functional::wait_tensor", {out});
+}
 
 template <typename A>
 class Losses {
@@ -93,7 +121,10 @@ class Losses {
   explicit Losses(const Problem& problem)
       : p_(problem), first_(problem.embeddings.at(0)),
         options_(first_.options().dtype(c10::CppTypeToScalarType<A>::value)), rows_(first_.size(0)),
-        dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()) {
+        dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()), ranks_(problem.sizes.size()),
+        everything_(ranks_ ? std::accumulate(p_.sizes.begin(), p_.sizes.end(), int64_t(0))
+                           : rows_),
+        begin_(std::accumulate(p_.sizes.begin(), p_.sizes.begin() + p_.rank, int64_t(0))) {
 #ifdef MCN_WITH_CUDA
     if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
 #endif
@@ -104,24 +135,28 @@ class Losses {
     if (p_.labels.defined()) dense(p_.labels);
     for (size_t i = 0; i < p_.embeddings.size(); ++i) {
       Side& side = sides_.emplace_back();
-      side.x = p_.embeddings[i].contiguous();
+      side.cols.x = (ranks_ ? p_.columns : p_.embeddings)[i].contiguous();
       side.wanted = p_.wanted[i];
     }
     p_.keep = p_.keep && wants_any();
     mark_used();
-    for (Side& side : sides_) measure(side);
+    for (Side& side : sides_) {
+      measure(side.cols);
+      side.rows = side.cols;
+      if (is_column(side)) side.rows = side.cols.narrow(begin_, rows_);
+    }
     if (p_.centroids.defined()) {
-      centroids_.x = p_.centroids.to(first_.scalar_type()).contiguous();
-      measure(centroids_);
+      centroids_.cols.x = p_.centroids.to(first_.scalar_type()).contiguous();
+      measure(centroids_.cols);
       const Tensor& labels = p_.labels;
       for (int64_t i : p_.clustered) {
         const bool* valid =
-            p_.valid.empty() ? nullptr : p_.valid[i].template const_data_ptr<bool>();
+            p_.valid.empty() ? nullptr : own(p_.valid[i]).template const_data_ptr<bool>();
         const int64_t bad =
             MCN_RUN(first_outside, stream_, labels.template const_data_ptr<int64_t>(), valid, rows_,
-                    centroids_.x.size(0));
+                    centroids_.cols.x.size(0));
         TORCH_CHECK_VALUE(bad < 0, "labels[", bad, "] = ", labels[bad].template item<int64_t>(),
-                          " is outside [0, ", centroids_.x.size(0), ")");
+                          " is outside [0, ", centroids_.cols.x.size(0), ")");
       }
     }
     list_terms();
@@ -142,19 +177,20 @@ class Losses {
       statistics(spec, here, losses);
       if (gradients) this->gradients(spec, here, d_temperature, nullptr);
     }
-    return {losses, state, d_temperature};
+    return {losses, state, of_all_ranks(d_temperature)};
   }
 
   Tensor backward(const Tensor& upstream, const Tensor& state) {
     Tensor d_temperature = at::zeros({}, options_);
+    const Tensor scaled = ranks_ ? upstream.mul(ranks_) : upstream;  // ranks' gradients are averaged
     prepare(true);
     int64_t at = 0;
     for (Spec& spec : specs_) {
       Tensor here = state.narrow(0, at, state_size(spec));
       at += here.size(0);
-      gradients(spec, here, d_temperature, upstream.template const_data_ptr<A>());
+      gradients(spec, here, d_temperature, scaled.template const_data_ptr<A>());
     }
-    return d_temperature.mul_(upstream);
+    return of_all_ranks(d_temperature).mul_(upstream);
   }
 
   std::vector<Tensor> results() const {
@@ -167,7 +203,7 @@ class Losses {
  private:
   struct Spec {  // one term
     Side *x, *y;
-    Tensor row_key, col_key;
+    Tensor row_key, col_key;  // of this rank's rows, of all columns
     bool both;
     double weight, report;
     int slot;
@@ -178,28 +214,33 @@ class Losses {
   // products.
   void mark_used() {
     if (p_.valid.empty()) return;
-    for (Side& side : sides_) side.valid = at::zeros_like(p_.valid[0]);
+    for (Side& side : sides_) side.cols.valid = at::zeros_like(p_.valid[0]);
     for (size_t i = 0; i < p_.pairs.size(); i += 2) {
       const int64_t x = p_.pairs[i], y = p_.pairs[i + 1];
       both_.push_back(p_.valid[x].logical_and(p_.valid[y]));
-      sides_[x].valid.logical_or_(both_.back());
-      sides_[y].valid.logical_or_(both_.back());
+      sides_[x].cols.valid.logical_or_(both_.back());
+      sides_[y].cols.valid.logical_or_(both_.back());
     }
-    if (!p_.centroids.defined()) return;
-    for (int64_t i : p_.clustered) sides_[i].valid.logical_or_(p_.valid[i]);
+    if (p_.centroids.defined())
+      for (int64_t i : p_.clustered) sides_[i].cols.valid.logical_or_(p_.valid[i]);
+    for (Side& side : sides_)
+      if (!is_column(side)) side.cols.valid = own(side.cols.valid);
   }
-  void measure(Side& side) {
-    side.scale = at::empty({side.x.size(0)}, options_);
-    side.inverse = at::empty_like(side.scale);
-    const bool copies = MCN_RUN(template measure<A>, stream_, rows(side), p_.normalize);
-    if (!copies) side.work = side.x;
-    if (copies && p_.keep) side.work = copy(side, 0, side.x.size(0), at::empty_like(side.x));
+  void measure(Matrix& m) {
+    m.scale = at::empty({m.x.size(0)}, options_);
+    m.inverse = at::empty_like(m.scale);
+    const bool copies = MCN_RUN(template measure<A>, stream_, rows(m), p_.normalize);
+    if (!copies) m.work = m.x;
+    if (copies && p_.keep) m.work = copy(m, 0, m.x.size(0), at::empty_like(m.x));
   }
+  bool is_column(const Side& side) const { return side.cols.x.size(0) == everything_; }
+  // This rank's part of what all ranks know.
+  Tensor own(const Tensor& all) const { return all.narrow(0, begin_, rows_); }
 
   // int32 keys: equal for equal ids; the matrix is compared against them at twice the speed of
   // int64.
   Tensor keys(const Tensor& ids, const Tensor& valid) {
-    Tensor key = at::arange(rows_, options_.dtype(at::kInt));
+    Tensor key = at::arange(everything_, options_.dtype(at::kInt));
     if (ids.defined()) key = at::searchsorted(std::get<0>(ids.sort()), ids, /*out_int32=*/true);
     return valid.defined() ? at::where(valid, key, at::full({}, -1, key.options())) : key;
   }
@@ -210,16 +251,16 @@ class Losses {
       Side &x = sides_[p_.pairs[i]], &y = sides_[p_.pairs[i + 1]];
       Tensor key =
           keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], both_.empty() ? Tensor() : both_[i / 2]);
-      specs_.push_back({&x, &y, key, key, true, 1 / pairs, 1 / pairs, 1});
+      specs_.push_back({&x, &y, own(key), key, true, 1 / pairs, 1 / pairs, 1});
     }
     if (!p_.centroids.defined()) return;
-    const Tensor clusters = at::arange(centroids_.x.size(0), options_.dtype(at::kInt));
+    const Tensor clusters = at::arange(centroids_.cols.x.size(0), options_.dtype(at::kInt));
     for (int64_t i : p_.clustered) {
       Side& x = sides_[i];
       const Tensor labels = p_.labels.to(at::kInt);
       Tensor key = p_.valid.empty()
                        ? labels
-                       : at::where(p_.valid[i], labels, at::full({}, -1, labels.options()));
+                       : at::where(own(p_.valid[i]), labels, at::full({}, -1, labels.options()));
       const double report = p_.cluster_scale / modalities;
       specs_.push_back(
           {&x, &centroids_, key, clusters, false, p_.cluster_weight * report, report, 2});
@@ -230,7 +271,9 @@ class Losses {
     return p_.wants_temperature ||
            std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
   }
-  int64_t state_size(const Spec& spec) const { return (spec.both ? 5 : 3) * rows_ + 2; }
+  int64_t state_size(const Spec& spec) const {
+    return 2 + 3 * rows_ + (spec.both ? 2 * everything_ : 0);
+  }
   int64_t state_size() const {
     int64_t size = 0;
     for (const Spec& spec : specs_) size += state_size(spec);
@@ -238,7 +281,7 @@ class Losses {
   }
   int64_t largest_matrix() const {
     int64_t cols = 0;
-    for (const Spec& spec : specs_) cols = std::max(cols, spec.y->x.size(0));
+    for (const Spec& spec : specs_) cols = std::max(cols, spec.y->cols.x.size(0));
     return rows_ * cols;
   }
 
@@ -257,29 +300,28 @@ class Losses {
     for (int64_t begin = 0; begin < size; begin += block) f(begin, std::min(block, size - begin));
   }
 
-  Rows<A> rows(const Side& side) const {
-    return {side.x.const_data_ptr(),
-            type_of(side.x.scalar_type()),
-            side.x.size(0),
+  Rows<A> rows(const Matrix& m) const {
+    return {m.x.const_data_ptr(),
+            type_of(m.x.scalar_type()),
+            m.x.size(0),
             dim_,
-            side.valid.defined() ? side.valid.template const_data_ptr<bool>() : nullptr,
-            side.scale.template mutable_data_ptr<A>(),
-            side.inverse.template mutable_data_ptr<A>()};
+            m.valid.defined() ? m.valid.template const_data_ptr<bool>() : nullptr,
+            m.scale.template mutable_data_ptr<A>(),
+            m.inverse.template mutable_data_ptr<A>()};
   }
-  Tensor copy(const Side& side, int64_t begin, int64_t size, const Tensor& out) const {
-    MCN_RUN(template copy_rows<A>, stream_, rows(side), begin, begin + size,
-            out.mutable_data_ptr());
+  Tensor copy(const Matrix& m, int64_t begin, int64_t size, const Tensor& out) const {
+    MCN_RUN(template copy_rows<A>, stream_, rows(m), begin, begin + size, out.mutable_data_ptr());
     return out.narrow(0, 0, size);
   }
   // Working rows, in `scratch` where they are copied by blocks.
-  Tensor working(const Side& side, int64_t begin, int64_t size, Tensor& scratch) const {
-    if (side.work.defined()) return side.work.narrow(0, begin, size);
+  Tensor working(const Matrix& m, int64_t begin, int64_t size, Tensor& scratch) const {
+    if (m.work.defined()) return m.work.narrow(0, begin, size);
     if (!scratch.defined())
-      scratch = at::empty({size, dim_}, side.x.options());  // later blocks are no larger
-    return copy(side, begin, size, scratch);
+      scratch = at::empty({size, dim_}, m.x.options());  // later blocks are no larger
+    return copy(m, begin, size, scratch);
   }
   Term<A> term(const Spec& spec, const Tensor& state) const {
-    const int64_t n = rows_, m = spec.y->x.size(0);
+    const int64_t n = rows_, m = spec.y->cols.x.size(0);
     A* at = state.template mutable_data_ptr<A>();
     Term<A> t{};
     t.n = n, t.m = m, t.both = spec.both, t.margin = p_.margin;
@@ -287,7 +329,7 @@ class Losses {
     t.col_key = spec.col_key.template const_data_ptr<int32_t>();
     t.temperature = p_.temperature.template const_data_ptr<A>();
     t.factor = at, t.pull = at + 2, t.row_top = at + 2 + n, t.row_rest = at + 2 + 2 * n;
-    t.col_top = at + 2 + 3 * n, t.col_rest = at + 2 + 4 * n;  // rows only: not there
+    t.col_top = at + 2 + 3 * n, t.col_rest = at + 2 + 3 * n + m;  // rows only: not there
     return t;
   }
   void keep() {
@@ -320,23 +362,72 @@ class Losses {
     t.col_max = at + 2 * t.n + t.m;
     running.narrow(0, t.n + t.m, t.n + t.m).fill_(-std::numeric_limits<double>::infinity());
     Tensor y_copy, x_copy, partial;
-    const Tensor y = working(*spec.y, 0, t.m, y_copy);
+    const Tensor y = working(spec.y->cols, 0, t.m, y_copy);
     blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
-      const Tensor x = working(*spec.x, row, n_rows, x_copy);
+      const Tensor x = working(spec.x->rows, row, n_rows, x_copy);
       blocks(t.m, col_block(), [&](int64_t col, int64_t n_cols) {
         Tensor s = tile(row, n_rows, col, n_cols, t.m);
         multiply(s, x, y.narrow(0, col, n_cols).t());
         const int64_t size = MCN_RUN(partial_size, n_rows, n_cols);
         if (!partial.defined() || partial.numel() < size) partial = at::empty({size}, options_);
         MCN_RUN(tile_statistics, stream_, t, tile_of(s, row, col),
-                spec.x->inverse.template const_data_ptr<A>(),
-                spec.y->inverse.template const_data_ptr<A>(),
+                spec.x->rows.inverse.template const_data_ptr<A>(),
+                spec.y->cols.inverse.template const_data_ptr<A>(),
                 partial.template mutable_data_ptr<A>());
       });
     });
-    MCN_RUN(finish, stream_, t, rows(*spec.x), rows(*spec.y),
-            positive.template mutable_data_ptr<A>(), spec.weight, spec.report, spec.slot,
-            losses.template mutable_data_ptr<A>());
+    const bool exchange = ranks_ && spec.both;
+    Tensor sums = at::empty({4}, options_.dtype(at::kDouble)), merged, final;
+    if (exchange) {
+      merged = merge_columns(running, t);
+      final = at::zeros({2, t.n}, options_);  // where a row is not there, nothing is written
+    }
+    const Term<A> own = exchange ? own_columns(t, merged, final) : t;
+    MCN_RUN(finish, stream_, own, rows(spec.x->rows), rows(partners(spec)),
+            positive.template mutable_data_ptr<A>(), sums.template mutable_data_ptr<double>());
+    if (exchange)
+      state.narrow(0, 2 + 3 * t.n, 2 * t.m).view({2, t.m}).copy_(to_all(final.t(), p_.sizes).t());
+    if (ranks_) sums = to_all(sums, std::vector<int64_t>(ranks_, 4));
+    MCN_RUN(conclude, stream_, t, sums.template const_data_ptr<double>(), std::max(ranks_, int64_t(1)),
+            spec.weight, spec.report, spec.slot, losses.template mutable_data_ptr<A>());
+  }
+  // Row i's positive: row i of this rank's part, or of the centroids the one it is labelled with.
+  static const Matrix& partners(const Spec& spec) {
+    return spec.both ? spec.y->rows : spec.y->cols;
+  }
+
+  // ---------------------------------------------------------------- several ranks
+  // This rank's rows of something, to every rank: all ranks' rows.
+  Tensor to_all(const Tensor& own, const std::vector<int64_t>& sizes) const {
+    std::vector<int64_t> copies(own.dim(), 1);
+    copies[0] = ranks_;
+    return all_to_all(own.repeat(copies), std::vector<int64_t>(ranks_, own.size(0)), sizes,
+                      p_.group);
+  }
+  // What all ranks have for all rows (N, ...), to the rows' owners: (ranks, n, ...).
+  Tensor to_owners(const Tensor& all) const {
+    std::vector<int64_t> shape{ranks_, rows_};
+    for (int64_t d = 1; d < all.dim(); ++d) shape.push_back(all.size(d));
+    return all_to_all(all, p_.sizes, std::vector<int64_t>(ranks_, rows_), p_.group).view(shape);
+  }
+  Tensor of_all_ranks(const Tensor& scalar) const {
+    if (!ranks_ || !p_.wants_temperature) return scalar;
+    return to_all(scalar.view({1}), std::vector<int64_t>(ranks_, 1)).sum();
+  }
+  // (2, n) sums and maxima over all ranks of the columns that this rank owns.
+  Tensor merge_columns(const Tensor& running, const Term<A>& t) const {
+    const Tensor sum = running.narrow(0, t.n, t.m), max = running.narrow(0, 2 * t.n + t.m, t.m);
+    const Tensor parts = to_owners(at::stack({sum, max}, 1));
+    const Tensor maxima = parts.select(2, 1), top = maxima.amax(0);
+    const Tensor shift = at::where(top.isneginf(), at::zeros({}, options_), top);
+    return at::stack({parts.select(2, 0).mul(maxima.sub(shift).exp_()).sum(0), top});
+  }
+  Term<A> own_columns(Term<A> t, const Tensor& merged, const Tensor& final) const {
+    A* in = merged.template mutable_data_ptr<A>();
+    A* out = final.template mutable_data_ptr<A>();
+    t.m = t.n, t.col_key = t.row_key;
+    t.col_sum = in, t.col_max = in + t.n, t.col_top = out, t.col_rest = out + t.n;
+    return t;
   }
 
   // ---------------------------------------------------------------- gradients
@@ -349,7 +440,7 @@ class Losses {
       if (side.wanted) {
         // fp32 rows: the total is the result, in place. In keep mode every result is fp32, for
         // upstream to scale.
-        side.result = at::empty({rows_, dim_}, p_.keep ? options_ : side.x.options());
+        side.result = at::empty({rows_, dim_}, p_.keep ? options_ : first_.options());
         if (side.terms == 0) side.result.zero_();
       }
   }
@@ -363,7 +454,7 @@ class Losses {
 
   void project(Side& side, int64_t begin, int64_t size, const Tensor& total, const A* upstream) {
     Tensor out = side.result.narrow(0, begin, size);
-    MCN_RUN(project, stream_, rows(side), p_.normalize, begin, begin + size,
+    MCN_RUN(project, stream_, rows(side.rows), p_.normalize, begin, begin + size,
             total.template const_data_ptr<A>(), upstream, out.mutable_data_ptr(),
             type_of(out.scalar_type()));
   }
@@ -376,15 +467,18 @@ class Losses {
     if (!want_x && !want_y) return;
     Term<A> t = term(spec, state);
     const bool narrow =
-        x.x.scalar_type() != options_.dtype();  // 16-bit rows: the gradient of S is 16-bit too
+        first_.scalar_type() != options_.dtype();  // 16-bit rows: the gradient of S is 16-bit too
     const bool late =
         kept_.defined() && !narrow;  // all of P is there in the end: y's sums in blocks, too
     Tensor y_copy, x_copy, p_tile, block_sums, y_sums, dots;
-    const Tensor w_y = working(y, 0, t.m, y_copy);
-    if (want_y && !late) y_sums = y.started ? at::empty({t.m, dim_}, options_) : total(y);
+    const Tensor w_y = working(y.cols, 0, t.m, y_copy);
+    if (want_y && (ranks_ || !late)) {
+      y_sums = y.started || ranks_ ? at::empty({t.m, dim_}, options_) : total(y);
+      if (t.n == 0) y_sums.zero_();  // a rank without rows
+    }
     if (p_.wants_temperature) dots = at::zeros({t.n}, options_);
     blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
-      const Tensor w_x = working(x, row, n_rows, x_copy);
+      const Tensor w_x = working(x.rows, row, n_rows, x_copy);
       const bool in_place =
           x.wanted && !x.started && !(alone && x.result.scalar_type() != options_.dtype());
       Tensor sums;
@@ -398,39 +492,46 @@ class Losses {
         if (!kept_.defined()) multiply(s, w_x, w.t());
         if (narrow) {
           if (!p_tile.defined() || p_tile.numel() < n_rows * n_cols)
-            p_tile = at::empty({n_rows * n_cols}, x.x.options());
+            p_tile = at::empty({n_rows * n_cols}, first_.options());
           p = p_tile.narrow(0, 0, n_rows * n_cols).view({n_rows, n_cols});
         }
         MCN_RUN(tile_gradient, stream_, t, tile_of(s, row, col),
-                x.inverse.template const_data_ptr<A>(), y.inverse.template const_data_ptr<A>(),
-                p.mutable_data_ptr(), type_of(p.scalar_type()), p.stride(0));
+                x.rows.inverse.template const_data_ptr<A>(),
+                y.cols.inverse.template const_data_ptr<A>(), p.mutable_data_ptr(),
+                type_of(p.scalar_type()), p.stride(0));
         if (want_x) multiply(sums, p, w, col > 0);
         if (want_y && !late) multiply(y_sums.narrow(0, col, n_cols), p.t(), w_x, row > 0);
       });
       if (!want_x) return;
       // A frozen x is summed for the temperature's sake only, in place.
       Tensor into = x.wanted && x.started ? total(x).narrow(0, row, n_rows) : sums;
-      MCN_RUN(accumulate, stream_, t, rows(x), rows(y), row, row + n_rows,
+      MCN_RUN(accumulate, stream_, t, rows(x.rows), rows(partners(spec)), row, row + n_rows,
               sums.template const_data_ptr<A>(), into.template mutable_data_ptr<A>(),
               x.wanted && x.started,
               dots.defined() ? dots.template mutable_data_ptr<A>() : nullptr);
       if (x.wanted && alone) project(x, row, n_rows, into, upstream);
     });
     const auto add_y = [&](int64_t col, int64_t n_cols, const Tensor& sums) {
-      MCN_RUN(accumulate, stream_, t, rows(y), rows(x), col, col + n_cols,
+      MCN_RUN(accumulate, stream_, t, rows(y.rows), rows(x.rows), col, col + n_cols,
               sums.template const_data_ptr<A>(),
               total(y).narrow(0, col, n_cols).template mutable_data_ptr<A>(), y.started,
               static_cast<A*>(nullptr));
     };
-    if (want_y && !late) add_y(0, t.m, y_sums);
+    if (want_y && !late && !ranks_) add_y(0, t.m, y_sums);
     if (want_y && late)
       blocks(t.m, row_block(), [&](int64_t col, int64_t n_cols) {
-        if (y.started && !block_sums.defined()) block_sums = at::empty({n_cols, dim_}, options_);
-        const Tensor sums =
-            y.started ? block_sums.narrow(0, 0, n_cols) : total(y).narrow(0, col, n_cols);
-        multiply(sums, tile(0, t.n, col, n_cols, t.m).t(), x.work);
-        add_y(col, n_cols, sums);
+        const bool scratch = y.started && !ranks_;
+        if (scratch && !block_sums.defined()) block_sums = at::empty({n_cols, dim_}, options_);
+        const Tensor sums = scratch ? block_sums.narrow(0, 0, n_cols)
+                                    : (ranks_ ? y_sums : total(y)).narrow(0, col, n_cols);
+        multiply(sums, tile(0, t.n, col, n_cols, t.m).t(), x.rows.work);
+        if (!ranks_) add_y(col, n_cols, sums);
       });
+    if (want_y && ranks_) {
+      Tensor parts = to_owners(y_sums);
+      y_sums.reset();
+      add_y(0, t.n, parts.sum(0));
+    }
     if (p_.wants_temperature)
       MCN_RUN(temperature_gradient, stream_, t, dots.template const_data_ptr<A>(),
               d_temperature.template mutable_data_ptr<A>());
@@ -445,6 +546,8 @@ class Losses {
   at::TensorOptions options_;  // of A, on the device
   int64_t rows_, dim_;
   bool cuda_;
+  int64_t ranks_;               // 0: no group
+  int64_t everything_, begin_;  // rows of all ranks, and of those before this one
   void* stream_ = nullptr;
   std::vector<Side> sides_;
   Side centroids_;

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -10,11 +11,13 @@ namespace mcn {
 
 // The arguments of mcn::loss, as binding.cpp registers it and mcn_ext/ops.py calls it.
 struct Problem {
-  std::vector<at::Tensor> embeddings;  // (N, D) each, of one dtype
+  std::vector<at::Tensor> embeddings;  // (n, D) each, of one dtype: this rank's rows
   std::vector<int64_t> pairs;          // 2 per pair, into embeddings
-  std::vector<at::Tensor> ids;         // none, or (N,) int64 per pair
-  std::vector<at::Tensor> valid;       // none, or (N,) bool per modality
-  at::Tensor centroids, labels;        // (K, D), (N,) int64, or undefined
+  std::vector<at::Tensor> ids;         // none, or (N,) int64 per pair, of all ranks' rows
+  std::vector<at::Tensor> valid;       // none, or (N,) bool per modality, of all ranks' rows
+  std::vector<at::Tensor> columns;     // none, or per modality: all ranks' rows if it is second in
+                                       // any pair, else this rank's
+  at::Tensor centroids, labels;        // (K, D), (n,) int64, or undefined
   std::vector<int64_t> clustered;      // into embeddings
   at::Tensor temperature;              // scalar of the type that is computed in
   double margin;
@@ -25,6 +28,9 @@ struct Problem {
   bool wants_temperature;
   bool keep;     // the similarity matrix
   int64_t tile;  // rows and columns of a tile; 0: chosen
+  std::vector<int64_t> sizes;  // rows of each rank, their sum is N; none: there is one rank, n = N
+  int64_t rank;
+  std::string group;  // of ranks, by its name in torch.distributed
 };
 
 // (total, contrastive, cluster) in one tensor, state for backward, d total / d temperature, and in

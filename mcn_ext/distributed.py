@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -104,12 +105,76 @@ def broadcast(value: Tensor) -> None:
         dist.broadcast(value, src=0)
 
 
+# torch 2.13 has renamed it, 2.11 has the old name only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def stack(value: Tensor) -> Tensor:
+    """Every rank's tensor without gradient, of one shape: (world, ...), the same on every rank."""
+    everything = value.new_empty(world(), *value.shape)
+    if world() == 1:
+        return everything.copy_(value)
+    _all_gather(everything.flatten(), value.detach().contiguous().flatten())
+    return everything
+
+
 def total(value: Tensor) -> Tensor:
     """Sum of a tensor without gradient over all ranks."""
     if world() > 1:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+class Ranks:
+    """A process group's ranks and how many rows each of them holds.
+
+    Attributes: ``rank`` of this process, ``sizes`` [rows of each], ``name`` of the group.
+    """
+
+    def __init__(self, group):
+        self.group, self.name = group, group.group_name
+        self.rank, self.n = dist.get_rank(group), dist.get_world_size(group)
+        self.sizes: list[int] = []
+
+    @classmethod
+    def of(cls, group) -> Ranks | None:
+        """None for no group, or one of a single process."""
+        return None if group is None or dist.get_world_size(group) == 1 else cls(group)
+
+    def share_sizes(self, x: Tensor, common: Sequence[int] = ()) -> None:
+        """Learn how many rows (of x here) each rank holds. ValueError, on every rank, if they
+        disagree about ``common``. Waits for the device."""
+        mine = torch.tensor([len(x), *map(int, common)], device=x.device)
+        table = mine.new_empty(self.n * len(mine))
+        _all_gather(table, mine, group=self.group)
+        table = table.view(self.n, -1).tolist()
+        self.sizes = [row[0] for row in table]
+        for rank, row in enumerate(table):
+            if row[1:] != table[0][1:]:
+                raise ValueError(f"ranks disagree about what to compute: rank 0 has {table[0][1:]}"
+                                 f", rank {rank} has {row[1:]} (width, dtypes, centroids, pairs, "
+                                 "ids, masks, which gradients, budget)")
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of all ranks (sum of sizes, ...), in rank order, without gradient."""
+        longest = max(self.sizes)
+        mine = x.detach().contiguous()
+        if len(mine) < longest:
+            mine = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
+        everything = mine.new_empty(self.n * longest, *mine.shape[1:])
+        _all_gather(everything, mine, group=self.group)
+        if min(self.sizes) == longest:
+            return everything
+        return torch.cat([part[:size] for part, size in
+                          zip(everything.split(longest), self.sizes, strict=True)])
+
+    def gather_vectors(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Integer or bool vectors (n,) of all ranks' rows, int64, in one message."""
+        if not vectors:
+            return []
+        table = self.gather(torch.stack([v.long() for v in vectors], dim=1))
+        return [column.contiguous() for column in table.unbind(dim=1)]
 
 
 class _Gather(torch.autograd.Function):
@@ -122,30 +187,22 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, group) -> Tensor:
-        n_ranks, me = dist.get_world_size(group), dist.get_rank(group)
-        n = torch.tensor([len(x)], device=x.device)
-        sizes = [torch.empty_like(n) for _ in range(n_ranks)]
-        dist.all_gather(sizes, n, group=group)
-        sizes = [int(s) for s in sizes]
-        longest = max(sizes)
-        padded = x.detach().contiguous()
-        if len(x) < longest:
-            padded = torch.cat([padded, padded.new_zeros(longest - len(x), *x.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=group)
-        ctx.rows, ctx.world = slice(sum(sizes[:me]), sum(sizes[:me + 1])), n_ranks
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
+        begin = sum(ranks.sizes[:ranks.rank])
+        ctx.rows, ctx.n_ranks = slice(begin, begin + len(x)), ranks.n
+        return ranks.gather(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[ctx.rows] * ctx.world, None
+        return grad[ctx.rows] * ctx.n_ranks, None
 
 
 def gather(x: Tensor | None, group) -> Tensor | None:
     """All ranks' rows of x (n_r, ...) -> (sum n_r, ...), differentiable; x itself for no group."""
-    if x is None or group is None:
+    ranks = Ranks.of(group)
+    if x is None or ranks is None:
         return x
+    ranks.share_sizes(x)
     if x.dtype == torch.bool:
-        return _Gather.apply(x.to(torch.uint8), group).bool()
-    return _Gather.apply(x, group)
+        return ranks.gather(x.to(torch.uint8)).bool()
+    return _Gather.apply(x, ranks)

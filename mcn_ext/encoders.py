@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from mcn_ext import distributed
 
 
 class GatedUnit(nn.Module):
@@ -61,17 +64,72 @@ class _Frames:
         """(n, C) -> (B, C, 1, T) in channels_last, zero where there is padding."""
         padded = rows.new_zeros(len(self.n_frames) * self.length, rows.shape[1])
         padded = padded.index_copy(0, self.real, rows)
-        return padded.view(len(self.n_frames), 1, self.length, -1).permute(0, 3, 1, 2)
+        shape = len(self.n_frames), 1, self.length, rows.shape[1]
+        return padded.view(shape).permute(0, 3, 1, 2)
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch norm of rows (n, C) by the mean and variance of all ranks' rows."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, mean, var, count, eps):
+        """count: rows of all ranks that mean and var are of; 0: they are constants."""
+        ctx.save_for_backward(rows, weight, mean, var, count)
+        ctx.eps = eps
+        return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight, mean, var, count = ctx.saved_tensors
+        d_rows, d_weight, d_bias = grad, torch.zeros_like(weight), torch.zeros_like(weight)
+        if len(rows):  # as if mean and var were constants
+            d_rows, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, rows, weight, mean, var, None, None, False, ctx.eps, [True] * 3)
+        # Through mean and var: what all ranks' rows have in common is taken off each.
+        along_weight, along_bias = distributed.stack(torch.stack([d_weight, d_bias])).sum(dim=0)
+        scale = torch.where(count > 0, weight * (var + ctx.eps).rsqrt() / count.clamp_min(1), 0.0)
+        slope = scale * along_weight * (var + ctx.eps).rsqrt()
+        offset = scale * along_bias - slope * mean
+        d_rows = d_rows - (offset + slope * rows.to(slope.dtype)).to(d_rows.dtype)
+        return d_rows, d_weight, d_bias, None, None, None, None
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm over packed frames (n, C), without padding; fewer than 2 (silence): as in eval."""
+    """Batch norm over the packed frames (n, C) of all ranks, without padding; fewer than 2
+    (silence): as in eval."""
 
     def forward(self, rows: Tensor) -> Tensor:
-        if self.training and len(rows) < 2:
-            return F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias,
-                                False, 0.0, self.eps)
-        return super().forward(rows)
+        if not self.training or distributed.world() == 1:
+            if self.training and len(rows) < 2:
+                return F.batch_norm(rows, self.running_mean, self.running_var, self.weight,
+                                    self.bias, False, 0.0, self.eps)
+            return super().forward(rows)
+        with torch.no_grad():
+            count, mean, var = self._statistics(rows.to(self.running_mean.dtype))
+            some = count > 1  # nothing here waits for a GPU
+            for running, now in ((self.running_mean, mean), (self.running_var,
+                                                             var * count / (count - 1))):
+                running.copy_(torch.where(some, running.lerp(now, self.momentum), running))
+            self.num_batches_tracked += some
+            mean = torch.where(some, mean, self.running_mean)
+            var = torch.where(some, var, self.running_var)
+        return _Normalize.apply(rows, self.weight, self.bias, mean, var, count * some, self.eps)
+
+    @staticmethod
+    def _statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(number, mean (C,), variance (C,)) of all ranks' rows, merged in rank order (Chan et al.
+        1979), so that ranks' buffers are equal to the bit."""
+        mean = rows.sum(dim=0) / max(len(rows), 1)
+        square = (rows - mean).square().sum(dim=0)
+        number = mean.new_full((1,), len(rows))
+        table = distributed.stack(torch.cat([number, mean, square])).double()
+        number, mean, square = table.split([1, rows.shape[1], rows.shape[1]], dim=1)
+        count = number.sum()
+        whole = (number * mean).sum(dim=0) / count.clamp_min(1)
+        square = square.sum(dim=0) + (number * (mean - whole).square()).sum(dim=0)
+        var = square / count.clamp_min(1)
+        return count.to(rows.dtype), whole.to(rows.dtype), var.to(rows.dtype)
 
 
 class _Block(nn.Module):

@@ -11,13 +11,14 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mcn_ext import reference
-from mcn_ext.distributed import gather
+from mcn_ext.distributed import Ranks
 from mcn_ext.reference import LossTerms
 
 __all__ = ["LossTerms", "build_info", "cluster_loss", "contrastive_loss", "has_cuda", "mcn_loss"]
@@ -75,6 +76,11 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
     budget: bytes that the similarity matrix may take (default: the environment variable
     MCN_LOSS_BUDGET, else 2 GiB). Within it the matrix is computed once and gradients are taken in
     forward, in fp32; above it, and always with 0, tiles stream and backward computes them again.
+
+    group: each rank computes its own rows against all ranks' rows of one side: half of the traffic
+    of gathering both with gradients, and 1/ranks of the products. All ranks must call with the same
+    arguments but for the rows, of which each may hold another number, or none; ValueError on all of
+    them if they do not.
     """
     if not _compiled_for(x):
         return reference.contrastive_loss(x, y, temperature=temperature, margin=margin,
@@ -89,16 +95,16 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
 
 def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
                  temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
-                 valid: Tensor | None = None) -> Tensor:
+                 valid: Tensor | None = None, group=None) -> Tensor:
     """Cross entropy of each row against its centroid; arguments and values of
     :func:`mcn_ext.reference.cluster_loss`. On a GPU a label outside [0, K) is printed and ends the
     context, as in torch's own losses: the host does not wait for the device; and centroids are
     rounded to the rows' dtype, for one matrix product."""
     if not _compiled_for(x):
         return reference.cluster_loss(x, centroids, labels, temperature=temperature, margin=margin,
-                                      normalize=normalize, valid=valid)
+                                      normalize=normalize, valid=valid, group=group)
     return _loss([x], [], [], [] if valid is None else [valid], centroids, labels, [0],
-                 temperature=temperature, margin=margin, normalize=normalize).total
+                 temperature=temperature, margin=margin, normalize=normalize, group=group).total
 
 
 def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
@@ -143,19 +149,14 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
           normalize: bool, cluster_weight: float = 1.0, cluster_scale: float = 1.0, group=None,
           budget: int | None = None) -> LossTerms:
     """Arguments checked, gathered and in the types that ``torch.ops.mcn.loss`` takes."""
-    if group is not None:
-        rows, valid = [gather(x, group) for x in rows], [gather(mask, group) for mask in valid]
-        ids, labels = [gather(i, group) for i in ids], gather(labels, group)
-    if None in ids:
-        distinct = torch.arange(len(rows[0]), device=rows[0].device)
-        ids = [distinct if i is None else i for i in ids]
     dtype = rows[0].dtype
     for x in rows:
         if x.dim() != 2 or x.shape != rows[0].shape or x.device != rows[0].device:
             raise ValueError("embeddings must be (N, D), all of one shape, on one device, got "
                              f"{', '.join(f'{tuple(x.shape)} {x.device}' for x in rows)}")
         dtype = torch.promote_types(dtype, x.dtype)
-    for name, vectors, kind in (("ids", ids, torch.int64), ("valid", valid, torch.bool),
+    given = [i for i in ids if i is not None]
+    for name, vectors, kind in (("ids", given, torch.int64), ("valid", valid, torch.bool),
                                 ("labels", [] if labels is None else [labels], torch.int64)):
         for vector in vectors:
             if (vector.shape != rows[0].shape[:1] or vector.dtype != kind
@@ -170,38 +171,75 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if not rows[0].is_cuda:
         dtype = accumulate  # few CPUs multiply 16-bit matrices well
-    rows = [x.to(dtype) for x in rows]
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(rows[0].device, accumulate, non_blocking=True).reshape(())
-    else:  # not torch.tensor: its copy to a GPU would wait for the device
-        temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
     if budget is None:
         text = os.environ.get("MCN_LOSS_BUDGET", str(2**31))
         if not text.isdecimal():
             raise ValueError(f"MCN_LOSS_BUDGET={text!r} must be bytes, such as {2**31}")
         budget = int(text)
     grad = torch.is_grad_enabled()
-    columns = max(len(rows[0]) if pairs else 0, 0 if centroids is None else len(centroids))
+    wanted = [int(grad and x.requires_grad) for x in rows]
+    learn_temperature = isinstance(temperature, Tensor) and temperature.requires_grad and grad
+    k = 0 if centroids is None else len(centroids)
+    columns, ranks = [], Ranks.of(group)
+    if ranks is not None:
+        ranks.share_sizes(rows[0], [rows[0].shape[1], *map(_code, rows), k, len(pairs), len(given),
+                                    len(valid), learn_temperature, *wanted, budget])
+        vectors = ranks.gather_vectors([*given, *valid])
+        given, valid = vectors[:len(given)], [v.bool() for v in vectors[len(given):]]
+        pairs, second = _columns(pairs, wanted)
+        columns = [ranks.gather(x.detach()).to(dtype) if i in second else x.detach().to(dtype)
+                   for i, x in enumerate(rows)]
+    everything = len(rows[0]) if ranks is None else sum(ranks.sizes)
+    if None in ids:
+        distinct = torch.arange(everything, device=rows[0].device)
+        found = iter(given)
+        given = [distinct if i is None else next(found) for i in ids]
+    rows = [x.to(dtype) for x in rows]
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(rows[0].device, accumulate, non_blocking=True).reshape(())
+    else:  # not torch.tensor: its copy to a GPU would wait for the device
+        temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
+    largest = (len(rows[0]) if ranks is None else max(ranks.sizes)) * max(
+        everything if pairs else 0, k)
     values, _, _, _ = torch.ops.mcn.loss(
-        rows, pairs, ids, valid, centroids, labels, list(clustered), temperature, margin, normalize,
-        cluster_weight, cluster_scale, [int(grad and x.requires_grad) for x in rows],
-        grad and temperature.requires_grad,
-        budget >= len(rows[0]) * columns * accumulate.itemsize and budget > 0, _tile)
+        rows, pairs, given, valid, columns, centroids, labels, list(clustered), temperature, margin,
+        normalize, cluster_weight, cluster_scale, wanted, learn_temperature,
+        0 < budget >= largest * accumulate.itemsize, _tile, [] if ranks is None else ranks.sizes,
+        0 if ranks is None else ranks.rank, "" if ranks is None else ranks.name)
     total, contrastive, cluster = values.unbind()
     return LossTerms(total, contrastive.detach(), cluster.detach())
 
 
+def _code(x: Tensor) -> int:
+    """A number for a tensor's dtype, the same on every rank."""
+    return x.element_size() * 2 + (x.dtype == torch.bfloat16)
+
+
+def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:
+    """(pairs, the second of each is in the set; which modalities all ranks must see).
+
+    The set in which every pair has a member that is cheapest to send: rows there, and back the
+    gradients that are wanted.
+    """
+    both = list(zip(pairs[::2], pairs[1::2], strict=True))
+    modalities = sorted(set(pairs))
+    covers = [set(some) for size in range(len(modalities) + 1)
+              for some in combinations(modalities, size) if all(set(some) & {*p} for p in both)]
+    second = min(covers, key=lambda some: sum(1 + wanted[i] for i in some))
+    return [i for a, b in both for i in ((a, b) if b in second else (b, a))], second
+
+
 def _shapes(inputs) -> tuple[int, list[int]]:
     """Elements of ``state``, and indices of the embeddings whose gradient is wanted."""
-    rows, pairs, clustered, wanted = inputs[0], inputs[1], inputs[6], inputs[12]
-    n = rows[0].shape[0]
-    size = len(pairs) // 2 * (5 * n + 2)
-    size += 0 if inputs[4] is None else len(clustered) * (3 * n + 2)
+    rows, pairs, centroids, clustered, wanted = (inputs[i] for i in (0, 1, 5, 7, 13))
+    n, sizes = rows[0].shape[0], inputs[17]
+    size = len(pairs) // 2 * (2 + 3 * n + 2 * (sum(sizes) if sizes else n))
+    size += 0 if centroids is None else len(clustered) * (3 * n + 2)
     return size, [i for i, want in enumerate(wanted) if want]
 
 
 def _fake_loss(*inputs):
-    rows, temperature, keep = inputs[0], inputs[7], inputs[14]
+    rows, temperature, keep = inputs[0], inputs[8], inputs[15]
     size, wanted = _shapes(inputs)
     return (temperature.new_empty(3), temperature.new_empty(size), temperature.new_empty(()),
             [torch.empty_like(rows[i], dtype=temperature.dtype,
@@ -217,20 +255,21 @@ def _fake_backward(upstream, state, *inputs):
 
 def _setup(ctx, inputs, output):
     values, state, d_temperature, gradients = output
-    rows, pairs, ids, valid, centroids, labels, clustered, temperature = inputs[:8]
+    rows, pairs, ids, valid, columns, centroids, labels, clustered, temperature = inputs[:9]
     ctx.mark_non_differentiable(state, d_temperature, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.rest, ctx.lengths = inputs[8:], (len(rows), len(ids), len(valid))
+    ctx.rest, ctx.ranks = inputs[9:], max(len(inputs[17]), 1)
+    ctx.lengths = [len(tensors) for tensors in (rows, ids, valid, columns)]
     # One None for each input; a list for each list of tensors, to which torch counts empty lists.
     ctx.none = [[None] * len(x) if isinstance(x, list | tuple)
                 and all(isinstance(t, Tensor) for t in x) else None for x in inputs]
-    ctx.pairs, ctx.clustered, ctx.keep = pairs, clustered, inputs[14]
+    ctx.pairs, ctx.clustered, ctx.keep = pairs, clustered, inputs[15]
     ctx.wanted = _shapes(inputs)[1]
     if ctx.keep:
         ctx.dtype = rows[0].dtype
         ctx.save_for_backward(d_temperature, *gradients)
     else:
-        ctx.save_for_backward(state, temperature, centroids, labels, *rows, *ids, *valid)
+        ctx.save_for_backward(state, temperature, centroids, labels, *rows, *ids, *valid, *columns)
 
 
 def _backward(ctx, upstream, *_):
@@ -243,22 +282,23 @@ def _backward(ctx, upstream, *_):
             d_temperature, *gradients = ctx.saved_tensors
             # The upstream gradient once, in fp32, in the last cast: a loss scale of 2^16 never
             # meets a gradient that fp16 has already rounded to nothing.
-            gradients = [torch.mul(g, total, out=torch.empty_like(g, dtype=ctx.dtype))
+            scale = total * ctx.ranks if ctx.ranks > 1 else total
+            gradients = [torch.mul(g, scale, out=torch.empty_like(g, dtype=ctx.dtype))
                          for g in gradients]
             d_temperature = d_temperature * total
         else:
             state, temperature, centroids, labels, *rest = ctx.saved_tensors
-            n_rows, n_ids, _ = ctx.lengths
-            rows, ids, valid = rest[:n_rows], rest[n_rows:n_rows + n_ids], rest[n_rows + n_ids:]
+            rest = iter(rest)
+            rows, ids, valid, columns = ([next(rest) for _ in range(n)] for n in ctx.lengths)
             d_temperature, gradients = torch.ops.mcn.loss_backward(
-                total, state, rows, ctx.pairs, ids, valid, centroids, labels, ctx.clustered,
-                temperature, *ctx.rest)
+                total, state, rows, ctx.pairs, ids, valid, columns, centroids, labels,
+                ctx.clustered, temperature, *ctx.rest)
     if torch.is_grad_enabled():  # create_graph=True
         d_temperature, *gradients = _Last.apply(total, d_temperature, *gradients)
     none = [list(x) if isinstance(x, list) else x for x in ctx.none]
     for i, gradient in zip(ctx.wanted, gradients, strict=True):
         none[0][i] = gradient
-    none[7] = d_temperature if ctx.needs_input_grad[7] else None
+    none[8] = d_temperature if ctx.needs_input_grad[8] else None
     return tuple(none)
 
 

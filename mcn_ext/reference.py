@@ -129,7 +129,7 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
 
 def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
                  temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
-                 valid: Tensor | None = None) -> Tensor:
+                 valid: Tensor | None = None, group=None) -> Tensor:
     """Cross entropy of each row of x (N, D) against its centroid among centroids (K, D).
 
     labels: (N,) int64 in [0, K); ``valid`` False rows are left out, whatever their label. Centroids
@@ -141,6 +141,8 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
             f"x {tuple(x.shape)}, centroids {tuple(centroids.shape)} and labels "
             f"{tuple(labels.shape)} must be (N, D), (K, D) and (N,)")
     centroids = centroids.detach()
+    if group is not None:
+        x, labels, valid = gather(x, group), gather(labels, group), gather(valid, group)
     if valid is not None:
         labels = torch.where(valid, labels, torch.zeros_like(labels))
     outside = (labels < 0) | (labels >= len(centroids))

@@ -90,9 +90,9 @@ def run(operators, rows, ids, valid, centroids, labels, *, keep, tile, normalize
         temperature=0.07):
     """Loss, gradient of each modality and of the temperature from the kernels."""
     dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-    arguments = (rows, [0, 1, 2, 0, 1, 2], ids, valid, centroids, labels, [0, 2],
+    arguments = (rows, [0, 1, 2, 0, 1, 2], ids, valid, [], centroids, labels, [0, 2],
                  torch.tensor(temperature, dtype=dtype), 0.001, normalize, 0.5, 0.7, [1, 1, 1],
-                 True, keep, tile)
+                 True, keep, tile, [], 0, "")
     values, state, d_temperature, gradients = operators.loss(*arguments)
     if not keep:
         d_temperature, gradients = operators.loss_backward(torch.ones((), dtype=dtype), state,

@@ -303,7 +303,7 @@ def test_opcheck(device, mode, monkeypatch):
     forward, backward = spy(monkeypatch), spy(monkeypatch, "loss_backward")
     values(ops, everything(**options), rows)
     monkeypatch.undo()
-    assert forward[0][14] is (mode == "keep") and len(backward) == (mode == "stream")
+    assert forward[0][15] is (mode == "keep") and len(backward) == (mode == "stream")
     torch.library.opcheck(torch.ops.mcn.loss.default, forward[0])
     for args in backward:  # not test_aot_dispatch: it asks for second derivatives
         torch.library.opcheck(torch.ops.mcn.loss_backward.default, args, test_utils=(
@@ -346,7 +346,7 @@ def test_under_autocast_and_without_gradients(device, mode, monkeypatch):
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert torch.equal(ops.contrastive_loss(*rows, temperature=0.25), outside[0])
-    assert [args[12:14] for args in calls] == [([1, 1], True)] + 2 * [([0, 0], False)]
+    assert [args[13:15] for args in calls] == [([1, 1], True)] + 2 * [([0, 0], False)]
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -369,7 +369,7 @@ def test_budget_comes_from_the_argument_or_the_environment(monkeypatch):
         if variable is not None:
             monkeypatch.setenv("MCN_LOSS_BUDGET", str(variable))
         ops.contrastive_loss(x, y, budget=budget)
-        assert calls[-1][14] is keep, (variable, budget)
+        assert calls[-1][15] is keep, (variable, budget)
 
 
 def test_the_reference_runs_where_nothing_is_compiled(monkeypatch):
