@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,12 @@ def init(device: str) -> torch.device:
 
 
 def finish() -> None:
+    """Leave the process group. Ranks may still be computing when this one returns."""
     if dist.is_initialized():
+        # gloo's threads drop finished work, for which they need the interpreter's lock, while
+        # whoever destroys the group holds it and waits for them: a deadlock at the very end. Asleep
+        # this thread does not hold it.
+        time.sleep(0.5)
         dist.destroy_process_group()
 
 
@@ -124,6 +130,24 @@ def total(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel's hook: the mean over ranks, added up in their order. gloo's own adds
+    in one that depends on where in its bucket a gradient lies, and buckets change after the first
+    step: a resumed run would not be equal to the bit."""
+    flat, n = bucket.buffer(), world()
+    size = -(-len(flat) // n)
+    send = torch.cat([flat, flat.new_zeros(n * size - len(flat))])
+    parts = torch.empty_like(send)
+    dist.all_to_all_single(parts, send)
+    first, *others = parts.split(size)
+    for part in others:
+        first.add_(part)
+    _all_gather(send, first.div_(n))
+    future = torch.futures.Future()
+    future.set_result(flat.copy_(send[:len(flat)]))
+    return future
 
 
 class Ranks:
