@@ -15,7 +15,7 @@ SAME = 10.0
 class StopRequest:
     """From now on, SIGTERM and SIGUSR1 only leave their name in ``came``, with the time.
 
-    The same signal once more, ``SAME`` seconds later or after that, ends the process at once.
+    The same signal once more, over ``SAME`` seconds later, ends the process at once.
     """
 
     def __init__(self):
@@ -25,7 +25,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame) -> None:
         now = time.monotonic()
-        if now - self.came.setdefault(signal.Signals(number).name, now) >= SAME:
+        if now - self.came.setdefault(signal.Signals(number).name, now) > SAME:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
