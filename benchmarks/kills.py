@@ -1,7 +1,7 @@
 """Runs killed at random moments, resumed by the same command, and compared bit by bit with one that
 was left alone.
 
-    python benchmarks/kills.py                    # 10 kills in each of 3 ways, about 8 minutes
+    python benchmarks/kills.py                    # 10 kills in each of 3 ways, about 10 minutes
     python benchmarks/kills.py --kills 30 --out benchmarks/results/kills-cpu.json
 
 A small stage-1 run (AV, demo data, 320 steps, a checkpoint every 5, k-means every 4) is killed with
