@@ -7,13 +7,18 @@ import pickle
 import re
 import secrets
 import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
 from mcn_ext import distributed
+from mcn_ext.log import replace, say
 
-LATEST = "checkpoint.pt"
+LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+DAMAGED = "checkpoint.damaged.pt"
 FORMAT = 1
 # Flags that change neither the model nor what it is shown, or are remedies: they may differ when a
 # run is resumed.
@@ -22,33 +27,47 @@ FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tens
               "detect"}
 
 
-def write(path: Path, content: dict) -> None:
-    """Write, fsync, rename: at every moment ``path`` is the old file or the new one, complete."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise SystemExit(
-            f"{path}: could not be written ({error}); the previous checkpoint is untouched. "
-            "Make room and run the same command again") from error
-    os.replace(tmp, path)
+class Damaged(SystemExit):
+    """A file whose content is not what was written."""
+
+
+def write(path: Path, content: dict, previous: Path | None = None) -> None:
+    """A dictionary, whole or not at all: :func:`mcn_ext.log.replace`."""
+    replace(path, lambda file: torch.save(content, file), previous)
 
 
 def load(path: Path, kind: str = "mcn_checkpoint") -> dict:
     """A checkpoint on the CPU; SystemExit names a file that is missing, damaged or not ours."""
     try:
+        return _read(path, kind)
+    except Damaged as error:
+        others = [path.with_name(PREVIOUS), *sorted(path.parent.glob("epoch-*.pt"), reverse=True)]
+        others = [str(other) for other in others if other != path and other.exists()]
+        if not others or kind != "mcn_checkpoint":
+            raise
+        raise SystemExit(
+            f"{error}. There is {', '.join(others)}: evaluate.py --checkpoint takes each of them, "
+            f"train_stage2.py --init one put in place of {LATEST}; the command that trained "
+            f"{path.parent} puts {PREVIOUS} there by itself") from error
+
+
+def _read(path: Path, kind: str = "mcn_checkpoint") -> dict:
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load compares no checksums
+            # Checksums do not cover the directory flag, for which torch.load reads nothing.
+            bad = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10]
+            if bad := file.testzip() or (bad and bad[0]):
+                raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such checkpoint") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise SystemExit(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
-            + (f"; the epochs before it are in {path.parent}/epoch-*.pt"
-               if kind == "mcn_checkpoint" else "")) from error
+    except (pickle.UnpicklingError, PermissionError) as error:
+        raise SystemExit(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
+                         ) from error
+    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError,
+            ValueError, KeyError) as error:
+        raise Damaged(f"{path}: damaged, not a readable checkpoint "
+                      f"({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or content.get(kind) != FORMAT:
         raise SystemExit(f"{path}: not a file of this program ({kind} {FORMAT})")
     return content
@@ -56,12 +75,13 @@ def load(path: Path, kind: str = "mcn_checkpoint") -> dict:
 
 def save(folder: Path, *, args: dict, sizes: dict, step: int, epoch_done: int | None,
          complete: bool, run_id: str, model: dict, training: dict) -> None:
-    """Write ``checkpoint.pt`` and, after an epoch, its weights as ``epoch-NN.pt``."""
+    """Write ``checkpoint.pt``, keep the one before as ``checkpoint.previous.pt``, and, after an
+    epoch, write its weights as ``epoch-NN.pt``. SystemExit on a full disk."""
     content = {"mcn_checkpoint": FORMAT, "args": args, "sizes": sizes, "step": step,
                "complete": complete, "run_id": run_id, "model": model}
     if epoch_done is not None:  # first: a kill in between costs the epoch again, not its file
         write(folder / f"epoch-{epoch_done:02d}.pt", content)
-    write(folder / LATEST, content | {"training": training})
+    write(folder / LATEST, content | {"training": training}, previous=folder / PREVIOUS)
 
 
 def new_run_id() -> str:
@@ -71,17 +91,32 @@ def new_run_id() -> str:
 def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     """The checkpoint to go on from, or None for a new run; nothing computed is lost or mixed up.
 
-    --no-resume moves an existing folder aside; flags unlike its run's are an error naming them.
+    --no-resume moves an existing folder aside, but not when torchrun or SLURM has restarted the
+    command: it has made this folder. Flags unlike its run's are an error naming them. A damaged
+    checkpoint is moved aside and the previous one used.
     """
-    if not resume and folder.exists() and distributed.rank() == 0:
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        shutil.move(folder, aside)
-    distributed.barrier()
-    if not resume or not (folder / LATEST).exists():
+    resume = resume or any(int(os.environ.get(f"{launcher}_RESTART_COUNT", 0)) > 0
+                           for launcher in ("TORCHELASTIC", "SLURM"))
+    content = why = None
+    if distributed.rank() == 0:
+        if not resume and folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            shutil.move(folder, aside)
+        try:
+            content = _recover(folder)
+        except SystemExit as error:
+            why = str(error)
+    if why := distributed.broadcast_object(why):
+        raise SystemExit(why)
+    if distributed.rank() != 0 and (folder / LATEST).exists():
+        content = load(folder / LATEST)  # what rank 0 has found good
+    if content is None:
         return None
-    content = load(folder / LATEST)
+    if "training" not in content:
+        raise SystemExit(f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
+                         "can go on; train anew with --no-resume or another --out")
     old = content["args"]
     compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
     changed = [f"--{name} {old[name]} (now {args[name]})" for name in compared
@@ -93,6 +128,35 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "
             "flags; to train anew, --no-resume (keeps the old folder) or another --out")
     return content
+
+
+def _recover(folder: Path) -> dict | None:
+    """The last good checkpoint, put in LATEST's place if it is not there; None if there is none.
+
+    SystemExit when all there are are damaged.
+    """
+    latest, errors = folder / LATEST, []
+    for file in (latest, folder / PREVIOUS):
+        try:
+            content = _read(file) if file.exists() else None
+        except Damaged as error:
+            errors.append(str(error))
+            continue
+        if content is None:
+            continue
+        if file != latest:
+            if errors:  # out of the way of the next save, which keeps what it replaces
+                os.replace(latest, folder / DAMAGED)
+                say(f"{errors[0]}; it is {folder / DAMAGED} now")
+            os.replace(file, latest)
+            say(f"going on from {file}, the checkpoint before it: step {content['step']}")
+        return content
+    if errors:
+        epochs = ", ".join(str(path) for path in sorted(folder.glob("epoch-*.pt")))
+        raise SystemExit("; ".join(errors) + "; no run can go on from these. "
+                         + (f"Weights for evaluate.py --checkpoint: {epochs}. " if epochs else "")
+                         + "Train anew with --no-resume (keeps the folder)")
+    return None
 
 
 def find_run(runs: Path, stage: int | None = None, lacks: str = "") -> Path | None:

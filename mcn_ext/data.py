@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mcn_ext import distributed
+from mcn_ext.interrupt import outlive_signals
 from mcn_ext.store import N_MELS, Store
 from mcn_ext.words import WordVectors
 
@@ -244,15 +245,17 @@ class Loader:
         self.loader = torch.utils.data.DataLoader(
             clips, batch_sampler=self.batches, collate_fn=collate, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-            prefetch_factor=4 if workers else None, worker_init_fn=_one_thread)
+            prefetch_factor=4 if workers else None, worker_init_fn=_start_worker,
+            generator=torch.Generator())  # a seed per iterator: not from the model's random numbers
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         self.batches.epoch, self.batches.start = epoch, start
         return iter(self.loader)
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    outlive_signals()
 
 
 def default_workers(device: torch.device) -> int:

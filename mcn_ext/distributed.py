@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 def rank() -> int:
@@ -57,8 +58,14 @@ def init(device: str) -> torch.device:
             device = f"cuda:{local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     if int(env.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
-                                timeout=datetime.timedelta(minutes=30))
+        timeout = datetime.timedelta(minutes=30)
+        store, me, n_ranks = next(rendezvous("env://", timeout=timeout))
+        if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+            # torchrun's store outlives a restart, and in it are the addresses of ranks that died.
+            # (On several nodes the count is each node's own: see README, SLURM.)
+            store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
+                                rank=me, world_size=n_ranks, timeout=timeout)
     return torch.device(device)
 
 

@@ -25,6 +25,7 @@ OVERFLOWS = 24  # in a row are a search for the loss scale, from 65,536 down to 
 NORMS, ENOUGH_NORMS = 100, 20  # steps whose gradient norms are remembered; fewest for a rule
 SHOWN, LISTED = 5, 50  # clips or tensors that a report names, clips that log.jsonl lists
 MANY = 8  # overflows in a row are said
+COUNTS = ("skipped", "clipped", "in_a_row", "overflows")
 GRADIENT, OUTLIER = "the gradient is not finite", "the gradient is an outlier"
 
 
@@ -124,6 +125,7 @@ class Guard:
         self.before_step = [buffer.clone() for buffer in self.buffers]
         self.skipped = self.clipped = self.in_a_row = self.overflows = 0
         self.norms: deque[float] = deque(maxlen=NORMS)
+        self.stop = False  # a rank was asked to end
         self.norm = math.nan  # of the last step's gradient, before clipping
 
     def before(self) -> None:
@@ -131,8 +133,10 @@ class Guard:
         if self.buffers:
             torch._foreach_copy_(self.before_step, self.buffers)
 
-    def check(self, total: Tensor) -> str:
+    def check(self, total: Tensor, stop: bool = False) -> str:
         """Why the optimiser must not step, or ""; the same on every rank. Call after backward.
+
+        ``stop``: this rank is asked to end; ``self.stop`` then is True on all, at the same step.
 
         Gradients are unscaled, and clipped if that is the rule. This waits for the device, once.
         """
@@ -140,8 +144,10 @@ class Guard:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
                                               if p.grad is not None])
         # Ranks hold their shares of the loss, and one decision must serve them all.
-        both = torch.stack([total.detach().float(), norm.float().to(total.device)])
-        loss, self.norm = (distributed.total(both) / distributed.world()).tolist()
+        ours = torch.stack([total.detach().float(), norm.float().to(total.device),
+                            total.new_full((), float(stop), dtype=torch.float32)])
+        loss, self.norm, stops = (distributed.total(ours) / distributed.world()).tolist()
+        self.stop = stops > 0
         if not math.isfinite(loss):
             return "the loss is not finite"
         if not math.isfinite(self.norm):
@@ -241,10 +247,11 @@ class Guard:
         return str(path)
 
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped, "clipped": self.clipped, "norms": list(self.norms)}
+        return {**{name: getattr(self, name) for name in COUNTS}, "norms": list(self.norms)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.skipped, self.clipped = state["skipped"], state["clipped"]
+        for name in COUNTS:
+            setattr(self, name, state.get(name, 0))
         self.norms.extend(state["norms"])
 
 

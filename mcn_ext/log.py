@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,8 +10,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -24,11 +26,64 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one move."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, or refuses, as a SystemExit that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
+            raise
+        raise SystemExit(f"{path}: could not be written ({cause.strerror}); what was saved before "
+                         "is untouched. Make room and run the same command again") from error
+
+
+def replace(path: Path, fill: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
+    """Write, fsync, rename: at every moment ``path`` is the old file or the new one, complete.
+
+    ``fill`` writes the content; the old file is kept as ``previous``. SystemExit on a full disk.
+    """
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    with writing(path):
+        try:
+            with open(tmp, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                _keep(path, previous)
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the names too; not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, and that only, so that ``path`` is there at every moment."""
+    link = previous.with_name(previous.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # no links on this disk: for a moment, only ``previous`` is there
+        link = path
+    os.replace(link, previous)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one move. SystemExit on a full disk."""
+    replace(path, lambda file: file.write(text.encode()))
+
+
+def append(path: Path, text: str) -> None:
+    """Add to a file, which is not held open. SystemExit on a full disk."""
+    with writing(path), open(path, "a") as file:
+        file.write(text)
 
 
 def environment(device: torch.device) -> str:
@@ -70,15 +125,14 @@ class RunLog:
         self.board = None
         if not self.first:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "args.json", json.dumps(args, indent=1) + "\n")
-        with open(folder / "env.txt", "a") as file:  # one block per start
-            file.write(environment(device) + "\n")
-        log = folder / "log.jsonl"
+        append(folder / "env.txt", environment(device) + "\n")  # one block per start
+        self.file = log = folder / "log.jsonl"
         if log.exists():  # drop what came after the checkpoint, and a line cut short by a kill
             write_text(log, "".join(json.dumps(row) + "\n" for row in read(log)
                                     if row["step"] <= step))
-        self.file = open(log, "a", buffering=1)
         if args.get("tensorboard"):
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -105,7 +159,7 @@ class RunLog:
         self.clips += clips
         self.bar.update(step - self.bar.n)
         if self.first:
-            self.file.write(json.dumps({"step": step, "epoch": epoch, **why}) + "\n")
+            append(self.file, json.dumps({"step": step, "epoch": epoch, **why}) + "\n")
 
     def step(self, step: int, epoch: int, lr: float, terms: dict[str, torch.Tensor], clips: int,
              every: int, extra: Callable[[], dict]) -> None:
@@ -129,7 +183,7 @@ class RunLog:
         self.bar.set_postfix_str(
             " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False)
         if self.first:
-            self.file.write(json.dumps(row) + "\n")
+            append(self.file, json.dumps(row) + "\n")
             if self.board:
                 for name, value in row.items():
                     self.board.add_scalar(name, value, step)
@@ -144,10 +198,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.first:
-            self.file.close()
-            if self.board:
-                self.board.close()
+        if self.board:
+            self.board.close()
 
 
 def read(path: Path) -> list[dict]:

@@ -14,6 +14,7 @@ from mcn_ext import checkpoint, distributed, flags
 from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
 from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
+from mcn_ext.interrupt import StopRequest
 from mcn_ext.log import RunLog, say
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
@@ -139,8 +140,10 @@ class Training:
                            factor=args.grad_factor, describe=reader.describe)
         self.warned: set[str] = set()
         self.step, self.run_id = 0, checkpoint.new_run_id()
+        torch.manual_seed(args.seed + distributed.rank())  # where models draw, ranks differ
         if resumed is not None:
             self._resume(resumed)
+        self.saved = self.step
         if distributed.broadcast_object(self.step) != self.step:
             raise SystemExit(f"ranks see different checkpoints in {folder}: put --out on a disk "
                              "that all of them share")
@@ -166,12 +169,13 @@ class Training:
                 f"clips than --cluster_size {clusters.k}")
         self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
                            total_steps=self.total_steps, last_step=self.last_step)
+        self.stop = StopRequest()
 
     def _resume(self, content: dict) -> None:
         if content["args"].get("n_ranks") != distributed.world():
             say(f"resuming on {distributed.world()} rank(s) what ran on "
                 f"{content['args'].get('n_ranks')}: same batches, but BatchNorm statistics are per "
-                "rank and sums round differently")
+                "rank, sums round differently, and random numbers are drawn anew")
         self.model.load_state_dict(content["model"])
         state = content["training"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -181,6 +185,11 @@ class Training:
         if self.objective.clusters is not None:
             self.objective.clusters.load_state_dict(state["clusters"], self.device)
         self.step, self.run_id = content["step"], content["run_id"]
+        if len(state.get("rng", ())) == distributed.world():
+            rng = state["rng"][distributed.rank()]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def epochs(self) -> Iterator[int]:
         """Epochs left, from 1."""
@@ -218,7 +227,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         self.step += 1
-        why, self.skip_row = self.guard.check(total), None
+        why, self.skip_row = self.guard.check(total, bool(self.stop.came)), None
         if why:
             self.skip_row = self.guard.skip(self.step, why, flags.as_dict(self.args),
                                             self.model.sizes)
@@ -228,7 +237,8 @@ class Training:
         self.objective.enqueue()
 
     def log(self, epoch: int, terms: dict[str, torch.Tensor]) -> None:
-        """Record the step; save within the epoch when --save_every says so."""
+        """Record the step; save within the epoch when --save_every says so, or a signal, which
+        also ends the run: SystemExit 0."""
         n_clips = self.args.batch_size * self.args.n_pair
         if self.skip_row:
             self.log_.skipped(self.step, epoch, n_clips, self.skip_row)
@@ -237,8 +247,17 @@ class Training:
             self.log_.step(self.step, epoch, self.optimizer.param_groups[0]["lr"],
                            {name: value.detach() for name, value in terms.items()}, n_clips,
                            self.args.log_every, self._diagnostics)
-        if self.step % self.args.save_every == 0:
-            self.save(None)
+        stop = self.guard.stop and self.step < self.last_step
+        if stop or self.step % self.args.save_every == 0:
+            self.save(epoch)
+        if stop:
+            self.stop.close(ending=True)
+            self.log_.close()
+            say(f"{' and '.join(self.stop.came) or 'a signal to another rank'}: {self.folder} is "
+                f"saved at step {self.step} of {self.total_steps}; the same command goes on")
+            distributed.barrier()
+            distributed.finish()
+            raise SystemExit(0)
 
     def _diagnostics(self) -> dict[str, float]:
         clusters = self.objective.clusters
@@ -261,20 +280,28 @@ class Training:
         say(replay(self.args.detect, self.folder, self.model, self.objective, self.autocast(),
                    self.device, self.reader.describe))
 
-    def save(self, epoch: int | None) -> None:
-        """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete."""
+    def save(self, epoch: int) -> None:
+        """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete; nothing
+        if the step is saved already. All ranks call this."""
+        if self.saved == self.step:
+            return
         state = self.model.state_dict()
         if not torch.stack([torch.isfinite(value).all() for value in state.values()]).all():
             raise SystemExit(f"step {self.step}: the weights are not finite and are not saved; "
                              f"what is in {self.folder} is from before. Train anew (--no-resume) "
                              "with a lower --lr, --precision fp32 or --similarity cosine")
+        self.saved = self.step
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        rng = distributed.gather_objects(rng)
         if distributed.rank() != 0:
             return
-        ended = epoch is not None and self.step == epoch * self.loader.steps_per_epoch
+        ended = self.step == epoch * self.loader.steps_per_epoch
         clusters = self.objective.clusters
         training = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                     "clusters": clusters.state_dict() if clusters is not None else None,
-                    "guard": self.guard.state_dict()}
+                    "guard": self.guard.state_dict(), "rng": rng}
         checkpoint.save(self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes,
                         step=self.step, epoch_done=epoch if ended else None,
                         complete=self.step >= self.total_steps, run_id=self.run_id,
@@ -290,3 +317,4 @@ class Training:
             say(f"{self.folder}: step {self.step} of {self.total_steps}"
                 + (f", curves in {picture}" if picture else "") + f". {hint}")
         distributed.barrier()
+        self.stop.close()

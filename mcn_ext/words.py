@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+from mcn_ext.log import replace
 
 MAX_SENTENCES = 500_000
 _WORD = re.compile(r"[\w']+")
@@ -44,10 +45,10 @@ class WordVectors:
         return self.dim == other.dim and np.array_equal(self.vectors[mine], other.vectors[theirs])
 
     def save(self, path: Path) -> None:
-        tmp = path.with_name(path.name + ".tmp.npz")  # numpy appends .npz to any other ending
-        np.savez(tmp, words=np.frombuffer("\n".join(self.words).encode(), np.uint8),
-                 vectors=self.vectors, source=np.frombuffer(self.source.encode(), np.uint8))
-        os.replace(tmp, path)
+        words, source = ("\n".join(self.words), self.source)
+        replace(path, lambda file: np.savez(
+            file, words=np.frombuffer(words.encode(), np.uint8), vectors=self.vectors,
+            source=np.frombuffer(source.encode(), np.uint8)))
 
     @classmethod
     def load(cls, path: Path) -> WordVectors:
@@ -108,7 +109,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
     if cache is not None:
         try:
             words.save(cache)
-        except OSError:  # a read-only data folder: slower next time, nothing else
+        except SystemExit:  # a read-only or full data folder: slower next time, nothing else
             logging.getLogger("mcn").warning(
                 "could not keep word vectors in %s; they are read again next time", cache)
     return words

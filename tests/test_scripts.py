@@ -1,11 +1,7 @@
-"""The scripts, as users run them: stage 1, kill, resume, stage 2, evaluate, and what goes wrong."""
+"""The scripts, as users run them: stage 1, stage 2, evaluate, and what goes wrong."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import h5py
 import numpy as np
@@ -15,7 +11,7 @@ import torch
 from mcn_ext import checkpoint, report, training
 from mcn_ext.log import read
 from mcn_ext.words import WordVectors
-from tests.conftest import ROOT, SMALL, WORDS, call, run, write_store
+from tests.conftest import ROOT, SMALL, WORDS, call, run
 
 TERMS = ("total", "contrastive", "cluster", "reconstruction")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -28,14 +24,6 @@ def write_vectors(path):
     """The same vectors whatever the version of gensim."""
     rows = [f"{w} {' '.join(map(str, v))}" for w, v in zip(WORDS, np.eye(8, 10), strict=True)]
     path.write_text("\n".join(["8 10", *rows]) + "\n")
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def losses(run_folder):
@@ -194,48 +182,6 @@ def test_words_of_an_unfinished_start_are_not_reused(tmp_path, store_path):
     refused = call("train_stage2.py", "--add", "A", "--word2vec", store_path, "--device", "cpu",
                    cwd=tmp_path, check=False)
     assert refused.returncode == 1 and "leave it out" in refused.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pair,extra", [("AV", ()), ("AVT", ()), ("VT", ("--precision", "bf16"))])
-def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra, one_thread):
-    common = ("train_stage1.py", "--pair", pair, "--data", store_path, *SMALL, "--save_every", 1,
-              *extra)
-    call(*common, "--out", "whole", cwd=tmp_path)
-    for steps in (1, 3, 4):  # within an epoch, within the next, to the end
-        call(*common, "--out", "pieces", "--max_steps", steps, cwd=tmp_path)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
-    a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("whole", "pieces"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    if pair == "AV":  # and stage 2
-        common = ("train_stage2.py", "--add", "T", "--init", "whole", "--epochs", 2, "--save_every",
-                  1, "--log_every", 1, "--device", "cpu")
-        call(*common, "--out", "whole2", cwd=tmp_path)
-        for steps in (3, 4):
-            call(*common, "--out", "pieces2", "--max_steps", steps, cwd=tmp_path)
-        assert losses(tmp_path / "whole2") == losses(tmp_path / "pieces2")
-
-
-@pytest.mark.slow
-def test_killed_run_resumes(tmp_path):
-    store = write_store(tmp_path / "train.h5", n_videos=40)
-    command = [sys.executable, str(ROOT / "train_stage1.py"), "--pair", "AV", "--data", str(store),
-               *map(str, SMALL), "--epochs", "6", "--save_every", "5"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    saved = tmp_path / "runs/stage1-AV/checkpoint.pt"
-    for _ in range(6000):
-        if saved.exists() or process.poll() is not None:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    step = checkpoint.load(saved)["step"]
-    assert 0 < step < 60
-    done = run(*command[1:], cwd=tmp_path)
-    assert f"going on at step {step} of 60" in done.stdout
-    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
-    assert [r["step"] for r in rows] == list(range(1, 61))
 
 
 @pytest.mark.slow

@@ -1,0 +1,50 @@
+"""Signals by which SLURM, torchrun or a person end a run before its time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+# SLURM signals every process of a step, and torchrun passes on what it got: seconds within which a
+# signal that comes again is the same request.
+SAME = 10.0
+
+
+class StopRequest:
+    """From now on, SIGTERM and SIGUSR1 only leave their name in ``came``, with the time.
+
+    The same signal once more, over ``SAME`` seconds later, ends the process at once.
+    """
+
+    def __init__(self):
+        self.came: dict[str, float] = {}
+        self.before = {number: signal.signal(number, self._note)
+                       for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _note(self, number: int, _frame) -> None:
+        now = time.monotonic()
+        if now - self.came.setdefault(signal.Signals(number).name, now) > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def close(self, ending: bool = False) -> None:
+        """Signals do again what they did before; ``ending``: nothing, the exit status stays 0."""
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if ending else handler)
+
+
+def outlive_signals() -> None:
+    """In a process that reads ahead: only its parent's SIGTERM ends it, not one meant for the run,
+    which would fail without it before it has saved."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
