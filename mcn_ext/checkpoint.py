@@ -24,7 +24,7 @@ FORMAT = 1
 # run is resumed.
 FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
               "out", "n_ranks", "init_run_id", "max_bad_steps", "grad_outliers", "grad_factor",
-              "detect"}
+              "detect", "hang_minutes"}
 
 
 class Damaged(SystemExit):

@@ -139,7 +139,7 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def mean_in_rank_order(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def mean_in_rank_order(_, bucket):
     """DistributedDataParallel's hook: the mean over ranks, added up in their order. gloo's own adds
     in one that depends on where in its bucket a gradient lies, and buckets change after the first
     step: a resumed run would not be equal to the bit."""

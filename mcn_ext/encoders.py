@@ -145,8 +145,10 @@ class _Block(nn.Module):
         self.stride = stride
         self.downsample = None
         if stride != 1 or dim_in != dim_out:
-            self.downsample = nn.ModuleList([
-                nn.Conv2d(dim_in, dim_out, 1, stride=(1, stride), bias=False), _BatchNorm(dim_out)])
+            conv = nn.Conv2d(dim_in, dim_out, 1, stride=(1, stride), bias=False)
+            # The strides its gradient comes with, which DistributedDataParallel asks for.
+            self.downsample = nn.ModuleList([conv.to(memory_format=torch.channels_last),
+                                             _BatchNorm(dim_out)])
 
     def forward(self, x: Tensor, frames: _Frames) -> tuple[Tensor, _Frames]:
         """x (B, C, 1, T), zero on padding -> the same at the block's rate."""

@@ -147,6 +147,8 @@ def add_training_flags(parser: Parser, stage: int) -> None:
         "1000); a kill costs at most these", default=1000)
     add("log_every", positive(int), "STEPS", "steps between lines of log.jsonl (default 10); each "
         "waits for the GPU", default=10)
+    add("hang_minutes", positive(float), "MIN", "of several ranks: when a step takes longer, name "
+        "the rank and the step it hangs at, and end the job (default 10)", default=10.0)
     group.add_argument("--detect", nargs="?", type=Path, const=Path(), metavar="FILE",
                        help="train nothing: replay a bad step kept in the run folder (default: its "
                        "last) and print the first module and tensor that is not finite")

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from mcn_ext import distributed
 
-INTERVAL = 3.0  # seconds between two signs of life
-SILENT = 2.5 * INTERVAL  # without one: dead, or stopped
+INTERVAL = 1.0  # seconds between two signs of life
+SILENT = 8.0  # without one: dead, or stopped
 DOING = ("reading", "computing", "saving")  # in the order of a step
 
 

@@ -14,6 +14,7 @@ from mcn_ext import checkpoint, distributed, flags
 from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
 from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
+from mcn_ext.heartbeat import Heartbeat
 from mcn_ext.interrupt import StopRequest
 from mcn_ext.log import RunLog, say
 from mcn_ext.model import MCN, MODALITIES
@@ -148,6 +149,8 @@ class Training:
             raise SystemExit(f"ranks see different checkpoints in {folder}: put --out on a disk "
                              "that all of them share")
         self.net = DistributedDataParallel(model) if world > 1 else model
+        if world > 1 and device.type == "cpu":
+            self.net.register_comm_hook(None, distributed.mean_in_rank_order)
         self.done = self.step >= self.last_step and args.detect is None
         if self.done or args.detect is not None:
             return
@@ -169,13 +172,13 @@ class Training:
                 f"clips than --cluster_size {clusters.k}")
         self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
                            total_steps=self.total_steps, last_step=self.last_step)
-        self.stop = StopRequest()
+        self.stop, self.heartbeat = StopRequest(), Heartbeat(args.hang_minutes)
 
     def _resume(self, content: dict) -> None:
         if content["args"].get("n_ranks") != distributed.world():
             say(f"resuming on {distributed.world()} rank(s) what ran on "
-                f"{content['args'].get('n_ranks')}: same batches, but BatchNorm statistics are per "
-                "rank, sums round differently, and random numbers are drawn anew")
+                f"{content['args'].get('n_ranks')}: the same batches and losses, but sums round "
+                "differently, and random numbers are drawn anew")
         self.model.load_state_dict(content["model"])
         state = content["training"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -201,11 +204,14 @@ class Training:
     def batches(self, epoch: int) -> Iterator[dict]:
         """Batches of an epoch on the device, from where a resumed run stood."""
         start = self.step - (epoch - 1) * self.loader.steps_per_epoch
+        self.heartbeat.at(self.step + 1, "reading")
         for batch in self.log_.timed(self.loader.epoch(epoch, start)):
+            self.heartbeat.at(self.step + 1, "computing")
             self.guard.before()
             yield to_device(batch, self.device, self.table)
             if self.step >= self.last_step:
                 return
+            self.heartbeat.at(self.step + 1, "reading")
 
     def autocast(self):
         """The encoders' precision; losses and clustering leave it again."""
@@ -255,6 +261,7 @@ class Training:
             self.log_.close()
             say(f"{' and '.join(self.stop.came) or 'a signal to another rank'}: {self.folder} is "
                 f"saved at step {self.step} of {self.total_steps}; the same command goes on")
+            self.heartbeat.close()
             distributed.barrier()
             distributed.finish()
             raise SystemExit(0)
@@ -285,6 +292,7 @@ class Training:
         if the step is saved already. All ranks call this."""
         if self.saved == self.step:
             return
+        self.heartbeat.at(self.step, "saving")
         state = self.model.state_dict()
         if not torch.stack([torch.isfinite(value).all() for value in state.values()]).all():
             raise SystemExit(f"step {self.step}: the weights are not finite and are not saved; "
@@ -309,6 +317,7 @@ class Training:
 
     def finish(self, hint: str) -> None:
         """Close the log, draw curves.png, say what comes next."""
+        self.heartbeat.close()
         self.log_.close()
         if distributed.rank() == 0:
             from mcn_ext.report import curves

@@ -3,8 +3,14 @@
 This file is also the program that every rank runs: ``python tests/test_distributed.py OUT``.
 """
 
+import contextlib
 import itertools
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +19,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mcn_ext import distributed, encoders, ops, reference
-from tests.conftest import ROOT, run
+from mcn_ext.log import read
+from tests.conftest import ROOT, SMALL, run
 
 NAMES = ("audio", "text", "video")
 TRIANGLE = list(itertools.combinations(NAMES, 2))
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+ONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # Rows of each rank: equal parts, unequal ones, a rank without any.
 SPLITS = {1: [(203,)], 2: [(102, 101), (203, 0)], 3: [(80, 71, 52), (101, 0, 102)],
           4: [(51, 51, 51, 50), (3, 130, 0, 70)]}
@@ -154,14 +163,14 @@ def sounds(n=203):
     g = torch.Generator().manual_seed(1)
     frames = torch.randint(1, 48, (n,), generator=g)
     frames[:60] = 0
-    return torch.randn(n, 40, 48, generator=g).double() * 20 - 40, frames, torch.randn(n, 64, generator=g)
+    return (torch.randn(n, 40, 48, generator=g).double() * 20 - 40, frames,
+            torch.randn(n, 64, generator=g))
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", request.param, __file__,
-        out, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    run(*LAUNCH, request.param, __file__, out, cwd=ROOT, env=ONE)
     return request.param, torch.load(out, weights_only=True)
 
 
@@ -200,6 +209,68 @@ def test_batch_norm_is_over_the_global_batch(ranks):
         ((net(mel, frames) - target) * torch.arange(64.0)).square().sum().backward()
     want = [p.grad for p in net.parameters()] + list(net.buffers())
     assert distance([t.float() for t in ranks[1]["BatchNorm"]], [t.float() for t in want]) < 1e-5
+
+
+@pytest.mark.slow
+def test_four_ranks_follow_the_curve_of_one(tmp_path, store_path):
+    """AV, with BatchNorm and clustering, over 12 steps. In float64: benchmarks/ranks.py has 50
+    steps, and fp32, where one process with two threads is as far from one with one thread."""
+    flags = ("--pair", "AV", "--data", store_path, *SMALL, "--epochs", 6)
+    run(ROOT / "tests/float64.py", *flags, "--out", "one", cwd=tmp_path)
+    run(*LAUNCH, 4, ROOT / "tests/float64.py", *flags, "--out", "four", cwd=tmp_path, env=ONE)
+    one, four = (read(tmp_path / name / "log.jsonl") for name in ("one", "four"))
+    assert len(one) == 12 and one[-1]["cluster"] > 0
+    for term in ("total", "contrastive", "cluster", "reconstruction", "grad_norm"):
+        for a, b in zip(one, four, strict=True):
+            assert a[term] == pytest.approx(b[term], rel=1e-10), (term, a["step"])
+
+
+def ranks_of(torchrun):
+    """{rank: process id} of a torchrun's processes, which have sessions of their own."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        rank = [int(line[5:]) for line in environment if line.startswith(b"RANK=")]
+        if parent == torchrun and rank:
+            found[rank[0]] = int(entry.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hanging_rank_is_named(tmp_path, store_path, number):
+    process = subprocess.Popen(
+        [sys.executable, *map(str, LAUNCH), "2", str(ROOT / "train_stage1.py"), "--pair", "AV",
+         "--data", str(store_path), *map(str, SMALL), "--epochs", "2000", "--hang_minutes", "0.05"],
+        cwd=tmp_path, env=os.environ | ONE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True)
+    ranks = {}
+    try:
+        log = tmp_path / "runs/stage1-AV/log.jsonl"
+        for _ in range(600):
+            if log.exists() and len(read(log)) > 3:
+                break
+            time.sleep(0.1)
+        ranks = ranks_of(process.pid)
+        victim = ranks[1]
+        os.kill(victim, number)
+        begin, said = time.monotonic(), ""
+        for line in process.stderr:
+            said += line
+            if line.startswith("the same command goes on"):
+                break
+        assert time.monotonic() - begin < 60 and f"process {victim}) has ended or is" in said
+        assert re.search(r"rank 1 \(host .*(reading|computing|saving) step \d+\n"
+                         r"  the others are computing step \d+", said), said
+    finally:
+        for pid in (process.pid, *ranks.values()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_the_fewest_rows_are_sent():
