@@ -201,8 +201,10 @@ def seal(path: Path) -> None:
     with open_hdf5(path) as file:
         if file.userblock_size != SEAL_BYTES:
             raise StoreError(f"{path}: no room for a seal; prepare the store again")
-        for group in file.values():
+        for group in filter(None, file.values()):
             for name, data in group.items():
+                if not isinstance(data, h5py.Dataset) or data.id.get_offset() is None:
+                    continue  # nothing of it lies in this file
                 if data.size and h5py.check_string_dtype(data.dtype) is None:
                     begin = data.id.get_offset()
                     taken.append((begin, begin + data.id.get_storage_size()))
