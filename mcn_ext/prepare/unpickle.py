@@ -9,6 +9,7 @@ in a child process with limits.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import math
 import os
@@ -148,6 +149,7 @@ def _limits(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS,
                        (limit if hard < 0 else min(limit, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # the parent says it in one line
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(60 + size // 2**20)
 
