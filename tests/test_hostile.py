@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mcn_ext.data import ClipReader, Loader, TrainingClips
-from mcn_ext.prepare import howto100m, youcook2
+from mcn_ext.prepare import Skipped, howto100m, youcook2
 from mcn_ext.prepare.unpickle import UnsafePickle, load_pickle
 from mcn_ext.store import Store, StoreError, StoreWriter, main, validate
 from mcn_ext.store_file import SEAL_BYTES, check_seal, seal
@@ -107,7 +107,9 @@ def test_a_damaged_part_is_not_joined(tmp_path):
 def replace(file, name, **how):
     shape, dtype = file[name].shape, file[name].dtype
     del file[name]
-    file.create_dataset(name, how.pop("shape", shape), how.pop("dtype", dtype), **how)
+    data = file.create_dataset(name, how.pop("shape", shape), how.pop("dtype", dtype), **how)
+    if data.chunks is None and data.external is None and data.size < 10**6 and name != "3d/data":
+        data[...] = np.zeros(data.shape, data.dtype)
 
 
 def link(file, name, target):
@@ -124,7 +126,7 @@ STRUCTURES = {
     "chunked": lambda f: replace(f, "2d/data", chunks=True),
     "compressed": lambda f: replace(f, "2d/data", shape=(2**24, 12), compression="gzip"),
     "never written": lambda f: replace(f, "2d/data", shape=(2**40, 12)),
-    "never written, of the right size": lambda f: replace(f, "2d/data"),
+    "never written, of the right size": lambda f: replace(f, "3d/data"),
     "float64": lambda f: replace(f, "2d/data", dtype="f8"),
     "compound": lambda f: replace(f, "2d/data", dtype="f2,i4"),
     "texts as numbers": lambda f: replace(f, "caption/text", dtype="i4"),
@@ -143,7 +145,7 @@ def test_what_is_wrong_in_structure_is_refused_on_opening(tmp_path, store_path, 
     with h5py.File(path, "r+") as file:
         STRUCTURES[name](file)
     seal(path)
-    with pytest.raises(StoreError, match=r"s\.h5: (2d|mel|caption)\S* .*prepare the store again"):
+    with pytest.raises(StoreError, match=r"s\.h5: (2d|3d|mel|caption)\S* .*prepare the store"):
         Store(path)
 
 
@@ -325,9 +327,10 @@ def test_any_bytes_are_a_value_or_an_error(tmp_path, data):
 # --------------------------------------------------------------------------------- converters
 
 
-def laughs():
+def laughs(depth=40):
+    """10**depth numbers in a few hundred bytes."""
     value = [0.5]
-    for _ in range(40):
+    for _ in range(depth):
         value = [value] * 10
     return value
 
@@ -337,6 +340,20 @@ VALUES = st.one_of(
     st.lists(st.floats(width=32), max_size=4), st.binary(max_size=3),
     st.sampled_from([laughs(), {}, "\ud83d", "a\0b", np.ones((2, 2)), np.zeros(0), np.array(1.0),
                      torch.ones(12), torch.ones(40, 5), np.full((40, 3), 1e30)]))
+
+
+def test_lists_that_unfold_are_not_text_or_numbers(tmp_path):
+    for value in (laughs(3), (laughs(3),)):
+        with pytest.raises(ValueError, match="where a text is expected"):
+            howto100m.as_text(value)
+    item = {"id": "a", "caption": "fry", "2d": np.ones(1, np.float32)}
+    (tmp_path / "y.pkl").write_bytes(pickle.dumps(
+        [item, item | {"caption": laughs(3)}, item | {"2d": [laughs(3)]}]))
+    assert "2 skipped" in youcook2.prepare(tmp_path / "y.pkl", tmp_path / "y.h5")
+    (tmp_path / "c.pickle").write_bytes(pickle.dumps(
+        {"a": {"start": [0], "end": [1], "text": [laughs(3)]}}))
+    with pytest.raises(Skipped, match="where a text is expected"):
+        howto100m.Captions(tmp_path / "c.pickle").of("a")
 
 
 @given(st.sampled_from(["2d", "3d", "audio", "caption", "id"]), VALUES)
@@ -396,5 +413,14 @@ def test_a_damaged_cache_of_word_vectors_is_made_again(tmp_path, store_path, cap
         vectors_for(Store(store_path), tmp_path / "v.bin", None)
 
 
-def test_seals_are_checked_by_the_bytes(small):
-    assert check_seal(small, whole=True)
+def test_unused_bytes_are_sealed_too(tmp_path):
+    writer = StoreWriter(tmp_path / "s.h5", {"2d": STREAMS["2d"]}, "test")
+    writer.add("a", {"2d": np.ones((3, 12))}, [0, 1], [1, 2], ["x" * 3000, "y" * 3000])
+    path = writer.close()
+    assert check_seal(path, whole=True)
+    with h5py.File(path) as file:
+        unused = file.id.get_filesize() - 8  # the end of the heap that holds the texts
+    flip(path, path.read_bytes(), unused, 1)
+    assert Store(path).caption_texts(0) == ["x" * 3000, "y" * 3000]
+    with pytest.raises(StoreError, match="caption/text differs from what was written"):
+        validate(path)
