@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -45,25 +46,33 @@ def read_list(path: Path) -> list[str]:
     return paths
 
 
+# CPython 3.11 fails to parse literals, as a header is one, in two threads at a time (SystemError).
+_header = threading.Lock()
+
+
 def load_array(path: Path) -> np.ndarray:
-    """The (rows, columns) array of an .npz or .npy, key ``features`` or ``arr_0``, or Skipped."""
+    """The (rows, columns) array of an .npz, key ``features`` or ``arr_0``, or Skipped."""
     try:
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                largest = max((item.file_size for item in archive.infolist()), default=0)
-            if largest > MAX_ARRAY_BYTES:
-                raise Skipped(f"{path}: declares {largest} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            key = next((k for k in ("features", "arr_0") if k in file), None)
-            if key is None:
-                raise Skipped(f"{path}: keys {list(file)}, expected 'features' or 'arr_0'")
-            array = file[key]
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            name = next((n for n in ("features.npy", "arr_0.npy") if n in names), None)
+            if name is None:
+                raise Skipped(f"{path}: holds {names[:9]}, expected 'features' or 'arr_0'")
+            if (size := archive.getinfo(name).file_size) > MAX_ARRAY_BYTES:
+                raise Skipped(f"{path}: declares {size} bytes")
+            with archive.open(name) as file:
+                read = {(1, 0): np.lib.format.read_array_header_1_0,
+                        (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
+                with _header:
+                    shape, fortran, dtype = read(file)
+                if len(shape) != 2 or dtype.kind != "f" or min(shape) < 1:
+                    raise Skipped(
+                        f"{path}: {dtype} array of shape {shape}, expected floats (rows, columns)")
+                array = np.frombuffer(file.read(), dtype).reshape(
+                    shape, order="F" if fortran else "C")
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
         raise (error if isinstance(error, Skipped)
                else Skipped(f"{path}: {type(error).__name__}: {error}")) from error
-    if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
-        raise Skipped(
-            f"{path}: {array.dtype} array of shape {array.shape}, expected floats (rows, columns)")
     with np.errstate(over="ignore"):
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
