@@ -119,7 +119,9 @@ class ClipReader:
                 out[f"video.{name}"] = features
             out["valid.video"] = valid
         if self.audio:
-            clips = [c.astype(np.float32) for c in self.store.clips(video, "mel", begin, stop)]
+            # A caption may last ten hours: 3.6 million frames, of which audio_frames are used.
+            clips = [c[:16 * self.audio_frames].astype(np.float32)
+                     for c in self.store.clips(video, "mel", begin, stop)]
             silent = [not len(c) or not np.isfinite(c).all() or np.ptp(c) <= SILENCE_DB
                       for c in clips]
             if rng is not None:

@@ -53,8 +53,10 @@ class WordVectors:
     @classmethod
     def load(cls, path: Path) -> WordVectors:
         with np.load(path, allow_pickle=False) as file:
-            return cls(file["words"].tobytes().decode().split("\n"), file["vectors"],
-                       file["source"].tobytes().decode())
+            words, vectors = file["words"].tobytes().decode().split("\n"), file["vectors"]
+            if vectors.ndim != 2 or len(words) != len(vectors):
+                raise ValueError(f"{path}: {len(words)} words, vectors of shape {vectors.shape}")
+            return cls(words, vectors, file["source"].tobytes().decode())
 
 
 def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
@@ -69,8 +71,12 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
 
         keyed = KeyedVectors.load_word2vec_format(
             str(path), binary=path.suffix not in (".txt", ".vec"), unicode_errors="replace")
+        if not keyed.vector_size:
+            raise ValueError("its vectors have no numbers")
         return keyed.key_to_index, keyed.vectors
-    except (ValueError, EOFError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # gensim checks little: damage surfaces as a dozen types
         raise SystemExit(
             f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, or a "
             "text file ending in .txt or .vec") from error
@@ -87,9 +93,12 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
     key = hashlib.sha256(repr((*facts, store.n_captions)).encode()).hexdigest()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():
-        cached = WordVectors.load(cache)
-        if cached.source == source:
-            return cached
+        try:
+            cached = WordVectors.load(cache)
+            if cached.source == source:
+                return cached
+        except Exception as error:  # damage makes zip and numpy raise a dozen types
+            logging.getLogger("mcn").warning("%s: damaged (%s), made again", cache, error)
     seen = {word for text in store.texts() for word in tokenize(text)}
     row_of, vectors = _read(word2vec)
     known = sorted(seen & row_of.keys())

@@ -10,6 +10,7 @@ import torch
 
 from mcn_ext import checkpoint, report, training
 from mcn_ext.log import read
+from mcn_ext.store_file import seal
 from mcn_ext.words import WordVectors
 from tests.conftest import ROOT, SMALL, WORDS, call, run
 
@@ -117,10 +118,12 @@ def test_what_goes_wrong_is_said(work, store_path, tmp_path):
     with h5py.File(other, "a") as f:
         del f["2d/data"]
         f["2d/data"] = np.zeros((f["2d/offset"][-1], 20), np.float16)
+    seal(other)
     fails("2d is 20, the model was trained on 12", "train_stage2.py", "--add", "T", "--data", other)
     fails("2d is 20, the model was trained on 12", "evaluate.py", "--youcook2", other)
     with h5py.File(other, "a") as f:
         del f["mel"]
+    seal(other)
     fails("no stream 'mel'", "train_stage1.py", "--pair", "AV", "--data", other, *SMALL)
     broken = tmp_path / "run"
     broken.mkdir()

@@ -80,7 +80,7 @@ def main(argv=None) -> int:
             from mcn_ext.prepare import demo
 
             summary = demo.prepare(args.out, seed=args.seed, overwrite=args.overwrite)
-    except (StoreError, UnsafePickle) as error:
+    except (StoreError, UnsafePickle, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(summary)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from mcn_ext.prepare import SkipList, Skipped, in_order
 from mcn_ext.prepare.unpickle import load_pickle
-from mcn_ext.store import N_MELS, StoreWriter
+from mcn_ext.store_file import N_MELS
+from mcn_ext.store_writer import StoreWriter, mend
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
 MAX_ARRAY_BYTES = 2**31  # 36 hours of ResNet rows, 7 days of spectrogram: beyond, a header lies
@@ -28,39 +29,50 @@ MAX_ARRAY_BYTES = 2**31  # 36 hours of ResNet rows, 7 days of spectrogram: beyon
 
 def read_list(path: Path) -> list[str]:
     """Video paths of the list, a leading ``None/`` dropped."""
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        if "path" not in (rows.fieldnames or []):
-            raise SystemExit(
-                f"--list {path}: no column 'path' in its first line {rows.fieldnames}; "
-                "expected a CSV with the header 'path' and rows like topic/subtopic/VIDEOID")
-        paths = [row["path"].strip().removeprefix("None/").strip("/")
-                 for row in rows if row["path"]]
+    try:
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = csv.DictReader(file)
+            if "path" not in (rows.fieldnames or []):
+                raise SystemExit(
+                    f"--list {path}: no column 'path' in its first line "
+                    f"{str(rows.fieldnames)[:200]}; "
+                    "expected a CSV with the header 'path' and rows like topic/subtopic/VIDEOID")
+            paths = [mend(row["path"]).strip().removeprefix("None/").strip("/")
+                     for row in rows if row["path"]]
+    except (OSError, csv.Error) as error:
+        raise SystemExit(f"--list {path}: not a CSV file ({error})") from error
     if not paths:
         raise SystemExit(f"--list {path}: lists no video")
     return paths
 
 
+# CPython 3.11 fails to parse literals, as a header is one, in two threads at a time (SystemError).
+_header = threading.Lock()
+
+
 def load_array(path: Path) -> np.ndarray:
-    """The (rows, columns) array of an .npz or .npy, key ``features`` or ``arr_0``, or Skipped."""
+    """The (rows, columns) array of an .npz, key ``features`` or ``arr_0``, or Skipped."""
     try:
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                largest = max((item.file_size for item in archive.infolist()), default=0)
-            if largest > MAX_ARRAY_BYTES:
-                raise Skipped(f"{path}: declares {largest} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            key = next((k for k in ("features", "arr_0") if k in file), None)
-            if key is None:
-                raise Skipped(f"{path}: keys {list(file)}, expected 'features' or 'arr_0'")
-            array = file[key]
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error,
-            RuntimeError) as error:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            name = next((n for n in ("features.npy", "arr_0.npy") if n in names), None)
+            if name is None:
+                raise Skipped(f"{path}: holds {names[:9]}, expected 'features' or 'arr_0'")
+            if (size := archive.getinfo(name).file_size) > MAX_ARRAY_BYTES:
+                raise Skipped(f"{path}: declares {size} bytes")
+            with archive.open(name) as file:
+                read = {(1, 0): np.lib.format.read_array_header_1_0,
+                        (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
+                with _header:
+                    shape, fortran, dtype = read(file)
+                if len(shape) != 2 or dtype.kind != "f" or min(shape) < 1:
+                    raise Skipped(
+                        f"{path}: {dtype} array of shape {shape}, expected floats (rows, columns)")
+                array = np.frombuffer(file.read(), dtype).reshape(
+                    shape, order="F" if fortran else "C")
+    except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
         raise (error if isinstance(error, Skipped)
                else Skipped(f"{path}: {type(error).__name__}: {error}")) from error
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise Skipped(
-            f"{path}: {array.dtype} array of shape {array.shape}, expected floats (rows, columns)")
     with np.errstate(over="ignore"):
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
@@ -81,6 +93,13 @@ def find_features(folder: Path, path: str, kind: str, bare: bool = False) -> Pat
     return next((file for c in candidates if (file := folder / c).is_file()), None)
 
 
+def as_text(value) -> str:
+    """A caption or id; ValueError for containers, which may be small and unfold to terabytes."""
+    if not isinstance(value, (str, int, float, np.number)):
+        raise ValueError(f"a {type(value).__name__} where a text is expected")
+    return mend(str(value))
+
+
 class Captions:
     """Captions by video id: a pickle, a JSON file, or a folder of CSV files read one by one."""
 
@@ -91,7 +110,7 @@ class Captions:
         if path.suffix == ".json":
             try:
                 self.table = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            except ValueError as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise SystemExit(f"--captions {path}: not JSON ({error})") from error
         else:
             self.table = load_pickle(path)
@@ -109,9 +128,9 @@ class Captions:
         if entry is None:
             raise Skipped(f"no captions in {self.path}")
         try:
-            rows = [(float(s), float(e), str(t))
+            rows = [(float(s), float(e), as_text(t))
                     for s, e, t in zip(entry["start"], entry["end"], entry["text"], strict=True)]
-        except (KeyError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise Skipped(f"captions in {self.path} are not equal lists start, end, text ({error})"
                           ) from error
         rows = sorted(row for row in rows if 0 <= row[0] < row[1] < 1e6)
@@ -121,9 +140,9 @@ class Captions:
 
     @staticmethod
     def _csv(path: Path):
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 rows = list(csv.DictReader(file))
         except (OSError, csv.Error) as error:
@@ -136,11 +155,11 @@ def stream_widths(paths: list[str], find) -> dict[str, int]:
     widths: dict[str, Counter] = {kind: Counter() for kind in ("2d", "3d", "mel")}
     for path in paths[:1000]:
         for kind, seen in widths.items():
-            if seen.total() < 20 and (file := find(path, kind)) is not None:
-                try:
+            try:
+                if seen.total() < 20 and (file := find(path, kind)) is not None:
                     seen[load_array(file).shape[0 if kind == "mel" else 1]] += 1
-                except Skipped:
-                    pass  # reported when its turn comes
+            except (OSError, Skipped):
+                pass  # reported when its turn comes
         if all(seen.total() >= 20 for seen in widths.values()):
             break
     dims = {kind: seen.most_common(1)[0][0] for kind, seen in widths.items() if seen}
@@ -195,7 +214,10 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
         name = path.rsplit("/", 1)[-1]
         rows: dict[str, np.ndarray | None] = {}
         for kind in dims:
-            file = find(path, kind)
+            try:
+                file = find(path, kind)
+            except OSError as error:  # a name no file can have
+                raise Skipped(f"{path[:99]}: {error.strerror}") from error
             if file is None:
                 if kind == "mel":  # silent videos are many, and of use for video and text
                     rows[kind] = None
@@ -206,8 +228,6 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, captio
                 array = array.T
             if array.shape[1] != dims[kind]:
                 raise Skipped(f"{file}: width {array.shape[1]}, the other videos have {dims[kind]}")
-            if len(array) == 0:
-                raise Skipped(f"{file}: no rows")
             rows[kind] = array
         return name, rows, captions.of(name)
 

@@ -9,16 +9,28 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from mcn_ext.prepare import SkipList, Skipped
-from mcn_ext.prepare.howto100m import MEL_RATE
+from mcn_ext.prepare.howto100m import MEL_RATE, as_text
 from mcn_ext.prepare.unpickle import load_pickle
-from mcn_ext.store import N_MELS, StoreWriter
+from mcn_ext.store_file import N_MELS
+from mcn_ext.store_writer import StoreWriter
+
+
+def _numbers(value) -> np.ndarray:
+    """float32 array; Skipped for nested lists, which may be small and unfold to terabytes."""
+    if isinstance(value, list) and not all(isinstance(v, (int, float, np.number)) for v in value):
+        raise Skipped("nested lists where an array is expected")
+    if not isinstance(value, (list, np.ndarray, torch.Tensor)):
+        raise Skipped(f"a {type(value).__name__} where an array is expected")
+    with np.errstate(over="ignore"):
+        return np.asarray(value, np.float32)
 
 
 def _pooled(item: dict, key: str, dim: int) -> np.ndarray:
-    features = np.asarray(item[key], np.float32)
+    features = _numbers(item[key])
     if features.shape != (dim,):
         raise Skipped(f"{key} has shape {features.shape}, the other clips have ({dim},)")
     with np.errstate(over="ignore"):
@@ -32,12 +44,14 @@ def _mel(item: dict) -> np.ndarray | None:
     audio = item.get("audio")
     if audio is None:
         return None
-    audio = np.asarray(audio, np.float32)
+    audio = _numbers(audio)
     if audio.ndim != 2 or audio.shape[0] != N_MELS:
         raise Skipped(f"audio has shape {audio.shape}, expected ({N_MELS}, frames)")
+    with np.errstate(over="ignore"):
+        audio = audio.T.astype(np.float16)
     if not np.isfinite(audio).all():
-        raise Skipped("audio has values that are not finite")
-    return audio.T.astype(np.float16)
+        raise Skipped("audio has values that are NaN, inf or beyond fp16")
+    return audio
 
 
 def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
@@ -53,7 +67,8 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
             f"{pickle_file}: expected a list of dictionaries with 2d, 3d, audio, caption, id")
     dims = {}
     for key in ("2d", "3d"):
-        widths = Counter(np.shape(item[key])[0] for item in items if np.ndim(item.get(key)) == 1)
+        widths = Counter(len(value) for item in items if getattr(
+            value := item.get(key), "ndim", isinstance(value, list)) == 1 and len(value))
         if widths:
             dims[key] = widths.most_common(1)[0][0]
     if not dims:
@@ -70,7 +85,10 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
                          overwrite=overwrite, settings={"pickle": str(pickle_file)})
     skips, repeats, silent = SkipList(out), Counter(), 0
     for number, item in enumerate(tqdm(items, unit="clip", desc="prepare", mininterval=0.5)):
-        base = str(item.get("id", number))
+        try:
+            base = as_text(item.get("id", number))
+        except ValueError:
+            base = str(number)
         repeats[base] += 1
         name = base if repeats[base] == 1 else f"{base}#{repeats[base]}"  # clips may share an id
         if name in writer.done:
@@ -80,12 +98,13 @@ def prepare(pickle_file: Path, out: Path, *, overwrite: bool = False) -> str:
             if missing:
                 raise Skipped(f"no {' or '.join(missing)} features")
             rows = {key: _pooled(item, key, dim) for key, dim in dims.items()} | {"mel": _mel(item)}
-        except (Skipped, TypeError, ValueError, RuntimeError) as reason:
+            caption = as_text(item["caption"])
+        except (TypeError, ValueError, RuntimeError, OverflowError) as reason:
             skips.add(name, str(reason))
             continue
         frames = 0 if rows["mel"] is None else len(rows["mel"])
         silent += "mel" in streams and not frames
-        writer.add(name, rows, [0.0], [max(frames, 1) / MEL_RATE], [str(item["caption"])])
+        writer.add(name, rows, [0.0], [max(frames, 1) / MEL_RATE], [caption])
     kept = len(writer.done)
     sentence = skips.close()
     return (f"{writer.close()}: {kept} of {len(items)} clips, streams "
