@@ -143,11 +143,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _limits(size: int) -> None:
     """Memory, seconds and no core file, for this process."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + _MEMORY + _MEMORY_PER_BYTE * size
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS,
-                       (limit if hard < 0 else min(limit, hard), hard))
+    statm, hard = Path("/proc/self/statm"), resource.getrlimit(resource.RLIMIT_AS)[1]
+    if statm.exists():  # macOS knows no limit of memory
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        limit = used + _MEMORY + _MEMORY_PER_BYTE * size
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.disable()  # the parent says it in one line
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
