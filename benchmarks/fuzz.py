@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from fuzz_inputs import BASE, TARGETS, make_base
 
+from mcn_ext import store_file
 from mcn_ext.prepare.unpickle import UnsafePickle
 from mcn_ext.store import StoreError
 
@@ -71,6 +72,7 @@ def batch(target: str, seed: int, first: int, folder: Path) -> tuple[list[str], 
 
 
 def main():
+    store_file.PATIENCE = 3  # seconds are enough for small files
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480)

@@ -33,6 +33,7 @@ from mcn_ext.store_file import (
     blocks_of,
     check_seal,
     checksum,
+    open_all,
     open_hdf5,
 )
 from mcn_ext.store_writer import StoreWriter
@@ -55,7 +56,7 @@ class Store:
         self.files = sorted(self.path.glob("shard-*.h5")) if self.path.is_dir() else [self.path]
         if not self.files:
             raise StoreError(f"{self.path}: a folder without shard-*.h5 files is not a store")
-        self.shards = [Shard(file) for file in self.files]
+        self.shards = open_all(self.files)
         first = self.shards[0]
         self.dims, self.rates, self.source = first.dims, first.rates, first.source
         for file, shard in zip(self.files, self.shards, strict=True):

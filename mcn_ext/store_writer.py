@@ -20,6 +20,7 @@ from mcn_ext.store_file import (
     StoreError,
     blocks_of,
     checksum,
+    open_all,
     open_hdf5,
     seal,
 )
@@ -74,8 +75,8 @@ class StoreWriter:
             leftover.unlink()
         self.parts = sorted(self.folder.glob("shard-*.h5"))
         self.done: set[str] = set()
+        open_all(self.parts)
         for part in self.parts:
-            Shard(part)
             with open_hdf5(part) as file:
                 self.done.update(file["video/id"].asstr()[:])
         self.videos, self.bytes = [], 0  # (id, {stream: rows}, (start, end, text)) not yet written

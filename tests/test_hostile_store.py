@@ -29,8 +29,7 @@ def flip(path, data, at, by):
 
 
 @pytest.mark.parametrize("step", [
-    pytest.param(61, id="some"),
-    pytest.param(3, id="a third of all", marks=pytest.mark.slow)])
+    pytest.param(101, id="some"), pytest.param(19, id="more", marks=pytest.mark.slow)])
 def test_the_validator_finds_a_flip_of_any_byte(tmp_path, small, step):
     """Of the seal, metadata, values, texts and the gaps between: no byte of the file is dead."""
     data, path = small.read_bytes(), tmp_path / "s.h5"
@@ -244,14 +243,21 @@ def test_read_only_files_and_folders(tmp_path):
         path.chmod(0o755)
 
 
-def test_files_are_opened_without_locks(store_path, monkeypatch):
-    asked = []
+def test_disks_without_locks_are_read(store_path, monkeypatch):
     real = h5py.File
 
-    def opened(*args, **kwargs):
-        asked.append(kwargs.get("locking"))
-        return real(*args, **kwargs)
+    def opened(*args, locking=None, **kwargs):
+        if locking is None:
+            raise OSError(38, "unable to lock file, errno = 38")
+        return real(*args, locking=locking, **kwargs)
 
     monkeypatch.setattr(h5py, "File", opened)
-    validate(store_path)
-    assert asked and not any(asked) and None not in asked
+    assert validate(store_path)["videos"] == 10
+
+
+def test_others_may_have_the_file_open(store_path):
+    with h5py.File(store_path) as file:
+        store = Store(store_path)
+        assert len(store.ids()) == len(file["video/id"])
+        with h5py.File(store_path):
+            pass
