@@ -54,8 +54,8 @@ def traffic(n: int, d: int, repeats: int) -> None:
     torch.set_num_threads(1)
     distributed.init("cpu")
     torch.manual_seed(distributed.rank())
-    sizes = [len(part) for part in torch.arange(n).chunk(distributed.world())]
-    x, y = (torch.randn(sizes[distributed.rank()], d) for _ in range(2))
+    # The usual way needs equal parts.
+    x, y = (torch.randn(n // distributed.world(), d) for _ in range(2))
     found = {}
     for way in (gather_both, one_sided):
         values = []
@@ -106,25 +106,25 @@ def curves() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=4096, help="rows of all ranks (default 4096)")
-    parser.add_argument("--d", type=int, default=512, help="their width (default 512)")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of all ranks (default 4096)")
+    parser.add_argument("--width", type=int, default=512, help="their width (default 512)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return traffic(args.n, args.d, args.repeats)
+        return traffic(args.rows, args.width, args.repeats)
     table = []
-    print(f"contrastive loss and gradients, N {args.n}, D {args.d}, fp32, one thread a rank, "
-          f"median of {args.repeats}")
+    print(f"contrastive loss and gradients, N {args.rows}, D {args.width}, fp32, one thread a "
+          f"rank, median of {args.repeats}")
     for ranks in (2, 3, 4):
-        out = launch(ranks, __file__, "--worker", "--n", args.n, "--d", args.d, "--repeats",
-                     args.repeats)
+        out = launch(ranks, __file__, "--worker", "--rows", args.rows, "--width", args.width,
+                     "--repeats", args.repeats)
         (theirs, slow), (ours, fast) = json.loads(out.splitlines()[-1]).values()
         table.append({"ranks": ranks, "gather_both_mib": theirs, "ours_mib": ours,
                       "gather_both_s": slow, "ours_s": fast})
         print(f"{ranks} ranks: gather both {theirs:.1f} MiB, {slow:.2f} s; ours {ours:.1f} MiB, "
               f"{fast:.2f} s; ratios {ours / theirs:.3f}, {fast / slow:.2f}")
-    result = {"torch": torch.__version__, "cores": os.cpu_count(), "n": args.n, "d": args.d,
+    result = {"torch": torch.__version__, "cores": os.cpu_count(), "n": args.rows, "d": args.width,
               "traffic": table, "curves": curves()}
     path = ROOT / "benchmarks/results/ranks-cpu.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
