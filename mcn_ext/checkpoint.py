@@ -95,8 +95,9 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     command: it has made this folder. Flags unlike its run's are an error naming them. A damaged
     checkpoint is moved aside and the previous one used.
     """
-    resume = resume or any(int(os.environ.get(f"{launcher}_RESTART_COUNT", 0)) > 0
-                           for launcher in ("TORCHELASTIC", "SLURM"))
+    restarted = any(int(os.environ.get(f"{launcher}_RESTART_COUNT", 0)) > 0
+                    for launcher in ("TORCHELASTIC", "SLURM"))
+    resume = resume or any(distributed.gather_objects(restarted))  # the count is each node's own
     content = why = None
     if distributed.rank() == 0:
         if not resume and folder.exists():

@@ -6,9 +6,10 @@ Everything works unchanged in a single process, where ``world()`` is 1 and a gro
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -173,19 +174,19 @@ class Ranks:
         """None for no group, or one of a single process."""
         return None if group is None or dist.get_world_size(group) == 1 else cls(group)
 
-    def share_sizes(self, x: Tensor, common: Sequence[int] = ()) -> None:
+    def share_sizes(self, x: Tensor, common: Mapping | None = None) -> None:
         """Learn how many rows (of x here) each rank holds. ValueError, on every rank, if they
         disagree about ``common``. Waits for the device."""
-        mine = torch.tensor([len(x), *map(int, common)], device=x.device)
-        table = mine.new_empty(self.n * len(mine))
+        digest = hashlib.blake2b(repr(common).encode(), digest_size=7).digest()
+        mine = torch.tensor([len(x), int.from_bytes(digest, "big")], device=x.device)
+        table = mine.new_empty(self.n * 2)
         _all_gather(table, mine, group=self.group)
-        table = table.view(self.n, -1).tolist()
-        self.sizes = [row[0] for row in table]
-        for rank, row in enumerate(table):
-            if row[1:] != table[0][1:]:
-                raise ValueError(f"ranks disagree about what to compute: rank 0 has {table[0][1:]}"
-                                 f", rank {rank} has {row[1:]} (width, dtypes, centroids, pairs, "
-                                 "ids, masks, which gradients, budget)")
+        table = table.view(self.n, 2).tolist()
+        self.sizes = [size for size, _ in table]
+        others = [rank for rank, (_, code) in enumerate(table) if code != table[0][1]]
+        if others:
+            raise ValueError(f"ranks disagree about what to compute: {others} and rank 0; this one "
+                             f"has {common}")
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks (sum of sizes, ...), in rank order, without gradient."""

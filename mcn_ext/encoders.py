@@ -83,13 +83,14 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         rows, weight, mean, var, count = ctx.saved_tensors
         d_rows, d_weight, d_bias = grad, torch.zeros_like(weight), torch.zeros_like(weight)
+        invstd = (var + ctx.eps).rsqrt()
         if len(rows):  # as if mean and var were constants
             d_rows, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, rows, weight, mean, var, None, None, False, ctx.eps, [True] * 3)
+                grad, rows, weight, mean, var, mean, invstd, False, ctx.eps, [True] * 3)
         # Through mean and var: what all ranks' rows have in common is taken off each.
         along_weight, along_bias = distributed.stack(torch.stack([d_weight, d_bias])).sum(dim=0)
-        scale = torch.where(count > 0, weight * (var + ctx.eps).rsqrt() / count.clamp_min(1), 0.0)
-        slope = scale * along_weight * (var + ctx.eps).rsqrt()
+        scale = torch.where(count > 0, weight * invstd / count.clamp_min(1), 0.0)
+        slope = scale * along_weight * invstd
         offset = scale * along_bias - slope * mean
         d_rows = d_rows - (offset + slope * rows.to(slope.dtype)).to(d_rows.dtype)
         return d_rows, d_weight, d_bias, None, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -38,7 +39,7 @@ class Heartbeat:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=False, timeout=timedelta(seconds=SILENT))
         # A restarted job finds the store of the first one.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = distributed.broadcast_object(secrets.token_hex(8))
         self.store = dist.PrefixStore(f"mcn_ext/heartbeat/{attempt}", store)
         self.excepthook, sys.excepthook = sys.excepthook, self._explain
         self._beat()
@@ -65,14 +66,20 @@ class Heartbeat:
             now = time.monotonic()
             if now - before > SILENT:  # the whole job was suspended: that time does not count
                 self.since += now - before
-            before = now
             try:
                 self._beat()
             except RuntimeError:
                 pass  # whoever keeps the store is gone: the limit, or torch, ends this rank
-            if now - self.since > self.limit and not self.ended.is_set():
+            before = time.monotonic()  # after what may wait for the store
+            since = self.since
+            if now - since > self.limit and not self.ended.is_set():
                 self._say(f"no progress for {self.limit / 60:g} minutes (--hang_minutes)")
+                if self.since != since:
+                    continue  # it has come to an end while ranks were asked
                 if distributed.rank() in self.suspects:
+                    step, doing = self.place
+                    print(f"rank {distributed.rank()} itself is {doing} step {step}, here:",
+                          file=sys.stderr, flush=True)
                     faulthandler.dump_traceback(sys.stderr)
                 os._exit(1)
 
@@ -88,6 +95,10 @@ class Heartbeat:
 
     def _say(self, what: str) -> None:
         """Name the ranks that are silent or behind; one of the others does for all."""
+        # A stopped process that keeps the store leaves whoever asks it waiting, timeout or not.
+        bound = threading.Timer(4 * SILENT, self._end)
+        bound.daemon = True
+        bound.start()
         ranks = range(distributed.world())
         try:
             first = self._read()
@@ -97,11 +108,11 @@ class Heartbeat:
                 time.sleep(INTERVAL)
             last = self._read()
         except RuntimeError as error:
+            print(f"{what}; {self._keeper()} cannot be read ({error})", file=sys.stderr, flush=True)
             self.suspects = [0]
-            print(f"{what}; the signs of life, kept by rank 0 or torchrun on "
-                  f"{os.environ['MASTER_ADDR']}, cannot be read ({error})", file=sys.stderr,
-                  flush=True)
             return
+        finally:
+            bound.cancel()
         silent = [r for r in ranks if first[r][0] == last[r][0]]
         order = [(last[r][3], DOING.index(last[r][4])) for r in ranks]
         behind = [r for r in ranks if order[r] < max(order)]
@@ -120,6 +131,18 @@ class Heartbeat:
             lines.append(f"  the others are {last[others[0]][4]} step {last[others[0]][3]}")
         lines.append("the same command goes on from the last checkpoint")
         print("\n".join(lines), file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _keeper() -> str:
+        return ("the signs of life, kept by rank 0 or by torchrun on "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']},")
+
+    def _end(self) -> None:
+        step, doing = self.place
+        print(f"rank {distributed.rank()}, {doing} step {step}: no progress, and {self._keeper()} "
+              "do not come: that process hangs or is stopped. The same command goes on from the "
+              "last checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _read(self) -> list[list]:
         names = [str(r) for r in range(distributed.world())]

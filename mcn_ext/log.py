@@ -35,8 +35,9 @@ def writing(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
             raise
-        raise SystemExit(f"{path}: could not be written ({cause.strerror}); what was saved before "
-                         "is untouched. Make room and run the same command again") from error
+        raise SystemExit(f"{path}: could not be written ({cause.strerror or cause}); what was "
+                         "saved before is untouched. Make room and run the same command again"
+                         ) from error
 
 
 def replace(path: Path, fill: Callable[[BinaryIO], object], previous: Path | None = None) -> None:

@@ -182,8 +182,11 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
     k = 0 if centroids is None else len(centroids)
     columns, ranks = [], Ranks.of(group)
     if ranks is not None:
-        ranks.share_sizes(rows[0], [rows[0].shape[1], *map(_code, rows), k, len(pairs), len(given),
-                                    len(valid), learn_temperature, *wanted, budget])
+        ranks.share_sizes(rows[0], {
+            "width": rows[0].shape[1], "dtypes": [str(x.dtype) for x in rows], "pairs": pairs,
+            "clustered": list(clustered), "centroids": k, "ids": len(given), "masks": len(valid),
+            "margin": margin, "normalize": normalize, "gradients": wanted, "budget": budget,
+            "temperature": learn_temperature or isinstance(temperature, Tensor) or temperature})
         vectors = ranks.gather_vectors([*given, *valid])
         given, valid = vectors[:len(given)], [v.bool() for v in vectors[len(given):]]
         pairs, second = _columns(pairs, wanted)
@@ -208,11 +211,6 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
         0 if ranks is None else ranks.rank, "" if ranks is None else ranks.name)
     total, contrastive, cluster = values.unbind()
     return LossTerms(total, contrastive.detach(), cluster.detach())
-
-
-def _code(x: Tensor) -> int:
-    """A number for a tensor's dtype, the same on every rank."""
-    return x.element_size() * 2 + (x.dtype == torch.bfloat16)
 
 
 def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:

@@ -31,7 +31,7 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     """Run a kept bad step again, in one process, and say where it first goes wrong.
 
     ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``. The
-    ranks' batches are joined: BatchNorm sees them together, not, as in the run, each its own.
+    ranks' batches are joined.
     """
     if file == Path():
         kept = find_dumps(folder)

@@ -192,11 +192,11 @@ def open_all(paths: list[Path]) -> list[Shard]:
             for path in paths:
                 os.write(into, b".")
                 signal.alarm(PATIENCE)
-                try:
-                    check_seal(path)
-                except StoreError:
-                    signal.alarm(2)  # known to be broken: only what else is wrong is asked
-                with contextlib.suppress(StoreError):  # the parent will see the same
+                with contextlib.suppress(Exception):  # the parent will see the same
+                    try:
+                        check_seal(path)
+                    except StoreError:
+                        signal.alarm(2)  # known to be broken: only what else is wrong is asked
                     Shard(path)
         finally:
             os._exit(0)
@@ -205,10 +205,10 @@ def open_all(paths: list[Path]) -> list[Shard]:
         opened = len(pipe.read())
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
-        what = ("does not return" if code == -signal.SIGALRM
-                else f"ends with signal {-code}")
-        raise StoreError(f"{paths[opened - 1]}: damaged: reading it {what}; copy it again or "
-                         "prepare it again")
+        what = (f"does not return (in {PATIENCE} s, if its checksums are right)"
+                if code == -signal.SIGALRM else f"ends with signal {-code}")
+        raise StoreError(f"{paths[opened - 1]}: damaged, or on a disk that does not answer: "
+                         f"reading it {what}; copy it again or prepare it again")
     return [Shard(path) for path in paths]
 
 
@@ -278,8 +278,11 @@ def seal(path: Path) -> None:
 
 def check_seal(path: Path, *, whole: bool = False) -> bool:
     """Whether a file has a seal (older stores have none); StoreError where the bytes differ."""
-    with open(path, "rb") as raw:
-        block = raw.read(SEAL_BYTES)
+    try:
+        with open(path, "rb") as raw:
+            block = raw.read(SEAL_BYTES)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened ({error.strerror or error})") from error
     if block.startswith(_HDF5):
         return False
     mark, digits, body = block[:len(_SEAL)], block[len(_SEAL):len(_SEAL) + 8], block[

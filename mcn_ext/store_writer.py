@@ -164,6 +164,7 @@ class StoreWriter:
             return self.out
         if len(self.parts) == 1:
             os.replace(self.parts[0], self.out)
+            _sync(self.out.parent)
         else:
             _write_atomically(self.out, self._join)
         shutil.rmtree(self.folder)
@@ -208,6 +209,18 @@ def _write_atomically(path: Path, write) -> None:
     """Call write(temporary path), then put the result, complete and on disk, under its name."""
     tmp = path.with_name(path.name + ".tmp")
     write(tmp)
-    with open(tmp, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(tmp)
     os.replace(tmp, path)
+    _sync(path.parent)  # the name, too, before anything that it replaces is deleted
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk, where the file system can say so of folders."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(number)

@@ -145,7 +145,7 @@ class Training:
         if resumed is not None:
             self._resume(resumed)
         self.saved = self.step
-        if distributed.broadcast_object(self.step) != self.step:
+        if len(set(distributed.gather_objects(self.step))) > 1:
             raise SystemExit(f"ranks see different checkpoints in {folder}: put --out on a disk "
                              "that all of them share")
         self.net = DistributedDataParallel(model) if world > 1 else model
@@ -302,9 +302,16 @@ class Training:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        rng = distributed.gather_objects(rng)
-        if distributed.rank() != 0:
-            return
+        rng, why = distributed.gather_objects(rng), None
+        if distributed.rank() == 0:
+            try:
+                self._write(epoch, state, rng)
+            except SystemExit as error:
+                why = str(error)
+        if why := distributed.broadcast_object(why):  # ranks wait for the file, and end together
+            raise SystemExit(why)
+
+    def _write(self, epoch: int, state: dict, rng: list[dict]) -> None:
         ended = self.step == epoch * self.loader.steps_per_epoch
         clusters = self.objective.clusters
         training = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
