@@ -228,7 +228,8 @@ def test_no_file_stays_open_over_epochs_shards_and_workers(tmp_path, monkeypatch
     for epoch in range(4):
         counts.append(max(int(batch["open"].max()) for batch in loader.epoch(epoch)))
         here.append(len(os.listdir("/proc/self/fd")))
-    assert max(counts) <= 3 * (2 if workers else 1)  # a worker inherits those open at the fork
+    # Of 12; a worker inherits those that are open at the fork.
+    assert max(counts) <= (3 + 3 + 1 if workers else 3)
     assert counts[-1] <= counts[1] and here[-1] == here[0]
 
 
