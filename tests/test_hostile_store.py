@@ -1,5 +1,6 @@
 """Broken and hostile stores: a flipped byte, a lying header, links to elsewhere, open files."""
 
+import contextlib
 import os
 
 import h5py
@@ -208,12 +209,17 @@ def test_ten_hours_of_sound_are_not_copied_for_every_clip(tmp_path):
 # ------------------------------------------------------------------------------- open files
 
 
+def links():
+    """What this process's open files are; other threads open and close some meanwhile."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(f"/proc/self/fd/{fd}")
+
+
 class CountingClips(TrainingClips):
     def __getitem__(self, key):
         own = f"{self.reader.store.path}/shard-"  # other tests' stores may still be open
-        open_files = sum(os.readlink(f"/proc/self/fd/{fd}").startswith(own)
-                         for fd in os.listdir("/proc/self/fd")
-                         if os.path.exists(f"/proc/self/fd/{fd}"))
+        open_files = sum(link.startswith(own) for link in links())
         return super().__getitem__(key) | {"open": np.array([open_files])}
 
 
