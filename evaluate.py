@@ -9,52 +9,10 @@ A run on the demo data is evaluated on the demo data's evaluation clips.
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 from mcn_ext import flags
-
-DIRECTIONS = ("text->video+audio", "text->video", "text->audio", "audio->video")
-
-
-def embed(model, reader, table, device, batch_size):
-    """An evaluation store -> ({modality: (n, D) fp32}, {modality: (n,) bool}), on the CPU."""
-    import torch
-    from tqdm import tqdm
-
-    from mcn_ext.data import collate, to_device
-
-    embeddings, valid = {m: [] for m in model.modalities}, {m: [] for m in model.modalities}
-    n = len(reader.store)
-    with torch.inference_mode():
-        for begin in tqdm(range(0, n, batch_size), desc="embed", unit="batch", mininterval=0.5):
-            items = [reader.read(i, [(0, 0)]) for i in range(begin, min(begin + batch_size, n))]
-            batch = to_device(collate(items), device, table)
-            for name in model.modalities:
-                embeddings[name].append(model.encode(name, batch)[1].float().cpu())
-                valid[name].append(batch["valid"][name].cpu())
-    return ({m: torch.cat(e) for m, e in embeddings.items()},
-            {m: torch.cat(v) for m, v in valid.items()})
-
-
-def rank_direction(embeddings, valid, direction, similarity):
-    """(similarity (n, n), ranks (n,)) by the candidate modalities' sum; missing is a miss."""
-    import torch
-
-    from mcn_ext.metrics import ranks
-    from mcn_ext.reference import unit_rows
-
-    query, candidates = direction.split("->")
-    prepared = {m: unit_rows(e) if similarity == "cosine" else e for m, e in embeddings.items()}
-    scores, present = 0.0, torch.zeros(len(embeddings[query]), dtype=torch.bool)
-    for name in candidates.split("+"):
-        part = prepared[query] @ prepared[name].T
-        scores = scores + torch.where(valid[name][None, :], part, torch.zeros_like(part))
-        present |= valid[name]
-    # Clips with nothing to compare stand behind all others; queries without content find nothing.
-    scores = torch.where(present[None, :], scores, scores.min() - 1.0)
-    rank = ranks(scores)
-    rank[~(valid[query] & present).numpy()] = len(rank)
-    return scores, rank
 
 
 def main(argv=None):
@@ -75,17 +33,29 @@ def main(argv=None):
                         help="clips embedded at a time (default 64)")
     parser.add_argument("--device", default="auto", metavar="DEV",
                         help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--all_directions", action="store_true", help="every query and candidate, "
+                        "pairs of modalities too, not only the four customary ones")
+    parser.add_argument(
+        "--fusion", nargs="+", choices=("sum", "mean", "bank"), default=["sum"], help="how several "
+        "modalities and candidates compare; several may be given (default sum). sum: of cosines, "
+        "the published protocol; mean: cosine to the mean embedding; bank: sum, less what draws "
+        "training clips' queries to a candidate (no evaluation data used)")
+    parser.add_argument("--bank_size", type=flags.positive(int), default=2000, metavar="N",
+                        help="training clips that --fusion bank embeds (default 2000)")
+    parser.add_argument("--keep_embeddings", action="store_true", help="write RUN/youcook2.npz: "
+                        "every query's rank by direction, and all embeddings (fp16)")
     args = parser.parse_args(argv)
     if args.youcook2 is None:
         parser.error("say what to evaluate on: --youcook2 [STORE]")
 
+    import numpy as np
     import torch
 
-    from mcn_ext import checkpoint, distributed, training
+    from mcn_ext import checkpoint, distributed, retrieval, training
     from mcn_ext.data import ClipReader
-    from mcn_ext.log import write_text
+    from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import summarize, table
-    from mcn_ext.model import MCN, MODALITIES
+    from mcn_ext.model import MCN
     from mcn_ext.report import similarity_picture
     from mcn_ext.store import Store, StoreError
     from mcn_ext.words import WordVectors, vectors_for
@@ -120,45 +90,67 @@ def main(argv=None):
     device = distributed.init(args.device)
     model = MCN(**sizes).to(device).eval()
     model.load_state_dict(content["model"])
-    words = None
+    words = known = None
     if "T" in sizes["modalities"]:
-        words = kept = WordVectors.load(args.run / training.WORDS)
+        words = known = WordVectors.load(args.run / training.WORDS)
         if trained["word2vec"] and Path(trained["word2vec"]).exists():  # also words never met
             words = vectors_for(store, Path(trained["word2vec"]),
                                 data.with_name(data.name + ".words.npz"))
-            if not kept.agrees(words):
+            if not known.agrees(words):
                 raise SystemExit(f"{trained['word2vec']} is not the file {args.run} was trained "
                                  "with; put that back, or move this one away")
         elif trained["word2vec"]:
             print(f"{trained['word2vec']} is gone: only words of the training captions are known")
-    reader = ClipReader(
-        store, video_streams=tuple(sizes["video_dims"]) if "V" in sizes["modalities"] else (),
-        audio="A" in sizes["modalities"], words=words, max_words=trained["max_words"],
-        audio_frames=5120)  # as published: up to 51 s of a clip
-    word_table = torch.from_numpy(words.vectors).to(device) if words is not None else None
+    def embed(store, clips, words, audio_frames):
+        reader = ClipReader(
+            store, video_streams=tuple(sizes["video_dims"]) if "V" in sizes["modalities"] else (),
+            audio="A" in sizes["modalities"], words=words, max_words=trained["max_words"],
+            audio_frames=audio_frames)
+        vectors = torch.from_numpy(words.vectors).to(device) if words is not None else None
+        return retrieval.embed(model, reader, clips, device, vectors, args.batch_size)
 
     # --------------------------------------------------------------------- embed, rank, report
-    embeddings, valid = embed(model, reader, word_table, device, args.batch_size)
-    names = {MODALITIES[m] for m in sizes["modalities"]}
-    directions = [d for d in DIRECTIONS if set(d.replace("->", "+").split("+")) <= names]
+    clips = embed(store, [(i, [(0, 0)]) for i in range(len(store))], words,
+                  audio_frames=5120)  # as published: up to 51 s of a clip
+    bank = None
+    if "bank" in args.fusion:
+        try:
+            source = Store(Path(trained["data"]))
+        except StoreError as error:
+            raise SystemExit(f"--fusion bank needs the training store: {error}") from None
+        bank = embed(source, retrieval.some_clips(source, args.bank_size, trained["min_time"]),
+                     known, trained["audio_frames"])
+    directions = [d for d in retrieval.directions(model.modalities)
+                  if args.all_directions or d in retrieval.MAIN]
     similarity = args.similarity or trained["similarity"]
-    result = {"n": len(store), "data": str(data), "checkpoint": str(file)}
+    result = {"n": len(store), "data": str(data), "checkpoint": str(file),
+              "step": content["step"], "complete": content["complete"]}
+    kept = {f"embedding:{m}": e.half().numpy() for m, e in clips[0].items()}
+    kept |= {f"valid:{m}": v.numpy() for m, v in clips[1].items()}
+    rows = {}
     try:
-        for i, direction in enumerate(directions):
-            scores, rank = rank_direction(embeddings, valid, direction, similarity)
-            result[direction] = summarize(rank)
-            if i == 0:
-                similarity_picture(scores.numpy(), rank, direction, args.run / "similarity.png")
+        for direction, fusion in product(directions, args.fusion):
+            if fusion == "mean" and "+" not in direction.split("->")[1]:
+                continue  # a query's length changes no rank
+            scores, rank = retrieval.rank(clips, direction, similarity, fusion, bank,
+                                          trained["temperature"])
+            name = direction + (f" ({fusion})" if fusion != "sum" else "")
+            rows[name], kept[f"rank:{name}"] = summarize(rank), rank
+            if len(rows) == 1:
+                similarity_picture(scores.numpy(), rank, name, args.run / "similarity.png")
     except FloatingPointError as error:
         raise SystemExit(f"{file}: {error}") from None
+    result |= rows
+    if args.keep_embeddings:
+        replace(args.run / "youcook2.npz", lambda stream: np.savez(stream, **kept))
     metrics_file = args.run / "metrics.json"
     metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
     write_text(metrics_file, json.dumps(metrics | {"youcook2": result}, indent=1) + "\n")
     demo = store.source.startswith("demo data")
-    missing = {m: int((~v).sum()) for m, v in valid.items() if not v.all()}
+    missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
     print(f"{args.run.name}: {data}" + (" (DEMO DATA, made up)" if demo else "")
           + (f"; counted as misses or left out of sums: {missing}" if missing else ""))
-    print(table({d: result[d] for d in directions}, len(store)))
+    print(table(rows, len(store)))
     print(f"written: {metrics_file}")
     return 0
 

@@ -2,7 +2,7 @@
 was left alone.
 
     python benchmarks/kills.py                    # 10 kills in each of 3 ways, about 10 minutes
-    python benchmarks/kills.py --kills 30 --out benchmarks/results/kills-cpu.json
+    python benchmarks/kills.py --modes process rank ranks rank4 --kills 40
 
 A small stage-1 run (AV, demo data, 320 steps, a checkpoint every 5, k-means every 4) is killed with
 SIGKILL, again and again, a random time after each start: during start-up, steps, k-means, saving.
@@ -10,6 +10,7 @@ SIGKILL, again and again, a random time after each start: during start-up, steps
     process  a single process; then the same command again
     rank     one of 2 ranks, at random; torchrun --max_restarts starts both again
     ranks    torchrun and both ranks at once; then the same command again
+    rank4    as rank, one of 4
 
 "Equal" compares with the run left alone, with as many ranks: weights, optimiser, schedule, queue,
 centroids, random numbers, every epoch's weights, and what log.jsonl says of every step. A run that
@@ -41,7 +42,8 @@ from mcn_ext.log import read  # noqa: E402
 COMMAND = ("train_stage1.py --pair AV --preset demo --device cpu --epochs 20 --embd_dim 64 "
            "--recon_dim 32 --audio_width 0.0625 --audio_frames 200 --batch_size 16 --n_pair 4 "
            "--cluster_size 16 --queue_size 4 --refit_every 4 --save_every 5 --log_every 1").split()
-MODES = {"process": 1, "rank": 2, "ranks": 2}
+MODES = {"process": 1, "rank": 2, "ranks": 2, "rank4": 4}
+OF_ONE = {"rank", "rank4"}  # torchrun lives on, and starts the ranks again
 OF_THE_MACHINE = {"clips_per_s", "data_wait", "peak_mib"}
 TOO_LONG = 300  # seconds: such a run hangs
 
@@ -97,7 +99,7 @@ def killed_run(work, out, mode, kills, span, rng):
             kill(below(process.pid) + [process.pid] if status == "hangs" else [])
             return lost, status
         victims = below(process.pid)
-        if mode == "rank":
+        if mode in OF_ONE:
             if not victims:
                 continue  # between two starts
             kill([rng.choice(victims)])
@@ -108,7 +110,7 @@ def killed_run(work, out, mode, kills, span, rng):
         # A process killed before it went on has nothing to lose: the log is its predecessor's.
         lost.append(logged - saved if now > starts else 0)
         starts = now
-        if mode != "rank":
+        if mode not in OF_ONE:
             process = start(work, out, mode)
 
 
@@ -144,7 +146,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="in all modes together (default 30)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["process", "rank", "ranks"])
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")

@@ -201,23 +201,22 @@ def test_summary_of_known_ranks_and_interval():
 
 
 def test_missing_clips_are_misses():
-    from tests.conftest import load_script
+    from mcn_ext import retrieval
 
-    evaluate = load_script("evaluate.py")
     eye = torch.eye(4)
     embeddings = {"text": eye, "audio": eye.clone(), "video": eye.clone()}
     valid = {m: torch.ones(4, dtype=torch.bool) for m in embeddings}
     valid["audio"][2] = False
-    _, rank = evaluate.rank_direction(embeddings, valid, "text->audio", "cosine")
+    _, rank = retrieval.rank((embeddings, valid), "text->audio", "cosine")
     assert rank.tolist() == [1, 1, 4, 1]  # a silent clip is not found, and nobody's first answer
-    _, rank = evaluate.rank_direction(embeddings, valid, "text->video+audio", "cosine")
+    _, rank = retrieval.rank((embeddings, valid), "text->video+audio", "cosine")
     assert rank.tolist() == [1, 1, 1, 1]  # its video still speaks for it
     valid["text"][0] = False
-    _, rank = evaluate.rank_direction(embeddings, valid, "text->video", "cosine")
+    _, rank = retrieval.rank((embeddings, valid), "text->video", "cosine")
     assert rank.tolist() == [4, 1, 1, 1]  # a query without a known word finds nothing
     embeddings["video"][1, 1] = float("nan")
     with pytest.raises(FloatingPointError):
-        evaluate.rank_direction(embeddings, valid, "text->video", "cosine")
+        retrieval.rank((embeddings, valid), "text->video", "cosine")
 
 
 def test_perturbed_voice_is_another_but_alike():

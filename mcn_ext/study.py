@@ -1,0 +1,333 @@
+"""Which pair first? Every order, the one-stage baseline, several seeds, side by side.
+
+    python -m mcn_ext.study --data data/howto100m.h5 --youcook2 data/youcook2.h5 --out runs/study
+    python -m mcn_ext.study --print              # the same as commands, a chain of them a line
+    python -m mcn_ext.study --print slurm        # or as an sbatch script, one array task a chain
+    python -m mcn_ext.study --noise 0.5 1 2      # demo data, video noise x audio noise
+
+Orders: AV_T (audio and video first, then text), VT_A, AT_V; AVT trains all three in one stage, for
+as many steps as an order (equal steps) and for as many as cost the same (equal compute, in FLOPs).
+All other flags are train_stage1.py's, and the same for all. The same command again resumes; runs
+that were made elsewhere from --print's list are taken as they are. Ends with report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from mcn_ext import chains, flags
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDERS = ("AV_T", "VT_A", "AT_V")
+BASELINE = "AVT"
+OURS = ("pair", "add", "init", "out", "seed", "epochs", "resume", "detect", "stage1_encoders",
+        "data", "max_steps")  # what the study sets for its runs itself
+
+
+def parser() -> flags.Parser:
+    p = flags.Parser(prog="python -m mcn_ext.study", description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, metavar="PATH",
+                   help=f"training store (default {flags.DATA}, else the demo data)")
+    p.add_argument("--youcook2", type=Path, metavar="STORE",
+                   help=f"evaluation store (default {flags.YOUCOOK2}, or the demo's)")
+    p.add_argument("--out", type=Path, default=Path("runs/study"), metavar="DIR",
+                   help="where runs and report go (default runs/study)")
+    p.add_argument("--orders", nargs="+", choices=(*ORDERS, BASELINE), default=[*ORDERS, BASELINE],
+                   help="default: all three, and the one-stage baseline AVT")
+    p.add_argument("--seeds", nargs="+", type=flags.not_negative(int), default=[0, 1, 2],
+                   metavar="N", help="each gives every order another start (default 0 1 2)")
+    p.add_argument("--stage1_encoders", nargs="+", choices=("frozen", "finetune"),
+                   default=["frozen", "finetune"], help="stage 2 with the first pair's encoders as "
+                   "they are, or trained on (default: both)")
+    p.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more "
+                   "kind of stage 2, by train_stage2.py's flags, such as gentle='--stage1_encoders "
+                   "finetune --lr 1e-5'; may be repeated")
+    p.add_argument("--epochs", nargs=2, type=flags.positive(int), metavar=("FIRST", "SECOND"),
+                   default=[flags.EPOCHS[1], flags.EPOCHS[2]],
+                   help="of stage 1 and stage 2 (default 20 10)")
+    p.add_argument("--noise", nargs="+", type=flags.not_negative(float), metavar="X", help="a grid "
+                   "on demo data instead of --data: each level of video noise with each of audio "
+                   "noise; 0 clean, 1 the demo's")
+    p.add_argument("--videos", type=flags.positive(int), default=256, metavar="N",
+                   help="training videos of a grid's data sets (default 256)")
+    p.add_argument("--jobs", type=flags.positive(int), default=1, metavar="N",
+                   help="chains of runs at a time (default 1); their threads share the cores")
+    p.add_argument("--launch", default="", metavar="WORDS", help="before the training scripts, "
+                   "such as 'torchrun --nproc_per_node 4' (default: this Python)")
+    p.add_argument("--print", nargs="?", const="lines", choices=("lines", "slurm"), dest="show",
+                   help="run nothing: print the commands, one independent chain a line, or an "
+                   "sbatch script for them")
+    return p
+
+
+def training_flops(args: argparse.Namespace, dims: dict[str, int], modalities: str, frozen: str,
+                   word_dim: int) -> float:
+    """FLOPs (a multiply and an add count 2) of the encoders' forward and backward for one clip of
+    full length; the losses', shared by all orders, are left out."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mcn_ext.model import MCN, MODALITIES
+
+    model = MCN(modalities, video_dims=dims, word_dim=word_dim, embd_dim=args.embd_dim,
+                recon_dim=args.recon_dim if args.recon_weight else 0, audio_width=args.audio_width)
+    model.freeze(MODALITIES[m] for m in frozen)
+    model.train()
+    n = 2  # BatchNorm wants more than one row
+    batch = {"video": {name: torch.rand(n, dim) for name, dim in dims.items()},
+             "audio": torch.rand(n, 40, args.audio_frames),
+             "n_frames": torch.full((n,), args.audio_frames),
+             "text": torch.rand(n, args.max_words, word_dim),
+             "text_mask": torch.ones(n, args.max_words, dtype=torch.bool)}
+    with FlopCounterMode(display=False) as counter:
+        embeddings, errors = model(batch)
+        learning = [x for x in (*embeddings.values(), *errors.values()) if x.requires_grad]
+        torch.stack([x.sum() for x in learning]).sum().backward()
+    return counter.get_total_flops() / n
+
+
+class Study:
+    """The runs of a study and the commands that make them.
+
+    ``cells``: data sets, one but for a noise grid. ``chains``: lists of (run folder, commands) in
+    the order they depend on each other; chains are independent. ``runs``: what the report reads.
+    """
+
+    def __init__(self, args: argparse.Namespace, rest: list[str]):
+        self.args, self.rest = args, rest
+        training = flags.Parser(prog="python -m mcn_ext.study")
+        flags.add_training_flags(training, stage=1)
+        given = training.parse_args(rest)  # an error here names the flag, before any work
+        for name in OURS:
+            if name in vars(given) and getattr(given, name) != training.get_default(name):
+                raise SystemExit(f"--{name}: the study sets it for each of its runs; see --help")
+        self.variants = {"": "--stage1_encoders frozen"} if "frozen" in args.stage1_encoders else {}
+        if "finetune" in args.stage1_encoders:
+            self.variants["finetune"] = "--stage1_encoders finetune"
+        for text in args.variant:
+            name, equals, words = text.partition("=")
+            if not name.isidentifier() or not equals:
+                raise SystemExit(f"--variant {text}: write NAME=FLAGS, the name in letters")
+            self.variants[name] = words
+        self.cells = self._cells()
+        given.data = self.cells[0]["data"]
+        self.settings = flags.complete(given)
+        self.runs, self.chains = [], []
+        self._count()
+        for cell in self.cells:
+            for seed in args.seeds:
+                for order in args.orders:
+                    (self._baseline if order == BASELINE else self._order)(cell, seed, order)
+
+    def _cells(self) -> list[dict]:
+        from mcn_ext.prepare import demo
+
+        args, out = self.args, self.args.out
+        if not args.noise:
+            if args.data is None and not flags.DATA.exists():
+                print(demo.prepare(flags.DEMO), file=sys.stderr)
+                args.data = flags.DEMO / "train.h5"
+            args.data = args.data or flags.DATA
+            is_demo = args.data.resolve() == (flags.DEMO / "train.h5").resolve()
+            args.youcook2 = args.youcook2 or (flags.DEMO / "eval.h5" if is_demo
+                                              else flags.YOUCOOK2)
+            for name in ("data", "youcook2"):
+                if not getattr(args, name).exists():
+                    raise SystemExit(f"--{name} {getattr(args, name)}: no such store; prepare one "
+                                     "with python -m mcn_ext.prepare, or check the path")
+            return [{"name": "", "data": args.data, "youcook2": args.youcook2, "video_noise": None,
+                     "audio_noise": None}]
+        if args.data or args.youcook2:
+            raise SystemExit("--noise makes data of its own: leave out --data and --youcook2")
+        cells = []
+        for video in args.noise:
+            for audio in args.noise:
+                name = f"v{video:g}-a{audio:g}"
+                folder = out / "data" / name
+                print(demo.prepare(folder, video_noise=video, audio_noise=audio,
+                                   videos=args.videos), file=sys.stderr)
+                cells.append({"name": name, "data": folder / "train.h5",
+                              "youcook2": folder / "eval.h5", "video_noise": video,
+                              "audio_noise": audio})
+        return cells
+
+    def _count(self) -> None:
+        """FLOPs of a clip by (modalities, frozen ones); the clips of an epoch."""
+        from mcn_ext import training
+        from mcn_ext.store import Store, StoreError
+        from mcn_ext.words import vectors_for
+
+        args, settings = self.args, self.settings
+        try:
+            store = Store(self.cells[0]["data"])
+            Store(self.cells[0]["youcook2"])
+        except StoreError as error:
+            raise SystemExit(str(error)) from None
+        videos = int((store.caption_counts() > 0).sum())
+        self.clips = videos // settings.batch_size * settings.batch_size * settings.n_pair
+        word_dim = 300
+        if settings.word2vec:
+            word_dim = vectors_for(store, settings.word2vec,
+                                   store.path.with_name(store.path.name + ".words.npz")).dim
+
+        def flops(modalities, frozen=""):
+            return training_flops(settings, training.video_dims(store), modalities, frozen,
+                                  word_dim)
+
+        first, second = args.epochs
+        joint = flops(BASELINE)
+        self.flops, self.pair_flops, self.baselines = {}, {}, {first + second: ["steps"]}
+        for order in ORDERS:
+            pair, third = order.split("_")
+            self.pair_flops[pair] = self.clips * first * flops(pair)
+            for kind, cost in (("frozen", flops(pair + third, pair)), ("finetune", joint)):
+                self.flops[order, kind] = self.pair_flops[pair] + self.clips * second * cost
+            if order in args.orders:
+                epochs = max(1, round(self.flops[order, "frozen"] / (self.clips * joint)))
+                self.baselines.setdefault(epochs, []).append(order)
+        self.flops |= {(BASELINE, e): self.clips * e * joint for e in self.baselines}
+
+    def _command(self, *words) -> list[str]:
+        launch = shlex.split(self.args.launch) or [sys.executable]
+        return [*launch, str(ROOT / words[0]), *map(str, words[1:])]
+
+    def _unit(self, folder: Path, cell: dict, *train) -> tuple[Path, list[list[str]]]:
+        """A run: train it, evaluate it."""
+        evaluate = [sys.executable, str(ROOT / "evaluate.py"), "--youcook2", cell["youcook2"],
+                    "--run", folder, "--all_directions", "--fusion", "sum", "mean",
+                    "bank", "--keep_embeddings"]
+        if self.settings.device != "auto":
+            evaluate += ["--device", self.settings.device]
+        return folder, [self._command(*train, "--out", folder), list(map(str, evaluate))]
+
+    def _folder(self, cell: dict, seed: int) -> Path:
+        return self.args.out / cell["name"] / f"seed{seed}"
+
+    def _stage1(self, folder: Path, cell: dict, seed: int, pair: str, epochs: int):
+        return self._unit(folder, cell, "train_stage1.py", "--pair", pair, "--data", cell["data"],
+                          "--seed", seed, "--epochs", epochs, *self.rest)
+
+    def _add(self, cell: dict, seed: int, method: str, order: str, folder: Path, **more) -> None:
+        self.runs.append({"cell": cell["name"], "method": method, "order": order, "seed": seed,
+                          "run": str(folder.relative_to(self.args.out)), **more})
+
+    def _order(self, cell: dict, seed: int, order: str) -> None:
+        (pair, third), at = order.split("_"), self._folder(cell, seed)
+        first, second = self.args.epochs
+        start = at / f"stage1-{pair}"
+        chain = [self._stage1(start, cell, seed, pair, first)]
+        machine = [word for name in ("device", "workers", "save_every", "log_every", "precision")
+                   for word in _given(self.rest, name)]
+        for variant, words in self.variants.items():
+            method = order + (f"-{variant}" if variant else "")
+            folder = at / f"stage2-{method}"
+            chain.append(self._unit(
+                folder, cell, "train_stage2.py", "--add", third, "--init", start, "--epochs",
+                second, *machine, *shlex.split(words)))
+            kind = "finetune" if "finetune" in words else "frozen"
+            self._add(cell, seed, method, order, folder, encoders=kind, variant=variant,
+                      stage1=str(start.relative_to(self.args.out)), epochs=[first, second],
+                      label=f"{pair} then {third}, {variant or 'frozen'}",
+                      flops=self.flops[order, kind])
+        self.chains.append(chain)
+
+    def _baseline(self, cell: dict, seed: int, order: str) -> None:
+        for epochs, reasons in self.baselines.items():
+            method = f"{BASELINE}-{epochs}"
+            folder = self._folder(cell, seed) / method
+            self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs)])
+            orders = [r for r in reasons if r != "steps"]
+            equal = ", ".join((["equal steps"] if "steps" in reasons else [])
+                              + ([f"compute of {' and '.join(orders)}"] if orders else []))
+            self._add(cell, seed, method, BASELINE, folder, encoders=None, variant="", stage1=None,
+                      epochs=[epochs], equal=equal, baseline_of=orders,
+                      label=f"one stage, {equal}", flops=self.flops[BASELINE, epochs])
+
+    def cost(self, folder: Path) -> float:
+        """FLOPs of a run's own stage."""
+        name = folder.name
+        if name.startswith("stage1-"):
+            return self.pair_flops[name.removeprefix("stage1-")]
+        for made in self.runs:
+            if made["run"] == str(folder.relative_to(self.args.out)):
+                return made["flops"] - (self.pair_flops[made["order"].split("_")[0]]
+                                        if made["stage1"] else 0)
+        raise KeyError(folder)
+
+    def write(self) -> None:
+        """study.json; SystemExit if the folder holds another study."""
+        from mcn_ext.log import write_text
+
+        flags_ = {key: [str(v) for v in value] if isinstance(value, list) else str(value)
+                  for key, value in sorted(vars(self.args).items())
+                  if key not in ("jobs", "show", "out")}
+        content = {"format": "mcn-study", "version": 1, "flags": flags_ | {"others": self.rest},
+                   "cells": [{k: str(v) if isinstance(v, Path) else v for k, v in cell.items()}
+                             for cell in self.cells], "runs": self.runs}
+        file = self.args.out / "study.json"
+        if file.exists():
+            old = json.loads(file.read_text())
+            different = [key for key in content["flags"]
+                         if old["flags"].get(key) != content["flags"][key]
+                         and key not in ("seeds", "orders", "variant", "stage1_encoders", "launch")]
+            if different:
+                raise SystemExit(f"{self.args.out} holds a study with other "
+                                 f"{', '.join('--' + key for key in different)}; give --out "
+                                 "another folder, or the flags of study.json")
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def _given(rest: list[str], name: str) -> list[str]:
+    """A flag among the words of a command line, with its value."""
+    for i, word in enumerate(rest):
+        key, equals, _ = word.partition("=")
+        if key.replace("-", "_") == f"__{name}":
+            return [word] if equals else rest[i:i + 2]
+    return []
+
+
+SLURM = """\
+#!/bin/bash
+#SBATCH --array=1-{n} --job-name=mcn-study --requeue --signal=USR1@120
+#SBATCH --gpus-per-node=1 --cpus-per-task=8 --time=48:00:00
+# Submit from the folder this was printed in; when all tasks are done, the study's command again,
+# without --print, draws the report. A task that was preempted goes on where it was.
+sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<'CHAINS' | bash
+{chains}
+CHAINS
+"""
+
+
+def main(argv=None) -> int:
+    args, rest = parser().parse_known_args(argv)
+    if args.noise and not _given(rest, "preset"):
+        rest += ["--preset", "demo"]
+    study = Study(args, rest)
+    if args.show:
+        lines = [" && ".join(shlex.join(command) for _, commands in chain for command in commands)
+                 for chain in study.chains]
+        study.write()
+        print(SLURM.format(n=len(lines), chains="\n".join(lines)) if args.show == "slurm"
+              else "\n".join(lines), end="" if args.show == "slurm" else "\n")
+        return 0
+    with chains.only_one(args.out) as lock:
+        study.write()
+        print(f"{args.out}: {len(study.runs)} runs to compare, {len(args.seeds)} seed(s)",
+              flush=True)
+        failed = chains.run(study.chains, study.cost, args.out, args.jobs, lock)
+    from mcn_ext import study_report
+
+    print(study_report.write(args.out))
+    for why in failed:
+        print(f"FAILED: {why}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
