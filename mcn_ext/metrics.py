@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,19 +48,22 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
     return out
 
 
+def table_rows(rows: dict[str, dict], n: int) -> tuple[list[str], list[list[str]]]:
+    """Summaries {direction: summary} as (header, rows), with R@1's interval and chance's row."""
+    body = [[name, f"{s['R@1']:.1f}", "{:.1f} to {:.1f}".format(*s["R@1_ci95"]),
+             f"{s['R@5']:.1f}", f"{s['R@10']:.1f}", f"{s['MedR']:g}"] for name, s in rows.items()]
+    chance = ["chance", f"{100 / n:.1f}", "", f"{100 * min(5 / n, 1):.1f}",
+              f"{100 * min(10 / n, 1):.1f}", f"{(n + 1) / 2:g}"]
+    return ([f"direction (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"],
+            [*body, chance])
+
+
 def table(rows: dict[str, dict], n: int) -> str:
-    """Summaries {direction: summary} as a Markdown table, with R@1's interval and chance's row."""
-    lines = [f"| direction (n = {n}) | R@1 | 95 % interval | R@5 | R@10 | MedR |",
-             "|---|---:|---:|---:|---:|---:|"]
-    for name, s in rows.items():
-        low, high = s["R@1_ci95"]
-        lines.append(
-            f"| {name} | {s['R@1']:.1f} | {low:.1f} to {high:.1f} | {s['R@5']:.1f} | "
-            f"{s['R@10']:.1f} | {s['MedR']:g} |")
-    lines.append(
-        f"| chance | {100 / n:.1f} | | {100 * min(5 / n, 1):.1f} | {100 * min(10 / n, 1):.1f} | "
-        f"{(n + 1) / 2:g} |")
-    return "\n".join(lines)
+    """:func:`table_rows` in Markdown."""
+    header, body = table_rows(rows, n)
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
+             for row in (header, *body)]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
 
 
 def _crossed(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -72,16 +77,20 @@ def _crossed(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     with u_s how often seed s was drawn. The root undoes that S draws from S seeds vary too little,
     which matters for the two or three seeds there are. One seed is not resampled.
     """
-    rng = np.random.default_rng(seed)
     n_seeds, n = values.shape
     grow = np.sqrt(n_seeds / (n_seeds - 1)) if n_seeds > 1 else 0.0
-    draws = []
-    for begin in range(0, resamples, 50):  # a few at a time: (seeds, draws, queries) is large
-        size = min(50, resamples - begin)
-        per_seed = values[:, rng.integers(0, n, (size, n))].mean(axis=2)
-        times = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size).T
-        draws.append(per_seed.mean(axis=0) + grow * ((times - 1) * per_seed).mean(axis=0))
-    return np.concatenate(draws)
+    per_seed = values.astype(np.float32) @ _times_drawn(n, resamples, seed) / n
+    rng = np.random.default_rng([seed, 1])  # not the stream the queries are drawn from
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples).T
+    return per_seed.mean(axis=0) + grow * ((seeds - 1) * per_seed).mean(axis=0)
+
+
+@lru_cache(maxsize=1)  # a study compares many methods on the same queries
+def _times_drawn(n: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of n queries is in each resample, (n, resamples) fp32."""
+    rng = np.random.default_rng(seed)
+    return np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)],
+                    axis=1).astype(np.float32)
 
 
 def recall_interval(rank: np.ndarray, k: int = 10, *, resamples: int = 2000,

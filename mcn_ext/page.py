@@ -68,6 +68,10 @@ def _html(text: Text) -> str:
     return f"<{tag}>{plain}</{tag}>" if tag else plain
 
 
+def _cell(text: Text) -> str:
+    return _html(text).replace("\n", "<br>")
+
+
 class Page:
     """Blocks in order; :meth:`save` writes them as ``<stem>.md`` and ``<stem>.html``."""
 
@@ -95,11 +99,12 @@ class Page:
                             "<ul>" + "".join(f"<li>{_html(i)}</li>" for i in items) + "</ul>"))
 
     def table(self, header: list[Text], rows: list[list[Text]], *, words: bool = False) -> None:
-        """The first column to the left, the others to the right; ``words``: all to the left."""
+        """The first column to the left, the others to the right; ``words``: all to the left. A
+        line break in a cell is kept."""
         rule = "|---" + ("|---" if words else "|---:") * (len(header) - 1) + "|"
-        lines = [[_markdown(cell).replace("\n", " ") for cell in row] for row in [header, *rows]]
+        lines = [[_markdown(cell).replace("\n", "<br>") for cell in row] for row in [header, *rows]]
         lines = ["| " + " | ".join(row) + " |" for row in lines]
-        head, *body = ["<tr>" + "".join(f"<{tag}>{_html(cell)}</{tag}>" for cell in row) + "</tr>"
+        head, *body = ["<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in row) + "</tr>"
                        for tag, row in [("th", header), *(("td", row) for row in rows)]]
         kind = ' class="words"' if words else ""
         self.blocks.append((

@@ -10,7 +10,7 @@ from mcn_ext.study_pictures import ORDERS, look
 from mcn_ext.study_runs import MAIN, Study
 
 
-def _level(value) -> str:
+def level_name(value) -> str:
     return "none" if value is None else f"{value:g}"
 
 
@@ -41,8 +41,8 @@ def _place(plt, study: Study, n: int = 1, size: float = 1.15):
         1, n, squeeze=False, layout="constrained", sharey=True,
         figsize=(n * (size * len(video) + 0.4) + 0.9, 0.8 * size * len(audio) + 1.2))
     for axis in axes[0]:
-        axis.set_xticks(range(len(video)), [_level(v) for v in video])
-        axis.set_yticks(range(len(audio)), [_level(a) for a in audio])
+        axis.set_xticks(range(len(video)), [level_name(v) for v in video])
+        axis.set_yticks(range(len(audio)), [level_name(a) for a in audio])
         axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5),
                  xlabel="video noise", aspect=0.8)
         axis.grid(False)
@@ -79,19 +79,19 @@ def who_wins(plt, study: Study):
         text = f"{study.mean(winner, cell=name):.1f}\n{margin}" + (
             f"\nAVT {study.mean(baseline, cell=name):.1f}" if baseline else "")
         colour = "white" if real else "black"
-        axis.text(x, y + 0.27, order, ha="center", va="center", color=colour, weight="bold")
-        axis.text(x, y - 0.1, text, ha="center", va="center", color=colour, fontsize=7.5)
-    axis.set_title("Best order, its R@10 and its margin")
-    figure.legend([plt.Rectangle((0, 0), 1, 1, facecolor=ORDERS[o]) for o in ("AV_T", "VT_A",
-                                                                              "AT_V")]
-                  + [plt.Rectangle((0, 0), 1, 1, facecolor="#dddddd", hatch="///",
-                                   edgecolor="#888888", linewidth=0)],
-                  ["AV_T", "VT_A", "AT_V", "undecided"], loc="outside lower center", ncols=4,
-                  fontsize=8)
+        axis.text(x, y + 0.22, order, ha="center", va="center", color=colour,
+                  weight="bold", fontsize=11)
+        axis.text(x, y - 0.08, text, ha="center", va="center", color=colour, fontsize=7.5)
+    axis.set_title(f"Best order by {MAIN} R@10, %")
+    orders = [o for o in ORDERS if o != "AVT" and o in study.orders.values()]
+    figure.legend([*(plt.Rectangle((0, 0), 1, 1, facecolor=ORDERS[o]) for o in orders),
+                   plt.Rectangle((0, 0), 1, 1, facecolor="#dddddd", hatch="///",
+                                 edgecolor="#888888", linewidth=0)],
+                  [*orders, "undecided"], loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
-def _best(study: Study, order: str, cell: str) -> float:
+def best_of(study: Study, order: str, cell: str) -> float:
     """R@10 of the order's best method in a cell."""
     values = [study.mean(m, cell=cell) for m in study.methods if study.orders[m] == order]
     return max((v for v in values if isfinite(v)), default=nan)
@@ -100,12 +100,12 @@ def _best(study: Study, order: str, cell: str) -> float:
 def each_order(plt, study: Study):
     """R@10 of each order over the grid, on one scale."""
     orders = [o for o in ORDERS if o in study.orders.values()]
-    values = {(o, c.get("name", "")): _best(study, o, c.get("name", ""))
+    values = {(o, c.get("name", "")): best_of(study, o, c.get("name", ""))
               for o in orders for c in study.cells}
     known = [v for v in values.values() if isfinite(v)]
     if not known:
         return None
-    figure, axes, at = _place(plt, study, len(orders), size=0.75)
+    figure, axes, at = _place(plt, study, len(orders), size=0.52)
     low, high = min(known), max(known) + 1e-9
     for axis, order in zip(axes, orders, strict=True):
         picture = np.full((len(levels(study, "audio_noise")), len(levels(study, "video_noise"))),
@@ -113,7 +113,7 @@ def each_order(plt, study: Study):
         for cell, (x, y) in at.items():
             value = picture[y, x] = values[order, cell]
             if isfinite(value):
-                axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7.5,
+                axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7,
                           color="black" if (value - low) / (high - low) > 0.6 else "white")
         image = axis.imshow(picture, cmap="cividis", vmin=low, vmax=high, origin="lower",
                             aspect=0.8)
@@ -139,8 +139,8 @@ def over_noise(plt, study: Study):
                           [v.std(ddof=1) if len(v) > 1 else 0 for v in values], capsize=2,
                           color=style["color"], linestyle=style["linestyle"],
                           marker=style["marker"], markersize=4, label=study.labels[method])
-        axis.set_xticks(range(len(video)), [_level(v) for v in video])
-        axis.set(title=f"audio noise {_level(noise)}", xlabel="video noise")
+        axis.set_xticks(range(len(video)), [level_name(v) for v in video])
+        axis.set(title=f"audio noise {level_name(noise)}", xlabel="video noise")
     axes[0, 0].set_ylabel(f"{MAIN} R@10, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   fontsize=8)

@@ -99,13 +99,15 @@ def differences(plt, study: Study):
     return figure
 
 
-def joined(run: Run, key: str) -> tuple[dict[int, float], int]:
+def joined(run: Run, key: str) -> tuple[dict[float, float], int]:
     """({step: value} of both stages on one axis, the step at which stage 2 begins)."""
     out, start = {}, 0
     for number, stage in enumerate(run.stages):
         if number:
             start = max(out, default=0)
         rows = {start + row["step"]: float(row[key]) for row in stage.log if key in row}
+        if number:
+            rows[start + 0.5] = nan  # the losses differ: no line from one stage to the other
         out |= {step: value if isfinite(value) else nan for step, value in rows.items()}
     return out, start
 
@@ -178,8 +180,7 @@ def forgetting_lines(plt, study: Study):
     figure, axis = plt.subplots(figsize=(7.4, 0.9 + 0.28 * len(rows)), layout="constrained")
     for y, row in enumerate(reversed(rows)):
         style = look(study, row["method"])
-        axis.annotate("", (row["after"], y), (row["before"], y), arrowprops={
-            "arrowstyle": "->", "color": style["color"], "linewidth": 1.6})
+        axis.plot([row["before"], row["after"]], [y, y], color=style["color"], linewidth=2)
         axis.plot(row["before"], y, "o", color="white", markeredgecolor=style["color"])
         axis.plot(row["after"], y, "o", color=style["color"])
     axis.plot([], [], "o", color="white", markeredgecolor="black", label="after stage 1")
@@ -234,6 +235,7 @@ def geometry_scatter(plt, study: Study, rows: list[dict]):
                           color=style["color"], markerfacecolor=style["color"] if
                           style["linestyle"] == "-" else "white", label=study.labels[row["method"]])
         axis.set(title=pair, xlabel="uniformity")
+        axis.locator_params(axis="x", nbins=4)
         axis.margins(0.15)
     axes[0, 0].set_ylabel("alignment")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8,

@@ -8,17 +8,12 @@ from math import isfinite
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from mcn_ext import study_grid, study_pictures
+from mcn_ext import study_examples, study_grid, study_pictures
 from mcn_ext.diagnostics import signs_of_collapse
 from mcn_ext.metrics import RECALLS
 from mcn_ext.page import Bold, Code, Page, Text
-from mcn_ext.study_runs import MAIN, Run, Study
-
-# Flags in which runs of a study differ by its design, or that say nothing of what is learned.
-NOT_COMPARED = frozenset("pair add out epochs seed init init_run_id resume detect tensorboard "
-                         "stage1_encoders".split())
+from mcn_ext.study_runs import MAIN, Run, Study, compare_args
 
 
 def write(folder: Path) -> Path:
@@ -29,7 +24,8 @@ def write(folder: Path) -> Path:
     study, plt = Study(Path(folder)), _pyplot()
     if plt:
         study_pictures.style(plt)
-    page = Page("Which order of the modalities?" + (" (grades of noise)" if study.grid else ""))
+    page = Page("In which order to train video, audio and text"
+                + (", by noise" if study.grid else ""))
     shutil.rmtree(study.root / "pictures", ignore_errors=True)  # none of an earlier state
 
     def draw(name: str, caption: Text, function: Callable, *args) -> bool:
@@ -44,7 +40,7 @@ def write(folder: Path) -> Path:
         _tables(page, study, draw)
         _curves_and_forgetting(page, study, draw)
         _space(page, study, draw)
-        _examples(page, study)
+        study_examples.add(page, study)
     _health(page, study)
     _cost(page, study)
     _equal(page, study)
@@ -79,84 +75,92 @@ def _interval(compare: dict) -> str:
     return "{:+.1f} to {:+.1f}".format(*compare["ci95"])
 
 
-def _against(study: Study, best: str, other: str, what: str) -> str:
-    """How far ``best`` is from another method, and whether that is real, as a clause."""
-    compare = study.compare(best, other)
-    name = f"{what}, {study.labels[other]}"
-    if compare is None:
-        gap = study.mean(best) - study.mean(other)
-        return f"{gap:+.1f} points to {name} (no interval: ranks of a seed both have are missing)"
-    verdict = "real" if compare["real"] else "not decided, the interval has 0 in it"
-    return (f"{compare['difference']:+.1f} points to {name} (95 % interval {_interval(compare)}: "
-            f"{verdict})")
-
-
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
-def headline(study: Study) -> list[str]:
-    """The answer in sentences, the first of which names the winner or says that there is none."""
+def _list(items) -> str:
+    return " and ".join(map(str, items)) or "no"
+
+
+def _against(study: Study, best: str, other: str, what: str) -> str:
+    """How far ``best`` is from another method, and whether that is real."""
+    compare, name = study.compare(best, other), f"{what} ({study.labels[other]})"
+    if compare is None:
+        return (f"{study.mean(best) - study.mean(other):+.1f} points to {name}; no interval: the "
+                "ranks of one seed of both are missing")
+    gap, seeds = compare["difference"], len(compare["seeds"])
+    verdict = "real" if compare["real"] else "not decided, as 0 is inside"
+    some = f", {_count(seeds, 'seed')} both have" if seeds < len(study.seeds()) else ""
+    return (f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {name}: 95 % interval "
+            f"{_interval(compare)}{some}, {verdict}")
+
+
+def headline(study: Study) -> tuple[str, list[str]]:
+    """(the answer in a sentence that names the winner or says that there is none, what it rests
+    on), by R@10 of text->video+audio."""
     if study.grid:
         return _grid_headline(study)
     orders, n, seeds = study.by_order(), study.n_queries(), len(study.seeds())
     if not orders:
-        return ["Nothing to compare yet: no two-stage run has been evaluated on "
-                f"{MAIN}. See what is missing, at the end."]
+        return ("Nothing to compare yet: no two-stage run has been evaluated on "
+                f"{MAIN}.", [])
     best, *rest = orders
     compare = study.compare(best, rest[0]) if rest else None
-    claim = "is the best order" if compare and compare["real"] else \
-        "is ahead, but the order is not decided" if rest else "is the only order there yet"
-    out = [f"{study.labels[best]} {claim}: {MAIN} R@10 {spread(study.values(best))} % "
-           f"(chance {_number(100 * min(10 / n[-1], 1))} %; "
-           f"{' and '.join(map(str, n))} queries, {_count(seeds, 'seed')})."]
-    gaps = [_against(study, best, rest[0], "the next order")] if rest else []
+    claim = "wins" if compare and compare["real"] else \
+        "is ahead, but which order is best is not decided" if rest else "is the only order yet"
+    points = [_against(study, best, rest[0], "the next order")] if rest else []
     for method in study.baselines():
         equal = study.equal[method]
-        gaps.append(_against(study, best, method, "the one-stage baseline" + (
-            f" of equal {equal}" if equal and equal not in study.labels[method] else "")))
-    if gaps:
-        out.append("It stands " + "; ".join(gaps) + ".")
+        points.append(_against(study, best, method, "the one-stage baseline" + (
+            f" of equal {equal}" if equal in ("steps", "compute") else "")))
     if not study.baselines():
-        out.append("The one-stage baseline has not been evaluated yet.")
+        points.append("The one-stage baseline has not been evaluated.")
     elif study.mean(study.baselines()[0]) > study.mean(best):
-        out.append(f"The one-stage baseline {study.labels[study.baselines()[0]]} has a higher "
-                   "R@10 than every two-stage order.")
+        points.append("So no two-stage order has the R@10 of one stage.")
     if seeds == 1:
-        out.append("With one seed the intervals count the chance of the queries, not of the "
-                   "training: another seed may turn a small difference round.")
-    return out
+        points.append("One seed: the intervals count the chance of the queries, not that of the "
+                      "training. Another seed may turn a small difference round.")
+    return (f"{study.labels[best]} {claim}: R@10 {spread(study.values(best))} % "
+            f"(chance {_number(100 * min(10 / n[-1], 1))} %), "
+            f"{_list(n)} queries, {_count(seeds, 'seed')}.", points)
 
 
-def _grid_headline(study: Study) -> list[str]:
+def _grid_headline(study: Study) -> tuple[str, list[str]]:
     rows = [row for row in study_grid.winners(study) if row["winner"]]
     if not rows:
-        return ["Nothing to compare yet: no two-stage run has been evaluated."]
-    wins, real = {}, {}
-    for row in rows:
-        order = study.orders[row["winner"]]
-        wins[order] = wins.get(order, 0) + 1
-        real[order] = real.get(order, 0) + bool(row["compare"] and row["compare"]["real"])
-    parts = [f"{order} in {n} ({real[order]} of them real)"
-             for order, n in sorted(wins.items(), key=lambda item: -item[1])]
-    above = sum(bool(row["baseline"]) and study.mean(row["baseline"], cell=row["cell"]["name"])
-                > study.mean(row["winner"], cell=row["cell"]["name"]) for row in rows)
-    return [f"Best order by {MAIN} R@10 in {len(rows)} of {len(study.cells)} grades of noise: "
-            + ", ".join(parts) + f"; {_count(len(study.seeds()), 'seed')}, "
-            f"{' and '.join(map(str, study.n_queries()))} queries.",
-            f"The one-stage baseline is above the best order in {above} of them."]
+        return "Nothing to compare yet: no two-stage run has been evaluated.", []
+    won = [(study.orders[row["winner"]], bool(row["compare"] and row["compare"]["real"]))
+           for row in rows]
+    counts = sorted(((sum(o == order for o, _ in won), won.count((order, True)), order)
+                     for order in {o for o, _ in won}), reverse=True)
+    cells = [(row, row["cell"].get("name", "")) for row in rows if row["baseline"]]
+    above = sum(study.mean(row["baseline"], cell=c) > study.mean(row["winner"], cell=c)
+                for row, c in cells)
+    return ("Of " + _count(len(rows), "grade") + " of noise, " + ", ".join(
+        f"{order} is best in {n} ({real} of them beyond chance)" for n, real, order in counts)
+        + f"; R@10, {_list(study.n_queries())} queries, {_count(len(study.seeds()), 'seed')}.",
+        [f"The one-stage baseline is above the best order in {above} of {len(cells)}."]
+        if cells else [])
 
 
 def _headline(page: Page, study: Study) -> None:
-    first, *more = headline(study)
-    page.paragraph(Bold(first), *([" ", " ".join(more)] if more else []), lead=True)
+    answer, points = headline(study)
+    page.paragraph(Bold(answer), lead=True)
+    if points:
+        page.bullets(points)
+    page.paragraph(
+        f"R@10 is the share of captions whose clip is among the first ten found ({MAIN}). "
+        "“AV then T” (AV_T) trains audio and video together first and adds text in a second "
+        "stage; so the other orders. There the first stage's encoders are frozen, or finetuned. "
+        "“One stage” (AVT) trains all three at once. “Real”: the 95 % interval of the paired "
+        "difference leaves out 0.")
     if study.demo:
         page.paragraph(Bold("Demo data, made up: "), "these numbers say that it runs, nothing on "
                        "real data.")
-    missing = study.missing()
-    if missing:
+    if missing := study.missing():
         page.paragraph(Bold(f"The study is not complete: {_count(len(missing), 'gap')}"),
-                       ", listed under “What is missing”.")
+                       ", see “What is missing”.")
 
 
 # ----------------------------------------------------------------------------- the sections
@@ -213,7 +217,7 @@ def _tables(page: Page, study: Study, draw) -> None:
 def _difference(compare: dict | None) -> Text:
     if compare is None:
         return "-"
-    text = f"{compare['difference']:+.1f} ({_interval(compare)})"
+    text = f"{compare['difference']:+.1f}\n({_interval(compare)})"
     return Bold(text) if compare["real"] else text
 
 
@@ -256,85 +260,11 @@ def _space(page: Page, study: Study, draw) -> None:
          "rows, the first seed), one point a clip and modality. Apart colours are a gap between "
          "modalities.", study_pictures.joint_space)
     best = study.ranked(study.methods)[:1]
-    captions = captions_of(study)[1]
+    captions = study_examples.captions_of(study)[1]
     if best and captions:
         draw("words", f"{study.labels[best[0]]}: clips whose caption has the word, in colour; all "
              "others grey. Each modality is centred on its own mean, so that the word shows and "
              "not the gap.", study_pictures.word_map, best[0], captions)
-
-
-def captions_of(study: Study, cell: int = 0) -> tuple[list[str], list[str]]:
-    """(ids, captions) of the evaluation clips; empty where the store is gone."""
-    from mcn_ext.store import Store, StoreError
-
-    named = Path(study.cells[cell].get("youcook2") or "")
-    for path in (named, study.root / named):
-        if path.is_file() or any(path.glob("shard-*.h5")):
-            try:
-                store = Store(path)
-                return store.ids(), [(store.caption_texts(i) or [""])[0]
-                                     for i in range(len(store))]
-            except StoreError:
-                continue
-    return [], []
-
-
-def top(run: Run, queries: list[int], k: int = 3) -> list[list[int]]:
-    """Of each query the first k clips of text->video+audio, as evaluate.py ranks them."""
-    e = run.final.embeddings()
-    if not {"text", "video", "audio"} <= e.keys():
-        return []
-    clips = torch.cat([torch.nan_to_num(e["video"]), torch.nan_to_num(e["audio"])], dim=1)
-    scores = torch.cat([e["text"][queries]] * 2, dim=1).nan_to_num() @ clips.T
-    nothing = (e["video"].isnan() & e["audio"].isnan()).all(dim=1)
-    return scores.masked_fill(nothing, -torch.inf).topk(min(k, len(clips))).indices.tolist()
-
-
-def pick(ranks: list[np.ndarray]) -> list[tuple[str, int | None]]:
-    """The queries to show: one that all methods answer, one on which they differ most, one that all
-    miss by far; None where there is none."""
-    table = np.stack(ranks)
-    all_right, none = (table <= 1).all(axis=0), (table > 10).all(axis=0)
-    some = (table <= 1).any(axis=0) & (table > 10).any(axis=0)
-    apart = np.where(some, table.max(axis=0) / table.min(axis=0), -1)
-    return [("All get it right", int(all_right.argmax()) if all_right.any() else None),
-            ("Only some get it", int(apart.argmax()) if some.any() else None),
-            ("All miss it", int(np.where(none, table.min(axis=0), -1).argmax())
-             if none.any() else None)]
-
-
-def _examples(page: Page, study: Study) -> None:
-    page.heading("Examples")
-    methods = study.by_order() + study.baselines()[:1]
-    ids, captions = captions_of(study)
-    runs = [study.of(m)[0] for m in methods]
-    runs = [r for r in runs if len(r.final.ranks.get(MAIN, ())) == len(captions) > 0]
-    if not runs:
-        page.paragraph("The evaluation store or the saved ranks are not here.")
-        return
-    page.paragraph(f"A caption is the query; the first three of {len(ids)} clips each order finds, "
-                   "by video and audio together. Clips are shown by their captions, which the "
-                   "search does not see. ", Bold("✓"), " marks the right one.")
-    picked = pick([r.final.ranks[MAIN] for r in runs])
-    queries = [q for _, q in picked if q is not None]
-    found = {r.method: dict(zip(queries, top(r, queries), strict=False)) for r in runs}
-    for title, query in picked:
-        page.heading(title, level=3)
-        if query is None:
-            page.paragraph("There is no such query.")
-            continue
-        page.paragraph("Query: ", Bold(captions[query]), " (", Code(ids[query]), ")")
-        rows = []
-        for r in runs:
-            clips = [_clip(ids[c], captions[c], c == query)
-                     for c in found[r.method].get(query, [])]
-            rows.append([r.label, f"{r.final.ranks[MAIN][query]:g}", *clips,
-                         *[""] * (3 - len(clips))])
-        page.table(["method", "rank", "first", "second", "third"], rows, words=True)
-
-
-def _clip(name: str, caption: str, right: bool) -> Text:
-    return (Bold("✓ " + caption) if right else caption, " ", Code(name))
 
 
 def _grid(page: Page, study: Study, draw) -> None:
@@ -347,7 +277,7 @@ def _grid(page: Page, study: Study, draw) -> None:
     rows = []
     for row in study_grid.winners(study):
         cell, compare = row["cell"].get("name", ""), row["compare"]
-        best = [study_grid._best(study, o, cell) for o in orders]
+        best = [study_grid.best_of(study, o, cell) for o in orders]
         rows.append([cell, study.orders.get(row["winner"], "-"), *_bold_best(
             best, [_number(v) for v in best]), _difference(compare) if compare else "-"])
     page.table(["cell", "best order", *(f"{o} R@10" for o in orders),
@@ -412,21 +342,6 @@ def _cost(page: Page, study: Study) -> None:
     page.table(["method", "epochs", "clips", "training seconds", "training FLOPs"], rows)
     page.paragraph("Per run, both stages together, mean of the seeds. A stage 1 that two methods "
                    "share is counted for each.")
-
-
-def compare_args(study: Study) -> tuple[dict, dict[str, dict[str, list[str]]]]:
-    """Flags of args.json over all runs, both stages: ({flag: value} that are the same, {flag:
-    {value: runs}} that differ); flags in which runs differ by design are left out."""
-    seen: dict[str, dict[str, list[str]]] = {}
-    for run in study.runs:
-        for number, stage in enumerate(run.stages, 1):
-            where = run.label + (f", stage {number}" if len(run.stages) > 1 else "")
-            for key in stage.args.keys() - NOT_COMPARED - ({"data"} if study.grid else set()):
-                names = seen.setdefault(key, {}).setdefault(str(stage.args[key]), [])
-                if where not in names:
-                    names.append(where)
-    same = {key: next(iter(values)) for key, values in sorted(seen.items()) if len(values) == 1}
-    return same, {key: values for key, values in sorted(seen.items()) if len(values) > 1}
 
 
 def _equal(page: Page, study: Study) -> None:

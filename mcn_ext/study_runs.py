@@ -20,6 +20,9 @@ from mcn_ext.reference import unit_rows
 
 MAIN = "text->video+audio"
 LETTERS = {"A": "audio", "V": "video", "T": "text"}
+# Flags in which runs of a study differ by its design, or that say nothing of what is learned.
+NOT_COMPARED = frozenset("pair add out epochs seed init init_run_id resume detect tensorboard "
+                         "stage1_encoders".split())
 
 
 class StudyError(ValueError):
@@ -237,3 +240,18 @@ def paired(a: dict[int, np.ndarray], b: dict[int, np.ndarray], k: int = 10) -> d
         return None
     result = paired_bootstrap(np.stack([a[s] for s in seeds]), np.stack([b[s] for s in seeds]), k)
     return result | {"seeds": seeds}
+
+
+def compare_args(study: Study) -> tuple[dict, dict[str, dict[str, list[str]]]]:
+    """Flags of args.json over all runs, both stages: ({flag: value} that are the same, {flag:
+    {value: runs}} that differ); flags in which runs differ by design are left out."""
+    seen: dict[str, dict[str, list[str]]] = {}
+    for run in study.runs:
+        for number, stage in enumerate(run.stages, 1):
+            where = run.label + (f", stage {number}" if len(run.stages) > 1 else "")
+            for key in stage.args.keys() - NOT_COMPARED - ({"data"} if study.grid else set()):
+                names = seen.setdefault(key, {}).setdefault(str(stage.args[key]), [])
+                if where not in names:
+                    names.append(where)
+    same = {key: next(iter(values)) for key, values in sorted(seen.items()) if len(values) == 1}
+    return same, {key: values for key, values in sorted(seen.items()) if len(values) > 1}

@@ -25,16 +25,19 @@ def write_eval_store(path, n, seed=0):
     rng = np.random.default_rng(seed)
     streams = {"2d": {"dim": 4, "rate_hz": 1.0}, "mel": {"dim": 40, "rate_hz": 100.0}}
     writer = StoreWriter(path, streams, "test data")
+    meaning = {word: rng.normal(size=16) for word in VERBS + FOODS}
+    content = np.zeros((n, 16))
     for i in range(n):
         text = EVIL if i == 0 else f"now {rng.choice(VERBS)} the {rng.choice(FOODS)} and " \
             f"{rng.choice(FOODS)}"
         writer.add(f"clip{i:04d}", {"2d": rng.normal(size=(2, 4)), "mel": None}, [0.0], [1.9],
                    [text])
-    return writer.close()
+        content[i] = sum(meaning.get(word, 0) for word in text.split())
+    writer.close()
+    return content + rng.normal(size=content.shape)
 
 
-def write_run(folder, modalities, quality, *, n, seed, width=16, args=None, start=10.0, steps=8,
-              content=None):
+def write_run(folder, modalities, quality, content, *, seed, args=None, start=10.0, steps=8):
     """A run folder as training and evaluation leave it; ``quality``: signal to noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -49,10 +52,10 @@ def write_run(folder, modalities, quality, *, n, seed, width=16, args=None, star
              **{f"rank_{m}": 20.0 + i for m in modalities}} for i in range(steps)]
     rows.insert(3, {"step": 31, "epoch": 1, "skipped": "the loss is not finite"})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shared = np.random.default_rng(99).normal(size=(n, width)) if content is None else content
+    n, width = content.shape
     gap = np.eye(width)
-    embedding = {m: torch.from_numpy(quality * shared + rng.normal(size=(n, width)) * (
-        1.0 + 0.5 * (m == "audio")) + 1.5 * gap[i]) for i, m in enumerate(modalities)}
+    embedding = {m: torch.from_numpy(quality * content + 2 * rng.normal(size=(n, width)) * (
+        1.0 + 0.5 * (m == "audio")) + 3 * gap[i]) for i, m in enumerate(modalities)}
     valid = {m: np.ones(n, bool) for m in modalities}
     if "audio" in valid:
         valid["audio"][5] = False
@@ -85,7 +88,7 @@ METHODS = {  # label, order, encoders, quality
 def write_study(root, *, cells=None, methods=METHODS, seeds=(0, 1, 2), n=120, quality=None):
     """A study folder; ``quality(cell, method)`` overrides METHODS'."""
     root.mkdir(parents=True, exist_ok=True)
-    write_eval_store(root / "eval.h5", n)
+    content = write_eval_store(root / "eval.h5", n)
     cells = cells or [{"name": "", "data": "train.h5", "youcook2": str(root / "eval.h5"),
                        "video_noise": None, "audio_noise": None}]
     runs = []
@@ -98,9 +101,9 @@ def write_study(root, *, cells=None, methods=METHODS, seeds=(0, 1, 2), n=120, qu
                 first = order.split("_")[0] if "_" in order else None
                 stage1 = f"{where}/stage1-{first}" if first else None
                 if first and not (root / stage1).exists():
-                    write_run(root / stage1, [LETTERS[x] for x in first], 0.8, n=n, seed=seed,
+                    write_run(root / stage1, [LETTERS[x] for x in first], 0.8, content, seed=seed,
                               args={"pair": first})
-                write_run(root / where / method, ["video", "audio", "text"], signal, n=n,
+                write_run(root / where / method, ["video", "audio", "text"], signal, content,
                           seed=100 * seed + number, start=8.0, steps=4 if first else 12,
                           args={"lr": 0.001} if method == "AVT-23" else {})
                 runs.append({
