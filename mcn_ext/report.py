@@ -1,4 +1,5 @@
-"""Pictures and a page of a run: ``python -m mcn_ext.report RUN`` -> curves.png, report.md."""
+"""Pictures and a page of a run: ``python -m mcn_ext.report RUN`` -> curves.png, report.md and
+report.html; of a study, when RUN is its folder: :mod:`mcn_ext.study_report`."""
 
 from __future__ import annotations
 
@@ -144,48 +145,61 @@ def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | N
 
 
 def report(run: Path) -> Path:
-    """report.md in the run folder: what was trained on what, tables of metrics.json, pictures."""
+    """report.md and report.html in the run folder: what was trained on what, tables of
+    metrics.json, pictures."""
     from mcn_ext.log import read
-    from mcn_ext.metrics import table
+    from mcn_ext.metrics import table_rows
+    from mcn_ext.page import Code, Page
 
     args = json.loads((run / "args.json").read_text())
-    lines = [
-        f"# {run.name}", "",
-        f"Trained on `{args['data']}`" + (" (demo data, made up)" if args.get("demo") else "")
+    page = Page(run.name)
+    page.paragraph(
+        "Trained on ", Code(args["data"]), (" (demo data, made up)" if args.get("demo") else "")
         + f", {args['epochs']} epochs, batch of {args['batch_size']} videos x {args['n_pair']} "
         f"clips, learning rate {args['lr']:g}, temperature {args['temperature']:g}, "
-        f"seed {args['seed']}.", ""]
+        f"seed {args['seed']}.")
     metrics = run / "metrics.json"
     if metrics.exists():
         for name, result in json.loads(metrics.read_text()).items():
-            rows = {key: value for key, value in result.items() if "->" in key}
-            lines += [f"## {name}: `{result['data']}`", "", table(rows, result["n"]), ""]
+            page.heading(f"{name}: {result['data']}")
+            page.table(*table_rows({k: v for k, v in result.items() if "->" in k}, result["n"]))
     else:
-        lines += ["Not evaluated yet: `python evaluate.py --youcook2`", ""]
+        page.paragraph("Not evaluated yet: ", Code("python evaluate.py --youcook2"))
     log = run / "log.jsonl"
     skipped = [row for row in read(log) if "skipped" in row] if log.exists() else []
     if skipped:
-        lines += [f"{len(skipped)} steps were skipped (log.jsonl says why), the last at step "
-                  f"{skipped[-1]['step']}: {skipped[-1]['skipped']}.", ""]
+        page.paragraph(f"{len(skipped)} steps were skipped (log.jsonl says why), the last at step "
+                       f"{skipped[-1]['step']}: {skipped[-1]['skipped']}.")
     curves(run)
     for name, title in (("curves.png", "Training"), ("similarity.png", "Retrieval")):
         if (run / name).exists():
-            lines += [f"## {title}", "", f"![{title}]({name})", ""]
-    path = run / "report.md"
-    path.write_text("\n".join(lines))
-    return path
+            page.heading(title)
+            page.picture(run / name, "", name)
+    page.save(run)
+    return run / "report.md"
 
 
 def main(argv=None) -> int:
     parser = Parser(prog="python -m mcn_ext.report", description=__doc__,
                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?",
-                        help="run folder (default: the newest, stage 2 before stage 1)")
+                        help="folder of a run or of a study (default: the newest run, stage 2 "
+                        "before stage 1)")
     args = parser.parse_args(argv)
     if args.run is None:
         from mcn_ext.checkpoint import find_run
 
         args.run = find_run(Path("runs"))
+    if args.run is not None and (args.run / "study.json").exists():
+        from mcn_ext import study_report
+        from mcn_ext.study_runs import StudyError
+
+        try:
+            print(study_report.write(args.run))
+        except StudyError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
     if args.run is None or not (args.run / "args.json").exists():
         print(f"{args.run or 'runs'}: no run folder; train first", file=sys.stderr)
         return 1

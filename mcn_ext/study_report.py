@@ -1,0 +1,370 @@
+"""The report of a study: report.html, report.md and pictures/, the answer in the first lines."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+
+from mcn_ext import study_examples, study_grid, study_pictures
+from mcn_ext.diagnostics import signs_of_collapse
+from mcn_ext.metrics import RECALLS
+from mcn_ext.page import Bold, Code, Page, Text
+from mcn_ext.study_runs import MAIN, Run, Study, compare_args
+
+
+def write(folder: Path) -> Path:
+    """Read the study in ``folder``, finished or not, and write its report; the HTML file's path.
+    :class:`mcn_ext.study_runs.StudyError` if study.json cannot be read."""
+    from mcn_ext.report import _pyplot
+
+    study, plt = Study(Path(folder)), _pyplot()
+    if plt:
+        study_pictures.style(plt)
+    page = Page("In which order to train video, audio and text"
+                + (", by noise" if study.grid else ""))
+    shutil.rmtree(study.root / "pictures", ignore_errors=True)  # none of an earlier state
+
+    def draw(name: str, caption: Text, function: Callable, *args) -> bool:
+        figure = function(plt, study, *args) if plt else None
+        return bool(figure) and _add(page, study.root, plt, figure, name, caption)
+
+    _headline(page, study)
+    page.contents()
+    if study.grid:
+        _grid(page, study, draw)
+    else:
+        _tables(page, study, draw)
+        _curves_and_forgetting(page, study, draw)
+        _space(page, study, draw)
+        study_examples.add(page, study)
+    _health(page, study)
+    _cost(page, study)
+    _equal(page, study)
+    return page.save(study.root)
+
+
+def _add(page: Page, root: Path, plt, figure, name: str, caption: Text) -> bool:
+    from mcn_ext.report import _save
+
+    path = root / "pictures" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    _save(figure, path)
+    plt.close(figure)
+    page.picture(path, caption, f"pictures/{name}.png")
+    return True
+
+
+# ------------------------------------------------------------------------------- the answer
+def _number(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}" if isfinite(value) else "-"
+
+
+def spread(values: np.ndarray, digits: int = 1) -> str:
+    """Mean +- standard deviation (n - 1) over seeds; the mean alone of one seed."""
+    if not len(values):
+        return "-"
+    text = _number(values.mean(), digits)
+    return text + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def _interval(compare: dict) -> str:
+    return "{:+.1f} to {:+.1f}".format(*compare["ci95"])
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def _list(items) -> str:
+    return " and ".join(map(str, items)) or "no"
+
+
+def _against(study: Study, best: str, other: str, what: str) -> str:
+    """How far ``best`` is from another method, and whether that is real."""
+    compare, name = study.compare(best, other), f"{what} ({study.labels[other]})"
+    if compare is None:
+        return (f"{study.mean(best) - study.mean(other):+.1f} points to {name}; no interval: the "
+                "ranks of one seed of both are missing")
+    gap, seeds = compare["difference"], len(compare["seeds"])
+    verdict = "real" if compare["real"] else "not decided, as 0 is inside"
+    some = f", {_count(seeds, 'seed')} both have" if seeds < len(study.seeds()) else ""
+    return (f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {name}: 95 % interval "
+            f"{_interval(compare)}{some}, {verdict}")
+
+
+def headline(study: Study) -> tuple[str, list[str]]:
+    """(the answer in a sentence that names the winner or says that there is none, what it rests
+    on), by R@10 of text->video+audio."""
+    if study.grid:
+        return _grid_headline(study)
+    orders, n, seeds = study.by_order(), study.n_queries(), len(study.seeds())
+    if not orders:
+        return ("Nothing to compare yet: no two-stage run has been evaluated on "
+                f"{MAIN}.", [])
+    best, *rest = orders
+    compare = study.compare(best, rest[0]) if rest else None
+    claim = "wins" if compare and compare["real"] else \
+        "is ahead, but which order is best is not decided" if rest else "is the only order yet"
+    points = [_against(study, best, rest[0], "the next order")] if rest else []
+    for method in study.baselines():
+        equal = study.equal[method]
+        points.append(_against(study, best, method, "the one-stage baseline" + (
+            f" of equal {equal}" if equal in ("steps", "compute") else "")))
+    if not study.baselines():
+        points.append("The one-stage baseline has not been evaluated.")
+    elif study.mean(study.baselines()[0]) > study.mean(best):
+        points.append("So no two-stage order has the R@10 of one stage.")
+    if seeds == 1:
+        points.append("One seed: the intervals count the chance of the queries, not that of the "
+                      "training. Another seed may turn a small difference round.")
+    return (f"{study.labels[best]} {claim}: R@10 {spread(study.values(best))} % "
+            f"(chance {_number(100 * min(10 / n[-1], 1))} %), "
+            f"{_list(n)} queries, {_count(seeds, 'seed')}.", points)
+
+
+def _grid_headline(study: Study) -> tuple[str, list[str]]:
+    rows = [row for row in study_grid.winners(study) if row["winner"]]
+    if not rows:
+        return "Nothing to compare yet: no two-stage run has been evaluated.", []
+    won = [(study.orders[row["winner"]], bool(row["compare"] and row["compare"]["real"]))
+           for row in rows]
+    counts = sorted(((sum(o == order for o, _ in won), won.count((order, True)), order)
+                     for order in {o for o, _ in won}), reverse=True)
+    cells = [(row, row["cell"].get("name", "")) for row in rows if row["baseline"]]
+    above = sum(study.mean(row["baseline"], cell=c) > study.mean(row["winner"], cell=c)
+                for row, c in cells)
+    return ("Of " + _count(len(rows), "grade") + " of noise, " + ", ".join(
+        f"{order} is best in {n} ({real} of them beyond chance)" for n, real, order in counts)
+        + f"; R@10, {_list(study.n_queries())} queries, {_count(len(study.seeds()), 'seed')}.",
+        [f"The one-stage baseline is above the best order in {above} of {len(cells)}."]
+        if cells else [])
+
+
+def _headline(page: Page, study: Study) -> None:
+    answer, points = headline(study)
+    page.paragraph(Bold(answer), lead=True)
+    if points:
+        page.bullets(points)
+    page.paragraph(
+        f"R@10 is the share of captions whose clip is among the first ten found ({MAIN}). "
+        "“AV then T” (AV_T) trains audio and video together first and adds text in a second "
+        "stage; so the other orders. There the first stage's encoders are frozen, or finetuned. "
+        "“One stage” (AVT) trains all three at once. “Real”: the 95 % interval of the paired "
+        "difference leaves out 0.")
+    if study.demo:
+        page.paragraph(Bold("Demo data, made up: "), "these numbers say that it runs, nothing on "
+                       "real data.")
+    if missing := study.missing():
+        page.paragraph(Bold(f"The study is not complete: {_count(len(missing), 'gap')}"),
+                       ", see “What is missing”.")
+
+
+# ----------------------------------------------------------------------------- the sections
+def _bold_best(values: list[float], cells: list[str], lowest: bool = False) -> list[Text]:
+    known = [v for v in values if isfinite(v)]
+    best = (min if lowest else max)(known, default=None)
+    return [Bold(c) if v == best else c for v, c in zip(values, cells, strict=True)]
+
+
+def _tables(page: Page, study: Study, draw) -> None:
+    methods = [m for m in study.methods if study.of(m)]
+    if not methods:
+        return
+    page.heading(f"Result: {MAIN}")
+    metrics = [*(f"R@{k}" for k in RECALLS), "MedR"]
+    columns = [_bold_best([study.mean(m, metric) for m in methods],
+                          [spread(study.values(m, metric)) for m in methods], metric == "MedR")
+               for metric in metrics]
+    rows = [[study.labels[m], str(len(study.of(m))), *(column[i] for column in columns)]
+            for i, m in enumerate(methods)]
+    if n := study.n_queries():
+        rows.append(["chance", "", *(_number(100 * min(k / n[-1], 1)) for k in RECALLS),
+                     f"{(n[-1] + 1) / 2:g}"])
+    page.table(["method", "seeds", *metrics], rows)
+    page.paragraph("Percent of captions whose clip is among the first K (R@K), and the median rank "
+                   "(MedR, lower is better)" + ("; mean ± standard deviation over seeds."
+                   if len(study.seeds()) > 1 else "; one seed, so no standard deviation."))
+    draw("recall", "Recall with 95 % intervals (bootstrap over queries and seeds). Plain and "
+         "hatched bars of one colour are variants of one order.", study_pictures.recall_bars)
+    page.heading("Is the difference real?")
+    draw("differences", "Differences to the best method with paired 95 % intervals. Filled: the "
+         "interval leaves out 0, the difference is real. Hollow: not decided.",
+         study_pictures.differences)
+    pairs = {(a, b): study.compare(a, b) for i, a in enumerate(methods) for b in methods[:i]}
+    cells = [[_difference(pairs[a, b]) if (a, b) in pairs else "" for b in methods[:-1]]
+             for a in methods]
+    page.table([f"R@10 of row less column, {MAIN}", *(study.labels[m] for m in methods[:-1])],
+               [[study.labels[m], *row] for m, row in zip(methods, cells, strict=True)][1:])
+    page.paragraph("Points and 95 % interval of a paired bootstrap that draws queries and seeds "
+                   "anew, crossed; ", Bold("bold"), ": 0 is outside. Each interval is for its own "
+                   "comparison: of twenty true zeros, one is bold by chance.")
+    page.heading("All directions, R@10")
+    directions = list(dict.fromkeys(
+        [MAIN, *(d for m in methods for run in study.of(m) for d in run.final.metrics
+                 if "->" in d)]))
+    rows = []
+    for d in directions:
+        values = [study.values(m, direction=d) for m in methods]
+        rows.append([d, *_bold_best([v.mean() if len(v) else np.nan for v in values],
+                                    [spread(v) for v in values])])
+    page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
+
+
+def _difference(compare: dict | None) -> Text:
+    if compare is None:
+        return "-"
+    text = f"{compare['difference']:+.1f}\n({_interval(compare)})"
+    return Bold(text) if compare["real"] else text
+
+
+def _curves_and_forgetting(page: Page, study: Study, draw) -> None:
+    page.heading("Training")
+    draw("curves", "Total and contrastive loss over the steps of both stages; mean of the seeds, "
+         "band of one standard deviation. The terms of a loss are summed over its pairs, so levels "
+         "may be compared within a stage, not between stages or with AVT.", study_pictures.curves)
+    rows = study_pictures.forgetting(study)
+    page.heading("What stage 2 does to the first pair")
+    if not rows:
+        page.paragraph("No run has been evaluated after both stages.")
+        return
+    draw("forgetting", "Retrieval within the first pair, after stage 1 and after stage 2. An "
+         "arrow to the left is forgetting.", study_pictures.forgetting_lines)
+    page.table(["method", "direction", "R@10 after stage 1", "after stage 2",
+                "change (95 % interval)"],
+               [[study.labels[r["method"]], r["direction"], _number(r["before"]),
+                 _number(r["after"]), _difference(r["change"]) if r["change"] else
+                 f"{r['after'] - r['before']:+.1f}"] for r in rows])
+
+
+def _space(page: Page, study: Study, draw) -> None:
+    rows = study_pictures.geometry(study)
+    page.heading("The joint space")
+    if not rows:
+        page.paragraph("No embeddings were saved (youcook2.npz).")
+        return
+    draw("geometry", "Alignment (how far apart a clip's two modalities are) against uniformity "
+         "(how evenly clips fill the sphere) on the evaluation clips; Wang & Isola 2020. Both are "
+         "better when lower: the corner at the lower left is the best.",
+         study_pictures.geometry_scatter, rows)
+    pairs = list(dict.fromkeys(row["pair"] for row in rows))
+    values = {(r["method"], r["pair"]): f"{r['alignment']:.2f} / {r['uniformity']:.2f}"
+              for r in rows}
+    page.table(["alignment / uniformity", *pairs],
+               [[study.labels[m], *(values.get((m, p), "-") for p in pairs)]
+                for m in study.methods if study.of(m)])
+    draw("space", "Evaluation clips on the first two principal axes of the joint space (unit "
+         "rows, the first seed), one point a clip and modality. Apart colours are a gap between "
+         "modalities.", study_pictures.joint_space)
+    best = study.ranked(study.methods)[:1]
+    captions = study_examples.captions_of(study)[1]
+    if best and captions:
+        draw("words", f"{study.labels[best[0]]}: clips whose caption has the word, in colour; all "
+             "others grey. Each modality is centred on its own mean, so that the word shows and "
+             "not the gap.", study_pictures.word_map, best[0], captions)
+
+
+def _grid(page: Page, study: Study, draw) -> None:
+    page.heading("Which order wins where")
+    draw("winners", f"The best two-stage order in each grade of noise by {MAIN} R@10, its margin "
+         "over the second, and the best one-stage baseline (AVT). Full colour: the paired 95 % "
+         "interval of the margin leaves out 0. Pale and hatched: not decided.",
+         study_grid.who_wins)
+    orders = [o for o in study_pictures.ORDERS if o in study.orders.values()]
+    rows = []
+    for row in study_grid.winners(study):
+        cell, compare = row["cell"].get("name", ""), row["compare"]
+        best = [study_grid.best_of(study, o, cell) for o in orders]
+        rows.append([cell, study.orders.get(row["winner"], "-"), *_bold_best(
+            best, [_number(v) for v in best]), _difference(compare) if compare else "-"])
+    page.table(["cell", "best order", *(f"{o} R@10" for o in orders),
+                "margin of the best order over the next (95 % interval)"], rows)
+    draw("orders", "R@10 of each order, all on one scale.", study_grid.each_order)
+    draw("noise", "R@10 against video noise, one panel for each grade of audio noise; mean and "
+         "standard deviation of the seeds.", study_grid.over_noise)
+
+
+def _by_method(study: Study) -> dict[str, list[Run]]:
+    runs = {m: [r for r in study.runs if r.method == m and any(s.log for s in r.stages)]
+            for m in study.methods}
+    return {m: found for m, found in runs.items() if found}
+
+
+def _mean(values) -> float:
+    values = [v for v in values if isfinite(v)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _health(page: Page, study: Study) -> None:
+    page.heading("Did training stay healthy?")
+    rows, warnings = [], []
+    for method, runs in _by_method(study).items():
+        final = [r.final for r in runs]
+        rows.append([
+            study.labels[method], str(sum(s.skipped for r in runs for s in r.stages)),
+            f"{_number(_mean(f.last('live_clusters') for f in final), 0)} of "
+            f"{final[0].args.get('cluster_size', '-')}",
+            _number(100 * _mean(f.last("largest_share") for f in final)),
+            *(_number(_mean(f.last(f"rank_{m}") for f in final))
+              for m in ("video", "audio", "text"))])
+        for r in runs:
+            end = next((row for row in reversed(r.final.log) if "total" in row), {})
+            signs = signs_of_collapse(end)
+            if not isfinite(end.get("total", 0.0)):
+                signs.append("the last loss is not finite")
+            if signs:
+                warnings.append(f"{r.cell + ': ' if r.cell else ''}{r.label}, seed {r.seed}: "
+                                + "; ".join(signs))
+    page.table(["method", "steps skipped", "live clusters", "largest cluster, %",
+                "effective rank: video", "audio", "text"], rows)
+    page.paragraph("At the end of training, mean of the seeds; skipped steps (loss or gradient not "
+                   "finite) are the sum over seeds and stages. Effective rank: in how many "
+                   "directions embeddings vary (Roy & Vetterli 2007); near 1 is collapse.")
+    if warnings:
+        page.paragraph(Bold("Signs of collapse:"))
+        page.bullets(warnings)
+    else:
+        page.paragraph("No sign of collapse in any run.")
+
+
+def _cost(page: Page, study: Study) -> None:
+    page.heading("Cost")
+    rows = []
+    for method, runs in _by_method(study).items():
+        flops = _mean(r.flops for r in runs if r.flops)
+        rows.append([study.labels[method], " + ".join(map(str, runs[0].epochs)),
+                     f"{_mean(sum(s.clips for s in r.stages) for r in runs):,.0f}",
+                     _number(_mean(sum(s.seconds for s in r.stages) for r in runs), 0),
+                     f"{flops:.2e}" if isfinite(flops) else "-"])
+    page.table(["method", "epochs", "clips", "training seconds", "training FLOPs"], rows)
+    page.paragraph("Per run, both stages together, mean of the seeds. A stage 1 that two methods "
+                   "share is counted for each.")
+
+
+def _equal(page: Page, study: Study) -> None:
+    same, differ = compare_args(study)
+    page.heading("What is equal, what is not")
+    if differ:
+        page.table(["differs", "value", "in"], [
+            [Code(key) if i == 0 else "", Code(value), "; ".join(names)]
+            for key, values in differ.items()
+            for i, (value, names) in enumerate(values.items())], words=True)
+    else:
+        page.paragraph("Nothing differs but what the study compares: pair, added modality, frozen "
+                       "or finetuned encoders, epochs and seed.")
+    if same:
+        parts: list[Text] = []
+        for key, value in same.items():
+            parts += [Code(f"{key} {value}"), " "]
+        page.paragraph("The same in the ", Code("args.json"), " of every run: ", *parts)
+    page.heading("What is missing")
+    missing = study.missing()
+    if missing:
+        page.bullets(missing)
+    else:
+        page.paragraph("Nothing: every run of the study was trained and evaluated.")
+    page.paragraph("Made by ", Code(study.command or "python -m mcn_ext.study"), "; this page by ",
+                   Code(f"python -m mcn_ext.report {study.root}"), ".")
