@@ -30,12 +30,14 @@ WORDS = "words.npz"
 
 def open_store(args: argparse.Namespace, modalities: str) -> Store:
     """The training store (the demo's is made first), with all that the modalities need."""
-    if args.demo:
-        from mcn_ext.prepare import demo
-
-        say(DEMO_BANNER)
-        distributed.first_rank_first(lambda: demo.prepare(flags.DEMO))
     try:
+        if args.demo:
+            from mcn_ext.prepare import demo
+
+            say(DEMO_BANNER)
+            # Dials of noise that a user has turned stay: what is there is used as it is.
+            distributed.first_rank_first(
+                lambda: demo.is_there(flags.DEMO) or demo.prepare(flags.DEMO))
         store = Store(args.data)
     except StoreError as error:
         raise SystemExit(f"--data {error}") from None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.prepare import demo, howto100m, youcook2
+from mcn_ext.prepare import howto100m, youcook2
 from mcn_ext.prepare.unpickle import UnsafePickle, load_pickle
 from mcn_ext.store import Store, StoreError, StoreWriter, main, validate
 from mcn_ext.store_file import seal
@@ -358,31 +358,3 @@ def test_real_recordings_convert(tmp_path, digits):
     assert validate(tmp_path / "train.h5")["captions"] == 1396
     summary = youcook2.prepare(digits / "val_audio.pkl", tmp_path / "val.h5")
     assert "385 of 385 clips" in summary
-
-
-# --------------------------------------------------------------------------------------- demo
-
-
-@pytest.mark.slow
-def test_demo_is_what_it_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "N_TRAIN", 40)
-    demo.prepare(tmp_path / "demo")
-    train, evaluation = Store(tmp_path / "demo/train.h5"), Store(tmp_path / "demo/eval.h5")
-    validate(tmp_path / "demo/train.h5")
-    assert len(evaluation) >= 300 and 10 / len(evaluation) <= 0.035
-    known = set(demo.CONCEPTS) | set(demo.FILLER)
-    words = [text.split() for text in train.texts()]
-    assert any(set(w) - known for w in words), "some words have no vector"
-    lengths = {round(float(e - s)) for i in range(len(train))
-               for s, e in zip(*train.caption_times(i)[1:], strict=True)}
-    assert len(lengths) > 1
-    silent = [np.ptp(c.astype(float)) == 0 for i in range(len(train))
-              for c in train.clips(i, "mel", *train.caption_times(i)[1:])]
-    assert 0.01 < np.mean(silent) < 0.15
-    concepts = [frozenset(t.split()) & set(demo.CONCEPTS) for t in evaluation.texts()]
-    assert len(set(concepts)) == len(concepts), "every evaluation caption asks for one clip"
-    again = demo.prepare(tmp_path / "again")
-    assert "40 training videos" in again
-    np.testing.assert_array_equal(
-        Store(tmp_path / "again/train.h5").clips(3, "mel", [0], [99])[0],
-        train.clips(3, "mel", [0], [99])[0])

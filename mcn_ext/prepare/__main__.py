@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mcn_ext import flags
 from mcn_ext.flags import Parser
 
 
@@ -53,7 +54,15 @@ def parser() -> Parser:
     common(p, "data/youcook2.h5")
     p = kinds.add_parser("demo", help="a made-up data set to try everything on",
                          description="The demo data: DIR/train.h5 and DIR/eval.h5, a few seconds.")
-    p.add_argument("--seed", type=int, default=0, help="another seed, other data (default 0)")
+    p.add_argument("--seed", type=flags.not_negative(int), default=0, metavar="N",
+                   help="another seed, other data (default 0)")
+    for modality in ("video", "audio"):
+        p.add_argument(
+            f"--{modality}_noise", type=flags.not_negative(float), default=1.0, metavar="X",
+            help=f"noise of the {modality} alone: 0 is clean, 2 twice as noisy (default 1); to see "
+            "which pair to align first when modalities differ")
+    p.add_argument("--videos", type=flags.positive(int), default=256, metavar="N",
+                   help="training videos (default 256)")
     common(p, "data/demo")
     return top
 
@@ -79,7 +88,9 @@ def main(argv=None) -> int:
         else:
             from mcn_ext.prepare import demo
 
-            summary = demo.prepare(args.out, seed=args.seed, overwrite=args.overwrite)
+            summary = demo.prepare(
+                args.out, seed=args.seed, overwrite=args.overwrite, video_noise=args.video_noise,
+                audio_noise=args.audio_noise, videos=args.videos)
     except (StoreError, UnsafePickle, OSError) as error:
         print(error, file=sys.stderr)
         return 1

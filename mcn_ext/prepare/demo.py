@@ -4,16 +4,22 @@ A clip shows, says and writes a few concepts (a verb and things it is done to). 
 noise: text drops or swaps the odd word; video is cluttered by its kitchen, may miss a concept, and
 sometimes shows what the neighbouring clip talks about; audio has other voices, background noise,
 missing words, and silent clips. Everything is drawn from one seed.
+
+Video and audio have a dial each: 0 is clean, 2 twice as noisy. A dial changes its own streams only:
+contents, captions, times and the other modality stay as they are, bit for bit.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mcn_ext.prepare.howto100m import MEL_RATE
-from mcn_ext.store import N_MELS, Store, StoreWriter
+from mcn_ext.store import N_MELS, Store, StoreError, StoreWriter
 
 VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()
 THINGS = ("onion carrot tomato garlic potato egg butter flour rice chicken salmon lemon basil "
@@ -24,6 +30,31 @@ DIM_2D, DIM_3D = 128, 64
 SOURCE = "demo data (made up)"
 N_TRAIN, N_EVAL = 256, 400
 FRAMES_PER_WORD = 24  # 0.24 s
+MAX_NOISE = 1000.0  # far beyond hearing and seeing anything; float16 holds what it makes
+
+
+class _Dials(NamedTuple):
+    """What a data set was asked to be."""
+    seed: int = 0
+    video_noise: float = 1.0
+    audio_noise: float = 1.0
+    videos: int = N_TRAIN
+
+    @property
+    def flags(self) -> str:
+        return " ".join(f"--{name} {value}" for name, value in self._asdict().items())
+
+    @property
+    def source(self) -> str:
+        """SOURCE and the flags that are not the default's."""
+        changed = [f"--{name} {value}" for name, value in self._asdict().items()
+                   if value != self._field_defaults[name]]
+        return SOURCE[:-1] + "; " + " ".join(changed) + ")" if changed else SOURCE
+
+
+def _chance(probability: float, level: float) -> float:
+    """A probability turned up or down; something of a clip is left at any level."""
+    return min(0.9, probability * level)
 
 
 class _World:
@@ -50,8 +81,8 @@ class _World:
 
 class _Channel:
     """One video: a kitchen, a voice, a topic; makes its clips."""
-    def __init__(self, world: _World, rng: np.random.Generator):
-        self.world, self.rng = world, rng
+    def __init__(self, world: _World, dials: _Dials, rng: np.random.Generator):
+        self.world, self.dials, self.rng = world, dials, rng
         self.clutter = [rng.gamma(0.4, 1.0, dim).astype(np.float32) for dim in (DIM_2D, DIM_3D)]
         self.pitch, self.tempo = int(rng.integers(-1, 2)), rng.uniform(0.85, 1.18)
         self.tilt = rng.normal(0, 3) * np.linspace(-1, 1, N_MELS)
@@ -75,23 +106,25 @@ class _Channel:
         return words or [CONCEPTS[concepts[0]]]
 
     def frames(self, concepts: list[int], seconds: float, rate: float, table: np.ndarray,
-               clutter: np.ndarray) -> np.ndarray:
+               clutter: np.ndarray, level: float) -> np.ndarray:
         """Rows of a stream: each shows most of the clip's concepts over the kitchen's clutter."""
         n = max(1, round(seconds * rate))
-        shown = [c for c in concepts if self.rng.random() < 0.9] or concepts[:1]
-        visible = self.rng.random((n, len(shown))) < 0.7
+        shown = [c for c in concepts if self.rng.random() < 1 - _chance(0.1, level)] or concepts[:1]
+        visible = self.rng.random((n, len(shown))) < 1 - _chance(0.3, level)
         visible[self.rng.integers(0, n, len(shown)), np.arange(len(shown))] = True
-        rows = visible.astype(np.float32) @ table[shown] + 0.6 * clutter
-        return np.maximum(rows + self.rng.normal(0, 0.35, rows.shape), 0).astype(np.float16)
+        rows = visible.astype(np.float32) @ table[shown] + 0.6 * level * clutter
+        return np.maximum(rows + self.rng.normal(0, 0.35 * level, rows.shape), 0).astype(np.float16)
 
-    def speech(self, words: list[str], seconds: float) -> np.ndarray:
+    def speech(self, words: list[str], seconds: float, level: float) -> np.ndarray:
         """(frames, 40) dB of the words in this channel's voice; words nobody knows are mumbled."""
         rng, n = self.rng, max(1, round(seconds * MEL_RATE))
-        mel = np.full((n, N_MELS), self.noise_db) + rng.normal(0, 4, (n, N_MELS))
+        # Twice the noise is twice its amplitude: 6 dB; the words peak at -12.
+        noise_db = self.noise_db + 20 * math.log10(max(level, 1e-6))
+        mel = np.full((n, N_MELS), noise_db) + rng.normal(0, 4 * level, (n, N_MELS))
         position = rng.integers(0, 8)
         for word in words:
             pattern = self.world.sound.get(word)
-            if pattern is None or rng.random() < 0.06:
+            if pattern is None or rng.random() < _chance(0.06, level):
                 continue
             length = max(6, round(FRAMES_PER_WORD / self.tempo * rng.uniform(0.9, 1.1)))
             paced = np.linspace(0, FRAMES_PER_WORD - 1, length).round().astype(int)
@@ -103,11 +136,39 @@ class _Channel:
             position += length + rng.integers(0, 4)
         return np.clip(mel, -80, 0).astype(np.float16)
 
-    def clip(self, seen: list[int], words: list[str], seconds: float, silent: bool) -> dict:
-        """All streams of a clip that shows the concepts ``seen`` while the words are spoken."""
-        mel = self.speech(words, seconds)
-        return {"2d": self.frames(seen, seconds, 1.0, self.world.look_2d, self.clutter[0]),
-                "3d": self.frames(seen, seconds, 1.5, self.world.look_3d, self.clutter[1]),
+    def _turned(self, make: Callable[[float], np.ndarray], level: float) -> np.ndarray:
+        """make(level); the generator is left as make(1) leaves it, so that all else stays."""
+        if level == 1:
+            return make(level)
+        before = self.rng.bit_generator.state
+        rows = make(level)
+        self.rng.bit_generator.state = before
+        make(1.0)
+        return rows
+
+    def clip(self, concepts: list[int], words: list[str], seconds: float, silence: float,
+             before: tuple[list[int], list[str]] | None = None) -> dict[str, np.ndarray]:
+        """All streams of a clip; silence is the chance of it.
+
+        With ``before``, the concepts and words of the clip before this one, it may show those, as
+        people show things before they speak of them, or after; and beyond level 1 say those.
+        """
+        rng, (_, video, audio, _) = self.rng, self.dials
+        slip = rng.random() if before else 1.0
+        silent = rng.random() < _chance(silence, audio)
+
+        def speech(level: float) -> np.ndarray:
+            late = before and level > 1 and rng.random() < _chance(0.12, level - 1)
+            return self.speech(before[1] if late else words, seconds, level)
+
+        def frames(rate: float, table: np.ndarray, clutter: np.ndarray) -> np.ndarray:
+            return self._turned(lambda level: self.frames(
+                before[0] if slip < _chance(0.12, level) else concepts, seconds, rate, table,
+                clutter, level), video)
+
+        mel = self._turned(speech, audio)
+        return {"2d": frames(1.0, self.world.look_2d, self.clutter[0]),
+                "3d": frames(1.5, self.world.look_3d, self.clutter[1]),
                 "mel": np.full_like(mel, -80) if silent else mel}
 
 
@@ -115,10 +176,10 @@ _STREAMS = {"2d": {"dim": DIM_2D, "rate_hz": 1.0}, "3d": {"dim": DIM_3D, "rate_h
             "mel": {"dim": N_MELS, "rate_hz": MEL_RATE}}
 
 
-def _writer(path: Path, seed: int) -> StoreWriter:
-    made = {"model": "made up", "tool": f"mcn_ext.prepare demo --seed {seed}"}
+def _writer(path: Path, dials: _Dials) -> StoreWriter:
+    made = {"model": "made up", "tool": f"mcn_ext.prepare demo {dials.flags}"}
     streams = {name: spec | made for name, spec in _STREAMS.items()}
-    return StoreWriter(path, streams, SOURCE, overwrite=True)
+    return StoreWriter(path, streams, dials.source, overwrite=True)
 
 
 def _seconds(rng, n_words: int) -> float:
@@ -126,20 +187,20 @@ def _seconds(rng, n_words: int) -> float:
     return float(max(2, round(n_words * 0.3 + rng.uniform(0, 2.0))))
 
 
-def _train(path: Path, world: _World, seed: int) -> None:
-    writer = _writer(path, seed)
-    for video in range(N_TRAIN):
-        rng = np.random.default_rng((seed, 2, video))
-        channel = _Channel(world, rng)
+def _train(path: Path, world: _World, dials: _Dials) -> None:
+    writer = _writer(path, dials)
+    for video in range(dials.videos):
+        rng = np.random.default_rng((dials.seed, 2, video))
+        channel = _Channel(world, dials, rng)
         contents = [channel.concepts() for _ in range(int(rng.integers(8, 15)))]
         rows, start, end, text, clock = {name: [] for name in _STREAMS}, [], [], [], 0.0
-        for i, concepts in enumerate(contents):
+        before = None
+        for concepts in contents:
             words = channel.caption(concepts)
             # Even, as 1.5 rows a second are then whole rows.
             seconds = 2.0 * round(_seconds(rng, len(words)) / 2)
-            # People show things before they speak of them, or after.
-            seen = contents[max(0, i - 1)] if rng.random() < 0.12 else concepts
-            clip = channel.clip(seen, words, seconds, silent=rng.random() < 0.06)
+            clip = channel.clip(concepts, words, seconds, 0.06, before or (concepts, words))
+            before = concepts, words
             for name, array in clip.items():
                 rows[name].append(array)
             start.append(clock)
@@ -151,12 +212,12 @@ def _train(path: Path, world: _World, seed: int) -> None:
     writer.close()
 
 
-def _evaluation(path: Path, world: _World, seed: int) -> None:
+def _evaluation(path: Path, world: _World, dials: _Dials) -> None:
     """One clip per item, no two with the same concepts, of channels never seen in training."""
-    writer, used, item = _writer(path, seed), set(), 0
+    writer, used, item = _writer(path, dials), set(), 0
     while len(used) < N_EVAL:
-        rng = np.random.default_rng((seed, 3, item))
-        channel = _Channel(world, rng)
+        rng = np.random.default_rng((dials.seed, 3, item))
+        channel = _Channel(world, dials, rng)
         item += 1
         for _ in range(4):
             concepts = channel.concepts()
@@ -167,21 +228,39 @@ def _evaluation(path: Path, world: _World, seed: int) -> None:
             words = [word for concept in concepts
                      for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]]
             seconds = _seconds(rng, len(words))
-            rows = channel.clip(concepts, words, seconds, silent=rng.random() < 0.03)
+            rows = channel.clip(concepts, words, seconds, 0.03)
             for name in ("2d", "3d"):
                 rows[name] = rows[name].max(axis=0, keepdims=True)  # pooled, as YouCook2's are
             writer.add(f"eval{item:05d}_{len(used):03d}", rows, [0.0], [seconds], [" ".join(words)])
     writer.close()
 
 
-def prepare(out: Path, *, seed: int = 0, overwrite: bool = False) -> str:
-    """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary."""
+def is_there(out: Path) -> bool:
+    """Whether a demo data set is in ``out``, whatever its dials."""
+    return (out / "train.h5").exists() and (out / "eval.h5").exists()
+
+
+def prepare(out: Path, *, seed: int = 0, overwrite: bool = False, video_noise: float = 1.0,
+            audio_noise: float = 1.0, videos: int = N_TRAIN) -> str:
+    """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary.
+
+    Noise levels are 0 (clean) to MAX_NOISE; 1 is the demo's. The stores' ``source`` and ``tool``
+    tell what they were made with; StoreError if what is there was made with something else.
+    """
+    dials = _Dials(int(seed), float(video_noise), float(audio_noise), int(videos))
+    for name in ("video_noise", "audio_noise"):
+        if not 0 <= getattr(dials, name) <= MAX_NOISE:
+            raise StoreError(f"--{name} {getattr(dials, name)} must be 0 to {MAX_NOISE:g}")
     train, evaluation = out / "train.h5", out / "eval.h5"
-    if overwrite or not (train.exists() and evaluation.exists()):
+    for path in () if overwrite else (train, evaluation):
+        if path.exists() and (source := Store(path).source) != dials.source:
+            raise StoreError(f"{path} is {source}, asked for is {dials.flags}; pass --overwrite to "
+                             "replace it, or another --out")
+    if overwrite or not is_there(out):
         out.mkdir(parents=True, exist_ok=True)
-        world = _World(seed)
-        _train(train, world, seed)
-        _evaluation(evaluation, world, seed)
+        world = _World(dials.seed)
+        _train(train, world, dials)
+        _evaluation(evaluation, world, dials)
     store = Store(train)
-    return (f"{out}: demo data, {len(store)} training videos with {store.n_captions} captions, "
-            f"{len(Store(evaluation))} evaluation clips")
+    return (f"{out}: {store.source}, {len(store)} training videos with {store.n_captions} "
+            f"captions, {len(Store(evaluation))} evaluation clips")
