@@ -111,6 +111,9 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     add("loss_impl", str, None, "fused: compiled, within MCN_LOSS_BUDGET bytes (default 2 GiB); "
         "reference: plain PyTorch, to compare (default fused)", choices=("fused", "reference"),
         default="fused")
+    group.add_argument("--joint_pairs", action=switch, default=None, help="with three modalities, "
+                       "also align each with the mean of the other two; try it when one is noisy, "
+                       "or when two are searched together (default off, as published)")
     add("cluster_weight", not_negative(float), "W", "weight of the clustering loss, 0: without")
     add("recon_weight", not_negative(float), "W", "weight of the reconstruction loss, 0: without")
     add("cluster_size", positive(int), "K", "number of centroids; the queue must hold many times "
@@ -160,8 +163,8 @@ def add_training_flags(parser: Parser, stage: int) -> None:
 # differ between stages.
 INHERITED = ("data", "word2vec", "n_pair", "min_time", "max_words", "audio_frames", "audio_augment",
              "embd_dim", "recon_dim", "audio_width", "temperature", "margin", "similarity",
-             "cluster_weight", "recon_weight", "cluster_size", "queue_size", "refit_every",
-             "batch_size", "lr", "precision", "seed", "preset")
+             "joint_pairs", "cluster_weight", "recon_weight", "cluster_size", "queue_size",
+             "refit_every", "batch_size", "lr", "precision", "seed", "preset")
 
 
 def complete(args: argparse.Namespace, inherited: dict | None = None) -> argparse.Namespace:
@@ -192,7 +195,7 @@ def complete(args: argparse.Namespace, inherited: dict | None = None) -> argpars
             setattr(args, name, value)
     args.similarity = args.similarity or "cosine"
     args.resume = args.resume or args.detect is not None  # the kept step lies in the run folder
-    args.seed = args.seed or 0
+    args.seed, args.joint_pairs = args.seed or 0, bool(args.joint_pairs)
     has_words = "T" in inherited.get("pair", "")  # stage 1's text encoder knows its own vectors
     if args.word2vec is None and WORD2VEC.exists() and not args.demo and not has_words:
         args.word2vec = WORD2VEC

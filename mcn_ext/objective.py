@@ -19,6 +19,10 @@ class Objective:
     All are of the global batch. Contrastive terms are averaged over pairs, the others over
     modalities, so that stages and orders compare.
 
+    ``joint_pairs`` adds to the pairs, with three modalities, each one and the mean of the other
+    two: what is asked for when a text looks for a clip's video and sound together (after
+    Shvetsova et al., CVPR 2022).
+
     Args:
         modalities: names, all that the model embeds; all are in the mean that is clustered.
         trained: those that learn; pairs without one are left out, and only these are clustered and
@@ -30,10 +34,15 @@ class Objective:
     def __init__(self, modalities: list[str], trained: list[str], *, temperature: float = 0.05,
                  margin: float = 0.001, similarity: str = "cosine", loss_impl: str = "fused",
                  cluster_weight: float = 1.0, recon_weight: float = 50.0, cluster_size: int = 256,
-                 queue_size: int = 20, refit_every: int = 20, seed: int = 0):
+                 queue_size: int = 20, refit_every: int = 20, seed: int = 0,
+                 joint_pairs: bool = False):
         self.modalities, self.trained = list(modalities), list(trained)
-        self.pairs = [p for p in combinations(sorted(modalities), 2) if set(p) & set(trained)]
-        self.loss = dict(temperature=temperature, margin=margin, normalize=similarity == "cosine")
+        names = sorted(modalities)
+        self.pairs = [p for p in combinations(names, 2) if set(p) & set(trained)]
+        self.joint_pairs = [("+".join(n for n in names if n != name), name) for name in names
+                            if joint_pairs and len(names) == 3 and trained]
+        self.unit = similarity == "cosine"
+        self.loss = dict(temperature=temperature, margin=margin, normalize=self.unit)
         self.mcn_loss = (ops if loss_impl == "fused" else reference).mcn_loss
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
         self.clusters = (OnlineClusters(cluster_size, queue_size, refit_every, seed)
@@ -50,7 +59,7 @@ class Objective:
                      {name: x.detach() for name, x in errors.items()}, batch)
         if self.clusters is not None:
             self._joint = self.joint(embeddings, batch["valid"])
-        terms = self._losses(embeddings, batch, self.pairs, self.trained)
+        terms = self._losses(embeddings, batch, self.pairs + self.joint_pairs, self.trained)
         reconstruction = self.reconstruction(errors, batch["valid"])
         return {"total": terms.total + self.recon_weight * reconstruction,
                 "contrastive": terms.contrastive, "cluster": terms.cluster,
@@ -62,11 +71,18 @@ class Objective:
         if self.clusters is not None and self.clusters.centroids is not None and clustered:
             centroids = self.clusters.centroids
             labels = self.clusters.label(self._joint)
+        rows = {name: embeddings[name] for name in self.modalities}
+        valid = dict(batch["valid"])
+        for joint, _ in pairs:
+            names = joint.split("+")
+            if len(names) == 1:
+                continue
+            rows[joint] = self._mean(embeddings, valid, names, self.unit)
+            valid[joint] = torch.stack([valid[name] for name in names]).any(dim=0)
         return self.mcn_loss(
-            {name: embeddings[name] for name in self.modalities}, pairs, centroids, labels,
-            clustered=clustered, cluster_weight=self.cluster_weight,
-            ids={p: self.ids(p, batch) for p in pairs}, valid=batch["valid"],
-            group=distributed.default_group(), **self.loss)
+            rows, pairs, centroids, labels, clustered=clustered,
+            cluster_weight=self.cluster_weight, ids={p: self.ids(p, batch) for p in pairs},
+            valid=valid, group=distributed.default_group(), **self.loss)
 
     @staticmethod
     def ids(pair: tuple[str, str], batch: Mapping) -> Tensor:
@@ -84,7 +100,7 @@ class Objective:
         """Every term of the last batch by pair or modality, unweighted; all ranks call this."""
         embeddings, errors, batch = self.last
         parts = {f"contrastive {a}-{b}": self._losses(embeddings, batch, [(a, b)], []).contrastive
-                 for a, b in self.pairs}
+                 for a, b in self.pairs + self.joint_pairs}
         if self.clusters is not None and self.clusters.centroids is not None:
             parts |= {f"cluster {name}": self._losses(embeddings, batch, [], [name]).cluster
                       for name in self.trained}
@@ -95,10 +111,15 @@ class Objective:
 
     def joint(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
         """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero for none."""
-        total = sum(
-            torch.where(valid[name][:, None], unit_rows(embeddings[name].detach().float()), 0.0)
-            for name in self.modalities)
-        return total / sum(valid[name].float() for name in self.modalities).clamp_min(1.0)[:, None]
+        detached = {name: embeddings[name].detach() for name in self.modalities}
+        return self._mean(detached, valid, self.modalities)
+
+    @staticmethod
+    def _mean(embeddings, valid, names: list[str], unit: bool = True) -> Tensor:
+        # Zeros go in before unit_rows: an invalid row may hold NaN, which would reach gradients.
+        rows = [torch.where(valid[name][:, None], embeddings[name].float(), 0.0) for name in names]
+        total = sum(unit_rows(x) if unit else x for x in rows)
+        return total / sum(valid[name].float() for name in names).clamp_min(1.0)[:, None]
 
     def reconstruction(self, errors: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
         """Mean over modalities of the mean MSE over the global batch's valid rows.

@@ -46,7 +46,8 @@ def parser() -> flags.Parser:
                    "they are, or trained on (default: both)")
     p.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more "
                    "kind of stage 2, by train_stage2.py's flags, such as gentle='--stage1_encoders "
-                   "finetune --lr 1e-5'; may be repeated")
+                   "finetune --lr 1e-5'; what of them train_stage1.py has makes one more baseline, "
+                   "too; may be repeated")
     p.add_argument("--epochs", nargs=2, type=flags.positive(int), metavar=("FIRST", "SECOND"),
                    default=[flags.EPOCHS[1], flags.EPOCHS[2]],
                    help="of stage 1 and stage 2 (default 20 10)")
@@ -208,9 +209,9 @@ class Study:
     def _folder(self, cell: dict, seed: int) -> Path:
         return self.args.out / cell["name"] / f"seed{seed}"
 
-    def _stage1(self, folder: Path, cell: dict, seed: int, pair: str, epochs: int):
+    def _stage1(self, folder: Path, cell: dict, seed: int, pair: str, epochs: int, *more: str):
         return self._unit(folder, cell, "train_stage1.py", "--pair", pair, "--data", cell["data"],
-                          "--seed", seed, "--epochs", epochs, *self.rest)
+                          "--seed", seed, "--epochs", epochs, *self.rest, *more)
 
     def _add(self, cell: dict, seed: int, method: str, order: str, folder: Path, **more) -> None:
         self.runs.append({"cell": cell["name"], "method": method, "order": order, "seed": seed,
@@ -238,15 +239,23 @@ class Study:
 
     def _baseline(self, cell: dict, seed: int, order: str) -> None:
         for epochs, reasons in self.baselines.items():
-            method = f"{BASELINE}-{epochs}"
-            folder = self._folder(cell, seed) / method
-            self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs)])
             orders = [r for r in reasons if r != "steps"]
             equal = ", ".join((["equal steps"] if "steps" in reasons else [])
                               + ([f"compute of {' and '.join(orders)}"] if orders else []))
-            self._add(cell, seed, method, BASELINE, folder, encoders=None, variant="", stage1=None,
-                      epochs=[epochs], equal=equal, baseline_of=orders,
-                      label=f"one stage, {equal}", flops=self.flops[BASELINE, epochs])
+            for variant, words in self.variants.items():
+                words = shlex.split(words)
+                at = next((i for i, w in enumerate(words) if w.endswith("encoders")), None)
+                if at is not None:  # one stage has no stage-1 encoders
+                    del words[at:at + 2]
+                if variant and not words:
+                    continue  # the same as the first
+                method = f"{BASELINE}-{epochs}" + (f"-{variant}" if words else "")
+                folder = self._folder(cell, seed) / method
+                self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs, *words)])
+                self._add(cell, seed, method, BASELINE, folder, encoders=None, stage1=None,
+                          variant=variant if words else "", epochs=[epochs], equal=equal,
+                          baseline_of=orders, flops=self.flops[BASELINE, epochs],
+                          label=f"one stage, {equal}" + (f", {variant}" if words else ""))
 
     def cost(self, folder: Path) -> float:
         """FLOPs of a run's own stage."""

@@ -92,7 +92,7 @@ def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder
 
 def objective_of(args: argparse.Namespace, modalities: str, trained: str) -> Objective:
     names = ("temperature", "margin", "similarity", "loss_impl", "cluster_weight", "recon_weight",
-             "cluster_size", "queue_size", "refit_every", "seed")
+             "cluster_size", "queue_size", "refit_every", "seed", "joint_pairs")
     return Objective([MODALITIES[m] for m in modalities], [MODALITIES[m] for m in trained],
                      **{name: getattr(args, name) for name in names})
 

@@ -1,19 +1,14 @@
 """The report of a study, on a made-up study folder; the page it is written with; the bootstrap."""
 
 import json
-import re
-from html.parser import HTMLParser
 
 import numpy as np
-import pytest
 import torch
 
-from mcn_ext import study_grid, study_pictures, study_report
-from mcn_ext.metrics import paired_bootstrap, ranks, recall_interval, summarize
-from mcn_ext.page import Bold, Code, Page
+from mcn_ext.metrics import ranks, summarize
 from mcn_ext.reference import unit_rows
 from mcn_ext.store import StoreWriter
-from mcn_ext.study_runs import LETTERS, MAIN, Study, StudyError
+from mcn_ext.study_runs import LETTERS, MAIN
 
 FOODS = "onion carrot egg rice chicken lemon butter garlic basil salmon".split()
 VERBS = "chop fry boil peel whisk".split()
