@@ -39,6 +39,8 @@ a { color: #00568a } code { font: .88em/1.4 ui-monospace, Menlo, Consolas, monos
   font-variant-numeric: tabular-nums } th, td { padding: .28rem .7rem; text-align: right;
   border-bottom: 1px solid #ddd; vertical-align: top } th { border-bottom: 2px solid #888 }
 th:first-child, td:first-child, .words th, .words td { text-align: left }
+td { white-space: nowrap } .words td { white-space: normal } th:first-child, td:first-child {
+  position: sticky; left: 0; background: #fff }
 figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
 figcaption { font-size: .88rem; color: #444; max-width: 46rem }
 @media (max-width: 40rem) { body { font-size: 15px } th, td { padding: .25rem .45rem } }
@@ -114,11 +116,13 @@ class Page:
 
     def picture(self, path: Path, caption: Text, name: str) -> None:
         """A PNG; ``name``: its path in the Markdown, relative to where that will lie."""
-        data = base64.b64encode(path.read_bytes()).decode()
+        data = path.read_bytes()
+        width = int.from_bytes(data[16:20], "big") // 2  # as its header says; two pixels for one
         alt = html.escape(re.sub(r"<.*?>", "", _html(caption)), quote=True)
         self.blocks.append((
             f"![{path.stem}]({name})" + (f"\n\n{_markdown(caption)}" if caption else ""),
-            f'<figure><img src="data:image/png;base64,{data}" alt="{alt or path.stem}">'
+            f'<figure><img width="{width}" alt="{alt or path.stem}" src="data:'
+            f'image/png;base64,{base64.b64encode(data).decode()}">'
             f"<figcaption>{_html(caption)}</figcaption></figure>"))
 
     def contents(self) -> None:
@@ -130,7 +134,7 @@ class Page:
         return "\n\n".join([f"# {_markdown(self.title)}", *blocks]) + "\n"
 
     def html(self) -> str:
-        links = "".join(f'<a href="#s{i}">{_html(text)}</a>'
+        links = "\n".join(f'<a href="#s{i}">{_html(text)}</a>'
                         for i, text in enumerate(self.headings, 1))
         body = "\n".join(f"<nav>{links}</nav>" if block == "<nav></nav>" else block
                          for _, block in self.blocks)

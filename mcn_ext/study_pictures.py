@@ -246,7 +246,7 @@ def geometry_scatter(plt, study: Study, rows: list[dict]):
 def principal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """((n, 2) coordinates on the first two principal axes, their shares of the variance), by the
     smaller of the two Gram matrices; the sign is such that the largest coordinate is positive."""
-    x = (rows - rows.mean(dim=0)).double()
+    x = rows.double() - rows.double().mean(dim=0)
     wide = x.shape[1] > len(x)
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
     values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)[:, :2]

@@ -110,10 +110,8 @@ def headline(study: Study) -> tuple[str, list[str]]:
     claim = "wins" if compare and compare["real"] else \
         "is ahead, but which order is best is not decided" if rest else "is the only order yet"
     points = [_against(study, best, rest[0], "the next order")] if rest else []
-    for method in study.baselines():
-        equal = study.equal[method]
-        points.append(_against(study, best, method, "the one-stage baseline" + (
-            f" of equal {equal}" if equal in ("steps", "compute") else "")))
+    points += [_against(study, best, method, "the one-stage baseline")
+               for method in study.baselines(of=best)]
     if not study.baselines():
         points.append("The one-stage baseline has not been evaluated.")
     elif study.mean(study.baselines()[0]) > study.mean(best):
@@ -231,8 +229,8 @@ def _curves_and_forgetting(page: Page, study: Study, draw) -> None:
     if not rows:
         page.paragraph("No run has been evaluated after both stages.")
         return
-    draw("forgetting", "Retrieval within the first pair, after stage 1 and after stage 2. An "
-         "arrow to the left is forgetting.", study_pictures.forgetting_lines)
+    draw("forgetting", "Retrieval within the first pair, after stage 1 and after stage 2. Filled "
+         "to the left of hollow is forgetting.", study_pictures.forgetting_lines)
     page.table(["method", "direction", "R@10 after stage 1", "after stage 2",
                 "change (95 % interval)"],
                [[study.labels[r["method"]], r["direction"], _number(r["before"]),
@@ -280,8 +278,8 @@ def _grid(page: Page, study: Study, draw) -> None:
         best = [study_grid.best_of(study, o, cell) for o in orders]
         rows.append([cell, study.orders.get(row["winner"], "-"), *_bold_best(
             best, [_number(v) for v in best]), _difference(compare) if compare else "-"])
-    page.table(["cell", "best order", *(f"{o} R@10" for o in orders),
-                "margin of the best order over the next (95 % interval)"], rows)
+    page.table(["cell", "best two-stage order", *(f"{o} R@10" for o in orders),
+                "its margin over the next"], rows)
     draw("orders", "R@10 of each order, all on one scale.", study_grid.each_order)
     draw("noise", "R@10 against video noise, one panel for each grade of audio noise; mean and "
          "standard deviation of the seeds.", study_grid.over_noise)
@@ -338,8 +336,9 @@ def _cost(page: Page, study: Study) -> None:
         rows.append([study.labels[method], " + ".join(map(str, runs[0].epochs)),
                      f"{_mean(sum(s.clips for s in r.stages) for r in runs):,.0f}",
                      _number(_mean(sum(s.seconds for s in r.stages) for r in runs), 0),
-                     f"{flops:.2e}" if isfinite(flops) else "-"])
-    page.table(["method", "epochs", "clips", "training seconds", "training FLOPs"], rows)
+                     f"{flops:.2e}" if isfinite(flops) else "-", study.equal[method]])
+    page.table(["method", "epochs", "clips", "training seconds", "training FLOPs", "equal in"],
+               rows)
     page.paragraph("Per run, both stages together, mean of the seeds. A stage 1 that two methods "
                    "share is counted for each.")
 
@@ -349,9 +348,9 @@ def _equal(page: Page, study: Study) -> None:
     page.heading("What is equal, what is not")
     if differ:
         page.table(["differs", "value", "in"], [
-            [Code(key) if i == 0 else "", Code(value), "; ".join(names)]
+            [Code(key) if i == 0 else "", Code(value), "; ".join(names) if i else "all others"]
             for key, values in differ.items()
-            for i, (value, names) in enumerate(values.items())], words=True)
+            for i, (value, names) in enumerate(values)], words=True)
     else:
         page.paragraph("Nothing differs but what the study compares: pair, added modality, frozen "
                        "or finetuned encoders, epochs and seed.")
