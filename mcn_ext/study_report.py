@@ -119,9 +119,9 @@ def headline(study: Study) -> tuple[str, list[str]]:
     if seeds == 1:
         points.append("One seed: the intervals count the chance of the queries, not that of the "
                       "training. Another seed may turn a small difference round.")
-    return (f"{study.labels[best]} {claim}: R@10 {spread(study.values(best))} % "
-            f"(chance {_number(100 * min(10 / n[-1], 1))} %), "
-            f"{_list(n)} queries, {_count(seeds, 'seed')}.", points)
+    return (f"{study.labels[best]} {claim}: it finds the right clip among the first ten for "
+            f"{spread(study.values(best))} % of {_list(n)} captions (R@10; chance "
+            f"{_number(100 * min(10 / n[-1], 1))} %; {_count(seeds, 'seed')}).", points)
 
 
 def _grid_headline(study: Study) -> tuple[str, list[str]]:
@@ -137,7 +137,8 @@ def _grid_headline(study: Study) -> tuple[str, list[str]]:
                 for row, c in cells)
     return ("Of " + _count(len(rows), "grade") + " of noise, " + ", ".join(
         f"{order} is best in {n} ({real} of them beyond chance)" for n, real, order in counts)
-        + f"; R@10, {_list(study.n_queries())} queries, {_count(len(study.seeds()), 'seed')}.",
+        + f"; by R@10 of {_list(study.n_queries())} captions, "
+        f"{_count(len(study.seeds()), 'seed')}.",
         [f"The one-stage baseline is above the best order in {above} of {len(cells)}."]
         if cells else [])
 
@@ -148,11 +149,11 @@ def _headline(page: Page, study: Study) -> None:
     if points:
         page.bullets(points)
     page.paragraph(
-        f"R@10 is the share of captions whose clip is among the first ten found ({MAIN}). "
-        "“AV then T” (AV_T) trains audio and video together first and adds text in a second "
-        "stage; so the other orders. There the first stage's encoders are frozen, or finetuned. "
-        "“One stage” (AVT) trains all three at once. “Real”: the 95 % interval of the paired "
-        "difference leaves out 0.")
+        f"A caption is the query, clips are found by their video and audio ({MAIN}). “AV then T” "
+        "(AV_T) trains audio and video together first and adds text in a second stage; the other "
+        "orders likewise. Frozen: in the second stage the first one's encoders stay as they are; "
+        "finetuned: they go on learning. One stage (AVT) trains all three at once. “Real”: the "
+        "95 % interval of the paired difference leaves out 0.")
     if study.demo:
         page.paragraph(Bold("Demo data, made up: "), "these numbers say that it runs, nothing on "
                        "real data.")
