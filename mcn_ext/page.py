@@ -107,7 +107,8 @@ class Page:
         """The first column to the left, the others to the right; ``words``: all to the left. A
         line break in a cell is kept."""
         rule = "|---" + ("|---" if words else "|---:") * (len(header) - 1) + "|"
-        lines = [[_markdown(cell, cell=True).replace("\n", "<br>") for cell in row] for row in [header, *rows]]
+        lines = [[_markdown(text, cell=True).replace("\n", "<br>") for text in row]
+                 for row in [header, *rows]]
         lines = ["| " + " | ".join(row) + " |" for row in lines]
         head, *body = ["<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in row) + "</tr>"
                        for tag, row in [("th", header), *(("td", row) for row in rows)]]

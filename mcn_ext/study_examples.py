@@ -13,18 +13,24 @@ from mcn_ext.store import Store, StoreError
 from mcn_ext.study_runs import MAIN, Run, Study
 
 
-def captions_of(study: Study, cell: int = 0) -> tuple[list[str], list[str]]:
-    """(ids, captions) of the evaluation clips; empty where the store is gone."""
-    named = Path(study.cells[cell].get("youcook2") or "")
+def store_of(study: Study) -> Store | None:
+    """The first cell's evaluation store, None where it is gone."""
+    named = Path(study.cells[0].get("youcook2") or "")
     for path in (named, study.root / named):
         if path.is_file() or any(path.glob("shard-*.h5")):
             try:
-                store = Store(path)
-                return store.ids(), [(store.caption_texts(i) or [""])[0]
-                                     for i in range(len(store))]
+                return Store(path)
             except StoreError:
                 continue
-    return [], []
+    return None
+
+
+def captions_of(study: Study) -> tuple[list[str], list[str]]:
+    """(ids, captions) of the evaluation clips; empty where the store is gone."""
+    store = store_of(study)
+    if store is None:
+        return [], []
+    return store.ids(), [(store.caption_texts(i) or [""])[0] for i in range(len(store))]
 
 
 def top(run: Run, queries: list[int], k: int = 3) -> list[list[int]]:

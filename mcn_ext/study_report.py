@@ -154,8 +154,9 @@ def _headline(page: Page, study: Study) -> None:
         "orders likewise. Frozen: in the second stage the first one's encoders stay as they are; "
         "finetuned: they go on learning. One stage (AVT) trains all three at once. “Real”: the "
         "95 % interval of the paired difference leaves out 0.")
-    if study.demo:
-        page.paragraph(Bold("Demo data, made up: "), "these numbers say that it runs, nothing on "
+    store = study_examples.store_of(study)
+    if study.demo or store and store.source.startswith("demo data"):
+        page.paragraph(Bold("Demo data, made up:"), " these numbers say that it runs, nothing on "
                        "real data.")
     if missing := study.missing():
         page.paragraph(Bold(f"The study is not complete: {_count(len(missing), 'gap')}"),
@@ -189,6 +190,21 @@ def _tables(page: Page, study: Study, draw) -> None:
                    if len(study.seeds()) > 1 else "; one seed, so no standard deviation."))
     draw("recall", "Recall with 95 % intervals (bootstrap over queries and seeds). Plain and "
          "hatched bars of one colour are variants of one order.", study_pictures.recall_bars)
+    if len(methods) > 1:
+        _differences(page, study, methods, draw)
+    page.heading("All directions, R@10")
+    directions = list(dict.fromkeys(
+        [MAIN, *(d for m in methods for run in study.of(m) for d in run.final.metrics
+                 if "->" in d)]))
+    rows = []
+    for d in directions:
+        values = [study.values(m, direction=d) for m in methods]
+        rows.append([d, *_bold_best([v.mean() if len(v) else np.nan for v in values],
+                                    [spread(v) for v in values])])
+    page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
+
+
+def _differences(page: Page, study: Study, methods: list[str], draw) -> None:
     page.heading("Is the difference real?")
     draw("differences", "Differences to the best method with paired 95 % intervals. Filled: the "
          "interval leaves out 0, the difference is real. Hollow: not decided.",
@@ -201,16 +217,6 @@ def _tables(page: Page, study: Study, draw) -> None:
     page.paragraph("Points and 95 % interval of a paired bootstrap that draws queries and seeds "
                    "anew, crossed; ", Bold("bold"), ": 0 is outside. Each interval is for its own "
                    "comparison: of twenty true zeros, one is bold by chance.")
-    page.heading("All directions, R@10")
-    directions = list(dict.fromkeys(
-        [MAIN, *(d for m in methods for run in study.of(m) for d in run.final.metrics
-                 if "->" in d)]))
-    rows = []
-    for d in directions:
-        values = [study.values(m, direction=d) for m in methods]
-        rows.append([d, *_bold_best([v.mean() if len(v) else np.nan for v in values],
-                                    [spread(v) for v in values])])
-    page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
 
 
 def _difference(compare: dict | None) -> Text:
