@@ -300,6 +300,8 @@ def test_geometry_and_principal_axes(study_folder):
 
 def test_forgetting(study_folder):
     study = Study(study_folder)
+    others = ["fry rice"] * 3 + ["boil"] * 3  # captions of another store
+    assert study_pictures.word_map(None, study, "VT_A", others) is None
     rows = study_pictures.forgetting(study)
     assert len(rows) == 6 and {r["direction"] for r in rows if r["method"] == "VT_A"} == {
         "video->text", "text->video"}
