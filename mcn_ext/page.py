@@ -27,7 +27,7 @@ Text = str | tuple  # str, Bold, Code, or a tuple of them
 _STYLE = """
 :root { color-scheme: light }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1b1b1b;
-  background: #fff; max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+  background: #fff; max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem;
   border-bottom: 1px solid #ccc; padding-bottom: .2rem } h3 { font-size: 1.05rem }
 p, ul { max-width: 46rem } .lead { font-size: 1.12rem; background: #f1f6fa; padding: .7rem 1rem;
@@ -35,25 +35,30 @@ p, ul { max-width: 46rem } .lead { font-size: 1.12rem; background: #f1f6fa; padd
 nav { font-size: .88rem; margin: 1.2rem 0 } nav a { margin-right: 1rem; white-space: nowrap }
 a { color: #00568a } code { font: .88em/1.4 ui-monospace, Menlo, Consolas, monospace;
   background: #f3f3f3; padding: 0 .25em; overflow-wrap: anywhere }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0;
-  font-variant-numeric: tabular-nums } th, td { padding: .28rem .7rem; text-align: right;
+.scroll { overflow-x: auto } table { border-spacing: 0; font-size: .85rem; margin: .8rem 0;
+  font-variant-numeric: tabular-nums } th, td { padding: .28rem .55rem; text-align: right;
   border-bottom: 1px solid #ddd; vertical-align: top } th { border-bottom: 2px solid #888 }
 th:first-child, td:first-child, .words th, .words td { text-align: left }
+td { white-space: nowrap } .words td { white-space: normal } th:first-child, td:first-child {
+  position: sticky; left: 0; background: #fff }
 figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
 figcaption { font-size: .88rem; color: #444; max-width: 46rem }
-@media (max-width: 40rem) { body { font-size: 15px } th, td { padding: .25rem .45rem } }
+@media (max-width: 40rem) { body { font-size: 15px } th, td { padding: .25rem .45rem }
+  figure { overflow-x: auto } img { max-width: none; width: 38rem } }
 @media print { body { max-width: none; font-size: 10.5pt; padding: 0 } nav { display: none }
+  table { font-size: 7.5pt } th, td { padding: .15rem .3rem } .lead { border-width: 4px }
   figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } .scroll { overflow: visible } }
 """
 
 
-def _markdown(text: Text) -> str:
+def _markdown(text: Text, cell: bool = False) -> str:
     if isinstance(text, tuple):
-        return "".join(_markdown(part) for part in text)
+        return "".join(_markdown(part, cell) for part in text)
     if isinstance(text, Code):  # a fence longer than any run of backticks inside
         fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
         pad = " " if "`" in text else ""
-        return f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|")
+        code = f"{fence}{pad}{text}{pad}{fence}"
+        return code.replace("|", "\\|") if cell else code  # a row is cut at | before all else
     # Underscores inside words mean nothing in Markdown, and names of runs are full of them.
     plain = re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", str(text))
     plain = plain.replace("&", "&amp;").replace("<", "&lt;")
@@ -102,7 +107,8 @@ class Page:
         """The first column to the left, the others to the right; ``words``: all to the left. A
         line break in a cell is kept."""
         rule = "|---" + ("|---" if words else "|---:") * (len(header) - 1) + "|"
-        lines = [[_markdown(cell).replace("\n", "<br>") for cell in row] for row in [header, *rows]]
+        lines = [[_markdown(text, cell=True).replace("\n", "<br>") for text in row]
+                 for row in [header, *rows]]
         lines = ["| " + " | ".join(row) + " |" for row in lines]
         head, *body = ["<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in row) + "</tr>"
                        for tag, row in [("th", header), *(("td", row) for row in rows)]]
@@ -114,11 +120,13 @@ class Page:
 
     def picture(self, path: Path, caption: Text, name: str) -> None:
         """A PNG; ``name``: its path in the Markdown, relative to where that will lie."""
-        data = base64.b64encode(path.read_bytes()).decode()
+        data = path.read_bytes()
+        width = int.from_bytes(data[16:20], "big") // 2  # as its header says; two pixels for one
         alt = html.escape(re.sub(r"<.*?>", "", _html(caption)), quote=True)
         self.blocks.append((
             f"![{path.stem}]({name})" + (f"\n\n{_markdown(caption)}" if caption else ""),
-            f'<figure><img src="data:image/png;base64,{data}" alt="{alt or path.stem}">'
+            f'<figure><img width="{width}" alt="{alt or path.stem}" src="data:'
+            f'image/png;base64,{base64.b64encode(data).decode()}">'
             f"<figcaption>{_html(caption)}</figcaption></figure>"))
 
     def contents(self) -> None:
@@ -130,7 +138,7 @@ class Page:
         return "\n\n".join([f"# {_markdown(self.title)}", *blocks]) + "\n"
 
     def html(self) -> str:
-        links = "".join(f'<a href="#s{i}">{_html(text)}</a>'
+        links = "\n".join(f'<a href="#s{i}">{_html(text)}</a>'
                         for i, text in enumerate(self.headings, 1))
         body = "\n".join(f"<nav>{links}</nav>" if block == "<nav></nav>" else block
                          for _, block in self.blocks)

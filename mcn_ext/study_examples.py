@@ -13,18 +13,24 @@ from mcn_ext.store import Store, StoreError
 from mcn_ext.study_runs import MAIN, Run, Study
 
 
-def captions_of(study: Study, cell: int = 0) -> tuple[list[str], list[str]]:
-    """(ids, captions) of the evaluation clips; empty where the store is gone."""
-    named = Path(study.cells[cell].get("youcook2") or "")
+def store_of(study: Study) -> Store | None:
+    """The first cell's evaluation store, None where it is gone."""
+    named = Path(study.cells[0].get("youcook2") or "")
     for path in (named, study.root / named):
         if path.is_file() or any(path.glob("shard-*.h5")):
             try:
-                store = Store(path)
-                return store.ids(), [(store.caption_texts(i) or [""])[0]
-                                     for i in range(len(store))]
+                return Store(path)
             except StoreError:
                 continue
-    return [], []
+    return None
+
+
+def captions_of(study: Study) -> tuple[list[str], list[str]]:
+    """(ids, captions) of the evaluation clips; empty where the store is gone."""
+    store = store_of(study)
+    if store is None:
+        return [], []
+    return store.ids(), [(store.caption_texts(i) or [""])[0] for i in range(len(store))]
 
 
 def top(run: Run, queries: list[int], k: int = 3) -> list[list[int]]:
@@ -39,16 +45,15 @@ def top(run: Run, queries: list[int], k: int = 3) -> list[list[int]]:
 
 
 def pick(ranks: list[np.ndarray]) -> list[tuple[str, int | None]]:
-    """The queries to show: one that all methods answer, one on which they differ most, one that all
-    miss by far; None where there is none."""
+    """The queries to show, of ranks (queries,) of each method: the one whose worst rank is best,
+    the one on which they differ most, the one whose best rank is worst. "Find": among the first
+    ten. None where there is none."""
     table = np.stack(ranks)
-    all_right, none = (table <= 1).all(axis=0), (table > 10).all(axis=0)
-    some = (table <= 1).any(axis=0) & (table > 10).any(axis=0)
-    apart = np.where(some, table.max(axis=0) / table.min(axis=0), -1)
-    return [("All get it right", int(all_right.argmax()) if all_right.any() else None),
-            ("Only some get it", int(apart.argmax()) if some.any() else None),
-            ("All miss it", int(np.where(none, table.min(axis=0), -1).argmax())
-             if none.any() else None)]
+    best, worst = table.min(axis=0), table.max(axis=0)
+    some = np.where((best <= 3) & (worst > 10), worst / best, 0)
+    return [("All find it", int(worst.argmin()) if worst.min() <= 10 else None),
+            ("Only some find it", int(some.argmax()) if some.max() > 0 else None),
+            ("None finds it", int(best.argmax()) if best.max() > 10 else None)]
 
 
 def add(page: Page, study: Study) -> None:
@@ -77,7 +82,7 @@ def add(page: Page, study: Study) -> None:
         for r in runs:
             clips = [_clip(ids[c], captions[c], c == query)
                      for c in found[r.method].get(query, [])]
-            rows.append([r.label, f"{r.final.ranks[MAIN][query]:g}", *clips,
+            rows.append([f"{r.label}, seed {r.seed}", f"{r.final.ranks[MAIN][query]:g}", *clips,
                          *[""] * (3 - len(clips))])
         page.table(["method", "rank", "first", "second", "third"], rows, words=True)
 

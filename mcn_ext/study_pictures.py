@@ -246,7 +246,7 @@ def geometry_scatter(plt, study: Study, rows: list[dict]):
 def principal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """((n, 2) coordinates on the first two principal axes, their shares of the variance), by the
     smaller of the two Gram matrices; the sign is such that the largest coordinate is positive."""
-    x = (rows - rows.mean(dim=0)).double()
+    x = rows.double() - rows.double().mean(dim=0)
     wide = x.shape[1] > len(x)
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
     values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)[:, :2]
@@ -255,10 +255,11 @@ def principal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return points * largest.sign(), values[:2] / values.sum().clamp_min(1e-30)
 
 
-def _map(run: Run, centred: bool) -> tuple[dict[str, tuple], torch.Tensor] | None:
-    """({modality: (points (k, 2), clips (k,))}, shares) of at most SHOWN clips."""
-    parts = {}
+def _map(run: Run, centred: bool) -> tuple[dict[str, tuple], torch.Tensor, int] | None:
+    """({modality: (points (k, 2), clips (k,))}, shares, clips in all); at most SHOWN are in it."""
+    parts, n = {}, 0
     for name, x in run.final.embeddings().items():
+        n = len(x)
         stride = max(1, ceil(len(x) / SHOWN))
         x = torch.nn.functional.normalize(x[::stride], dim=1)
         index = torch.isfinite(x).all(dim=1).nonzero().flatten()
@@ -270,7 +271,7 @@ def _map(run: Run, centred: bool) -> tuple[dict[str, tuple], torch.Tensor] | Non
     points, share = principal(torch.cat([x for x, _ in parts.values()]))
     cut = points.split([len(x) for x, _ in parts.values()])
     return {name: (cut[i].numpy(), index.numpy())
-            for i, (name, (_, index)) in enumerate(parts.items())}, share
+            for i, (name, (_, index)) in enumerate(parts.items())}, share, n
 
 
 def _bare(axis) -> None:
@@ -296,7 +297,7 @@ def joint_space(plt, study: Study):
     if not maps:
         return None
     figure, axes = _panels(plt, len(maps))
-    for axis, (method, (parts, share)) in zip(axes, maps, strict=False):
+    for axis, (method, (parts, share, _)) in zip(axes, maps, strict=False):
         for name, (points, _) in parts.items():
             axis.scatter(*points.T, s=5, color=MODALITIES.get(name), alpha=0.6, linewidths=0)
         axis.set_title(study.labels[method], fontsize=8)
@@ -324,7 +325,7 @@ def word_map(plt, study: Study, method: str, captions: list[str]):
     """Where the clips of a word lie: one panel a word, other clips grey."""
     words, runs = frequent_words(captions), study.of(method)
     found = _map(runs[0], centred=True) if runs and words else None
-    if not found:
+    if not found or found[2] != len(captions):  # another store than the run was evaluated on
         return None
     figure, axes = _panels(plt, len(words))
     for axis, word in zip(axes, words, strict=False):

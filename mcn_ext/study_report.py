@@ -110,10 +110,8 @@ def headline(study: Study) -> tuple[str, list[str]]:
     claim = "wins" if compare and compare["real"] else \
         "is ahead, but which order is best is not decided" if rest else "is the only order yet"
     points = [_against(study, best, rest[0], "the next order")] if rest else []
-    for method in study.baselines():
-        equal = study.equal[method]
-        points.append(_against(study, best, method, "the one-stage baseline" + (
-            f" of equal {equal}" if equal in ("steps", "compute") else "")))
+    points += [_against(study, best, method, "the one-stage baseline")
+               for method in study.baselines(of=best)]
     if not study.baselines():
         points.append("The one-stage baseline has not been evaluated.")
     elif study.mean(study.baselines()[0]) > study.mean(best):
@@ -121,9 +119,9 @@ def headline(study: Study) -> tuple[str, list[str]]:
     if seeds == 1:
         points.append("One seed: the intervals count the chance of the queries, not that of the "
                       "training. Another seed may turn a small difference round.")
-    return (f"{study.labels[best]} {claim}: R@10 {spread(study.values(best))} % "
-            f"(chance {_number(100 * min(10 / n[-1], 1))} %), "
-            f"{_list(n)} queries, {_count(seeds, 'seed')}.", points)
+    return (f"{study.labels[best]} {claim}: it finds the right clip among the first ten for "
+            f"{spread(study.values(best))} % of {_list(n)} captions (R@10; chance "
+            f"{_number(100 * min(10 / n[-1], 1))} %; {_count(seeds, 'seed')}).", points)
 
 
 def _grid_headline(study: Study) -> tuple[str, list[str]]:
@@ -139,7 +137,8 @@ def _grid_headline(study: Study) -> tuple[str, list[str]]:
                 for row, c in cells)
     return ("Of " + _count(len(rows), "grade") + " of noise, " + ", ".join(
         f"{order} is best in {n} ({real} of them beyond chance)" for n, real, order in counts)
-        + f"; R@10, {_list(study.n_queries())} queries, {_count(len(study.seeds()), 'seed')}.",
+        + f"; by R@10 of {_list(study.n_queries())} captions, "
+        f"{_count(len(study.seeds()), 'seed')}.",
         [f"The one-stage baseline is above the best order in {above} of {len(cells)}."]
         if cells else [])
 
@@ -150,13 +149,14 @@ def _headline(page: Page, study: Study) -> None:
     if points:
         page.bullets(points)
     page.paragraph(
-        f"R@10 is the share of captions whose clip is among the first ten found ({MAIN}). "
-        "“AV then T” (AV_T) trains audio and video together first and adds text in a second "
-        "stage; so the other orders. There the first stage's encoders are frozen, or finetuned. "
-        "“One stage” (AVT) trains all three at once. “Real”: the 95 % interval of the paired "
-        "difference leaves out 0.")
-    if study.demo:
-        page.paragraph(Bold("Demo data, made up: "), "these numbers say that it runs, nothing on "
+        f"A caption is the query, clips are found by their video and audio ({MAIN}). “AV then T” "
+        "(AV_T) trains audio and video together first and adds text in a second stage; the other "
+        "orders likewise. Frozen: in the second stage the first one's encoders stay as they are; "
+        "finetuned: they go on learning. One stage (AVT) trains all three at once. “Real”: the "
+        "95 % interval of the paired difference leaves out 0.")
+    store = study_examples.store_of(study)
+    if study.demo or store and store.source.startswith("demo data"):
+        page.paragraph(Bold("Demo data, made up:"), " these numbers say that it runs, nothing on "
                        "real data.")
     if missing := study.missing():
         page.paragraph(Bold(f"The study is not complete: {_count(len(missing), 'gap')}"),
@@ -190,6 +190,21 @@ def _tables(page: Page, study: Study, draw) -> None:
                    if len(study.seeds()) > 1 else "; one seed, so no standard deviation."))
     draw("recall", "Recall with 95 % intervals (bootstrap over queries and seeds). Plain and "
          "hatched bars of one colour are variants of one order.", study_pictures.recall_bars)
+    if len(methods) > 1:
+        _differences(page, study, methods, draw)
+    page.heading("All directions, R@10")
+    directions = list(dict.fromkeys(
+        [MAIN, *(d for m in methods for run in study.of(m) for d in run.final.metrics
+                 if "->" in d)]))
+    rows = []
+    for d in directions:
+        values = [study.values(m, direction=d) for m in methods]
+        rows.append([d, *_bold_best([v.mean() if len(v) else np.nan for v in values],
+                                    [spread(v) for v in values])])
+    page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
+
+
+def _differences(page: Page, study: Study, methods: list[str], draw) -> None:
     page.heading("Is the difference real?")
     draw("differences", "Differences to the best method with paired 95 % intervals. Filled: the "
          "interval leaves out 0, the difference is real. Hollow: not decided.",
@@ -202,16 +217,6 @@ def _tables(page: Page, study: Study, draw) -> None:
     page.paragraph("Points and 95 % interval of a paired bootstrap that draws queries and seeds "
                    "anew, crossed; ", Bold("bold"), ": 0 is outside. Each interval is for its own "
                    "comparison: of twenty true zeros, one is bold by chance.")
-    page.heading("All directions, R@10")
-    directions = list(dict.fromkeys(
-        [MAIN, *(d for m in methods for run in study.of(m) for d in run.final.metrics
-                 if "->" in d)]))
-    rows = []
-    for d in directions:
-        values = [study.values(m, direction=d) for m in methods]
-        rows.append([d, *_bold_best([v.mean() if len(v) else np.nan for v in values],
-                                    [spread(v) for v in values])])
-    page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
 
 
 def _difference(compare: dict | None) -> Text:
@@ -231,8 +236,8 @@ def _curves_and_forgetting(page: Page, study: Study, draw) -> None:
     if not rows:
         page.paragraph("No run has been evaluated after both stages.")
         return
-    draw("forgetting", "Retrieval within the first pair, after stage 1 and after stage 2. An "
-         "arrow to the left is forgetting.", study_pictures.forgetting_lines)
+    draw("forgetting", "Retrieval within the first pair, after stage 1 and after stage 2. Filled "
+         "to the left of hollow is forgetting.", study_pictures.forgetting_lines)
     page.table(["method", "direction", "R@10 after stage 1", "after stage 2",
                 "change (95 % interval)"],
                [[study.labels[r["method"]], r["direction"], _number(r["before"]),
@@ -280,8 +285,8 @@ def _grid(page: Page, study: Study, draw) -> None:
         best = [study_grid.best_of(study, o, cell) for o in orders]
         rows.append([cell, study.orders.get(row["winner"], "-"), *_bold_best(
             best, [_number(v) for v in best]), _difference(compare) if compare else "-"])
-    page.table(["cell", "best order", *(f"{o} R@10" for o in orders),
-                "margin of the best order over the next (95 % interval)"], rows)
+    page.table(["cell", "best two-stage order", *(f"{o} R@10" for o in orders),
+                "its margin over the next"], rows)
     draw("orders", "R@10 of each order, all on one scale.", study_grid.each_order)
     draw("noise", "R@10 against video noise, one panel for each grade of audio noise; mean and "
          "standard deviation of the seeds.", study_grid.over_noise)
@@ -338,8 +343,9 @@ def _cost(page: Page, study: Study) -> None:
         rows.append([study.labels[method], " + ".join(map(str, runs[0].epochs)),
                      f"{_mean(sum(s.clips for s in r.stages) for r in runs):,.0f}",
                      _number(_mean(sum(s.seconds for s in r.stages) for r in runs), 0),
-                     f"{flops:.2e}" if isfinite(flops) else "-"])
-    page.table(["method", "epochs", "clips", "training seconds", "training FLOPs"], rows)
+                     f"{flops:.2e}" if isfinite(flops) else "-", study.equal[method]])
+    page.table(["method", "epochs", "clips", "training seconds", "training FLOPs", "equal in"],
+               rows)
     page.paragraph("Per run, both stages together, mean of the seeds. A stage 1 that two methods "
                    "share is counted for each.")
 
@@ -349,9 +355,9 @@ def _equal(page: Page, study: Study) -> None:
     page.heading("What is equal, what is not")
     if differ:
         page.table(["differs", "value", "in"], [
-            [Code(key) if i == 0 else "", Code(value), "; ".join(names)]
+            [Code(key) if i == 0 else "", Code(value), "; ".join(names) if i else "all others"]
             for key, values in differ.items()
-            for i, (value, names) in enumerate(values.items())], words=True)
+            for i, (value, names) in enumerate(values)], words=True)
     else:
         page.paragraph("Nothing differs but what the study compares: pair, added modality, frozen "
                        "or finetuned encoders, epochs and seed.")

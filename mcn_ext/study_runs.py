@@ -154,9 +154,10 @@ class Study:
         baselines_last = sorted(self.runs, key=lambda run: run.pair is None)
         self.labels = {run.method: run.label for run in baselines_last}
         self.orders = {run.method: run.order for run in baselines_last}
-        self.equal = {run.method: run.equal or (
-            "compute of " + ", ".join(run.baseline_of) if run.baseline_of else "")
-            for run in baselines_last}
+        self.matches = {run.method: run.baseline_of or [] for run in baselines_last}
+        self.equal = {run.method: " of ".join(filter(None, [
+            run.equal or ("compute" if run.baseline_of else ""),
+            ", ".join(run.baseline_of or [])])) for run in baselines_last}
 
     @property
     def methods(self) -> list[str]:
@@ -198,8 +199,12 @@ class Study:
                 best.setdefault(self.orders[method], method)
         return list(best.values())
 
-    def baselines(self, cell: str = "") -> list[str]:
-        return self.ranked((m for m in self.methods if self.orders[m] == "AVT"), cell)
+    def baselines(self, cell: str = "", of: str | None = None) -> list[str]:
+        """The one-stage methods, best first; those whose compute is that of a method ``of``, or of
+        all."""
+        found = self.ranked((m for m in self.methods if self.orders[m] == "AVT"), cell)
+        return [m for m in found if of is None or not self.matches[m]
+                or {of, self.orders[of]} & set(self.matches[m])]
 
     def ranks(self, method: str, direction: str = MAIN, cell: str = "") -> dict[int, np.ndarray]:
         """{seed: ranks}."""
@@ -242,9 +247,10 @@ def paired(a: dict[int, np.ndarray], b: dict[int, np.ndarray], k: int = 10) -> d
     return result | {"seeds": seeds}
 
 
-def compare_args(study: Study) -> tuple[dict, dict[str, dict[str, list[str]]]]:
+def compare_args(study: Study) -> tuple[dict, dict[str, list[tuple[str, list[str]]]]]:
     """Flags of args.json over all runs, both stages: ({flag: value} that are the same, {flag:
-    {value: runs}} that differ); flags in which runs differ by design are left out."""
+    [(value, runs), ...]} that differ, the value most runs have first); flags in which runs differ
+    by design are left out."""
     seen: dict[str, dict[str, list[str]]] = {}
     for run in study.runs:
         for number, stage in enumerate(run.stages, 1):
@@ -254,4 +260,5 @@ def compare_args(study: Study) -> tuple[dict, dict[str, dict[str, list[str]]]]:
                 if where not in names:
                     names.append(where)
     same = {key: next(iter(values)) for key, values in sorted(seen.items()) if len(values) == 1}
-    return same, {key: values for key, values in sorted(seen.items()) if len(values) > 1}
+    return same, {key: sorted(values.items(), key=lambda item: -len(item[1]))
+                  for key, values in sorted(seen.items()) if len(values) > 1}

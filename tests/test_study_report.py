@@ -111,3 +111,286 @@ def write_study(root, *, cells=None, methods=METHODS, seeds=(0, 1, 2), n=120, qu
         "format": "mcn-study", "version": 1, "command": "python -m mcn_ext.study --seeds 3",
         "flags": {}, "cells": cells, "runs": runs}))
     return root
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    """One whole study, its report written."""
+    root = write_study(tmp_path_factory.mktemp("study"), seeds=(0, 1), n=80, methods=(
+        "AV_T", "AV_T-finetune", "VT_A", "AVT-30", "AVT-23"))
+    with pytest.MonkeyPatch.context() as patch:
+        style = study_pictures.style
+        patch.setattr(study_pictures, "style", lambda plt: (
+            style(plt), plt.rcParams.update({"savefig.dpi": 50})))
+        study_report.write(root)
+    return root
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """matplotlib as if not installed: pictures are slow, and the page must do without them."""
+    monkeypatch.setattr("mcn_ext.report._pyplot", lambda: None)
+
+
+class Checker(HTMLParser):
+    """Tags that do not nest, and anything that runs or is loaded from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.wrong, self.images = [], [], 0
+        self.feed(text)
+        self.wrong += self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.images += tag == "img"
+        if tag == "script" or any(key.startswith("on") or (value or "").startswith("http")
+                                  for key, value in attrs):
+            self.wrong.append((tag, attrs))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}>")
+
+
+# ------------------------------------------------------------------------------- the page
+def test_page_escapes_everything(tmp_path):
+    page = Page(EVIL)
+    page.heading(EVIL)
+    page.paragraph(EVIL, Bold(EVIL), Code(EVIL))
+    page.table([EVIL, "b"], [[Bold(EVIL), "two\nlines"], [Code("a|b"), "_c_ d_e"]])
+    page.bullets([EVIL, (EVIL, Bold("x"))])
+    path = page.save(tmp_path)
+    text = path.read_text()
+    assert Checker(text).wrong == []
+    assert "<script" not in text and text.count("&lt;script&gt;") == 10  # title and h1 are two
+    markdown = (tmp_path / "report.md").read_text()
+    assert "<script" not in markdown.replace(f"`{EVIL}`", "")  # in a code span it is text
+    for row in re.findall(r"^\|.*", markdown, re.M):
+        assert len(re.findall(r"(?<!\\)\|", row)) == 3, row  # no cell broke its row
+    assert "two<br>lines" in text and "two<br>lines" in markdown
+    assert r"\_c\_ d_e" in markdown and r"fry &amp; \*boil\*" in markdown
+
+
+# ------------------------------------------------------------------------------ the bootstrap
+def test_paired_bootstrap_of_the_same_ranks_is_exactly_zero():
+    rank = np.random.default_rng(0).integers(1, 40, (3, 50)).astype(float)
+    assert paired_bootstrap(rank, rank.copy()) == {
+        "difference": 0.0, "ci95": (0.0, 0.0), "real": False}
+
+
+def test_paired_bootstrap_by_hand():
+    # One seed, n queries, of which a has one more hit: D* = 100 Binomial(n, 1/n) / n.
+    a, b = np.full((1, 4), 11.0), np.full((1, 4), 11.0)
+    a[0, 2] = 10.0
+    got = paired_bootstrap(a, b)
+    assert got["difference"] == 25.0 and not got["real"]
+    # P(0) = 0.316, P(<= 2) = 0.949, P(<= 3) = 0.996: the 97.5 % quantile is 3 of 4.
+    assert got["ci95"] == (0.0, 75.0)
+    sure = paired_bootstrap(np.full((2, 9), 1.0), np.full((2, 9), 50.0))
+    assert sure == {"difference": 100.0, "ci95": (100.0, 100.0), "real": True}
+    # k counts; half ranks (ties) and NaN do as they say.
+    assert paired_bootstrap(np.array([[10.5, np.nan]]), np.array([[50.0, 50.0]]))["real"] is False
+    assert paired_bootstrap(np.full((1, 9), 5.0), np.full((1, 9), 6.0), k=5)["difference"] == 100
+
+
+def test_seeds_count_as_much_as_queries():
+    # Two seeds that are 100 and 0: sd of the mean is 100 / 2, whatever the number of queries.
+    a, b = np.array([[1.0] * 200, [50.0] * 200]), np.full((2, 200), 50.0)
+    got = paired_bootstrap(a, b)
+    assert got["difference"] == 50.0 and not got["real"]
+    # Draws of the two seeds: 1/4, 1/2, 1/4 at 50 - 50 sqrt(2), 50, 50 + 50 sqrt(2).
+    assert got["ci95"] == pytest.approx((50 - 50 * 2 ** 0.5, 50 + 50 * 2 ** 0.5), abs=1e-3)
+    assert paired_bootstrap(a[:1], b[:1])["real"]
+
+
+def test_intervals_cover_the_truth():
+    rng, covered, one = np.random.default_rng(1), 0, 0
+    for _ in range(100):
+        # a is right in 60 %, b in 50 % of cases; seeds differ by 3 points, queries in hardness.
+        hard, seed = rng.normal(0, 0.15, 200), rng.normal(0, 0.03, (2, 3, 1))
+        hit = rng.random((2, 3, 200)) < np.array([0.6, 0.5])[:, None, None] + hard + seed
+        a, b = np.where(hit, 1.0, 99.0)
+        low, high = paired_bootstrap(a, b, resamples=300)["ci95"]
+        covered += low <= 10 <= high
+        low, high = recall_interval(a, resamples=300)
+        one += low <= 60 <= high
+    assert 91 <= covered <= 100 and 91 <= one <= 100
+    with pytest.raises(ValueError, match="the same of both"):
+        paired_bootstrap(a, b[:, :5])
+
+
+# -------------------------------------------------------------------------------- the report
+def test_the_answer_comes_first(study_folder):
+    text = (study_folder / "report.md").read_text()
+    answer = text.split("\n\n")[1]
+    study = Study(study_folder)
+    best = max(["AV_T", "AV_T-finetune"], key=study.mean)
+    assert answer.startswith(f"**{study.labels[best]} wins: it finds the right clip")
+    assert f"for {study.mean(best):.1f} ± " in answer and "% of 80 captions" in answer
+    assert "(R@10; chance 12.5 %; 2 seeds)" in answer
+    compare = study.compare(best, study.by_order()[1])
+    points = text.split("\n\n")[2]
+    assert f"- {compare['difference']:.1f} points above the next order" in points
+    assert points.count("the one-stage baseline") == 2 and "not complete" not in text
+    values = study.values("AV_T", "R@5")
+    assert f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" in text
+    assert "every run: `batch_size 16`" in text
+    assert re.search(r"\| `lr` \| `0.002` \| all others \|\n\|  \| `0.001` \| one stage, equal com",
+                     text)
+    assert "Nothing: every run of the study was trained" in text
+    # 2 seeds, 2 stages, one skipped each; 16 x 8 clips x (80 + 40 steps); 640 clips a second.
+    assert "| AV then T, frozen | 4 | 60 of 64 | 5.0 |" in text
+    assert "| AV then T, frozen | 20 + 10 | 15,360 | 24 | 1.50e+12 |" in text
+
+
+def test_html_stands_alone(study_folder):
+    text = (study_folder / "report.html").read_text()
+    checked = Checker(text)
+    assert checked.wrong == []
+    pictures = sorted(p.stem for p in (study_folder / "pictures").iterdir())
+    assert pictures == sorted("recall differences curves forgetting geometry space words".split())
+    assert checked.images == len(pictures)
+    assert text.count("data:image/png;base64,iVBOR") == len(pictures)
+
+
+def test_captions_are_escaped(study_folder, no_pictures, monkeypatch):
+    from mcn_ext import study_examples
+
+    monkeypatch.setattr(study_examples, "pick", lambda ranks: [("Evil", 0)])
+    study_report.write(study_folder)
+    text = (study_folder / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(&#x27;x&#x27;)" in text
+    assert Checker(text).images == 0
+
+
+def test_examples_are_what_the_ranks_say(study_folder):
+    from mcn_ext.study_examples import pick, top
+
+    run = Study(study_folder).of("AV_T")[0]
+    rank = run.final.ranks[MAIN]
+    found = top(run, list(range(len(rank))))
+    for query, clips in enumerate(found):
+        assert (query in clips) == (rank[query] <= 3), (query, clips, rank[query])
+    table = [np.array([1, 1, 50, 30]), np.array([2, 40, 60, 12])]
+    assert [q for _, q in pick(table)] == [0, 1, 2]
+    assert [q for _, q in pick([np.array([1, 1]), np.array([1, 1])])] == [0, None, None]
+
+
+def test_geometry_and_principal_axes(study_folder):
+    study = Study(study_folder)
+    rows = {(r["method"], r["pair"]): r for r in study_pictures.geometry(study)}
+    e = [r.final.embeddings() for r in study.of("VT_A")]
+    expected = np.mean([float((x["video"] - x["audio"]).square().sum(1).nanmean()) for x in e])
+    assert rows["VT_A", "video-audio"]["alignment"] == pytest.approx(expected, rel=1e-5)
+    assert all(r["uniformity"] < 0 for r in rows.values())
+    for shape in ((40, 7), (7, 40)):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        points, share = study_pictures.principal(x)
+        u, s, _ = np.linalg.svd((x.double() - x.double().mean(0)).numpy(), full_matrices=False)
+        np.testing.assert_allclose(points.abs(), np.abs(u * s)[:, :2], atol=1e-8)
+        np.testing.assert_allclose(share, s[:2] ** 2 / (s ** 2).sum(), atol=1e-8)
+
+
+def test_forgetting(study_folder):
+    study = Study(study_folder)
+    others = ["fry rice"] * 3 + ["boil"] * 3  # captions of another store
+    assert study_pictures.word_map(None, study, "VT_A", others) is None
+    rows = study_pictures.forgetting(study)
+    assert len(rows) == 6 and {r["direction"] for r in rows if r["method"] == "VT_A"} == {
+        "video->text", "text->video"}
+    run = study.of("VT_A")
+    row = next(r for r in rows if r["method"] == "VT_A" and r["direction"] == "text->video")
+    after = np.mean([100 * (r.final.ranks["text->video"] <= 10).mean() for r in run])
+    before = np.mean([100 * (r.first.ranks["text->video"] <= 10).mean() for r in run])
+    assert (row["before"], row["after"]) == pytest.approx((before, after), abs=1e-3)
+    assert row["change"]["difference"] == pytest.approx(after - before, abs=1e-3)
+    values, start = study_pictures.joined(run[0], "total")
+    assert start == 80 and max(values) == 120 and np.isnan(values[80.5])
+    assert len(values) == 8 + 4 + 1
+
+
+def test_partial_and_broken_studies(tmp_path, no_pictures):
+    root = write_study(tmp_path / "s", methods=["AV_T", "VT_A", "AVT-30"], seeds=(0, 1), n=30)
+    (root / "runs/seed1/VT_A/metrics.json").unlink()
+    (root / "runs/seed0/AVT-30/log.jsonl").write_text(
+        '{"step": 10, "total": NaN, "clips_per_s": 5.0, "rank_text": 1.0}\n{"step"')
+    (root / "runs/seed0/stage1-AV/youcook2.npz").write_bytes(b"PK not a zip")
+    (root / "runs/seed1/AVT-30/metrics.json").write_text("{")
+    (root / "eval.h5").unlink()
+    text = study_report.write(root).with_name("report.md").read_text()
+    missing = text.split("## What is missing")[1]
+    assert "- VT then A, frozen, seed 1: not evaluated" in missing
+    assert "- one stage, equal steps, seed 1: not evaluated" in missing
+    assert "- AV then T, frozen, seed 0, stage 1: no youcook2.npz" in missing
+    assert missing.count("\n- ") == 3 and "not complete: 3 gaps" in text
+    assert "1 seed both have" in text  # the winner is compared on the seed VT_A has
+    assert "one stage, equal steps, seed 0: the text embeddings lie on one line (effective rank " \
+        "below 2); the last loss is not finite" in text
+    for run in root.glob("runs/*/*/metrics.json"):
+        run.unlink()
+    assert "Nothing to compare yet" in study_report.write(root).read_text()
+    (root / "study.json").write_text('{"format": "mcn-study", "version": 1, "runs": []}')
+    assert "Nothing to compare yet" in study_report.write(root).read_text()
+    (root / "study.json").write_text('{"format": "other"}')
+    with pytest.raises(StudyError, match="not a study of format mcn-study"):
+        study_report.write(root)
+
+
+def test_one_seed_and_no_winner(tmp_path, no_pictures):
+    root = write_study(tmp_path, methods=["AV_T", "VT_A"], seeds=(3,), n=60,
+                       quality=lambda cell, method: 1.0)
+    text = study_report.write(root).with_name("report.md").read_text()
+    answer, points = text.split("\n\n")[1:3]
+    assert "is ahead, but which order is best is not decided" in answer and "±" not in answer
+    assert "not decided, as 0 is inside" in points and "One seed: the intervals" in points
+    assert "The one-stage baseline has not been evaluated" in points
+    assert "one seed, so no standard deviation" in text
+
+
+def test_a_baseline_above_all_and_of_the_winners_compute(tmp_path, no_pictures):
+    root = write_study(tmp_path, methods=["AV_T", "VT_A", "AVT-30", "AVT-23"], seeds=(0,), n=60,
+                       quality=lambda cell, m: {"AV_T": 0.5, "VT_A": 0.9}.get(m, 3.0))
+    points = study_report.write(root).with_name("report.md").read_text().split("\n\n")[2]
+    assert "points below the one-stage baseline (one stage, equal steps)" in points
+    assert "equal compute" not in points  # AVT-23 is the baseline of AV_T and AT_V
+    assert "no two-stage order has the R@10 of one stage" in points
+
+
+# ---------------------------------------------------------------------------------- the grid
+def test_grid_winners(tmp_path):
+    cells = [{"name": f"v{v}-a{a}", "data": f"{v}{a}.h5", "youcook2": "eval.h5",
+              "video_noise": v, "audio_noise": a} for v in (None, 1.0) for a in (0.0, 2.0)]
+    signal = {("AV_T", None, 0.0): 3.0, ("VT_A", None, 2.0): 3.0, ("AV_T", 1.0, 0.0): 3.0}
+    root = write_study(
+        tmp_path, cells=cells, methods=["AV_T", "VT_A", "AVT-30"], seeds=(0,), n=60,
+        quality=lambda cell, m: signal.get((m, cell["video_noise"], cell["audio_noise"]), 0.7))
+    for run in root.glob("v1.0-a2.0/*/*/metrics.json"):
+        run.unlink()
+    page = study_report.write(root).read_text()
+    study = Study(root)
+    rows = {row["cell"]["name"]: row for row in study_grid.winners(study)}
+    assert [rows[n]["winner"] for n in ("vNone-a0.0", "vNone-a2.0", "v1.0-a0.0", "v1.0-a2.0")] == [
+        "AV_T", "VT_A", "AV_T", None]
+    assert all(row["compare"]["real"] for row in rows.values() if row["winner"])
+    assert study_grid.levels(study, "video_noise") == [None, 1.0]
+    assert ("Of 3 grades of noise, AV_T is best in 2 (2 of them beyond chance), VT_A is best in 1 "
+            "(1 of them beyond chance)") in page
+    assert Checker(page).wrong == [] and Checker(page).images == 3
+    assert sorted(p.stem for p in (root / "pictures").iterdir()) == ["noise", "orders", "winners"]
+
+
+def test_report_command(study_folder, no_pictures, capsys):
+    from mcn_ext import report
+
+    assert report.main([str(study_folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(study_folder / "report.html")
+    run = study_folder / "runs/seed0/AV_T"
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(
+        {"data": "x.h5", "epochs": 3, "temperature": 0.1, **args}))
+    assert report.main([str(run)]) == 0
+    html, markdown = ((run / f"report.{end}").read_text() for end in ("html", "md"))
+    assert Checker(html).wrong == [] and "text-&gt;video+audio" in html
+    assert "| chance | 1.2 |" in markdown and "1 steps were skipped" in markdown
