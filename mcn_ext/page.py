@@ -46,7 +46,8 @@ figcaption { font-size: .88rem; color: #444; max-width: 46rem }
 @media (max-width: 40rem) { body { font-size: 15px } th, td { padding: .25rem .45rem }
   figure { overflow-x: auto } img { max-width: none; width: 38rem } }
 @media print { body { max-width: none; font-size: 10.5pt; padding: 0 } nav { display: none }
-  table { font-size: 7.5pt } th, td { padding: .15rem .3rem } .lead { border-width: 4px }
+  table { font-size: 7.5pt } th, td { padding: .15rem .3rem }
+  th:first-child, td:first-child { position: static }
   figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } .scroll { overflow: visible } }
 """
 

@@ -122,8 +122,11 @@ class Study:
         self._count()
         for cell in self.cells:
             for seed in args.seeds:
-                for order in args.orders:
-                    (self._baseline if order == BASELINE else self._order)(cell, seed, order)
+                for order in ORDERS:
+                    if order in args.orders:
+                        self._order(cell, seed, order)
+                if BASELINE in args.orders:
+                    self._baselines(cell, seed)
 
     def _cells(self) -> list[dict]:
         from mcn_ext.prepare import demo
@@ -180,18 +183,32 @@ class Study:
             return training_flops(settings, training.video_dims(store), modalities, frozen,
                                   word_dim)
 
-        first, second = args.epochs
-        joint = flops(BASELINE)
-        self.flops, self.pair_flops, self.baselines = {}, {}, {first + second: ["steps"]}
-        for order in ORDERS:
-            pair, third = order.split("_")
-            self.pair_flops[pair] = self.clips * first * flops(pair)
-            for kind, cost in (("frozen", flops(pair + third, pair)), ("finetune", joint)):
-                self.flops[order, kind] = self.pair_flops[pair] + self.clips * second * cost
-            if order in args.orders:
-                epochs = max(1, round(self.flops[order, "frozen"] / (self.clips * joint)))
-                self.baselines.setdefault(epochs, []).append(order)
-        self.flops |= {(BASELINE, e): self.clips * e * joint for e in self.baselines}
+        first, joint = args.epochs[0], flops(BASELINE)
+        self.flops, self.baselines = {}, {}
+        for variant, words in self.variants.items():
+            second, frozen, rest = self._second(words)
+            name = variant if rest else ""
+            for order in ORDERS:
+                pair, third = order.split("_")
+                self.flops[pair] = self.clips * first * flops(pair)
+                cost = flops(pair + third, pair) if frozen else joint
+                total = self.flops[order, variant] = self.flops[pair] + self.clips * second * cost
+                if order not in args.orders:
+                    continue
+                for epochs in (first + second, max(1, round(total / (self.clips * joint)))):
+                    self.flops[BASELINE, epochs] = self.clips * epochs * joint
+                    self.baselines.setdefault((epochs, name), {"flags": rest, "of": []})
+                self.baselines[epochs, name]["of"].append(_method(order, variant))
+
+    def _second(self, words: str) -> tuple[int, bool, list[str]]:
+        """A variant's epochs in stage 2, whether it freezes stage 1's encoders, and its flags
+        that one stage has as well."""
+        words = shlex.split(words)
+        encoders = _given(words, "stage1_encoders")
+        epochs = _given(words, "epochs")
+        second = int(epochs[-1].rpartition("=")[2]) if epochs else self.args.epochs[1]
+        rest = [w for w in words if w not in (*encoders, *epochs)]
+        return second, not encoders or "finetune" not in encoders[-1], rest
 
     def _command(self, *words) -> list[str]:
         launch = shlex.split(self.args.launch) or [sys.executable]
@@ -219,54 +236,41 @@ class Study:
 
     def _order(self, cell: dict, seed: int, order: str) -> None:
         (pair, third), at = order.split("_"), self._folder(cell, seed)
-        first, second = self.args.epochs
-        start = at / f"stage1-{pair}"
+        first, start = self.args.epochs[0], at / f"stage1-{pair}"
         chain = [self._stage1(start, cell, seed, pair, first)]
         machine = [word for name in ("device", "workers", "save_every", "log_every", "precision")
                    for word in _given(self.rest, name)]
         for variant, words in self.variants.items():
-            method = order + (f"-{variant}" if variant else "")
+            method = _method(order, variant)
             folder = at / f"stage2-{method}"
+            second, frozen, _ = self._second(words)
             chain.append(self._unit(
-                folder, cell, "train_stage2.py", "--add", third, "--init", start, "--epochs",
-                second, *machine, *shlex.split(words)))
-            kind = "finetune" if "finetune" in words else "frozen"
-            self._add(cell, seed, method, order, folder, encoders=kind, variant=variant,
-                      stage1=str(start.relative_to(self.args.out)), epochs=[first, second],
+                folder, cell, "train_stage2.py", "--add", third, "--init", start, *machine,
+                "--epochs", second, *shlex.split(words)))
+            self._add(cell, seed, method, order, folder, epochs=[first, second],
+                      encoders="frozen" if frozen else "finetune",
+                      stage1=str(start.relative_to(self.args.out)),
                       label=f"{pair} then {third}, {variant or 'frozen'}",
-                      flops=self.flops[order, kind])
+                      flops=self.flops[order, variant])
         self.chains.append(chain)
 
-    def _baseline(self, cell: dict, seed: int, order: str) -> None:
-        for epochs, reasons in self.baselines.items():
-            orders = [r for r in reasons if r != "steps"]
-            equal = ", ".join((["equal steps"] if "steps" in reasons else [])
-                              + ([f"compute of {' and '.join(orders)}"] if orders else []))
-            for variant, words in self.variants.items():
-                words = shlex.split(words)
-                at = next((i for i, w in enumerate(words) if w.endswith("encoders")), None)
-                if at is not None:  # one stage has no stage-1 encoders
-                    del words[at:at + 2]
-                if variant and not words:
-                    continue  # the same as the first
-                method = f"{BASELINE}-{epochs}" + (f"-{variant}" if words else "")
-                folder = self._folder(cell, seed) / method
-                self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs, *words)])
-                self._add(cell, seed, method, BASELINE, folder, encoders=None, stage1=None,
-                          variant=variant if words else "", epochs=[epochs], equal=equal,
-                          baseline_of=orders, flops=self.flops[BASELINE, epochs],
-                          label=f"one stage, {equal}" + (f", {variant}" if words else ""))
+    def _baselines(self, cell: dict, seed: int) -> None:
+        for (epochs, variant), made in self.baselines.items():
+            method = _method(f"{BASELINE}-{epochs}", variant)
+            folder = self._folder(cell, seed) / method
+            self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs, *made["flags"])])
+            self._add(cell, seed, method, BASELINE, folder, encoders=None, stage1=None,
+                      epochs=[epochs], baseline_of=made["of"],
+                      equal="steps" if epochs == sum(self.args.epochs) else "compute",
+                      label=f"one stage, {epochs} epochs" + (f", {variant}" if variant else ""),
+                      flops=self.flops[BASELINE, epochs])
 
     def cost(self, folder: Path) -> float:
         """FLOPs of a run's own stage."""
-        name = folder.name
-        if name.startswith("stage1-"):
-            return self.pair_flops[name.removeprefix("stage1-")]
-        for made in self.runs:
-            if made["run"] == str(folder.relative_to(self.args.out)):
-                return made["flops"] - (self.pair_flops[made["order"].split("_")[0]]
-                                        if made["stage1"] else 0)
-        raise KeyError(folder)
+        if folder.name.startswith("stage1-"):
+            return self.flops[folder.name.removeprefix("stage1-")]
+        run = next(r for r in self.runs if r["run"] == str(folder.relative_to(self.args.out)))
+        return run["flops"] - (self.flops[run["order"].split("_")[0]] if run["stage1"] else 0)
 
     def write(self) -> None:
         """study.json; SystemExit if the folder holds another study."""
@@ -290,6 +294,10 @@ class Study:
                                  "another folder, or the flags of study.json")
         self.args.out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def _method(order: str, variant: str) -> str:
+    return order + (f"-{variant}" if variant else "")
 
 
 def _given(rest: list[str], name: str) -> list[str]:

@@ -118,7 +118,7 @@ def each_order(plt, study: Study):
         image = axis.imshow(picture, cmap="cividis", vmin=low, vmax=high, origin="lower",
                             aspect=0.8)
         axis.set_title(order, color=ORDERS[order])
-    figure.colorbar(image, ax=axes, label=f"{MAIN} R@10, %", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="R@10, %", shrink=0.8)
     return figure
 
 
