@@ -195,10 +195,13 @@ class Study:
                 total = self.flops[order, variant] = self.flops[pair] + self.clips * second * cost
                 if order not in args.orders:
                     continue
-                for epochs in (first + second, max(1, round(total / (self.clips * joint)))):
+                same = max(1, round(total / (self.clips * joint)))
+                if abs(same - first - second) <= 0.05 * same:
+                    same = first + second  # one run more would say nothing new
+                for epochs in (first + second, same):
                     self.flops[BASELINE, epochs] = self.clips * epochs * joint
                     self.baselines.setdefault((epochs, name), {"flags": rest, "of": []})
-                self.baselines[epochs, name]["of"].append(_method(order, variant))
+                self.baselines[same, name]["of"].append(_method(order, variant))
 
     def _second(self, words: str) -> tuple[int, bool, list[str]]:
         """A variant's epochs in stage 2, whether it freezes stage 1's encoders, and its flags
