@@ -1,9 +1,9 @@
-# make demo | test | setup | bench | nan | gpu | lint. Everything but gpu runs in ./.venv and leaves the system alone.
+# make demo | test | setup | bench | nan | study | gpu | lint. Everything but gpu runs in ./.venv and leaves the system alone.
 PYTHON ?= python3
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup bench nan gpu lint clean
+.PHONY: demo test setup bench nan study gpu lint clean
 
 demo: setup
 	$(PY) train_stage1.py --pair AV --preset demo
@@ -35,6 +35,11 @@ bench: setup
 # The published recipe until it goes NaN, ours beside it: a figure, runs/nan.png.
 nan: setup
 	$(PY) benchmarks/nan.py
+
+# Which pair first, where video or audio is noisy: a small grid on demo data, runs/study-noise.
+study: setup
+	$(PY) -m mcn_ext.study --noise 0.5 2 --videos 128 --n_pair 4 --seeds 0 --jobs 2 --baselines steps \
+		--stage1_encoders frozen --out runs/study-noise
 
 # With the python3 at hand and its own CUDA torch; nothing is installed.
 gpu:

@@ -24,8 +24,7 @@ from mcn_ext import chains, flags
 ROOT = Path(__file__).resolve().parents[1]
 ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
-OURS = ("pair", "add", "init", "out", "seed", "epochs", "resume", "detect", "stage1_encoders",
-        "data", "max_steps")  # what the study sets for its runs itself
+OURS = ("data", "out", "seed", "resume", "detect", "max_steps")  # of no use within a study
 
 
 def parser() -> flags.Parser:
@@ -48,6 +47,9 @@ def parser() -> flags.Parser:
                    "kind of stage 2, by train_stage2.py's flags, such as gentle='--stage1_encoders "
                    "finetune --lr 1e-5'; what of them train_stage1.py has makes one more baseline, "
                    "too; may be repeated")
+    p.add_argument("--baselines", nargs="+", choices=("steps", "compute"),
+                   default=["steps", "compute"], help="AVT for as many steps as an order, for the "
+                   "FLOPs of each order (default: both)")
     p.add_argument("--epochs", nargs=2, type=flags.positive(int), metavar=("FIRST", "SECOND"),
                    default=[flags.EPOCHS[1], flags.EPOCHS[2]],
                    help="of stage 1 and stage 2 (default 20 10)")
@@ -101,12 +103,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, rest: list[str]):
         self.args, self.rest = args, rest
-        training = flags.Parser(prog="python -m mcn_ext.study")
-        flags.add_training_flags(training, stage=1)
-        given = training.parse_args(rest)  # an error here names the flag, before any work
-        for name in OURS:
-            if name in vars(given) and getattr(given, name) != training.get_default(name):
-                raise SystemExit(f"--{name}: the study sets it for each of its runs; see --help")
+        given = _checked(rest, 1, "python -m mcn_ext.study")
         self.variants = {"": "--stage1_encoders frozen"} if "frozen" in args.stage1_encoders else {}
         if "finetune" in args.stage1_encoders:
             self.variants["finetune"] = "--stage1_encoders finetune"
@@ -114,6 +111,7 @@ class Study:
             name, equals, words = text.partition("=")
             if not name.isidentifier() or not equals:
                 raise SystemExit(f"--variant {text}: write NAME=FLAGS, the name in letters")
+            _checked(shlex.split(words), 2, f"--variant {name}")
             self.variants[name] = words
         self.cells = self._cells()
         given.data = self.cells[0]["data"]
@@ -198,10 +196,12 @@ class Study:
                 same = max(1, round(total / (self.clips * joint)))
                 if abs(same - first - second) <= 0.05 * same:
                     same = first + second  # one run more would say nothing new
-                for epochs in (first + second, same):
-                    self.flops[BASELINE, epochs] = self.clips * epochs * joint
-                    self.baselines.setdefault((epochs, name), {"flags": rest, "of": []})
-                self.baselines[same, name]["of"].append(_method(order, variant))
+                for equal, epochs in (("steps", first + second), ("compute", same)):
+                    if equal in args.baselines:
+                        self.flops[BASELINE, epochs] = self.clips * epochs * joint
+                        self.baselines.setdefault((epochs, name), {"flags": rest, "of": []})
+                if (same, name) in self.baselines:
+                    self.baselines[same, name]["of"].append(_method(order, variant))
 
     def _second(self, words: str) -> tuple[int, bool, list[str]]:
         """A variant's epochs in stage 2, whether it freezes stage 1's encoders, and its flags
@@ -290,13 +290,28 @@ class Study:
             old = json.loads(file.read_text())
             different = [key for key in content["flags"]
                          if old["flags"].get(key) != content["flags"][key]
-                         and key not in ("seeds", "orders", "variant", "stage1_encoders", "launch")]
+                         and key not in ("seeds", "orders", "variant", "stage1_encoders", "baselines",
+                                        "launch")]
             if different:
                 raise SystemExit(f"{self.args.out} holds a study with other "
                                  f"{', '.join('--' + key for key in different)}; give --out "
                                  "another folder, or the flags of study.json")
         self.args.out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def _checked(words: list[str], stage: int, prog: str) -> argparse.Namespace:
+    """Words for the training script of a stage, parsed: an error names the flag, before any work
+    is done."""
+    training = flags.Parser(prog=prog, usage="%(prog)s [...], and the training scripts' flags")
+    flags.add_training_flags(training, stage)
+    if stage == 2:
+        training.add_argument("--stage1_encoders", choices=("frozen", "finetune"))
+    given = training.parse_args(words)
+    for name in OURS + ("epochs",) * (stage == 1):
+        if getattr(given, name) != training.get_default(name):
+            training.error(f"--{name}: the study sets it for each of its runs")
+    return given
 
 
 def _method(order: str, variant: str) -> str:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mcn_ext.encoders import ResDAVEnet, SentenceMaxPool
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
+from mcn_ext.reference import contrastive_loss
 
 SIZES = dict(video_dims={"2d": 12, "3d": 6}, word_dim=5, embd_dim=16, recon_dim=8,
              audio_width=0.0625)
@@ -158,6 +160,48 @@ def test_same_words_are_no_negatives():
                           recon_weight=0.0)
         model = MCN("AV", **SIZES).eval()
         assert audio(*model(data), data)["total"] > 0  # without text the clips differ
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_joint_pairs_are_each_modality_with_the_mean_of_the_others(similarity):
+    torch.manual_seed(0)
+    names = ["audio", "text", "video"]
+    rows = {name: torch.randn(6, 16, requires_grad=True) for name in names}
+    data = batch()
+    data["valid"]["audio"][2] = False
+    data["valid"]["text"][4] = data["valid"]["video"][4] = False
+    with torch.no_grad():
+        rows["audio"][2] = torch.nan  # what is not there reaches neither loss nor gradients
+    data["caption_id"][1] = data["caption_id"][0]
+    objective = Objective(names, names, cluster_weight=0.0, recon_weight=0.0, joint_pairs=True,
+                          similarity=similarity, temperature=0.5)
+    total = objective(rows, {}, data)["total"]
+    total.backward()
+
+    terms, valid = [], data["valid"]
+    unit = {n: F.normalize(x.detach()) if similarity == "cosine" else x.detach()
+            for n, x in rows.items()}
+    for name in names:
+        others = [n for n in names if n != name]
+        parts = torch.stack([torch.where(valid[n][:, None], unit[n], 0.0) for n in others])
+        mean = parts.sum(0) / torch.stack([valid[n] for n in others]).sum(0).clamp_min(1)[:, None]
+        both = valid[name] & (valid[others[0]] | valid[others[1]])
+        for a, b, ok in ((rows[others[0]], rows[others[1]], valid[others[0]] & valid[others[1]]),
+                         (mean, rows[name], both)):
+            caption = name == "text" if a is mean else "text" in others
+            terms.append(contrastive_loss(
+                a.detach(), b.detach(), temperature=0.5, normalize=similarity == "cosine",
+                ids=data["caption_id" if caption else "clip_id"], valid=ok))
+    torch.testing.assert_close(total.detach(), sum(terms) / 6)
+    for name, x in rows.items():
+        assert torch.isfinite(x.grad).all() and not x.grad[~valid[name]].any(), name
+        assert x.grad.any(), name
+
+
+def test_joint_pairs_need_three_modalities():
+    assert Objective(["audio", "text"], ["text"], joint_pairs=True).joint_pairs == []
+    frozen = Objective(["audio", "video", "text"], ["text"], joint_pairs=True)
+    assert len(frozen.pairs) == 2 and len(frozen.joint_pairs) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,73 @@
+"""Directions, fusions and ranks."""
+
+import torch
+
+from mcn_ext import retrieval
+from mcn_ext.data import ClipReader
+from mcn_ext.store import Store
+
+
+def there(*names, n):
+    return {name: torch.ones(n, dtype=torch.bool) for name in names}
+
+
+def test_every_direction_once_the_customary_ones_first():
+    found = retrieval.directions(["audio", "video", "text"])
+    assert tuple(found[:4]) == retrieval.MAIN and len(found) == len(set(found)) == 12
+    assert {"video+audio->text", "audio->video+text", "audio+text->video"} < set(found)
+    assert retrieval.directions(["audio", "video"]) == ["audio->video", "video->audio"]
+
+
+def test_the_sum_adds_cosines_over_all_pairs_and_dot_does_not_normalise():
+    torch.manual_seed(0)
+    rows = {m: torch.randn(5, 8) for m in ("text", "audio", "video")}
+    clips = rows, there(*rows, n=5)
+    unit = {m: x / x.norm(dim=1, keepdim=True) for m, x in rows.items()}
+    expected = unit["audio"] @ unit["video"].T + unit["text"] @ unit["video"].T
+    torch.testing.assert_close(
+        retrieval.similarity(clips, clips, "audio+text->video"), expected)
+    torch.testing.assert_close(retrieval.similarity(clips, clips, "text->video", "dot"),
+                               rows["text"] @ rows["video"].T)
+
+
+def test_the_mean_does_not_favour_clips_whose_modalities_agree():
+    """Clip 1's video and sound say the same, so its sum is long and beats clip 0, both of whose
+    modalities are as near to the query, from two sides."""
+    near = torch.tensor([1.0, 0.6, 0.0]), torch.tensor([1.0, -0.6, 0.0])
+    other = torch.tensor([1.0, 0.0, 0.5])
+    clips = ({"text": torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]),
+              "video": torch.stack([near[0], other]), "audio": torch.stack([near[1], other])},
+             there("text", "video", "audio", n=2))
+    _, by_sum = retrieval.rank(clips, "text->video+audio")
+    scores, by_mean = retrieval.rank(clips, "text->video+audio", fusion="mean")
+    assert by_sum.tolist() == [2, 1] and by_mean.tolist() == [1, 1]
+    torch.testing.assert_close(scores[0, 0], torch.tensor(1.0))
+
+
+def test_the_bank_takes_off_what_draws_any_query():
+    """Candidate 1 is near to everything (a hub): the bank's queries say so. Worked by hand."""
+    text = torch.eye(3)
+    video = torch.tensor([[1.0, 0, 0], [0.8, 0.9, 0.8], [0, 0, 1.0]])
+    clips = {"text": text, "video": video}, there("text", "video", n=3)
+    bank = {"text": text[[0, 2]]}, there("text", n=2)
+    plain, _ = retrieval.rank(clips, "text->video", "dot")
+    scores, rank = retrieval.rank(clips, "text->video", "dot", "bank", bank, temperature=0.5)
+    expected = 2 * plain - (2 * plain[[0, 2]]).exp().sum(0).log()
+    torch.testing.assert_close(scores, expected)
+    assert rank.tolist() == [1, 1, 1]
+    worse = video.clone()
+    worse[1] = torch.tensor([1.1, 0.9, 1.1])  # now it is first for all, but for the bank
+    clips = {"text": text, "video": worse}, clips[1]
+    assert retrieval.rank(clips, "text->video", "dot")[1].tolist() == [2, 1, 2]
+    assert retrieval.rank(clips, "text->video", "dot", "bank", bank,
+                          temperature=0.5)[1].tolist() == [1, 1, 1]
+
+
+def test_clips_of_the_bank_come_from_all_over_the_store(store_path):
+    store = Store(store_path)
+    clips = retrieval.some_clips(store, 6, 0.0)
+    assert sum(len(spans) for _, spans in clips) == 6 and len({v for v, _ in clips}) == 6
+    assert clips[0][0] == 0 and clips[-1][0] == len(store) - 1
+    assert sum(len(spans) for _, spans in retrieval.some_clips(store, 25, 0.0)) >= 25
+    reader = ClipReader(store, video_streams=("2d", "3d"))
+    assert len(reader.read(*clips[0])["clip_id"]) == len(clips[0][1])
