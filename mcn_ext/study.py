@@ -290,8 +290,8 @@ class Study:
             old = json.loads(file.read_text())
             different = [key for key in content["flags"]
                          if old["flags"].get(key) != content["flags"][key]
-                         and key not in ("seeds", "orders", "variant", "stage1_encoders", "baselines",
-                                        "launch")]
+                         and key not in ("seeds", "orders", "variant", "stage1_encoders",
+                                         "baselines", "launch")]
             if different:
                 raise SystemExit(f"{self.args.out} holds a study with other "
                                  f"{', '.join('--' + key for key in different)}; give --out "
