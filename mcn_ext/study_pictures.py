@@ -19,7 +19,8 @@ from mcn_ext.study_runs import MAIN, Run, Study, paired
 # Okabe & Ito (2008): orders and modalities share no colour.
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
 MODALITIES = {"video": "#56B4E9", "audio": "#E69F00", "text": "#CC79A7"}
-DASHES, HATCHES, MARKERS = ("-", "--", ":", "-."), ("", "////", "....", "xxxx"), "osD^v"
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+HATCHES, MARKERS = ("", "////", "....", "xxxx"), "osD^v"
 SHOWN = 400  # clips of a map
 STOP_WORDS = frozenset(
     "a an and are as at be by for from have here he her his i if in into is it its just know "
@@ -39,7 +40,7 @@ def look(study: Study, method: str) -> dict:
     """Colour by order; dash, hatch and marker tell methods of one order apart."""
     order = study.orders[method]
     i = [m for m in study.methods if study.orders[m] == order].index(method)
-    return {"color": ORDERS.get(order, "#000000"), "linestyle": DASHES[i % 4],
+    return {"color": ORDERS.get(order, "#000000"), "linestyle": DASHES[i % 5],
             "hatch": HATCHES[i % 4], "marker": MARKERS[i % 5]}
 
 

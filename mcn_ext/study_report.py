@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext import study_examples, study_grid, study_pictures
+from mcn_ext import study_examples, study_grid, study_pictures, study_tables
 from mcn_ext.diagnostics import signs_of_collapse
-from mcn_ext.metrics import RECALLS
 from mcn_ext.page import Bold, Code, Page, Text
 from mcn_ext.study_runs import MAIN, Run, Study, compare_args
+from mcn_ext.study_tables import bold_best, difference, interval, number, spread
 
 
 def write(folder: Path) -> Path:
@@ -37,7 +37,7 @@ def write(folder: Path) -> Path:
     if study.grid:
         _grid(page, study, draw)
     else:
-        _tables(page, study, draw)
+        study_tables.add(page, study, draw)
         _curves_and_forgetting(page, study, draw)
         _space(page, study, draw)
         study_examples.add(page, study)
@@ -59,22 +59,6 @@ def _add(page: Page, root: Path, plt, figure, name: str, caption: Text) -> bool:
 
 
 # ------------------------------------------------------------------------------- the answer
-def _number(value: float, digits: int = 1) -> str:
-    return f"{value:.{digits}f}" if isfinite(value) else "-"
-
-
-def spread(values: np.ndarray, digits: int = 1) -> str:
-    """Mean +- standard deviation (n - 1) over seeds; the mean alone of one seed."""
-    if not len(values):
-        return "-"
-    text = _number(values.mean(), digits)
-    return text + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
-def _interval(compare: dict) -> str:
-    return "{:+.1f} to {:+.1f}".format(*compare["ci95"])
-
-
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
@@ -93,7 +77,7 @@ def _against(study: Study, best: str, other: str, what: str) -> str:
     verdict = "real" if compare["real"] else "not decided, as 0 is inside"
     some = f", {_count(seeds, 'seed')} both have" if seeds < len(study.seeds()) else ""
     return (f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {name}: 95 % interval "
-            f"{_interval(compare)}{some}, {verdict}")
+            f"{interval(compare)}{some}, {verdict}")
 
 
 def headline(study: Study) -> tuple[str, list[str]]:
@@ -121,11 +105,11 @@ def headline(study: Study) -> tuple[str, list[str]]:
     if study.baselines() and study.mean(study.baselines()[0]) > study.mean(best):
         top = study.baselines()[0]
         real = (study.compare(top, best) or {}).get("real")
-        above = (f" But one stage finds more: {_number(study.mean(top))} % ({study.labels[top]}"
+        above = (f" But one stage finds more: {number(study.mean(top))} % ({study.labels[top]}"
                  f"{'' if real else '; not decided'}).")
     return (f"{study.labels[best]} {claim}: it finds the right clip among the first ten for "
             f"{spread(study.values(best))} % of {_list(n)} captions (R@10; chance "
-            f"{_number(100 * min(10 / n[-1], 1))} %; {_count(seeds, 'seed')}).{above}", points)
+            f"{number(100 * min(10 / n[-1], 1))} %; {_count(seeds, 'seed')}).{above}", points)
 
 
 def _grid_headline(study: Study) -> tuple[str, list[str]]:
@@ -168,73 +152,12 @@ def _headline(page: Page, study: Study) -> None:
 
 
 # ----------------------------------------------------------------------------- the sections
-def _bold_best(values: list[float], cells: list[str], lowest: bool = False) -> list[Text]:
-    known = [v for v in values if isfinite(v)]
-    best = (min if lowest else max)(known, default=None)
-    return [Bold(c) if v == best else c for v, c in zip(values, cells, strict=True)]
-
-
-def _tables(page: Page, study: Study, draw) -> None:
-    methods = [m for m in study.methods if study.of(m)]
-    if not methods:
-        return
-    page.heading(f"Result: {MAIN}")
-    metrics = [*(f"R@{k}" for k in RECALLS), "MedR"]
-    columns = [_bold_best([study.mean(m, metric) for m in methods],
-                          [spread(study.values(m, metric)) for m in methods], metric == "MedR")
-               for metric in metrics]
-    rows = [[study.labels[m], str(len(study.of(m))), *(column[i] for column in columns)]
-            for i, m in enumerate(methods)]
-    if n := study.n_queries():
-        rows.append(["chance", "", *(_number(100 * min(k / n[-1], 1)) for k in RECALLS),
-                     f"{(n[-1] + 1) / 2:g}"])
-    page.table(["method", "seeds", *metrics], rows)
-    page.paragraph("Percent of captions whose clip is among the first K (R@K), and the median rank "
-                   "(MedR, lower is better)" + ("; mean ± standard deviation over seeds."
-                   if len(study.seeds()) > 1 else "; one seed, so no standard deviation."))
-    draw("recall", "Recall with 95 % intervals (bootstrap over queries and seeds). Plain and "
-         "hatched bars of one colour are variants of one order.", study_pictures.recall_bars)
-    if len(methods) > 1:
-        _differences(page, study, methods, draw)
-    page.heading("All directions, R@10")
-    directions = list(dict.fromkeys(
-        [MAIN, *(d for m in methods for run in study.of(m) for d in run.final.metrics
-                 if "->" in d)]))
-    rows = []
-    for d in directions:
-        values = [study.values(m, direction=d) for m in methods]
-        rows.append([d, *_bold_best([v.mean() if len(v) else np.nan for v in values],
-                                    [spread(v) for v in values])])
-    page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
-
-
-def _differences(page: Page, study: Study, methods: list[str], draw) -> None:
-    page.heading("Is the difference real?")
-    draw("differences", "Differences to the best method with paired 95 % intervals. Filled: the "
-         "interval leaves out 0, the difference is real. Hollow: not decided.",
-         study_pictures.differences)
-    pairs = {(a, b): study.compare(a, b) for i, a in enumerate(methods) for b in methods[:i]}
-    cells = [[_difference(pairs[a, b]) if (a, b) in pairs else "" for b in methods[:-1]]
-             for a in methods]
-    page.table(["R@10, row less column", *(study.labels[m] for m in methods[:-1])],
-               [[study.labels[m], *row] for m, row in zip(methods, cells, strict=True)][1:])
-    page.paragraph("Points and 95 % interval of a paired bootstrap that draws queries and seeds "
-                   "anew, crossed; ", Bold("bold"), ": 0 is outside. Each interval is for its own "
-                   "comparison: of twenty true zeros, one is bold by chance.")
-
-
-def _difference(compare: dict | None) -> Text:
-    if compare is None:
-        return "-"
-    text = f"{compare['difference']:+.1f}\n({_interval(compare)})"
-    return Bold(text) if compare["real"] else text
-
-
 def _curves_and_forgetting(page: Page, study: Study, draw) -> None:
     page.heading("Training")
     draw("curves", "Total and contrastive loss over the steps of both stages; mean of the seeds, "
-         "band of one standard deviation. The terms of a loss are summed over its pairs, so levels "
-         "may be compared within a stage, not between stages or with AVT.", study_pictures.curves)
+         "band of one standard deviation. A loss is the mean over its pairs, which the stages "
+         "do not share: levels compare within a stage, not between stages or with AVT.",
+         study_pictures.curves)
     rows = study_pictures.forgetting(study)
     page.heading("What stage 2 does to the first pair")
     if not rows:
@@ -244,8 +167,8 @@ def _curves_and_forgetting(page: Page, study: Study, draw) -> None:
          "to the left of hollow is forgetting.", study_pictures.forgetting_lines)
     page.table(["method", "direction", "R@10 after stage 1", "after stage 2",
                 "change (95 % interval)"],
-               [[study.labels[r["method"]], r["direction"], _number(r["before"]),
-                 _number(r["after"]), _difference(r["change"]) if r["change"] else
+               [[study.labels[r["method"]], r["direction"], number(r["before"]),
+                 number(r["after"]), difference(r["change"]) if r["change"] else
                  f"{r['after'] - r['before']:+.1f}"] for r in rows])
 
 
@@ -287,8 +210,8 @@ def _grid(page: Page, study: Study, draw) -> None:
     for row in study_grid.winners(study):
         cell, compare = row["cell"].get("name", ""), row["compare"]
         best = [study_grid.best_of(study, o, cell) for o in orders]
-        rows.append([cell, study.orders.get(row["winner"], "-"), *_bold_best(
-            best, [_number(v) for v in best]), _difference(compare) if compare else "-"])
+        rows.append([cell, study.orders.get(row["winner"], "-"), *bold_best(
+            best, [number(v) for v in best]), difference(compare) if compare else "-"])
     page.table(["cell", "best two-stage order", *(f"{o} R@10" for o in orders),
                 "its margin over the next"], rows)
     draw("orders", "R@10 of each order, all on one scale.", study_grid.each_order)
@@ -314,10 +237,10 @@ def _health(page: Page, study: Study) -> None:
         final = [r.final for r in runs]
         rows.append([
             study.labels[method], str(sum(s.skipped for r in runs for s in r.stages)),
-            f"{_number(_mean(f.last('live_clusters') for f in final), 0)} of "
+            f"{number(_mean(f.last('live_clusters') for f in final), 0)} of "
             f"{final[0].args.get('cluster_size', '-')}",
-            _number(100 * _mean(f.last("largest_share") for f in final)),
-            *(_number(_mean(f.last(f"rank_{m}") for f in final))
+            number(100 * _mean(f.last("largest_share") for f in final)),
+            *(number(_mean(f.last(f"rank_{m}") for f in final))
               for m in ("video", "audio", "text"))])
         for r in runs:
             end = next((row for row in reversed(r.final.log) if "total" in row), {})
@@ -346,7 +269,7 @@ def _cost(page: Page, study: Study) -> None:
         flops = _mean(r.flops for r in runs if r.flops)
         rows.append([study.labels[method], " + ".join(map(str, runs[0].epochs)),
                      f"{_mean(sum(s.clips for s in r.stages) for r in runs):,.0f}",
-                     _number(_mean(sum(s.seconds for s in r.stages) for r in runs), 0),
+                     number(_mean(sum(s.seconds for s in r.stages) for r in runs), 0),
                      f"{flops:.2e}" if isfinite(flops) else "-", study.equal[method]])
     page.table(["method", "epochs", "clips", "training seconds", "training FLOPs", "equal in"],
                rows)

@@ -204,7 +204,7 @@ class Study:
         all."""
         found = self.ranked((m for m in self.methods if self.orders[m] == "AVT"), cell)
         return [m for m in found if of is None or not self.matches[m]
-                or {of, self.orders[of]} & set(self.matches[m])]
+                or of in self.matches[m]]
 
     def ranks(self, method: str, direction: str = MAIN, cell: str = "") -> dict[int, np.ndarray]:
         """{seed: ranks}."""
