@@ -64,13 +64,13 @@ struct Tile {
   template <typename A>                                                                            \
   void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile,                     \
                        const A* row_inverse, const A* col_inverse, A* partial);                    \
-  /* From the running statistics: top, rest, pull, and sums (4,), see Sums. rows: x; cols: y.       \
+  /* From the running statistics: top, rest, pull, and sums (4,), see Sums. rows: x; cols: y.      \
      positive: (n,). */                                                                            \
   template <typename A>                                                                            \
   void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,  \
               double* sums);                                                                       \
-  /* From all ranks' sums (ranks, 4): factor = {weight / (valid rows * temperature), boost},        \
-     losses[slot] += report * mean, losses[0] += weight * mean. */                                  \
+  /* From all ranks' sums (ranks, 4): factor = {weight / (valid rows * temperature), boost},       \
+     losses[slot] += report * mean, losses[0] += weight * mean. */                                 \
   template <typename A>                                                                            \
   void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks,              \
                 double weight, double report, int slot, A* losses);                                \

@@ -13,16 +13,14 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
-#include <string>
 
 #include "kernels.h"
+#include "ranks.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -87,8 +85,8 @@ struct Matrix {
   Tensor x, scale, inverse, valid;  // valid undefined: all rows
   Tensor work;  // what the matrix products read: x, or a copy; undefined: copied by blocks
 
-  Matrix narrow(int64_t begin, int64_t size) const {
-    const auto part = [&](const Tensor& t) { return t.defined() ? t.narrow(0, begin, size) : t; };
+  Matrix own(const Ranks& ranks) const {
+    const auto part = [&](const Tensor& t) { return t.defined() ? ranks.own(t) : t; };
     return {part(x), part(scale), part(inverse), part(valid), part(work)};
   }
 };
@@ -102,29 +100,14 @@ struct Side {
   Tensor result;         // (n, D) gradient
 };
 
-// Blocks of `in`'s rows, `send` to each rank; returns `receive` rows from each, in rank order. By
-// torch's dispatcher, so that the extension links to no communication library.
-Tensor all_to_all(const Tensor& in, const std::vector<int64_t>& send,
-                  const std::vector<int64_t>& receive, const std::string& group) {
-  const auto call = [](const char* name, torch::jit::Stack stack) {
-    c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
-    return stack.at(0).toTensor();
-  };
-  const Tensor out =
-      call("_c10d_functional::all_to_all_single", {in.contiguous(), receive, send, group});
-  return call("_c10d_functional::wait_tensor", {out});
-}
-
 template <typename A>
 class Losses {
  public:
   explicit Losses(const Problem& problem)
       : p_(problem), first_(problem.embeddings.at(0)),
         options_(first_.options().dtype(c10::CppTypeToScalarType<A>::value)), rows_(first_.size(0)),
-        dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()), ranks_(problem.sizes.size()),
-        everything_(ranks_ ? std::accumulate(p_.sizes.begin(), p_.sizes.end(), int64_t(0))
-                           : rows_),
-        begin_(std::accumulate(p_.sizes.begin(), p_.sizes.begin() + p_.rank, int64_t(0))) {
+        dim_(first_.size(1)), cuda_(kEmulated || first_.is_cuda()),
+        ranks_(p_.sizes, p_.rank, p_.group, rows_) {
 #ifdef MCN_WITH_CUDA
     if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
 #endif
@@ -143,7 +126,7 @@ class Losses {
     for (Side& side : sides_) {
       measure(side.cols);
       side.rows = side.cols;
-      if (is_column(side)) side.rows = side.cols.narrow(begin_, rows_);
+      if (is_column(side)) side.rows = side.cols.own(ranks_);
     }
     if (p_.centroids.defined()) {
       centroids_.cols.x = p_.centroids.to(first_.scalar_type()).contiguous();
@@ -151,7 +134,7 @@ class Losses {
       const Tensor& labels = p_.labels;
       for (int64_t i : p_.clustered) {
         const bool* valid =
-            p_.valid.empty() ? nullptr : own(p_.valid[i]).template const_data_ptr<bool>();
+            p_.valid.empty() ? nullptr : ranks_.own(p_.valid[i]).template const_data_ptr<bool>();
         const int64_t bad =
             MCN_RUN(first_outside, stream_, labels.template const_data_ptr<int64_t>(), valid, rows_,
                     centroids_.cols.x.size(0));
@@ -182,7 +165,8 @@ class Losses {
 
   Tensor backward(const Tensor& upstream, const Tensor& state) {
     Tensor d_temperature = at::zeros({}, options_);
-    const Tensor scaled = ranks_ ? upstream.mul(ranks_) : upstream;  // ranks' gradients are averaged
+    // The ranks' gradients will be averaged.
+    const Tensor scaled = ranks_ ? upstream.mul(ranks_.count()) : upstream;
     prepare(true);
     int64_t at = 0;
     for (Spec& spec : specs_) {
@@ -224,7 +208,7 @@ class Losses {
     if (p_.centroids.defined())
       for (int64_t i : p_.clustered) sides_[i].cols.valid.logical_or_(p_.valid[i]);
     for (Side& side : sides_)
-      if (!is_column(side)) side.cols.valid = own(side.cols.valid);
+      if (!is_column(side)) side.cols.valid = ranks_.own(side.cols.valid);
   }
   void measure(Matrix& m) {
     m.scale = at::empty({m.x.size(0)}, options_);
@@ -233,14 +217,12 @@ class Losses {
     if (!copies) m.work = m.x;
     if (copies && p_.keep) m.work = copy(m, 0, m.x.size(0), at::empty_like(m.x));
   }
-  bool is_column(const Side& side) const { return side.cols.x.size(0) == everything_; }
-  // This rank's part of what all ranks know.
-  Tensor own(const Tensor& all) const { return all.narrow(0, begin_, rows_); }
+  bool is_column(const Side& side) const { return side.cols.x.size(0) == ranks_.rows(); }
 
   // int32 keys: equal for equal ids; the matrix is compared against them at twice the speed of
   // int64.
   Tensor keys(const Tensor& ids, const Tensor& valid) {
-    Tensor key = at::arange(everything_, options_.dtype(at::kInt));
+    Tensor key = at::arange(ranks_.rows(), options_.dtype(at::kInt));
     if (ids.defined()) key = at::searchsorted(std::get<0>(ids.sort()), ids, /*out_int32=*/true);
     return valid.defined() ? at::where(valid, key, at::full({}, -1, key.options())) : key;
   }
@@ -251,16 +233,16 @@ class Losses {
       Side &x = sides_[p_.pairs[i]], &y = sides_[p_.pairs[i + 1]];
       Tensor key =
           keys(p_.ids.empty() ? Tensor() : p_.ids[i / 2], both_.empty() ? Tensor() : both_[i / 2]);
-      specs_.push_back({&x, &y, own(key), key, true, 1 / pairs, 1 / pairs, 1});
+      specs_.push_back({&x, &y, ranks_.own(key), key, true, 1 / pairs, 1 / pairs, 1});
     }
     if (!p_.centroids.defined()) return;
     const Tensor clusters = at::arange(centroids_.cols.x.size(0), options_.dtype(at::kInt));
     for (int64_t i : p_.clustered) {
       Side& x = sides_[i];
       const Tensor labels = p_.labels.to(at::kInt);
-      Tensor key = p_.valid.empty()
-                       ? labels
-                       : at::where(own(p_.valid[i]), labels, at::full({}, -1, labels.options()));
+      Tensor key = labels;
+      if (!p_.valid.empty())
+        key = at::where(ranks_.own(p_.valid[i]), labels, at::full({}, -1, labels.options()));
       const double report = p_.cluster_scale / modalities;
       specs_.push_back(
           {&x, &centroids_, key, clusters, false, p_.cluster_weight * report, report, 2});
@@ -272,7 +254,7 @@ class Losses {
            std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
   }
   int64_t state_size(const Spec& spec) const {
-    return 2 + 3 * rows_ + (spec.both ? 2 * everything_ : 0);
+    return 2 + 3 * rows_ + (spec.both ? 2 * ranks_.rows() : 0);
   }
   int64_t state_size() const {
     int64_t size = 0;
@@ -386,9 +368,9 @@ class Losses {
     MCN_RUN(finish, stream_, own, rows(spec.x->rows), rows(partners(spec)),
             positive.template mutable_data_ptr<A>(), sums.template mutable_data_ptr<double>());
     if (exchange)
-      state.narrow(0, 2 + 3 * t.n, 2 * t.m).view({2, t.m}).copy_(to_all(final.t(), p_.sizes).t());
-    if (ranks_) sums = to_all(sums, std::vector<int64_t>(ranks_, 4));
-    MCN_RUN(conclude, stream_, t, sums.template const_data_ptr<double>(), std::max(ranks_, int64_t(1)),
+      state.narrow(0, 2 + 3 * t.n, 2 * t.m).view({2, t.m}).copy_(ranks_.rows_to_all(final.t()).t());
+    if (ranks_) sums = ranks_.to_all(sums);
+    MCN_RUN(conclude, stream_, t, sums.template const_data_ptr<double>(), ranks_.count(),
             spec.weight, spec.report, spec.slot, losses.template mutable_data_ptr<A>());
   }
   // Row i's positive: row i of this rank's part, or of the centroids the one it is labelled with.
@@ -397,27 +379,14 @@ class Losses {
   }
 
   // ---------------------------------------------------------------- several ranks
-  // This rank's rows of something, to every rank: all ranks' rows.
-  Tensor to_all(const Tensor& own, const std::vector<int64_t>& sizes) const {
-    std::vector<int64_t> copies(own.dim(), 1);
-    copies[0] = ranks_;
-    return all_to_all(own.repeat(copies), std::vector<int64_t>(ranks_, own.size(0)), sizes,
-                      p_.group);
-  }
-  // What all ranks have for all rows (N, ...), to the rows' owners: (ranks, n, ...).
-  Tensor to_owners(const Tensor& all) const {
-    std::vector<int64_t> shape{ranks_, rows_};
-    for (int64_t d = 1; d < all.dim(); ++d) shape.push_back(all.size(d));
-    return all_to_all(all, p_.sizes, std::vector<int64_t>(ranks_, rows_), p_.group).view(shape);
-  }
   Tensor of_all_ranks(const Tensor& scalar) const {
     if (!ranks_ || !p_.wants_temperature) return scalar;
-    return to_all(scalar.view({1}), std::vector<int64_t>(ranks_, 1)).sum();
+    return ranks_.to_all(scalar.view({1})).sum();
   }
   // (2, n) sums and maxima over all ranks of the columns that this rank owns.
   Tensor merge_columns(const Tensor& running, const Term<A>& t) const {
     const Tensor sum = running.narrow(0, t.n, t.m), max = running.narrow(0, 2 * t.n + t.m, t.m);
-    const Tensor parts = to_owners(at::stack({sum, max}, 1));
+    const Tensor parts = ranks_.to_owners(at::stack({sum, max}, 1));
     const Tensor maxima = parts.select(2, 1), top = maxima.amax(0);
     const Tensor shift = at::where(top.isneginf(), at::zeros({}, options_), top);
     return at::stack({parts.select(2, 0).mul(maxima.sub(shift).exp_()).sum(0), top});
@@ -528,7 +497,7 @@ class Losses {
         if (!ranks_) add_y(col, n_cols, sums);
       });
     if (want_y && ranks_) {
-      Tensor parts = to_owners(y_sums);
+      Tensor parts = ranks_.to_owners(y_sums);
       y_sums.reset();
       add_y(0, t.n, parts.sum(0));
     }
@@ -546,8 +515,7 @@ class Losses {
   at::TensorOptions options_;  // of A, on the device
   int64_t rows_, dim_;
   bool cuda_;
-  int64_t ranks_;               // 0: no group
-  int64_t everything_, begin_;  // rows of all ranks, and of those before this one
+  Ranks ranks_;
   void* stream_ = nullptr;
   std::vector<Side> sides_;
   Side centroids_;

@@ -33,7 +33,7 @@ def _pyplot():
 
 def _save(figure, path: Path) -> Path:
     tmp = path.with_name(path.name + ".tmp")
-    figure.savefig(tmp, format="png", bbox_inches="tight")
+    figure.savefig(tmp, format="png")  # constrained layout: nothing lies outside
     tmp.replace(path)
     return path
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mcn_ext import report
 from mcn_ext.store import StoreWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,20 +82,22 @@ def load_script(script):
     return module
 
 
-def call(script, *args, cwd, check=True):
-    """A script's main() in this process: what `run` does, without loading torch again."""
+def call(script, *args, cwd, check=True, pictures=False):
+    """A script's main() in this process: what `run` does, without loading torch again, and without
+    pictures unless a test looks at them: one takes longer than a small run."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     module = load_script(script)
-    before = os.getcwd()
-    os.chdir(cwd)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            module.main([str(a) for a in args])
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-        print(end.code if isinstance(end.code, str) else "", file=err)
-    finally:
-        os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        if not pictures:
+            patch.setattr(report, "curves", lambda run: None)
+            patch.setattr(report, "similarity_picture", lambda *args: None)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                module.main([str(a) for a in args])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            print(end.code if isinstance(end.code, str) else "", file=err)
     if check and code:
         raise AssertionError(f"{script} {args}:\n{out.getvalue()}\n{err.getvalue()}")
     return subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext import checkpoint, data, interrupt, log, report, training
+from mcn_ext import checkpoint, data, interrupt, log, training
 from mcn_ext.log import read
 from mcn_ext.store import Store
 from tests.conftest import ROOT, SMALL, call, load_script, run, write_store
@@ -22,9 +22,8 @@ EVERY = (*SMALL, "--save_every", 1)
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """One thread, no pictures, and this process's own signal handlers, whatever a run left."""
-    monkeypatch.setattr(report, "curves", lambda folder: None)
+def as_before():
+    """One thread, and this process's own signal handlers, whatever a run left."""
     threads, handlers = torch.get_num_threads(), {
         s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
     torch.set_num_threads(1)

@@ -35,7 +35,7 @@ def losses(run_folder):
 def work(tmp_path_factory, store_path):
     """A folder with a finished stage 1 (AV) and stage 2 (T) run on the small store."""
     folder = tmp_path_factory.mktemp("work")
-    call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=folder)
+    call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=folder, pictures=True)
     call("train_stage2.py", "--add", "T", "--device", "cpu", "--epochs", 2, "--log_every", 1,
          cwd=folder)
     return folder
@@ -71,7 +71,7 @@ def test_stage_2_keeps_the_frozen_encoders(work):
 
 
 def test_evaluate_writes_the_contract(work, eval_path, monkeypatch):
-    done = call("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=work)
+    done = call("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=work, pictures=True)
     assert ("text->video+audio" in done.stdout and "n = 24" in done.stdout
             and "chance" in done.stdout)
     result = json.loads((work / "runs/stage2-AV_T/metrics.json").read_text())["youcook2"]
