@@ -48,7 +48,9 @@ def main(argv=None):
                          + (", it has that modality already" if args.add in first else "")
                          + f"; use {fits + ' or ' if fits else ''}another --init")
     args = flags.complete(args, inherited=start["args"])
-    args.init_run_id = start["run_id"]  # a retrained stage 1 is another start: not resumed from
+    # A retrained stage 1, or one that has gone on, is another start: not resumed from.
+    args.init_run_id, args.init_step = start["run_id"], start["step"]
+    args.first_epoch = start["args"]["epochs"]
     state = "complete" if start["complete"] else "NOT complete"
     if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
         raise SystemExit(f"--word2vec {args.word2vec}: the text encoder of {args.init} was trained "

@@ -23,8 +23,8 @@ FORMAT = 1
 # Flags that change neither the model nor what it is shown, or are remedies: they may differ when a
 # run is resumed.
 FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
-              "out", "n_ranks", "init_run_id", "max_bad_steps", "grad_outliers", "grad_factor",
-              "detect", "hang_minutes"}
+              "out", "n_ranks", "init_run_id", "init_step", "max_bad_steps", "grad_outliers",
+              "grad_factor", "detect", "hang_minutes", "keep_epochs"}
 
 
 class Damaged(SystemExit):
@@ -122,8 +122,8 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
     changed = [f"--{name} {old[name]} (now {args[name]})" for name in compared
                if old[name] != args[name]]
-    if old.get("init_run_id") != args.get("init_run_id"):
-        changed.append("another stage-1 run as its start (retrained since)")
+    if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
+        changed.append("another stage-1 run as its start (retrained, or gone on, since)")
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "

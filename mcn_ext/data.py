@@ -239,9 +239,14 @@ class ShardedBatches(torch.utils.data.Sampler):
 
 
 class Loader:
-    """Batches of an epoch from any step on, read ahead by ``workers`` processes."""
+    """Batches of an epoch from any step on, read ahead by ``workers`` processes.
 
-    def __init__(self, clips: TrainingClips, batch_size: int, workers: int, device: torch.device):
+    Epochs count on from ``first_epoch``: a second stage draws clips its first has not drawn.
+    """
+
+    def __init__(self, clips: TrainingClips, batch_size: int, workers: int, device: torch.device,
+                 first_epoch: int = 0):
+        self.first_epoch = first_epoch
         self.batches = ShardedBatches(len(clips), batch_size, clips.seed)
         self.steps_per_epoch = self.batches.n_batches
         self.loader = torch.utils.data.DataLoader(
@@ -251,7 +256,7 @@ class Loader:
             generator=torch.Generator())  # a seed per iterator: not from the model's random numbers
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        self.batches.epoch, self.batches.start = epoch, start
+        self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
         return iter(self.loader)
 
 

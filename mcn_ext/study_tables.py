@@ -82,7 +82,7 @@ def _differences(page: Page, study: Study, methods: list[str], draw) -> None:
                [[study.labels[m], *row] for m, row in zip(methods, cells, strict=True)][1:])
     page.paragraph("Points and 95 % interval of a paired bootstrap that draws queries and seeds "
                    "anew, crossed; ", Bold("bold"), ": 0 is outside. Each interval is for its own "
-                   "comparison: of twenty true zeros, one is bold by chance.")
+                   "comparison; among many, some are bold by chance.")
 
 
 def difference(compare: dict | None) -> Text:

@@ -123,7 +123,9 @@ class Training:
             raise SystemExit(f"--batch_size {args.batch_size} videos do not divide by {world} "
                              f"ranks; use --batch_size {fitting}")
         workers = default_workers(device) if args.workers is None else args.workers
-        self.loader = Loader(clips, args.batch_size, workers, device)
+        # A run begun before there was first_epoch goes on with the clips it had.
+        begun = (resumed or {}).get("args", {"first_epoch": getattr(args, "first_epoch", 0)})
+        self.loader = Loader(clips, args.batch_size, workers, device, begun.get("first_epoch", 0))
         self.total_steps = args.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
         self.warmup = args.warmup_steps
@@ -320,7 +322,8 @@ class Training:
                     "clusters": clusters.state_dict() if clusters is not None else None,
                     "guard": self.guard.state_dict(), "rng": rng}
         checkpoint.save(self.folder, args=flags.as_dict(self.args), sizes=self.model.sizes,
-                        step=self.step, epoch_done=epoch if ended else None,
+                        step=self.step,
+                        epoch_done=epoch if ended and self.args.keep_epochs else None,
                         complete=self.step >= self.total_steps, run_id=self.run_id,
                         model=state, training=training)
 

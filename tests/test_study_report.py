@@ -195,8 +195,8 @@ def test_paired_bootstrap_by_hand():
     a[0, 2] = 10.0
     got = paired_bootstrap(a, b)
     assert got["difference"] == 25.0 and not got["real"]
-    # P(0) = 0.316, P(<= 2) = 0.949, P(<= 3) = 0.996: the 97.5 % quantile is 3 of 4.
-    assert got["ci95"] == (0.0, 75.0)
+    half = 1.96 * 100 * (0.25 * 0.75 / 4) ** 0.5
+    assert got["ci95"] == pytest.approx((25 - half, 25 + half), abs=2.5)
     sure = paired_bootstrap(np.full((2, 9), 1.0), np.full((2, 9), 50.0))
     assert sure == {"difference": 100.0, "ci95": (100.0, 100.0), "real": True}
     # k counts; half ranks (ties) and NaN do as they say.
@@ -209,9 +209,19 @@ def test_seeds_count_as_much_as_queries():
     a, b = np.array([[1.0] * 200, [50.0] * 200]), np.full((2, 200), 50.0)
     got = paired_bootstrap(a, b)
     assert got["difference"] == 50.0 and not got["real"]
-    # Draws of the two seeds: 1/4, 1/2, 1/4 at 50 - 50 sqrt(2), 50, 50 + 50 sqrt(2).
-    assert got["ci95"] == pytest.approx((50 - 50 * 2 ** 0.5, 50 + 50 * 2 ** 0.5), abs=1e-3)
+    # One degree of freedom: 50 -+ 12.706 x 50, but for the draws' own chance.
+    assert got["ci95"] == pytest.approx((50 - 635.3, 50 + 635.3), rel=0.15)
     assert paired_bootstrap(a[:1], b[:1])["real"]
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3])
+def test_no_difference_is_seldom_real_where_seeds_are_all_that_varies(n_seeds):
+    rng, real = np.random.default_rng(2), 0
+    for _ in range(200):
+        # Seeds differ by 10 points; 2000 queries leave nothing else to chance.
+        hit = rng.random((2, n_seeds, 2000)) < 0.5 + rng.normal(0, 0.1, (2, n_seeds, 1))
+        real += paired_bootstrap(*np.where(hit, 1.0, 99.0), resamples=100)["real"]
+    assert 1 <= real <= 20  # 5 % of 200 are 10
 
 
 def test_intervals_cover_the_truth():
