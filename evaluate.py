@@ -44,6 +44,8 @@ def main(argv=None):
                         help="training clips that --fusion bank embeds (default 2000)")
     parser.add_argument("--keep_embeddings", action="store_true", help="write RUN/youcook2.npz: "
                         "every query's rank by direction, and all embeddings (fp16)")
+    parser.add_argument("--require_complete", action="store_true", help="an error, not a result, "
+                        "for a run that has not been trained to its end")
     args = parser.parse_args(argv)
     if args.youcook2 is None:
         parser.error("say what to evaluate on: --youcook2 [STORE]")
@@ -69,6 +71,9 @@ def main(argv=None):
     file = args.checkpoint or args.run / checkpoint.LATEST
     content = checkpoint.load(file)
     sizes, trained = content["sizes"], content["args"]
+    if args.require_complete and not content["complete"]:
+        raise SystemExit(f"{file}: step {content['step']}, not the run's end; the command that "
+                         "trains it goes on")
     data = Path(args.youcook2 or (flags.DEMO / "eval.h5" if trained["demo"] else flags.YOUCOOK2))
     if not data.exists():
         raise SystemExit(

@@ -17,13 +17,27 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 
 
-def finished(run: Path) -> bool:
-    """Whether a run was trained to its end and evaluated."""
+def finished(run: Path, store: str | None = None) -> bool:
+    """Whether a run was trained to its end and evaluated since, on ``store``."""
+    metrics, kept, trained = (run / name for name in (
+        "metrics.json", "youcook2.npz", "checkpoint.pt"))
     try:
-        result = json.loads((run / "metrics.json").read_text())["youcook2"]
-    except (OSError, ValueError, KeyError):
+        result = json.loads(metrics.read_text())["youcook2"]
+        return (bool(result["complete"]) and store in (None, result["data"])
+                and kept.stat().st_size > 0
+                and (not trained.exists() or metrics.stat().st_mtime >= trained.stat().st_mtime))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(result.get("complete")) and (run / "youcook2.npz").exists()
+
+
+def _unfinished(chain: list) -> list:
+    """A chain from its first run that is not finished on: those after it may rest on an older."""
+    for i, (folder, commands) in enumerate(chain):
+        words = commands[-1]
+        store = words[words.index("--youcook2") + 1] if "--youcook2" in words else None
+        if not finished(folder, store):
+            return chain[i:]
+    return []
 
 
 @contextlib.contextmanager
@@ -60,6 +74,8 @@ class Progress:
     """Lines for the console: what ended, how many of all, time left by the FLOPs done."""
 
     def __init__(self, work: dict[Path, float], todo: list[Path]):
+        least = 0.05 * max(work.values(), default=0.0)  # starting and evaluating take time, too
+        work = {folder: max(flops, least) for folder, flops in work.items()}
         self.work, self.left = work, set(todo)
         self.all, self.done, self.begin = len(work), 0.0, time.monotonic()
 
@@ -86,7 +102,7 @@ def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
     """
     stop: list[int] = []
     units = [folder for chain in chains for folder, _ in chain]
-    chains = [left for chain in chains if (left := [u for u in chain if not finished(u[0])])]
+    chains = [left for chain in chains if (left := _unfinished(chain))]
     progress = Progress({folder: cost(folder) for folder in units},
                         [folder for chain in chains for folder, _ in chain])
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs)),

@@ -148,8 +148,8 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     add("device", str, "DEV", "auto, cpu, cuda or cuda:N (default auto)", default="auto")
     add("save_every", positive(int), "STEPS", "steps between checkpoints within an epoch (default "
         "1000); a kill costs at most these", default=1000)
-    group.add_argument("--keep_epochs", action=switch, default=True, help="keep the weights of each "
-                       "epoch, epoch-NN.pt; --no-keep_epochs when disk is short")
+    group.add_argument("--keep_epochs", action=switch, default=True, help="keep each epoch's "
+                       "weights, epoch-NN.pt; --no-keep_epochs when disk is short")
     add("log_every", positive(int), "STEPS", "steps between lines of log.jsonl (default 10); each "
         "waits for the GPU", default=10)
     add("hang_minutes", positive(float), "MIN", "of several ranks: when a step takes longer, name "

@@ -52,11 +52,13 @@ def embed(model, reader: ClipReader, clips: Iterable[tuple[int, list[tuple[int, 
 
 
 def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tuple[int, list]]:
-    """About ``n`` clips of a training store as (video, spans), from videos all over it."""
+    """``n`` clips of a training store as (video, spans), from videos all over it."""
     videos = np.flatnonzero(store.caption_counts())
     chosen = videos[np.linspace(0, len(videos) - 1, min(n, len(videos))).astype(int)]
-    each, rng = -(-n // len(chosen)), np.random.default_rng(seed)
-    return [(int(v), draw_spans(*store.caption_times(v)[1:], each, min_time, rng)) for v in chosen]
+    rng = np.random.default_rng(seed)
+    each = [n // len(chosen) + (i < n % len(chosen)) for i in range(len(chosen))]
+    return [(int(v), draw_spans(*store.caption_times(v)[1:], count, min_time, rng))
+            for v, count in zip(chosen, each, strict=True)]
 
 
 def similarity(queries: Clips, candidates: Clips, direction: str, kind: str = "cosine",

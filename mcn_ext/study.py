@@ -24,6 +24,10 @@ from mcn_ext import chains, flags
 ROOT = Path(__file__).resolve().parents[1]
 ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
+# Flags that make another objective: a variant with one of them has a baseline of its own, too.
+OBJECTIVE = ("joint_pairs", "temperature", "margin", "similarity", "loss_impl", "cluster_weight",
+             "recon_weight", "cluster_size", "queue_size", "refit_every")
+STAGE1_ONLY = ("embd_dim", "recon_dim", "audio_width")
 OURS = ("data", "out", "seed", "resume", "detect", "max_steps")  # of no use within a study
 
 
@@ -45,7 +49,7 @@ def parser() -> flags.Parser:
                    "they are, or trained on (default: both)")
     p.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more "
                    "kind of stage 2, by train_stage2.py's flags, such as gentle='--stage1_encoders "
-                   "finetune --lr 1e-5'; what of them train_stage1.py has makes one more baseline, "
+                   "finetune --lr 1e-5'; with flags of the objective there is one more baseline, "
                    "too; may be repeated")
     p.add_argument("--baselines", nargs="+", choices=("steps", "compute"),
                    default=["steps", "compute"], help="AVT for as many steps as an order, for the "
@@ -71,7 +75,7 @@ def parser() -> flags.Parser:
 def training_flops(args: argparse.Namespace, dims: dict[str, int], modalities: str, frozen: str,
                    word_dim: int) -> float:
     """FLOPs (a multiply and an add count 2) of the encoders' forward and backward for one clip of
-    full length; the losses', shared by all orders, are left out."""
+    full length. The losses' own are left out: small beside DAVEnet, but more with more pairs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,8 +105,9 @@ class Study:
     the order they depend on each other; chains are independent. ``runs``: what the report reads.
     """
 
-    def __init__(self, args: argparse.Namespace, rest: list[str]):
-        self.args, self.rest = args, rest
+    def __init__(self, args: argparse.Namespace, rest: list[str], words: list[str]):
+        self.args, self.rest, self.words = args, rest, words
+        args.seeds = list(dict.fromkeys(args.seeds))
         given = _checked(rest, 1, "python -m mcn_ext.study")
         self.variants = {"": "--stage1_encoders frozen"} if "frozen" in args.stage1_encoders else {}
         if "finetune" in args.stage1_encoders:
@@ -128,6 +133,7 @@ class Study:
 
     def _cells(self) -> list[dict]:
         from mcn_ext.prepare import demo
+        from mcn_ext.store import StoreError
 
         args, out = self.args, self.args.out
         if not args.noise:
@@ -147,12 +153,15 @@ class Study:
         if args.data or args.youcook2:
             raise SystemExit("--noise makes data of its own: leave out --data and --youcook2")
         cells = []
-        for video in args.noise:
-            for audio in args.noise:
+        for video in dict.fromkeys(args.noise):
+            for audio in dict.fromkeys(args.noise):
                 name = f"v{video:g}-a{audio:g}"
                 folder = out / "data" / name
-                print(demo.prepare(folder, video_noise=video, audio_noise=audio,
-                                   videos=args.videos), file=sys.stderr)
+                try:
+                    print(demo.prepare(folder, video_noise=video, audio_noise=audio,
+                                       videos=args.videos), file=sys.stderr)
+                except StoreError as error:
+                    raise SystemExit(f"--noise {video:g} {audio:g}: {error}") from None
                 cells.append({"name": name, "data": folder / "train.h5",
                               "youcook2": folder / "eval.h5", "video_noise": video,
                               "audio_noise": audio})
@@ -171,6 +180,9 @@ class Study:
         except StoreError as error:
             raise SystemExit(str(error)) from None
         videos = int((store.caption_counts() > 0).sum())
+        if videos < settings.batch_size:
+            raise SystemExit(f"--batch_size {settings.batch_size}: {store.path} has {videos} "
+                             f"videos with captions; use --batch_size {videos} or less")
         self.clips = videos // settings.batch_size * settings.batch_size * settings.n_pair
         word_dim = 300
         if settings.word2vec:
@@ -184,8 +196,7 @@ class Study:
         first, joint = args.epochs[0], flops(BASELINE)
         self.flops, self.baselines = {}, {}
         for variant, words in self.variants.items():
-            second, frozen, rest = self._second(words)
-            name = variant if rest else ""
+            second, frozen, objective = self._second(words)
             for order in ORDERS:
                 pair, third = order.split("_")
                 self.flops[pair] = self.clips * first * flops(pair)
@@ -197,21 +208,20 @@ class Study:
                 if abs(same - first - second) <= 0.05 * same:
                     same = first + second  # one run more would say nothing new
                 for equal, epochs in (("steps", first + second), ("compute", same)):
-                    if equal in args.baselines:
-                        self.flops[BASELINE, epochs] = self.clips * epochs * joint
-                        self.baselines.setdefault((epochs, name), {"flags": rest, "of": []})
-                if (same, name) in self.baselines:
-                    self.baselines[same, name]["of"].append(_method(order, variant))
+                    self.flops[BASELINE, epochs] = self.clips * epochs * joint
+                    for name in ("", variant) if objective else ("",):
+                        if equal in args.baselines:
+                            self.baselines.setdefault((epochs, name), {
+                                "flags": objective if name else [], "steps": [], "compute": []
+                            })[equal].append(_method(order, variant))
 
     def _second(self, words: str) -> tuple[int, bool, list[str]]:
-        """A variant's epochs in stage 2, whether it freezes stage 1's encoders, and its flags
-        that one stage has as well."""
+        """A variant's epochs in stage 2, whether it freezes stage 1's encoders, and what of its
+        flags is of the objective."""
         words = shlex.split(words)
-        encoders = _given(words, "stage1_encoders")
-        epochs = _given(words, "epochs")
-        second = int(epochs[-1].rpartition("=")[2]) if epochs else self.args.epochs[1]
-        rest = [w for w in words if w not in (*encoders, *epochs)]
-        return second, not encoders or "finetune" not in encoders[-1], rest
+        epochs, encoders = (_given(words, name)[1:] for name in ("epochs", "stage1_encoders"))
+        return (int(epochs[0]) if epochs else self.args.epochs[1], encoders != ["finetune"],
+                [word for name in OBJECTIVE for word in _given(words, name)])
 
     def _command(self, *words) -> list[str]:
         launch = shlex.split(self.args.launch) or [sys.executable]
@@ -221,10 +231,11 @@ class Study:
         """A run: train it, evaluate it."""
         evaluate = [sys.executable, str(ROOT / "evaluate.py"), "--youcook2", cell["youcook2"],
                     "--run", folder, "--all_directions", "--fusion", "sum", "mean",
-                    "bank", "--keep_embeddings"]
+                    "bank", "--keep_embeddings", "--require_complete"]
         if self.settings.device != "auto":
             evaluate += ["--device", self.settings.device]
-        return folder, [self._command(*train, "--out", folder), list(map(str, evaluate))]
+        return folder, [self._command(*train, "--no-keep_epochs", "--out", folder),
+                        list(map(str, evaluate))]
 
     def _folder(self, cell: dict, seed: int) -> Path:
         return self.args.out / cell["name"] / f"seed{seed}"
@@ -241,14 +252,14 @@ class Study:
         (pair, third), at = order.split("_"), self._folder(cell, seed)
         first, start = self.args.epochs[0], at / f"stage1-{pair}"
         chain = [self._stage1(start, cell, seed, pair, first)]
-        machine = [word for name in ("device", "workers", "save_every", "log_every", "precision")
-                   for word in _given(self.rest, name)]
+        rest = [word for flag in _groups(self.rest) if _name(flag) not in STAGE1_ONLY
+                for word in flag]
         for variant, words in self.variants.items():
             method = _method(order, variant)
             folder = at / f"stage2-{method}"
             second, frozen, _ = self._second(words)
             chain.append(self._unit(
-                folder, cell, "train_stage2.py", "--add", third, "--init", start, *machine,
+                folder, cell, "train_stage2.py", "--add", third, "--init", start, *rest,
                 "--epochs", second, *shlex.split(words)))
             self._add(cell, seed, method, order, folder, epochs=[first, second],
                       encoders="frozen" if frozen else "finetune",
@@ -263,8 +274,7 @@ class Study:
             folder = self._folder(cell, seed) / method
             self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs, *made["flags"])])
             self._add(cell, seed, method, BASELINE, folder, encoders=None, stage1=None,
-                      epochs=[epochs], baseline_of=made["of"],
-                      equal="steps" if epochs == sum(self.args.epochs) else "compute",
+                      epochs=[epochs], steps_of=made["steps"], baseline_of=made["compute"],
                       label=f"one stage, {epochs} epochs" + (f", {variant}" if variant else ""),
                       flops=self.flops[BASELINE, epochs])
 
@@ -277,25 +287,33 @@ class Study:
 
     def write(self) -> None:
         """study.json; SystemExit if the folder holds another study."""
+        from mcn_ext.checkpoint import FREE_FLAGS
         from mcn_ext.log import write_text
 
-        flags_ = {key: [str(v) for v in value] if isinstance(value, list) else str(value)
-                  for key, value in sorted(vars(self.args).items())
-                  if key not in ("jobs", "show", "out")}
-        content = {"format": "mcn-study", "version": 1, "flags": flags_ | {"others": self.rest},
+        free = FREE_FLAGS | {"seed", "seeds", "orders", "variant", "stage1_encoders", "baselines",
+                             "launch", "jobs", "show", "resume"}
+        given = flags.as_dict(self.settings) | {
+            key: [str(v) for v in value] if isinstance(value, list) else str(value)
+            for key, value in vars(self.args).items()}
+        given = {key: value for key, value in sorted(given.items()) if key not in free}
+        content = {"format": "mcn-study", "version": 1, "flags": given, "variants": self.variants,
+                   "command": shlex.join(["python", "-m", "mcn_ext.study", *self.words]),
                    "cells": [{k: str(v) if isinstance(v, Path) else v for k, v in cell.items()}
                              for cell in self.cells], "runs": self.runs}
         file = self.args.out / "study.json"
         if file.exists():
-            old = json.loads(file.read_text())
-            different = [key for key in content["flags"]
-                         if old["flags"].get(key) != content["flags"][key]
-                         and key not in ("seeds", "orders", "variant", "stage1_encoders",
-                                         "baselines", "launch")]
-            if different:
-                raise SystemExit(f"{self.args.out} holds a study with other "
-                                 f"{', '.join('--' + key for key in different)}; give --out "
-                                 "another folder, or the flags of study.json")
+            try:
+                old = json.loads(file.read_text())
+                before, kinds = old["flags"], old["variants"]
+            except (ValueError, KeyError, TypeError):
+                raise SystemExit(f"{file} is not a study's; give another --out") from None
+            other = [f"--{key} {before.get(key)} (now {value})" for key, value in given.items()
+                     if before.get(key) != value]
+            other += [f"--variant {name}={kinds[name]} (now {words})" for name, words
+                      in self.variants.items() if kinds.get(name, words) != words]
+            if other:
+                raise SystemExit(f"{self.args.out} holds a study with {', '.join(other)}; give the "
+                                 "same flags, or another --out")
         self.args.out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(content, indent=1) + "\n")
 
@@ -318,38 +336,57 @@ def _method(order: str, variant: str) -> str:
     return order + (f"-{variant}" if variant else "")
 
 
-def _given(rest: list[str], name: str) -> list[str]:
-    """A flag among the words of a command line, with its value."""
-    for i, word in enumerate(rest):
-        key, equals, _ = word.partition("=")
-        if key.replace("-", "_") == f"__{name}":
-            return [word] if equals else rest[i:i + 2]
-    return []
+def _groups(words: list[str]) -> list[list[str]]:
+    """Words of a command line as flags with their values."""
+    out: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not out:
+            out.append(word.split("=", 1))
+        else:
+            out[-1].append(word)
+    return out
+
+
+def _name(flag: list[str]) -> str:
+    return flag[0].lstrip("-").replace("-", "_").removeprefix("no_")
+
+
+def _given(words: list[str], name: str) -> list[str]:
+    """The last flag of that name, with its values; nothing if it is not there."""
+    return next((flag for flag in reversed(_groups(words)) if _name(flag) == name), [])
 
 
 SLURM = """\
 #!/bin/bash
-#SBATCH --array=1-{n} --job-name=mcn-study --requeue --signal=USR1@120
-#SBATCH --gpus-per-node=1 --cpus-per-task=8 --time=48:00:00
-# Submit from the folder this was printed in; when all tasks are done, the study's command again,
-# without --print, draws the report. A task that was preempted goes on where it was.
-sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<'CHAINS' | bash
+#SBATCH --array=1-{n} --job-name=mcn-study --requeue --signal=USR1@120 --time=48:00:00
+#SBATCH --ntasks=1 --gpus-per-node={gpus} --cpus-per-task={cpus}
+# Submit from the folder this was printed in, and again after a time limit: what is done is not
+# done twice. When all tasks are done, the study's command, without --print, draws the report.
+# On a signal a run saves itself; the shell only waits for it, and goes no further.
+read -r -d '' CHAIN < <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<'CHAINS'
 {chains}
 CHAINS
+)
+srun bash -c "trap : USR1 TERM; $CHAIN"
 """
 
 
 def main(argv=None) -> int:
-    args, rest = parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args, rest = parser().parse_known_args(words)
     if args.noise and not _given(rest, "preset"):
         rest += ["--preset", "demo"]
-    study = Study(args, rest)
+    study = Study(args, rest, words)
     if args.show:
         lines = [" && ".join(shlex.join(command) for _, commands in chain for command in commands)
                  for chain in study.chains]
         study.write()
-        print(SLURM.format(n=len(lines), chains="\n".join(lines)) if args.show == "slurm"
-              else "\n".join(lines), end="" if args.show == "slurm" else "\n")
+        if args.show == "slurm":
+            gpus = int((_given(shlex.split(args.launch), "nproc_per_node") or ["", 1])[1])
+            print(SLURM.format(n=len(lines), gpus=gpus, cpus=8 * gpus, chains="\n".join(lines)),
+                  end="")
+        else:
+            print("\n".join(lines))
         return 0
     with chains.only_one(args.out) as lock:
         study.write()

@@ -15,6 +15,9 @@ from mcn_ext.page import Bold, Code, Page, Text
 from mcn_ext.study_runs import MAIN, Run, Study, compare_args
 from mcn_ext.study_tables import bold_best, difference, interval, number, spread
 
+ONE_SEED = ("One seed: the intervals count the chance of the queries, not that of the training. "
+            "Another seed may turn a small difference round.")
+
 
 def write(folder: Path) -> Path:
     """Read the study in ``folder``, finished or not, and write its report; the HTML file's path.
@@ -94,13 +97,13 @@ def headline(study: Study) -> tuple[str, list[str]]:
     claim = "wins" if compare and compare["real"] else \
         "is ahead, but which order is best is not decided" if rest else "is the only order yet"
     points = [_against(study, best, rest[0], "the next order")] if rest else []
-    points += [_against(study, best, method, "the one-stage baseline")
+    points += [_against(study, best, method,
+                        f"one stage of equal {' and '.join(study.kinds(method, best))}")
                for method in study.baselines(of=best)]
     if not study.baselines():
         points.append("The one-stage baseline has not been evaluated.")
     if seeds == 1:
-        points.append("One seed: the intervals count the chance of the queries, not that of the "
-                      "training. Another seed may turn a small difference round.")
+        points.append(ONE_SEED)
     above = ""  # "wins" is among the two-stage orders: whoever reads one line must not miss this
     if study.baselines() and study.mean(study.baselines()[0]) > study.mean(best):
         top = study.baselines()[0]
@@ -127,8 +130,8 @@ def _grid_headline(study: Study) -> tuple[str, list[str]]:
         f"{order} is best in {n} ({real} of them beyond chance)" for n, real, order in counts)
         + f"; by R@10 of {_list(study.n_queries())} captions, "
         f"{_count(len(study.seeds()), 'seed')}.",
-        [f"The one-stage baseline is above the best order in {above} of {len(cells)}."]
-        if cells else [])
+        ([f"The one-stage baseline is above the best order in {above} of {len(cells)}."]
+         if cells else []) + ([ONE_SEED] if len(study.seeds()) == 1 else []))
 
 
 def _headline(page: Page, study: Study) -> None:
@@ -263,6 +266,10 @@ def _health(page: Page, study: Study) -> None:
 
 
 def _cost(page: Page, study: Study) -> None:
+    def equal(method):
+        return "; ".join(f"{kind} of {', '.join(of)}"
+                         for kind, of in study.equal[method].items() if of)
+
     page.heading("Cost")
     rows = []
     for method, runs in _by_method(study).items():
@@ -270,7 +277,7 @@ def _cost(page: Page, study: Study) -> None:
         rows.append([study.labels[method], " + ".join(map(str, runs[0].epochs)),
                      f"{_mean(sum(s.clips for s in r.stages) for r in runs):,.0f}",
                      number(_mean(sum(s.seconds for s in r.stages) for r in runs), 0),
-                     f"{flops:.2e}" if isfinite(flops) else "-", study.equal[method]])
+                     f"{flops:.2e}" if isfinite(flops) else "-", equal(method)])
     page.table(["method", "epochs", "clips", "training seconds", "training FLOPs", "equal in"],
                rows)
     page.paragraph("Per run, both stages together, mean of the seeds. A stage 1 that two methods "

@@ -60,7 +60,7 @@ class RunFolder:
             with np.load(self.path / "youcook2.npz", allow_pickle=False) as file:
                 return {key.removeprefix(prefix): file[key] for key in file.files
                         if key.startswith(prefix)}
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return {}
 
     @cached_property
@@ -125,7 +125,9 @@ class Run:
         self.label = entry.get("label") or self.method
         self.encoders, self.flops = entry.get("encoders"), entry.get("flops")
         self.epochs = entry.get("epochs") or []
-        self.equal, self.baseline_of = entry.get("equal"), entry.get("baseline_of")
+        # Methods of as many steps, and of as many FLOPs, as this baseline.
+        self.equal = {kind: entry.get(key) or [] for kind, key in (
+            ("steps", "steps_of"), ("compute", "baseline_of"))}
         self.final = RunFolder(root / entry["run"])
         self.first = RunFolder(root / entry["stage1"]) if entry.get("stage1") else None
 
@@ -154,10 +156,7 @@ class Study:
         baselines_last = sorted(self.runs, key=lambda run: run.pair is None)
         self.labels = {run.method: run.label for run in baselines_last}
         self.orders = {run.method: run.order for run in baselines_last}
-        self.matches = {run.method: run.baseline_of or [] for run in baselines_last}
-        self.equal = {run.method: " of ".join(filter(None, [
-            run.equal or ("compute" if run.baseline_of else ""),
-            ", ".join(run.baseline_of or [])])) for run in baselines_last}
+        self.equal = {run.method: run.equal for run in baselines_last}
 
     @property
     def methods(self) -> list[str]:
@@ -200,11 +199,14 @@ class Study:
         return list(best.values())
 
     def baselines(self, cell: str = "", of: str | None = None) -> list[str]:
-        """The one-stage methods, best first; those whose compute is that of a method ``of``, or of
-        all."""
+        """The one-stage methods, best first; those equal to a method ``of`` in steps or compute,
+        or all."""
         found = self.ranked((m for m in self.methods if self.orders[m] == "AVT"), cell)
-        return [m for m in found if of is None or not self.matches[m]
-                or of in self.matches[m]]
+        return [m for m in found if of is None or self.kinds(m, of)]
+
+    def kinds(self, baseline: str, of: str) -> list[str]:
+        """In what a baseline equals a method: "steps", "compute"."""
+        return [kind for kind, methods in self.equal[baseline].items() if of in methods]
 
     def ranks(self, method: str, direction: str = MAIN, cell: str = "") -> dict[int, np.ndarray]:
         """{seed: ranks}."""

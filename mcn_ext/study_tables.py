@@ -96,7 +96,7 @@ def _equal_compute(page: Page, study: Study, methods: list[str]) -> None:
     rows = []
     for method in methods:
         for baseline in study.baselines(of=method):
-            if study.orders[method] != "AVT" and study.matches[baseline]:
+            if "compute" in study.kinds(baseline, method):
                 cost = [f"{next(r.flops for r in study.of(m)) or np.nan:.2e}"
                         for m in (method, baseline)]
                 rows.append([study.labels[method], spread(study.values(method)), cost[0],

@@ -114,8 +114,8 @@ def write_study(root, *, cells=None, methods=METHODS, seeds=(0, 1, 2), n=120, qu
                     "cell": cell["name"], "method": method, "order": order, "encoders": encoders,
                     "seed": seed, "label": label, "stage1": stage1, "run": f"{where}/{method}",
                     "flops": 1.5e12, "epochs": [20, 10] if first else [30],
-                    **({} if first else {"equal": "steps"} if method == "AVT-30" else
-                       {"equal": "compute", "baseline_of": ["AV_T", "AT_V"]})})
+                    **({} if first else {"steps_of": [m for m in methods if "_" in m]}
+                       if method == "AVT-30" else {"baseline_of": ["AV_T", "AT_V"]})})
     (root / "study.json").write_text(json.dumps({
         "format": "mcn-study", "version": 1, "command": "python -m mcn_ext.study --seeds 3",
         "flags": {}, "cells": cells, "runs": runs}))
@@ -252,7 +252,7 @@ def test_the_answer_comes_first(study_folder):
     compare = study.compare(best, study.by_order()[1])
     points = text.split("\n\n")[2]
     assert f"- {compare['difference']:.1f} points above the next order" in points
-    assert points.count("the one-stage baseline") == 2 and "not complete" not in text
+    assert points.count("one stage of equal") == 2 and "not complete" not in text
     values = study.values("AV_T", "R@5")
     assert f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" in text
     assert "every run: `batch_size 16`" in text
@@ -390,7 +390,7 @@ def test_a_baseline_above_all_and_of_the_winners_compute(tmp_path, no_pictures):
                        quality=lambda cell, m: {"AV_T": 0.5, "VT_A": 0.9}.get(m, 3.0))
     text = study_report.write(root).with_name("report.md").read_text()
     answer, points = text.split("\n\n")[1:3]
-    assert "points below the one-stage baseline (one stage, equal steps)" in points
+    assert "points below one stage of equal steps (one stage, equal steps)" in points
     assert "equal compute" not in points  # AVT-23 is the baseline of AV_T and AT_V
     top = max(Study(root).baselines(), key=Study(root).mean)
     assert f"But one stage finds more: {Study(root).mean(top):.1f} % ({METHODS[top][0]})" in answer
