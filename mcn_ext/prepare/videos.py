@@ -107,8 +107,9 @@ class Decoder:
                     yield kind, np.frombuffer(payload, np.float16).reshape(-1, N_MELS)
         except EOFError:
             process.join()
-            raise Skipped(f"{path}: its decoder ended with signal or code {-process.exitcode}"
-                          ) from None
+            code = process.exitcode
+            raise Skipped(f"{path}: its decoder ended with "
+                          + (f"signal {-code}" if code < 0 else f"code {code}")) from None
         finally:
             process.kill()
             process.join()
