@@ -20,6 +20,7 @@ from mcn_ext.prepare.logmel import SAMPLE_RATE, log_mel
 MAX_SECONDS = 48 * 3600  # beyond, a time stamp lies
 MAX_PIXELS = 2**26  # twice 8K
 MAX_DAMAGED = 0.05  # share of packets that cannot be decoded
+PLAYLISTS = {"hls", "concat", "dash", "imf"}  # they name other files
 GAP = 0.1  # seconds that samples may be off their time stamps: clocks are rounded
 
 
@@ -109,17 +110,19 @@ def decode(path: str, *, video: bool = True, audio: bool = True, threads: int = 
     """
     av = import_av()
     try:
-        # No playlist may lead elsewhere, and no name be taken for an address.
+        # No name is an address, and nothing in a file leads to one.
         with av.open(f"file:{path}", metadata_errors="replace",
                      options={"protocol_whitelist": "file"}) as container:
             yield from _decode(av, container, video, audio, threads)
-    except (av.FFmpegError, MemoryError) as error:
-        raise Skipped(f"{path}: {error}") from error
+    except av.FFmpegError as error:
+        raise Skipped(f"{path}: {error.strerror or error}") from error
     except Skipped as reason:
         raise Skipped(f"{path}: {reason}") from reason
 
 
 def _decode(av, container, video: bool, audio: bool, threads: int) -> Iterator:
+    if container.format.name.split(",")[0] in PLAYLISTS:
+        raise Skipped(f"a playlist ({container.format.name}), not a video")
     cover = av.stream.Disposition.attached_pic
     pictures = [s for s in container.streams.video if not s.disposition & cover][:video]
     sounds = list(container.streams.audio)[:audio]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -68,6 +69,7 @@ def parse_streams(specs: list[str]) -> dict[str, tuple[Path, float]]:
 
 
 def _width(folder: Path, name: str, ids: list[str]) -> int:
+    """Of the first readable features of a video of these."""
     for video in ids:
         file = find_features(folder, video, name, bare=True)
         try:
@@ -121,22 +123,51 @@ class Decoder:
         return pipe.recv_bytes()
 
 
-class Frames:
-    """Decoded frames -> (n, 2048) float16; one video on the device at a time."""
+class Reader:
+    """Called with a file: {stream: (n, dim) rows, or None}. Many threads may call it at once.
 
-    def __init__(self, features: resnet.Frames2D, batch_size: int):
-        self.features, self.batch_size, self.turn = features, batch_size, threading.Lock()
+    Args:
+        features: frames -> rows, None if the store's ``2d`` comes from elsewhere.
+        external: {stream: folder}; widths: {stream: dim}. on_frames: called with their number.
+    """
 
-    def __call__(self, frames: list[torch.Tensor]) -> np.ndarray:
+    def __init__(self, decoder: Decoder, features: resnet.Frames2D | None, batch_size: int,
+                 external: dict[str, Path], widths: dict[str, int], on_frames):
+        self.decoder, self.features, self.batch_size = decoder, features, batch_size
+        self.external, self.widths, self.on_frames = external, widths, on_frames
+        self.turn = threading.Lock()  # one batch on the device at a time
+
+    def __call__(self, file: Path) -> dict[str, np.ndarray | None]:
+        rows: dict[str, np.ndarray | None] = dict.fromkeys(self.widths)
+        for name, folder in self.external.items():  # first, as it costs nothing
+            if (found := find_features(folder, file.stem, name, bare=True)) is not None:
+                rows[name] = load_array(found)
+                if rows[name].shape[1] != self.widths[name]:
+                    raise Skipped(f"{found}: width {rows[name].shape[1]}, the other videos have "
+                                  f"{self.widths[name]}")
+        batch, done = [], []
+        for kind, array in self.decoder(file):
+            if kind == "m":
+                rows["mel"] = array
+                continue
+            # A copy, as a message's bytes are read-only; on the device, where resizing is quick.
+            batch.append(resnet.crop(torch.tensor(array, device=self.features.device)))
+            if len(batch) == self.batch_size:
+                done.append(self._features(batch))
+                batch = []
+        if batch:
+            done.append(self._features(batch))
+        if done:
+            rows["2d"] = np.concatenate(done)
+        return rows
+
+    def _features(self, frames: list[torch.Tensor]) -> np.ndarray:
         with self.turn:
             rows = self.features(torch.stack(frames)).half()
+            self.on_frames(len(frames))
         if not rows.isfinite().all():
             raise Skipped("features that are NaN, inf or beyond fp16: are these the right weights?")
         return rows.numpy()
-
-    def crop(self, frame: np.ndarray) -> torch.Tensor:
-        # A copy, as a message's bytes are read-only; the device's, where resizing is quick.
-        return resnet.crop(torch.tensor(frame, device=self.features.device))
 
 
 def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights: Path | None,
@@ -156,7 +187,7 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
     specs = {name: {"dim": _width(folder, name, [file.stem for file in files]), "rate_hz": rate,
                     "model": f"{name} features as found", "weights_sha256": "unknown"}
              for name, (folder, rate) in external.items()}
-    frames = None
+    features = None
     if "2d" not in external:
         if weights is None and not random_weights:
             raise SystemExit(f"--weights: frames need a ResNet-152; {resnet.WHERE}. Or --streams "
@@ -164,14 +195,13 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
                              "try the rest")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         features = resnet.Frames2D(weights, device)
-        frames = Frames(features, batch_size)
         specs["2d"] = {"dim": resnet.DIM, "rate_hz": 1.0, "model": features.model
                        + ", frame nearest to each second, 224 of 256",
                        "weights_sha256": features.weights_sha256}
     specs["mel"] = {"dim": N_MELS, "rate_hz": MEL_RATE, "weights_sha256": "none",
                     "model": "log-mel, mcn_ext.prepare.logmel"}
     specs = {name: specs[name] | {"tool": "mcn_ext.prepare videos"} for name in sorted(specs)}
-    random = " (2D features of RANDOM weights)" if frames and random_weights else ""
+    random = " (2D features of RANDOM weights)" if features and weights is None else ""
     writer = StoreWriter(out, specs, f"videos from {', '.join(map(str, paths))}"[:500] + random,
                          overwrite=overwrite, shard_mib=shard_mib,
                          settings={"captions": str(captions_file),
@@ -186,37 +216,18 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
         seen.setdefault(name, file)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, min(workers or min(cores, 16), len(todo)))
-    decoder = Decoder(time_limit, video=frames is not None, threads=max(1, cores // workers))
-    missing = {name: 0 for name in [*specs, "captions"]}
+    decoder = Decoder(time_limit, video=features is not None, threads=max(1, cores // workers))
+    missing, n_frames = dict.fromkeys([*specs, "captions"], 0), 0
     progress = tqdm(total=len(todo), unit="video", desc="prepare", mininterval=0.5)
-    n_frames = 0
 
-    def read(file: Path):
+    def on_frames(number: int) -> None:
         nonlocal n_frames
-        rows: dict[str, np.ndarray | None] = {name: None for name in specs}
-        batch, done = [], []
-        for kind, array in decoder(file):
-            if kind == "m":
-                rows["mel"] = array
-                continue
-            batch.append(frames.crop(array))
-            if len(batch) == batch_size:
-                done.append(frames(batch))
-                n_frames += len(batch)
-                progress.set_postfix_str(f"{n_frames} frames")
-                batch = []
-        if batch:
-            done.append(frames(batch))
-        if done:
-            rows["2d"] = np.concatenate(done)
-        for name, (folder, _) in external.items():
-            if (found := find_features(folder, file.stem, name, bare=True)) is not None:
-                rows[name] = load_array(found)
-                if rows[name].shape[1] != specs[name]["dim"]:
-                    raise Skipped(f"{found}: width {rows[name].shape[1]}, the other videos have "
-                                  f"{specs[name]['dim']}")
-        return rows
+        n_frames += number
+        progress.set_postfix_str(f"{n_frames} frames")
 
+    read = Reader(decoder, features, batch_size, {name: folder for name, (folder, _) in
+                                                  external.items()},
+                  {name: spec["dim"] for name, spec in specs.items()}, on_frames)
     for file, rows in in_order(read, todo, workers):
         progress.update()
         name = mend(file.stem)
@@ -228,7 +239,7 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
             try:
                 said = captions.of(name)
             except Skipped as reason:
-                progress.write(f"{name}: {reason}; kept without captions")
+                progress.write(f"{name}: {reason}; kept without captions", file=sys.stderr)
         for stream in specs:
             missing[stream] += rows[stream] is None
         missing["captions"] += not said[0]
