@@ -20,6 +20,7 @@ from mcn_ext.prepare.logmel import SAMPLE_RATE, log_mel
 MAX_SECONDS = 48 * 3600  # beyond, a time stamp lies
 MAX_PIXELS = 2**26  # twice 8K
 MAX_DAMAGED = 0.05  # share of packets that cannot be decoded
+MEL_BLOCK = 2**16  # frames of a spectrogram in a message
 PLAYLISTS = {"hls", "concat", "dash", "imf"}  # they name other files
 GAP = 0.1  # seconds that samples may be off their time stamps: clocks are rounded
 
@@ -94,16 +95,24 @@ class Samples:
             self.file.write(np.nan_to_num(samples, posinf=0, neginf=0).clip(-8, 8).tobytes())
             self.count += len(samples)
 
-    def end(self) -> np.ndarray:
-        """All of them, (n,) float32, mapped from the disk."""
+    def end(self) -> None:
+        """Nothing more comes; from here on samples may be read."""
         self._write(self.resampler.resample(None))
         self.file.truncate(4 * self.count)
-        self.file.flush()
-        return np.memmap(self.file, np.float32, "r") if self.count else np.empty(0, np.float32)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Samples of a slice, (n,) float32."""
+        lo, hi, _ = part.indices(self.count)
+        self.file.seek(4 * lo)
+        return np.frombuffer(self.file.read(4 * (hi - lo)), np.float32)
 
 
 def decode(path: str, *, video: bool = True, audio: bool = True, threads: int = 1) -> Iterator:
-    """Yields ("frame", (second, time s, (h, w, 3) uint8 RGB)) and, last, ("mel", (n, 40) float16).
+    """Yields ("frame", (second, time s, (h, w, 3) uint8 RGB)) and, last, the spectrogram in parts,
+    ("mel", (n, 40) float16).
 
     ("alive", None) comes about once a second between. A file without sound has no "mel"; one
     without video (or with a cover picture only) no "frame". Skipped for what cannot be used.
@@ -168,11 +177,12 @@ def _decode(av, container, video: bool, audio: bool, threads: int) -> Iterator:
     declared = (container.duration or 0) / av.time_base
     if end < 0.9 * declared - 2:
         raise Skipped(f"breaks off after {end:.0f} of {declared:.0f} s")
-    sound = samples.end()
-    if not end or not len(sound) and shown is None:
+    samples.end()
+    if not end or not len(samples) and shown is None:
         raise Skipped("nothing in it can be decoded")
-    if len(sound):
-        yield "mel", log_mel(sound).astype(np.float16)
+    mel = log_mel(samples) if len(samples) else ()
+    for lo in range(0, len(mel), MEL_BLOCK):
+        yield "mel", mel[lo:lo + MEL_BLOCK].astype(np.float16)
 
 
 def _upright(settled, before):
@@ -187,8 +197,8 @@ def _upright(settled, before):
 def serve(pipe: Connection, path: str, **options) -> None:
     """:func:`decode` into a pipe. Messages: a letter, then what belongs to it.
 
-    f: height, width (4 bytes each, big-endian), pixels. m: the spectrogram. a: alive. s: why the
-    file is skipped. e: the end.
+    f: height, width (4 bytes each, big-endian), pixels. m: a part of the spectrogram. a: alive.
+    s: why the file is skipped. e: the end.
     """
     try:
         for kind, value in decode(path, **options):

@@ -37,16 +37,17 @@ def mel_filters() -> np.ndarray:
     return np.maximum(0, np.minimum(rise, fall)) * 2 / (high - low)
 
 
-def log_mel(samples: np.ndarray) -> np.ndarray:
-    """Samples (n,) at 16 kHz, also on disk -> (1 + n // 160, 40) float32 dB in [-80, 0].
+def log_mel(samples) -> np.ndarray:
+    """Samples (n,) at 16 kHz -> (1 + n // 160, 40) float32 dB in [-80, 0].
 
-    In float64 by blocks, so that memory is that of the result. Silence, having no loudest entry,
-    is 0 everywhere.
+    ``samples``: an array, or what has a length and slices that are arrays, as when it is on disk:
+    it is read by blocks, computed in float64. Silence, having no loudest entry, is 0 everywhere.
     """
     n = len(samples)
     window = np.hamming(N_FFT + 1)[:-1]  # periodic
     filters = mel_filters().T
-    mean = samples.mean(dtype=np.float64) if n else 0.0
+    step = _BLOCK * HOP
+    mean = sum(samples[lo:lo + step].sum(dtype=np.float64) for lo in range(0, n, step)) / max(n, 1)
     out = np.empty((1 + n // HOP, N_MELS), np.float32)
     for first in range(0, len(out), _BLOCK):
         frames = min(_BLOCK, len(out) - first)

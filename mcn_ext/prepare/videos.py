@@ -91,7 +91,8 @@ class Decoder:
         self.context = multiprocessing.get_context("spawn")
 
     def __call__(self, path: Path):
-        """Yields (kind, array): "f" (h, w, 3) uint8 frames in order, "m" (n, 40) float16."""
+        """Yields (kind, array): "f" (h, w, 3) uint8 frames in order, "m" (n, 40) float16 in
+        parts."""
         here, there = self.context.Pipe(duplex=False)
         process = self.context.Process(target=serve, args=(there, str(path)), kwargs=self.options,
                                        daemon=True)
@@ -145,10 +146,10 @@ class Reader:
                 if rows[name].shape[1] != self.widths[name]:
                     raise Skipped(f"{found}: width {rows[name].shape[1]}, the other videos have "
                                   f"{self.widths[name]}")
-        batch, done = [], []
+        batch, done, mel = [], [], []
         for kind, array in self.decoder(file):
             if kind == "m":
-                rows["mel"] = array
+                mel.append(array)
                 continue
             # A copy, as a message's bytes are read-only; on the device, where resizing is quick.
             batch.append(resnet.crop(torch.tensor(array, device=self.features.device)))
@@ -159,6 +160,8 @@ class Reader:
             done.append(self._features(batch))
         if done:
             rows["2d"] = np.concatenate(done)
+        if mel:
+            rows["mel"] = np.concatenate(mel)
         return rows
 
     def _features(self, frames: list[torch.Tensor]) -> np.ndarray:
