@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mcn_ext.prepare import Skipped, howto100m, in_order, unpickle, youcook2
+from mcn_ext.prepare import Skipped, captions, howto100m, in_order, unpickle, youcook2
 from mcn_ext.prepare.unpickle import UnsafePickle, load_pickle
 from mcn_ext.store import Store, validate
 from mcn_ext.words import WordVectors, vectors_for
@@ -130,7 +130,7 @@ def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
 def test_lists_that_unfold_are_not_text_or_numbers(tmp_path):
     for value in (laughs(3), (laughs(3),)):
         with pytest.raises(ValueError, match="where a text is expected"):
-            howto100m.as_text(value)
+            captions.as_text(value)
     item = {"id": "a", "caption": "fry", "2d": np.ones(1, np.float32)}
     (tmp_path / "y.pkl").write_bytes(pickle.dumps(
         [item, item | {"caption": laughs(3)}, item | {"2d": [laughs(3)]}]))
@@ -138,7 +138,7 @@ def test_lists_that_unfold_are_not_text_or_numbers(tmp_path):
     (tmp_path / "c.pickle").write_bytes(pickle.dumps(
         {"a": {"start": [0], "end": [1], "text": [laughs(3)]}}))
     with pytest.raises(Skipped, match="where a text is expected"):
-        howto100m.Captions(tmp_path / "c.pickle").of("a")
+        captions.Captions(tmp_path / "c.pickle").of("a")
 
 
 @given(st.sampled_from(["2d", "3d", "audio", "caption", "id"]), VALUES)
@@ -182,7 +182,7 @@ def test_lists_and_captions_that_are_none(tmp_path):
             howto100m.read_list(tmp_path / "list.csv")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(SystemExit, match="deep.json: not JSON"):
-        howto100m.Captions(tmp_path / "deep.json")
+        captions.Captions(tmp_path / "deep.json")
 
 
 def test_a_damaged_cache_of_word_vectors_is_made_again(tmp_path, store_path, caplog):

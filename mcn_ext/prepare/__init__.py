@@ -46,11 +46,13 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
         except Skipped as reason:
             return item, reason
 
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
+    pool, pending = ThreadPoolExecutor(workers), deque()
+    try:
         for item in items:
             pending.append(pool.submit(attempt, item))
             if len(pending) >= 4 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:  # who leaves early does not wait for what has not begun
+        pool.shutdown(cancel_futures=True)

@@ -52,6 +52,38 @@ def parser() -> Parser:
         description="YouCook2's evaluation pickle -> store. Nothing in the pickle is executed.")
     p.add_argument("pickle", type=Path, help="youcook_val_audio.pkl")
     common(p, "data/youcook2.h5")
+    p = kinds.add_parser(
+        "videos", help="raw videos (or sound files) -> store",
+        description="Raw videos -> store: a frame a second through ResNet-152, log-mel "
+        "spectrograms, captions. Needs PyAV (pip install av). What cannot be decoded is listed in "
+        "OUT.skipped.csv.")
+    p.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_DIR",
+                   help="media files, or folders of them; a video's id is its file's name")
+    p.add_argument(
+        "--captions", type=Path, metavar="FILE",
+        help=".srt, .vtt, .json or .csv (start,end,text) of one video; .json, .pickle or a .csv "
+        "with a column id of several; or a folder with ID.srt and the like. Videos without are "
+        "kept, but not trained on")
+    p.add_argument("--weights", type=Path, metavar="PTH",
+                   help="ResNet-152's weights under torchvision's names (resnet152-394f9c45.pth)")
+    p.add_argument("--random_weights", action="store_true",
+                   help="an untrained ResNet-152, to try the rest; the store says so")
+    p.add_argument(
+        "--streams", nargs="+", default=[], metavar="NAME=DIR:RATE",
+        help="features extracted elsewhere, as 3d=DIR:1.5: DIR/ID.npz, .npy or ID_3d.npz of "
+        "(rows, width), RATE rows a second; 2d=DIR:1 replaces ResNet-152")
+    p.add_argument("--device", metavar="DEVICE", help="for ResNet-152 (default: a GPU if any)")
+    p.add_argument("--batch_size", type=flags.positive(int), default=32, metavar="N",
+                   help="frames of a video at a time (default 32); more for a large GPU")
+    p.add_argument("--workers", type=flags.not_negative(int), default=0, metavar="N",
+                   help="decoding processes (default 0: one a core, at most 16)")
+    p.add_argument(
+        "--time_limit", type=flags.positive(float), default=300, metavar="S",
+        help="a decoder without a sign of life for so long is ended, its video skipped (300)")
+    p.add_argument("--shard_mib", type=flags.positive(float), default=64, metavar="MIB",
+                   help="features gathered in memory before they are written (default 64: about "
+                   "1.5 hours of video); a kill loses at most these")
+    common(p, "data/videos.h5")
     p = kinds.add_parser("demo", help="a made-up data set to try everything on",
                          description="The demo data: DIR/train.h5 and DIR/eval.h5, a few seconds.")
     p.add_argument("--seed", type=flags.not_negative(int), default=0, metavar="N",
@@ -85,6 +117,14 @@ def main(argv=None) -> int:
             from mcn_ext.prepare import youcook2
 
             summary = youcook2.prepare(args.pickle, args.out, overwrite=args.overwrite)
+        elif args.kind == "videos":
+            from mcn_ext.prepare import videos
+
+            summary = videos.prepare(
+                args.paths, args.captions, args.out, weights=args.weights,
+                random_weights=args.random_weights, streams=args.streams, workers=args.workers,
+                batch_size=args.batch_size, device=args.device, time_limit=args.time_limit,
+                overwrite=args.overwrite, shard_mib=args.shard_mib)
         else:
             from mcn_ext.prepare import demo
 

@@ -2,14 +2,12 @@
 
 List: CSV with header ``path``, rows ``topic/subtopic/VIDEOID``. Features: ``<path>/<id>_2d.npz``
 and its variants, key ``features`` or ``arr_0``, (T, dim). Audio: ``<path>/<id>_spec.npz``, key
-``arr_0``, (40, frames) dB. Captions: pickle or JSON, id -> {"start", "end", "text"} in seconds, or
-a folder with one CSV (start,end,text) per video.
+``arr_0``, (40, frames) dB. Captions: :mod:`mcn_ext.prepare.captions`.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import threading
 import zipfile
 from collections import Counter
@@ -19,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mcn_ext.prepare import SkipList, Skipped, in_order
-from mcn_ext.prepare.unpickle import load_pickle
+from mcn_ext.prepare.captions import Captions
 from mcn_ext.store_file import N_MELS
 from mcn_ext.store_writer import StoreWriter, mend
 
@@ -50,29 +48,36 @@ def read_list(path: Path) -> list[str]:
 _header = threading.Lock()
 
 
+def _read_npy(file, size: int) -> np.ndarray:
+    """The matrix of floats in an open .npy of ``size`` bytes."""
+    if size > MAX_ARRAY_BYTES:
+        raise Skipped(f"declares {size} bytes")
+    read = {(1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
+    with _header:
+        shape, fortran, dtype = read(file)
+    if len(shape) != 2 or dtype.kind != "f" or min(shape) < 1:
+        raise Skipped(f"{dtype} array of shape {shape}, expected floats (rows, columns)")
+    return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
+
+
 def load_array(path: Path) -> np.ndarray:
-    """The (rows, columns) array of an .npz, key ``features`` or ``arr_0``, or Skipped."""
+    """The (rows, columns) of an .npy, or of an .npz's ``features`` or ``arr_0``, or Skipped."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            name = next((n for n in ("features.npy", "arr_0.npy") if n in names), None)
-            if name is None:
-                raise Skipped(f"{path}: holds {names[:9]}, expected 'features' or 'arr_0'")
-            if (size := archive.getinfo(name).file_size) > MAX_ARRAY_BYTES:
-                raise Skipped(f"{path}: declares {size} bytes")
-            with archive.open(name) as file:
-                read = {(1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
-                with _header:
-                    shape, fortran, dtype = read(file)
-                if len(shape) != 2 or dtype.kind != "f" or min(shape) < 1:
-                    raise Skipped(
-                        f"{path}: {dtype} array of shape {shape}, expected floats (rows, columns)")
-                array = np.frombuffer(file.read(), dtype).reshape(
-                    shape, order="F" if fortran else "C")
+        if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                array = _read_npy(file, path.stat().st_size)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                name = next((n for n in ("features.npy", "arr_0.npy") if n in names), None)
+                if name is None:
+                    raise Skipped(f"holds {names[:9]}, expected 'features' or 'arr_0'")
+                with archive.open(name) as file:
+                    array = _read_npy(file, archive.getinfo(name).file_size)
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
-        raise (error if isinstance(error, Skipped)
-               else Skipped(f"{path}: {type(error).__name__}: {error}")) from error
+        kind = "" if isinstance(error, Skipped) else f"{type(error).__name__}: "
+        raise Skipped(f"{path}: {kind}{error}") from error
     with np.errstate(over="ignore"):
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
@@ -87,67 +92,11 @@ def find_features(folder: Path, path: str, kind: str, bare: bool = False) -> Pat
     bare: the folder holds this stream only, whose files may go without the suffix ``_<kind>``.
     """
     name = path.rsplit("/", 1)[-1]
-    candidates = [f"{path}/{name}_{kind}.npz", f"{path}_{kind}.npz", f"{name}_{kind}.npz"]
+    candidates = [f"{path}/{name}_{kind}", f"{path}_{kind}", f"{name}_{kind}"]
     if bare:
-        candidates += [f"{path}/{name}.npz", f"{path}.npz"]
+        candidates += [f"{path}/{name}", f"{path}"]
+    candidates = [c + suffix for c in candidates for suffix in (".npz", ".npy")]
     return next((file for c in candidates if (file := folder / c).is_file()), None)
-
-
-def as_text(value) -> str:
-    """A caption or id; ValueError for containers, which may be small and unfold to terabytes."""
-    if not isinstance(value, (str, int, float, np.number)):
-        raise ValueError(f"a {type(value).__name__} where a text is expected")
-    return mend(str(value))
-
-
-class Captions:
-    """Captions by video id: a pickle, a JSON file, or a folder of CSV files read one by one."""
-
-    def __init__(self, path: Path):
-        self.path, self.table = path, None
-        if path.is_dir():
-            return
-        if path.suffix == ".json":
-            try:
-                self.table = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise SystemExit(f"--captions {path}: not JSON ({error})") from error
-        else:
-            self.table = load_pickle(path)
-        if not isinstance(self.table, dict):
-            raise SystemExit(
-                f"--captions {path}: holds a {type(self.table).__name__}, expected a dictionary "
-                "video id -> {'start': [..], 'end': [..], 'text': [..]}")
-
-    def of(self, name: str) -> tuple[list[float], list[float], list[str]]:
-        """(start, end, text) sorted by start; rows without finite 0 <= start < end are dropped."""
-        if self.table is not None:
-            entry = self.table.get(name)
-        else:
-            entry = self._csv(self.path / f"{name}.csv")
-        if entry is None:
-            raise Skipped(f"no captions in {self.path}")
-        try:
-            rows = [(float(s), float(e), as_text(t))
-                    for s, e, t in zip(entry["start"], entry["end"], entry["text"], strict=True)]
-        except (IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise Skipped(f"captions in {self.path} are not equal lists start, end, text ({error})"
-                          ) from error
-        rows = sorted(row for row in rows if 0 <= row[0] < row[1] < 1e6)
-        if not rows:
-            raise Skipped(f"no caption with 0 <= start < end in {self.path}")
-        return tuple(zip(*rows, strict=True))
-
-    @staticmethod
-    def _csv(path: Path):
-        try:
-            if not path.is_file():
-                return None
-            with open(path, newline="", encoding="utf-8", errors="replace") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, csv.Error) as error:
-            raise Skipped(f"{path}: {error}") from error
-        return {key: [row.get(key) for row in rows] for key in ("start", "end", "text")}
 
 
 def stream_widths(paths: list[str], find) -> dict[str, int]:

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext.prepare import SkipList, Skipped
-from mcn_ext.prepare.howto100m import MEL_RATE, as_text
+from mcn_ext.prepare.captions import as_text
+from mcn_ext.prepare.howto100m import MEL_RATE
 from mcn_ext.prepare.unpickle import load_pickle
 from mcn_ext.store_file import N_MELS
 from mcn_ext.store_writer import StoreWriter

@@ -1,0 +1,457 @@
+"""Raw videos to a store: decoding, spectrograms, ResNet-152, captions; media are made here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mcn_ext import resnet
+from mcn_ext.prepare import Skipped, captions, logmel, videos
+from mcn_ext.prepare.__main__ import main
+from mcn_ext.prepare.decode import Seconds, decode
+from mcn_ext.store import Store, validate
+from tests.conftest import ROOT, run
+
+av = pytest.importorskip("av")
+CLIP = ROOT.parent / "shared" / "data" / "raw_video" / "v_GGSY1Qvo990.mp4"
+
+
+def make_media(path, times=(), pictures=None, sound=None, sound_at=0.0):
+    """A file whose frames are shown from ``times`` (s); each grey of 10 * its second, or given.
+
+    sound: (n,) float32 at 16 kHz, beginning at ``sound_at`` s.
+    """
+    with av.open(str(path), "w") as container:
+        packets, streams = [], []
+        if len(times):
+            video = container.add_stream("libx264", rate=25, width=64, height=48,
+                                         pix_fmt="yuv420p", options={"preset": "ultrafast"})
+            video.codec_context.time_base = video.time_base = Fraction(1, 1000)
+            streams.append(video)
+        if sound is not None:
+            pcm = str(path).endswith((".mkv", ".wav"))
+            audio = container.add_stream("pcm_s16le" if pcm else "aac", rate=16_000, layout="mono")
+            streams.append(audio)
+        for i, at in enumerate(times):
+            picture = (np.full((48, 64, 3), 10 * int(at) + 5, np.uint8) if pictures is None
+                       else pictures[i])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(1000 * at), Fraction(1, 1000)
+            packets += video.encode(frame)
+        for lo in range(0, 0 if sound is None else len(sound), 1024):
+            block = (sound[None, lo:lo + 1024] * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate, frame.time_base = 16_000, Fraction(1, 16_000)
+            frame.pts = round(sound_at * 16_000) + lo
+            packets += audio.encode(frame)
+        for stream in streams:
+            packets += stream.encode(None)
+        for packet in sorted(packets, key=lambda p: p.dts * p.time_base):  # interleaved, as players
+            container.mux(packet)                                          # expect them
+    return path
+
+
+def tone(seconds, hz=440.0):
+    return (0.4 * np.sin(2 * np.pi * hz * np.arange(int(16_000 * seconds)) / 16_000)).astype(
+        np.float32)
+
+
+def decoded(path, **options):
+    """(times of the frames, their pixels, spectrogram or None)."""
+    out = {"frame": [], "mel": []}
+    for kind, value in decode(str(path), **options):
+        if kind == "frame":
+            assert value[0] == len(out["frame"])  # every second, in order
+            out["frame"].append(value[1:])
+        elif kind == "mel":
+            out["mel"].append(value)
+    return ([at for at, _ in out["frame"]], [p for _, p in out["frame"]],
+            np.concatenate(out["mel"]) if out["mel"] else None)
+
+
+# ---------------------------------------------------------------------------------- decoding
+
+
+def test_frames_nearest_to_each_second():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        times = np.cumsum(rng.exponential(rng.choice([0.04, 0.5, 3.0]), 60)) + rng.uniform(0, 3)
+        picker = Seconds()
+        got = [s for at in times for s in picker.add(at, at)] + list(picker.end(0.04))
+        assert [second for second, _, _ in got] == list(range(len(got)))
+        for second, at, frame in got:
+            assert at == frame and abs(at - second) == np.abs(times - second).min()
+        assert len(got) == max(1, np.ceil(times[-1] + 0.04))
+    with pytest.raises(Skipped, match="time stamp"):
+        list(Seconds().add(1e9, None))
+
+
+def test_constant_variable_and_late_time_stamps(tmp_path):
+    constant = make_media(tmp_path / "a.mp4", np.arange(0, 5, 0.04))
+    times, pixels, mel = decoded(constant)
+    assert mel is None and np.abs(np.array(times) - np.arange(5)).max() <= 0.02
+    assert [round((p.mean() - 5) / 10) for p in pixels] == [0, 1, 2, 3, 4]
+    # A slide show: 0 to 2.6 s at 10 a second, then one picture each from 4.2, 4.9 and 8 s on.
+    variable = make_media(tmp_path / "b.mkv", [*np.arange(0, 2.6, 0.1), 4.2, 4.9, 8.0])
+    times, pixels, _ = decoded(variable)
+    np.testing.assert_allclose(times, [0, 1, 2, 2.5, 4.2, 4.9, 4.9, 8, 8], atol=2e-3)
+    assert [round((p.mean() - 5) / 10) for p in pixels] == [0, 1, 2, 2, 4, 4, 4, 8, 8]
+    # The sound begins 1.5 s after the picture: its spectrogram does, too.
+    late = make_media(tmp_path / "c.mkv", np.arange(0, 3, 0.1), sound=tone(1), sound_at=1.5)
+    _, _, mel = decoded(late)
+    loud = np.flatnonzero(mel.max(1) > -30)
+    assert len(mel) == 251 and abs(loud[0] - 150) <= 2 and loud[-1] >= 247
+
+
+def test_sound_without_video_and_video_without_sound(tmp_path):
+    times, _, mel = decoded(make_media(tmp_path / "a.wav", sound=tone(2)))
+    assert times == [] and mel.shape == (201, 40) and mel.dtype == np.float16
+    _, _, silent = decoded(make_media(tmp_path / "b.mkv", [0, 0.1], sound=np.zeros(16_000)))
+    assert np.ptp(silent) == 0  # which training takes for no sound
+    times, _, mel = decoded(make_media(tmp_path / "c.mp4", [0.0]))
+    assert len(times) == 1 and mel is None
+    assert decoded(tmp_path / "b.mkv", video=False)[0] == []
+
+
+def test_a_turned_camera(tmp_path):
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:, :32, 0] = 220  # the left half is red
+    path = make_media(tmp_path / "a.mp4", [0, 0.04], [picture] * 2)
+    data = path.read_bytes()
+    at = data.index(b"tkhd") + 4 + 40  # the matrix of the track header, 16.16 fixed point
+    numbers = [0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30]  # x' = -y + 48, y' = x
+    matrix = b"".join(n.to_bytes(4, "big", signed=True) for n in numbers)
+    path.write_bytes(data[:at] + matrix + data[at + 36:])
+    _, (pixels, *_), _ = decoded(path)
+    assert pixels.shape == (64, 48, 3)
+    assert pixels[:28, :, 0].min() > 150 and pixels[36:, :, 0].max() < 60  # clockwise: now on top
+
+
+def test_broken_files_are_skipped_with_a_reason(tmp_path):
+    good = make_media(tmp_path / "good.mkv", np.arange(0, 20, 0.1), sound=tone(20))
+    data = good.read_bytes()
+    noise = np.random.default_rng(0).integers(0, 256, len(data), np.uint8).tobytes()
+    mp4 = make_media(tmp_path / "x.mp4", np.arange(0, 2, 0.1)).read_bytes()
+    for name, content, reason in (
+            ("cut.mkv", data[:len(data) // 2], "breaks off after 10 of 20 s"),
+            ("cut.mp4", mp4[:len(mp4) // 2], "Invalid data"), ("empty.mp4", b"", "Invalid data"),
+            ("text.mp4", b"not a video " * 99, "Invalid data"),
+            ("list.mp4", b"ffconcat version 1.0\nfile good.mkv\n", "a playlist"),
+            ("noise.mkv", data[:2000] + noise[2000:], "breaks off after 0 of 20 s")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Skipped, match=f"{name}: .*{reason}"):
+            decoded(tmp_path / name)
+    assert len(decoded(good)[0]) == 20
+
+
+@pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not beside this checkout")
+def test_real_time_stamps():
+    times, pixels, mel = decoded(CLIP)
+    with av.open(str(CLIP)) as container:
+        stamps = np.array([float(p.pts * p.time_base) for p in container.demux(video=0)
+                           if p.pts is not None])
+    nearest = [stamps[np.abs(stamps - k).argmin()] for k in range(len(times))]
+    np.testing.assert_array_equal(times, nearest)
+    assert len(times) == 19 and np.abs(np.array(times) - np.arange(19)).max() < 0.026
+    assert pixels[0].shape == (240, 320, 3) and mel.shape == (1816, 40)
+
+
+# -------------------------------------------------------------------------------- spectrogram
+
+
+@pytest.mark.slow  # librosa compiles for half a minute
+def test_log_mel_is_librosas():
+    librosa = pytest.importorskip("librosa")
+    rng = np.random.default_rng(0)
+    n = 16_000 * 50 + 77  # more than one block of frames
+    t = np.arange(n) / 16_000
+    signals = [0.3 * np.sin(2 * np.pi * (200 + 50 * t) * t) + 0.01 * rng.normal(size=n) + 0.1,
+               rng.normal(size=399), np.ones(3), np.zeros(1000), np.r_[np.zeros(9999), 1e-3]]
+    if CLIP.exists():
+        with av.open(str(CLIP)) as container:
+            resampler = av.AudioResampler("flt", "mono", 16_000)
+            signals.append(np.concatenate([r.to_ndarray().ravel() for frame in
+                                           container.decode(audio=0)
+                                           for r in resampler.resample(frame)]))
+    for signal_ in signals:
+        y = signal_.astype(np.float64) - signal_.mean(dtype=np.float64)
+        y = np.append(y[0], y[1:] - 0.97 * y[:-1])
+        power = librosa.feature.melspectrogram(y=y, sr=16_000, n_fft=400, win_length=400,
+                                               hop_length=160, window="hamming", n_mels=40, fmin=20)
+        wanted = librosa.power_to_db(power, ref=np.max, top_db=80).T
+        got = logmel.log_mel(signal_)
+        print(f"{len(signal_)} samples: {np.abs(got - wanted).max():.1e} dB")
+        assert got.shape == wanted.shape and np.abs(got - wanted).max() < 1e-3
+    np.testing.assert_allclose(logmel.mel_filters(), librosa.filters.mel(
+        sr=16_000, n_fft=400, n_mels=40, fmin=20, dtype=np.float64), atol=1e-12)
+
+
+# --------------------------------------------------------------------------------- ResNet-152
+
+
+def independent_resnet(state, x):
+    """Table 1 of He et al. (2015) as a function of the weights: (n, 3, h, w) -> (n, 2048)."""
+    def conv_bn(x, conv, norm, stride=1):
+        weight = state[f"{conv}.weight"]
+        x = F.conv2d(F.pad(x, [weight.shape[-1] // 2] * 4), weight, stride=stride)
+        scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + 1e-5)
+        shift = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+    x = conv_bn(x, "conv1", "bn1", 2).clamp(min=0)
+    x = F.pad(x, [1] * 4).unfold(2, 3, 2).unfold(3, 3, 2).amax((-1, -2))  # inputs are >= 0
+    for stage, blocks in ((1, 3), (2, 8), (3, 36), (4, 3)):
+        for block in range(blocks):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = conv_bn(x, f"{name}.conv1", f"{name}.bn1").clamp(min=0)
+            y = conv_bn(y, f"{name}.conv2", f"{name}.bn2", stride).clamp(min=0)
+            y = conv_bn(y, f"{name}.conv3", f"{name}.bn3")
+            if block == 0:
+                x = conv_bn(x, f"{name}.downsample.0", f"{name}.downsample.1", stride)
+            x = (x + y).clamp(min=0)
+    return x.flatten(2).mean(2)
+
+
+@pytest.mark.slow
+def test_resnet_is_an_independent_one_on_the_same_weights(tmp_path):
+    torch.manual_seed(0)
+    net = resnet.ResNet()
+    assert sum(p.numel() for p in net.parameters()) == 60_192_808
+    generator = torch.Generator().manual_seed(1)
+    for name, value in net.state_dict().items():  # statistics as if trained
+        if name.endswith("running_mean"):
+            value.normal_(0, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            value.uniform_(0.5, 1.5, generator=generator)
+    torch.save(net.state_dict(), tmp_path / "resnet152.pth")
+    again = resnet.ResNet()
+    assert len(resnet.load(again, tmp_path / "resnet152.pth")) == 64
+    images = torch.randn(2, 3, 64, 96, generator=generator)
+    state = {k: v.double() for k, v in net.state_dict().items()}
+    with torch.inference_mode():
+        wanted = independent_resnet(state, images.double())
+        single = again.eval()(images)
+        double = again.double()(images.double())
+    scale = wanted.abs().max()
+    print(f"largest {scale:.3g}, difference {(double - wanted).abs().max():.2e} in float64, "
+          f"{(single - wanted).abs().max():.2e} in float32")
+    assert (double - wanted).abs().max() < 1e-12 * scale
+    assert (single - wanted).abs().max() < 1e-5 * scale
+
+
+def test_names_are_torchvisions_and_other_weights_are_refused(tmp_path):
+    net = resnet.ResNet((1, 1, 1, 1))
+    names = set(net.state_dict())
+    assert {"conv1.weight", "bn1.num_batches_tracked", "layer1.0.downsample.1.running_var",
+            "layer4.0.conv3.weight", "fc.weight", "fc.bias"} <= names
+    with pytest.raises(SystemExit, match="no such file.*resnet152-394f9c45.pth"):
+        resnet.load(net, tmp_path / "none.pth")
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
+    (tmp_path / "bad.pth").write_bytes(b"not weights")
+    for name in ("other.pth", "bad.pth"):
+        with pytest.raises(SystemExit, match=f"{name}: not the weights of a ResNet-152"):
+            resnet.load(net, tmp_path / name)
+
+
+@pytest.mark.parametrize("height,width", [(240, 320), (97, 64), (224, 1000), (2, 3), (3, 4000)])
+def test_crops_are_pillows(height, width):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    got = resnet.crop(torch.from_numpy(pixels)).numpy()
+    assert got.shape == (224, 224, 3)
+    short = min(height, width)
+    if max(height, width) > 4 * short:
+        return
+    size = [256 * width // short, 256 * height // short]
+    resized = np.asarray(image.fromarray(pixels).resize(size, image.Resampling.BILINEAR))
+    top, left = (round((side - 224) / 2) for side in resized.shape[:2])
+    wanted = resized[top:top + 224, left:left + 224].astype(int)
+    assert np.abs(got - wanted).max() <= 1
+
+
+# ----------------------------------------------------------------------------------- captions
+
+SRT = """\ufeff1\r
+00:00:00,500 --> 00:00:02,000\r
+chop the <i>onion</i>\r
+{\\an8}&amp; the carrot\r
+\r
+2\r
+00:01:02,250 --> 01:00:03,000 X1:40\r
+fry\r
+"""
+VTT = """WEBVTT
+Kind: captions
+
+00:00.000 --> 00:02.000 align:start
+now<00:00:00.500><c> we</c>
+
+00:02.000 --> 00:02.010
+now we
+ 
+
+00:02.010 --> 00:04.000
+now we
+chop<00:00:03.000><c> it</c>
+"""
+
+
+def test_captions_of_all_kinds(tmp_path):
+    rows = [{"start": 0.5, "end": 2, "text": "chop"}, {"start": 3, "end": 4, "text": "fry"}]
+    table = {"a": {k: [row[k] for row in rows] for k in rows[0]}}
+    wanted = ((0.5, 3.0), (2.0, 4.0), ("chop", "fry"))
+    files = {"one.json": json.dumps(rows), "two.json": json.dumps({"segments": rows, "text": ""}),
+             "three.json": json.dumps(table["a"]), "four.csv":
+             "\ufeffstart,end,text\n0.5,2,chop\n3,4,fry\n",
+             "many.json": json.dumps(table), "lists.json": json.dumps({"a": rows}),
+             "many.csv": "id,start,end,text\na,0.5,2,chop\nb,1,2,x\na,3,4,fry\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        read = captions.Captions(tmp_path / name)
+        assert read.of("a") == wanted and read.single == ("many" not in name and name[0] != "l")
+    (tmp_path / "a.srt").write_bytes(SRT.encode("utf-16"))
+    (tmp_path / "b.vtt").write_text(VTT)
+    folder = captions.Captions(tmp_path)
+    assert folder.of("a") == ((0.5, 62.25), (2.0, 3603.0), ("chop the onion & the carrot", "fry"))
+    assert folder.of("b") == ((0.0, 2.01), (2.0, 4.0), ("now we", "chop it"))
+    for name in ("c", "x" * 999):
+        with pytest.raises(Skipped):
+            folder.of(name)
+    (tmp_path / "bad.srt").write_text("99:99 --> x\n")
+    with pytest.raises(Skipped, match="no caption with"):
+        captions.Captions(tmp_path / "bad.srt").of("a")
+    (tmp_path / "bad.json").write_text("3")
+    with pytest.raises(SystemExit, match="expected a dictionary"):
+        captions.Captions(tmp_path / "bad.json")
+
+
+# ---------------------------------------------------------------------------------- the store
+
+
+@pytest.fixture
+def small_resnet(monkeypatch):
+    monkeypatch.setattr(resnet.ResNet.__init__, "__defaults__", ((1, 1, 1, 1),))
+
+
+def test_videos_to_a_store(tmp_path, small_resnet):
+    folder = tmp_path / "videos"
+    (folder / "more").mkdir(parents=True)
+    (tmp_path / "3d").mkdir()
+    make_media(folder / "talk.mkv", np.arange(0, 5, 0.1), sound=tone(5))
+    make_media(folder / "more" / "silent.mp4", np.arange(0, 2, 0.1))
+    make_media(folder / "sound.wav", sound=tone(3))
+    make_media(folder / "talk.mp4", [0.0])
+    (folder / "broken.mp4").write_bytes(b"broken")
+    (folder / "notes.txt").write_text("not a video")
+    (folder / "talk.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nchop it\n")
+    np.save(tmp_path / "3d" / "talk.npy", np.full((8, 6), 0.5, np.float32))
+    np.savez(tmp_path / "3d" / "silent_3d.npz", features=np.ones((3, 6), np.float16))
+    said = videos.prepare([folder], folder, tmp_path / "o.h5", weights=None, random_weights=True,
+                          streams=[f"3d={tmp_path / '3d'}:1.5"], workers=2, batch_size=4)
+    assert ("3 of 5 videos (2D features of RANDOM weights)" in said and "2 skipped" in said
+            and "1 without 2d, 1 without 3d, 1 without mel, 2 without captions" in said), said
+    listed = (tmp_path / "o.h5.skipped.csv").read_text()
+    assert "broken.mp4: " in listed and "its id is that of" in listed
+    info = validate(tmp_path / "o.h5")
+    assert "RANDOM" in info["source"]
+    store = Store(tmp_path / "o.h5")
+    assert store.ids() == ["silent", "sound", "talk"]
+    assert store.dims == {"2d": 2048, "3d": 6, "mel": 40}
+    assert store.rates == {"2d": 1.0, "3d": 1.5, "mel": 100.0}
+    assert store.caption_texts(2) == ["chop it"] and list(store.caption_counts()) == [0, 0, 1]
+    rows = [len(store.clips(2, name, [0], [9])[0]) for name in ("2d", "3d", "mel")]
+    assert rows == [5, 8, 501] and len(store.clips(1, "2d", [0], [9])[0]) == 0
+    frames = resnet.Frames2D(None, torch.device("cpu"))  # the same, by hand
+    _, pixels, mel = decoded(folder / "talk.mkv")
+    wanted = frames(torch.stack([resnet.crop(torch.from_numpy(p.copy())) for p in pixels]))
+    np.testing.assert_allclose(store.clips(2, "2d", [0], [9])[0], wanted, rtol=2e-3, atol=1e-4)
+    np.testing.assert_array_equal(store.clips(2, "mel", [0], [9])[0], mel)
+    with h5py.File(tmp_path / "o.h5") as file:
+        assert "RANDOM" in file["2d"].attrs["model"]
+
+
+def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
+    file = make_media(tmp_path / "a.mp4", [0.0])
+    make_media(tmp_path / "b.mp4", [0.0])
+    (tmp_path / "a.srt").write_text("00:01 --> 00:02\nx\n")
+    for flags, message in (
+            ([file], "--weights: frames need a ResNet-152.*download.pytorch.org"),
+            ([tmp_path / "none"], "none: no such file"),
+            ([file, "--captions", tmp_path / "c.srt"], "--captions .*c.srt: no such file"),
+            ([tmp_path, "--captions", tmp_path / "a.srt"], "of one video, but there are 2"),
+            ([file, "--streams", "3d=none:1.5"], "--streams .*none: no such folder"),
+            ([file, "--streams", f"3d={tmp_path}"], "expected NAME=DIR:RATE"),
+            ([file, "--streams", f"mel={tmp_path}:1"], "mel is not a name"),
+            ([file, "--streams", f"3d={tmp_path}:1"], "no readable features of any video")):
+        with pytest.raises(SystemExit, match=message):
+            main(["videos", *map(str, flags), "--out", str(tmp_path / "o.h5")])
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SystemExit, match=r"pip install av .*\[video\]"):
+        main(["videos", str(file), "--random_weights", "--out", str(tmp_path / "o.h5")])
+
+
+def _hang(pipe, path, **_):
+    time.sleep(60)
+
+
+def _die(pipe, path, **_):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize("child,reason", [
+    (_hang, "no sign of life for 0.5 s"),
+    pytest.param(_die, "ended with signal 11", marks=pytest.mark.slow)])
+def test_decoders_that_hang_or_die_cost_one_video(monkeypatch, child, reason):
+    monkeypatch.setattr(videos, "serve", child)
+    with pytest.raises(Skipped, match=f"x.mp4: .*{reason}"):
+        list(videos.Decoder(0.5 if child is _hang else 30)("x.mp4"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_the_store_trains(tmp_path):
+    for name in ("in", "2d"):
+        (tmp_path / name).mkdir()
+    for i in range(12):
+        make_media(tmp_path / "in" / f"v{i:02d}.mkv", np.arange(0, 8, 0.2), sound=tone(8, 300 + i))
+        (tmp_path / "in" / f"v{i:02d}.srt").write_text(
+            "".join(f"{k}\n00:00:0{k},000 --> 00:00:0{k + 1},500\nstep {k} fry\n\n"
+                    for k in range(6)))
+        np.save(tmp_path / "2d" / f"v{i:02d}.npy",
+                np.random.default_rng(i).random((8, 12), np.float32))
+    command = [sys.executable, "-m", "mcn_ext.prepare", "videos", "in", "--captions", "in",
+               "--streams", "2d=2d:1", "--workers", "1", "--shard_mib", "0.1", "--out", "o.h5"]
+    env = {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("o.h5.parts/shard-*.h5"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "o.h5").exists()
+    said = run(*command[1:], cwd=tmp_path, env=env).stdout
+    assert "12 of 12 videos" in said and "from an earlier, interrupted run" in said
+    assert validate(tmp_path / "o.h5")["captions"] == 72
+    run("train_stage1.py", "--pair", "AV", "--data", "o.h5", "--preset", "demo", "--batch_size", 4,
+        "--n_pair", 4, "--max_steps", 2, "--device", "cpu", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not beside this checkout")
+def test_the_real_clip_through_the_chain(tmp_path):
+    said = run("-m", "mcn_ext.prepare", "videos", CLIP, "--random_weights", "--out", "clip.h5",
+               cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert "1 of 1 videos" in said and "without captions" in said
+    store = Store(tmp_path / "clip.h5")
+    assert len(store.clips(0, "2d", [0], [99])[0]) == 19
+    rows = store.clips(0, "2d", [0], [99])[0].astype(np.float32)
+    assert np.isfinite(rows).all() and rows.std(0).max() > 0.01  # frames differ
