@@ -20,7 +20,7 @@ from mcn_ext.study_runs import MAIN, Run, Study, paired
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
 MODALITIES = {"video": "#56B4E9", "audio": "#E69F00", "text": "#CC79A7"}
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-HATCHES, MARKERS = ("", "////", "....", "xxxx"), "osD^v"
+HATCHES, MARKERS = ("", "////", "....", "xxxx", "----"), "osD^v"
 SHOWN = 400  # clips of a map
 STOP_WORDS = frozenset(
     "a an and are as at be by for from have here he her his i if in into is it its just know "
@@ -41,7 +41,7 @@ def look(study: Study, method: str) -> dict:
     order = study.orders[method]
     i = [m for m in study.methods if study.orders[m] == order].index(method)
     return {"color": ORDERS.get(order, "#000000"), "linestyle": DASHES[i % 5],
-            "hatch": HATCHES[i % 4], "marker": MARKERS[i % 5]}
+            "hatch": HATCHES[i % 5], "marker": MARKERS[i % 5]}
 
 
 def _stacked(study: Study, method: str) -> np.ndarray | None:
