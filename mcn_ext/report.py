@@ -203,7 +203,7 @@ def main(argv=None) -> int:
     if args.run is None or not (args.run / "args.json").exists():
         print(f"{args.run or 'runs'}: no run folder; train first", file=sys.stderr)
         return 1
-    print(report(args.run))
+    print(report(args.run).with_suffix(".html"))
     return 0
 
 

@@ -67,8 +67,8 @@ def parser() -> flags.Parser:
     p.add_argument("--launch", default="", metavar="WORDS", help="before the training scripts, "
                    "such as 'torchrun --nproc_per_node 4' (default: this Python)")
     p.add_argument("--print", nargs="?", const="lines", choices=("lines", "slurm"), dest="show",
-                   help="run nothing: print the commands, one independent chain a line, or an "
-                   "sbatch script for them")
+                   help="run nothing (but make --noise's data): print the commands, one "
+                   "independent chain a line, or an sbatch script for them")
     return p
 
 
@@ -275,7 +275,8 @@ class Study:
             self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs, *made["flags"])])
             self._add(cell, seed, method, BASELINE, folder, encoders=None, stage1=None,
                       epochs=[epochs], steps_of=made["steps"], baseline_of=made["compute"],
-                      label=f"one stage, {epochs} epochs" + (f", {variant}" if variant else ""),
+                      label=f"one stage, {epochs} epoch" + "s" * (epochs > 1)
+                      + (f", {variant}" if variant else ""),
                       flops=self.flops[BASELINE, epochs])
 
     def cost(self, folder: Path) -> float:
@@ -380,7 +381,6 @@ def main(argv=None) -> int:
     if args.show:
         lines = [" && ".join(shlex.join(command) for _, commands in chain for command in commands)
                  for chain in study.chains]
-        study.write()
         if args.show == "slurm":
             gpus = int((_given(shlex.split(args.launch), "nproc_per_node") or ["", 1])[1])
             print(SLURM.format(n=len(lines), gpus=gpus, cpus=8 * gpus, chains="\n".join(lines)),

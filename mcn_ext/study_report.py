@@ -77,7 +77,8 @@ def _against(study: Study, best: str, other: str, what: str) -> str:
         return (f"{study.mean(best) - study.mean(other):+.1f} points to {name}; no interval: the "
                 "ranks of one seed of both are missing")
     gap, seeds = compare["difference"], len(compare["seeds"])
-    verdict = "real" if compare["real"] else "not decided, as 0 is inside"
+    verdict = "not decided, as 0 is inside" if not compare["real"] else \
+        "real" if seeds > 1 else "real for these queries"
     some = f", {_count(seeds, 'seed')} both have" if seeds < len(study.seeds()) else ""
     return (f"{abs(gap):.1f} points {'above' if gap >= 0 else 'below'} {name}: 95 % interval "
             f"{interval(compare)}{some}, {verdict}")

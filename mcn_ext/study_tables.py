@@ -67,6 +67,8 @@ def add(page: Page, study: Study, draw) -> None:
         values = [study.values(m, direction=d) for m in methods]
         rows.append([d, *bold_best([v.mean() if len(v) else np.nan for v in values],
                                     [spread(v) for v in values])])
+    if n:
+        rows.append(["chance", *[number(100 * min(10 / n[-1], 1))] * len(methods)])
     page.table(["query -> candidates", *(study.labels[m] for m in methods)], rows)
 
 
@@ -106,9 +108,8 @@ def _equal_compute(page: Page, study: Study, methods: list[str]) -> None:
         page.heading("Two stages against one of equal compute")
         page.table(["two stages", "R@10", "FLOPs", "one stage", "R@10", "FLOPs", "two less one"],
                    rows)
-        page.paragraph("FLOPs of the encoders' forward and backward in training, both stages; "
-                       f"{MAIN}. At equal steps instead, see the one-stage row of as many epochs "
-                       "as both stages have.")
+        page.paragraph("FLOPs of the encoders' forward and backward in training, both stages, "
+                       f"equal but for whole epochs; {MAIN}.")
 
 
 def _fusions(page: Page, study: Study, methods: list[str]) -> None:
