@@ -15,6 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+SLURM = """\
+#!/bin/bash
+#SBATCH --array=1-{n} --job-name=mcn-study --requeue --signal=USR1@120 --time=48:00:00
+#SBATCH --ntasks=1 --gpus-per-node={gpus} --cpus-per-task={cpus}
+# Submit from the folder this was printed in, and again after a time limit: what is done is not
+# done twice. When all tasks are done, the study's command, without --print, draws the report.
+# On a signal a run saves itself; the shell only waits for it, and goes no further.
+read -r -d '' CHAIN < <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<'CHAINS'
+{chains}
+CHAINS
+)
+srun bash -c "trap : USR1 TERM; $CHAIN"
+"""
 
 
 def finished(run: Path, store: str | None = None) -> bool:

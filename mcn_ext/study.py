@@ -357,21 +357,6 @@ def _given(words: list[str], name: str) -> list[str]:
     return next((flag for flag in reversed(_groups(words)) if _name(flag) == name), [])
 
 
-SLURM = """\
-#!/bin/bash
-#SBATCH --array=1-{n} --job-name=mcn-study --requeue --signal=USR1@120 --time=48:00:00
-#SBATCH --ntasks=1 --gpus-per-node={gpus} --cpus-per-task={cpus}
-# Submit from the folder this was printed in, and again after a time limit: what is done is not
-# done twice. When all tasks are done, the study's command, without --print, draws the report.
-# On a signal a run saves itself; the shell only waits for it, and goes no further.
-read -r -d '' CHAIN < <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<'CHAINS'
-{chains}
-CHAINS
-)
-srun bash -c "trap : USR1 TERM; $CHAIN"
-"""
-
-
 def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args, rest = parser().parse_known_args(words)
@@ -383,8 +368,8 @@ def main(argv=None) -> int:
                  for chain in study.chains]
         if args.show == "slurm":
             gpus = int((_given(shlex.split(args.launch), "nproc_per_node") or ["", 1])[1])
-            print(SLURM.format(n=len(lines), gpus=gpus, cpus=8 * gpus, chains="\n".join(lines)),
-                  end="")
+            print(chains.SLURM.format(n=len(lines), gpus=gpus, cpus=8 * gpus,
+                                      chains="\n".join(lines)), end="")
         else:
             print("\n".join(lines))
         return 0
