@@ -1,162 +1,203 @@
-"""Zero-shot retrieval with a trained run: table, metrics.json and similarity.png in the run folder.
+"""Zero-shot evaluation of a trained run: a table for each set, RUN/metrics.json, similarity.png.
 
     python evaluate.py --youcook2                 # the newest run, on data/youcook2.h5
     python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
+    python evaluate.py --msrvtt --crosstask --miningyoutube --moments
 
-A run on the demo data is evaluated on the demo data's evaluation clips.
+Retrieval (youcook2, msrvtt), ordered steps in time (crosstask, miningyoutube), the place in a video
+(moments). A run on the demo data is evaluated on the demo data's evaluation clips.
 """
 
 import argparse
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 from mcn_ext import flags
 
+RETRIEVAL, STEPS = ("youcook2", "msrvtt"), ("crosstask", "miningyoutube")
 
-def main(argv=None):
-    # --------------------------------------------------------- flags (torch is not loaded yet)
+
+def parse(argv):
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--youcook2", nargs="?", const="", metavar="STORE",
-        help=f"retrieval over the clips of STORE (default {flags.YOUCOOK2}, or the demo's for a "
-        "demo run)")
+    for name, what in {
+            "youcook2": "retrieval over the clips of STORE (default data/youcook2.h5, or the "
+                        "demo's for a demo run)",
+            "msrvtt": "the same over MSR-VTT's test clips; those without sound, and those that are "
+                      "not there, count as misses",
+            "crosstask": "an ordered list of steps found in each video: recall by task, IoU, IoD",
+            "miningyoutube": "the same, with a list of steps for each video",
+            "moments": "for each sentence, the windows of its video ranked: R@1 at IoU 0.3, 0.5, "
+                       "0.7. Sentences: STORE's captions, or --annotations"}.items():
+        parser.add_argument(f"--{name}", nargs="?", const="", metavar="STORE", help=what if name ==
+                            "youcook2" else f"{what} (default {flags.STORES[name]})")
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="run folder (default: the newest, stage 2 before stage 1)")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)")
     parser.add_argument("--similarity", choices=("cosine", "dot"),
-                        help="default: what the run was trained with")
+                        help="default: what the run was trained with; dot is as published")
     parser.add_argument("--batch_size", type=flags.positive(int), default=64, metavar="N",
                         help="clips embedded at a time (default 64)")
     parser.add_argument("--device", default="auto", metavar="DEV",
                         help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--all_directions", action="store_true", help="every query and candidate, "
-                        "pairs of modalities too, not only the four customary ones")
-    parser.add_argument(
+    group = parser.add_argument_group("retrieval")
+    group.add_argument("--all_directions", action="store_true", help="every query and candidate, "
+                       "pairs of modalities too, not only the four customary ones")
+    group.add_argument("--whole_videos", action="store_true", help="also retrieval of the videos "
+                       "that the clips are from (youcook2): best clip, mean over captions")
+    group.add_argument(
         "--fusion", nargs="+", choices=("sum", "mean", "bank"), default=["sum"], help="how several "
         "modalities and candidates compare; several may be given (default sum). sum: of cosines, "
         "the published protocol; mean: cosine to the mean embedding; bank: sum, less what draws "
         "training clips' queries to a candidate (no evaluation data used)")
-    parser.add_argument("--bank_size", type=flags.positive(int), default=2000, metavar="N",
-                        help="training clips that --fusion bank embeds (default 2000)")
-    parser.add_argument("--keep_embeddings", action="store_true", help="write RUN/youcook2.npz: "
-                        "every query's rank by direction, and all embeddings (fp16)")
-    parser.add_argument("--require_complete", action="store_true", help="an error, not a result, "
-                        "for a run that has not been trained to its end")
+    group.add_argument("--bank_size", type=flags.positive(int), default=2000, metavar="N",
+                       help="training clips that --fusion bank embeds (default 2000)")
+    group.add_argument("--msrvtt_clips", type=flags.positive(int), default=1000, metavar="N",
+                       help="clips of the whole test set (default 1000), for the misses")
+    group.add_argument("--keep_embeddings", action="store_true", help="write RUN/youcook2.npz (or "
+                       "msrvtt.npz): every query's rank by direction, and all embeddings (fp16)")
+    group.add_argument("--require_complete", action="store_true", help="an error, not a result, "
+                       "for a run that has not been trained to its end")
+    group = parser.add_argument_group("steps and moments")
+    group.add_argument("--background", type=float, default=1.0, metavar="Z", help="a second belongs"
+                       " to no step if it scores less than Z standard deviations above the step's "
+                       "mean in its video (default 1.0; for IoU, IoD and frame accuracy)")
+    group.add_argument("--annotations", type=Path, metavar="JSON",
+                       help="YouCook2's annotations, for --moments")
+    group.add_argument("--subset", choices=("validation", "training", "all"), default="validation",
+                       help="of the annotations (default validation)")
+    group.add_argument("--windows", type=flags.positive(float), nargs="+", metavar="S",
+                       help="lengths of the windows ranked, in seconds (default 5 10 20 40)")
+    group.add_argument("--window_stride", type=flags.positive(float), default=0.25, metavar="X",
+                       help="between windows, as a part of their length (default 0.25)")
     args = parser.parse_args(argv)
-    if args.youcook2 is None:
-        parser.error("say what to evaluate on: --youcook2 [STORE]")
+    if all(getattr(args, name) is None for name in (*RETRIEVAL, *STEPS, "moments")):
+        parser.error("say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
+                     "--miningyoutube or --moments")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)  # torch is not loaded yet
 
     import numpy as np
-    import torch
 
-    from mcn_ext import checkpoint, distributed, retrieval, training
-    from mcn_ext.data import ClipReader
+    from mcn_ext import distributed, localization, moments, retrieval
+    from mcn_ext.embedder import Embedder, open_run
     from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import summarize, table
-    from mcn_ext.model import MCN
     from mcn_ext.report import similarity_picture
     from mcn_ext.store import Store, StoreError
-    from mcn_ext.words import WordVectors, vectors_for
 
-    # ------------------------------------------------------------------------------- run, data
-    args.run = args.run or (args.checkpoint.parent if args.checkpoint
-                            else checkpoint.find_run(Path("runs")))
-    if args.run is None:
-        raise SystemExit(
-            "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
-    file = args.checkpoint or args.run / checkpoint.LATEST
-    content = checkpoint.load(file)
-    sizes, trained = content["sizes"], content["args"]
+    # ------------------------------------------------------------------------------ run, stores
+    args.run, file, content = open_run(args.run, args.checkpoint)
+    trained = content["args"]
     if args.require_complete and not content["complete"]:
         raise SystemExit(f"{file}: step {content['step']}, not the run's end; the command that "
                          "trains it goes on")
-    data = Path(args.youcook2 or (flags.DEMO / "eval.h5" if trained["demo"] else flags.YOUCOOK2))
-    if not data.exists():
-        raise SystemExit(
-            f"--youcook2 {data}: no such store; make it with: python -m mcn_ext.prepare youcook2 "
-            f"youcook_val_audio.pkl --out {data}")
-    try:
-        store = Store(data)
-    except StoreError as error:
-        raise SystemExit(f"--youcook2 {error}") from None
-    training.check_widths(store, sizes, "--youcook2")
-    if store.n_captions != len(store):
-        raise SystemExit(
-            f"--youcook2 {data}: {store.n_captions} captions for {len(store)} clips; an evaluation "
-            "store has one each (is it a training store?)")
-    if "A" in sizes["modalities"] and "mel" not in store.dims:
-        raise SystemExit(f"--youcook2 {data}: no stream 'mel' for the run's audio in it")
+    embedder = Embedder.of_run(args.run, content, distributed.init(args.device), args.batch_size)
+    modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
+    about = {"checkpoint": str(file), "step": content["step"], "complete": content["complete"]}
 
-    # ---------------------------------------------------------------------------- model, words
-    device = distributed.init(args.device)
-    model = MCN(**sizes).to(device).eval()
-    model.load_state_dict(content["model"])
-    words = known = None
-    if "T" in sizes["modalities"]:
-        words = known = WordVectors.load(args.run / training.WORDS)
-        if trained["word2vec"] and Path(trained["word2vec"]).exists():  # also words never met
-            words = vectors_for(store, Path(trained["word2vec"]),
-                                data.with_name(data.name + ".words.npz"))
-            if not known.agrees(words):
-                raise SystemExit(f"{trained['word2vec']} is not the file {args.run} was trained "
-                                 "with; put that back, or move this one away")
-        elif trained["word2vec"]:
-            print(f"{trained['word2vec']} is gone: only words of the training captions are known")
-    def embed(store, clips, words, audio_frames):
-        reader = ClipReader(
-            store, video_streams=tuple(sizes["video_dims"]) if "V" in sizes["modalities"] else (),
-            audio="A" in sizes["modalities"], words=words, max_words=trained["max_words"],
-            audio_frames=audio_frames)
-        vectors = torch.from_numpy(words.vectors).to(device) if words is not None else None
-        return retrieval.embed(model, reader, clips, device, vectors, args.batch_size)
+    def open_store(name):
+        path = Path(getattr(args, name) or (flags.DEMO / "eval.h5" if trained["demo"]
+                                            and name == "youcook2" else flags.STORES[name]))
+        if not path.exists():
+            raise SystemExit(f"--{name} {path}: no such store; make it with: python -m "
+                             f"mcn_ext.prepare {flags.PREPARE[name]} --out {path}")
+        try:
+            store = Store(path)
+        except StoreError as error:
+            raise SystemExit(f"--{name} {error}") from None
+        embedder.check(store, f"--{name}")
+        if name in RETRIEVAL and store.n_captions != len(store):
+            raise SystemExit(f"--{name} {path}: {store.n_captions} captions for {len(store)} clips;"
+                             " an evaluation store has one each (is it a training store?)")
+        if name not in RETRIEVAL and "text" not in modalities:
+            raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
+        return store
 
-    # --------------------------------------------------------------------- embed, rank, report
-    clips = embed(store, [(i, [(0, 0)]) for i in range(len(store))], words,
-                  audio_frames=5120)  # as published: up to 51 s of a clip
-    bank = None
-    if "bank" in args.fusion:
+    def write(name, result):
+        path = args.run / "metrics.json"
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+        write_text(path, json.dumps(metrics | {name: result}, indent=1) + "\n")
+        return path
+
+    # All are opened before the first is embedded: a wrong path costs nothing.
+    stores = {name: open_store(name) for name in (*RETRIEVAL, *STEPS, "moments")
+              if getattr(args, name) is not None}
+
+    # -------------------------------------------------------------------------------- retrieval
+    def bank():
         try:
             source = Store(Path(trained["data"]))
         except StoreError as error:
             raise SystemExit(f"--fusion bank needs the training store: {error}") from None
-        bank = embed(source, retrieval.some_clips(source, args.bank_size, trained["min_time"]),
-                     known, trained["audio_frames"])
-    directions = [d for d in retrieval.directions(model.modalities)
-                  if args.all_directions or d in retrieval.MAIN]
-    similarity = args.similarity or trained["similarity"]
-    result = {"n": len(store), "data": str(data), "checkpoint": str(file),
-              "step": content["step"], "complete": content["complete"]}
-    kept = {f"embedding:{m}": e.half().numpy() for m, e in clips[0].items()}
-    kept |= {f"valid:{m}": v.numpy() for m, v in clips[1].items()}
-    rows = {}
+        clips = retrieval.some_clips(source, args.bank_size, trained["min_time"])
+        return embedder.clips(source, clips, audio_frames=trained["audio_frames"],
+                              known_words=True)
+
+    banked = bank() if "bank" in args.fusion and stores.keys() & set(RETRIEVAL) else None
+
+    def retrieve(name, store):
+        embedder.learn_words(store)
+        clips = embedder.clips(store)
+        msrvtt = name == "msrvtt"
+        absent = max(args.msrvtt_clips - len(store), 0) if msrvtt else 0
+        names = [i.split("#")[0][:11] for i in store.ids()] if args.whole_videos else None
+        found = retrieval.evaluate(
+            clips, modalities, kind=similarity, fusions=args.fusion, bank=banked, strict=msrvtt,
+            temperature=trained["temperature"], all_directions=args.all_directions, absent=absent,
+            videos=None if msrvtt else names)
+        similarity_picture(found.scores.numpy(), *next(iter(found.ranks.items())),
+                           args.run / "similarity.png")
+        if args.keep_embeddings:
+            kept = {f"embedding:{m}": e.half().numpy() for m, e in clips[0].items()}
+            kept |= {f"valid:{m}": v.numpy() for m, v in clips[1].items()}
+            kept |= {f"rank:{direction}": rank for direction, rank in found.ranks.items()}
+            replace(args.run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
+        missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
+        demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
+        print(f"{args.run.name}: {store.path}{demo}"
+              + (f"; counted as misses or left out of sums: {missing}" if missing else "")
+              + (f"; {absent} clips that are not in the store are misses" if absent else ""))
+        path = None
+        for key, ranks in ((name, found.ranks), (f"{name}_videos", found.videos)):
+            if ranks:
+                rows, n = ({d: summarize(r) for d, r in ranks.items()},
+                           len(next(iter(ranks.values()))))
+                path = write(key, {"n": n, "data": str(store.path)} | about | rows)
+                print(table(rows, n, "direction" if key == name else "whole videos"))
+        return path
+
+    # ------------------------------------------------------------- steps, moments; all, in turn
+    def find_steps(name, store):
+        steps = localization.read_steps(store.path)
+        result = localization.evaluate(embedder, store, steps, similarity, args.background)
+        print(f"{args.run.name}: {store.path}\n{localization.table(result)}")
+        return write(name, {"data": str(store.path)} | about | result)
+
+    def find_moments(name, store):
+        sentences = (moments.read_annotations(args.annotations, args.subset) if args.annotations
+                     else moments.captions_of(store))
+        embedder.learn_words(store, [t for _, _, texts in sentences.values() for t in texts])
+        directions = [d for d in retrieval.MAIN if d.startswith("text->")
+                      and set(d[6:].split("+")) <= set(modalities)]
+        result = moments.evaluate(embedder, store, sentences, directions, similarity,
+                                  args.windows or moments.LENGTHS, args.window_stride)
+        print(f"{args.run.name}: {store.path}\n{moments.table(result)}")
+        return write(name, {"data": str(store.path), "annotations": str(
+            args.annotations or store.path)} | about | result)
+
     try:
-        for direction, fusion in product(directions, args.fusion):
-            if fusion == "mean" and "+" not in direction.split("->")[1]:
-                continue  # a query's length changes no rank
-            scores, rank = retrieval.rank(clips, direction, similarity, fusion, bank,
-                                          trained["temperature"])
-            name = direction + (f" ({fusion})" if fusion != "sum" else "")
-            rows[name], kept[f"rank:{name}"] = summarize(rank), rank
-            if len(rows) == 1:
-                similarity_picture(scores.numpy(), rank, name, args.run / "similarity.png")
+        for name, store in stores.items():
+            path = (retrieve if name in RETRIEVAL else find_steps if name in STEPS
+                    else find_moments)(name, store)
     except FloatingPointError as error:
         raise SystemExit(f"{file}: {error}") from None
-    result |= rows
-    if args.keep_embeddings:
-        replace(args.run / "youcook2.npz", lambda stream: np.savez(stream, **kept))
-    metrics_file = args.run / "metrics.json"
-    metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
-    write_text(metrics_file, json.dumps(metrics | {"youcook2": result}, indent=1) + "\n")
-    demo = store.source.startswith("demo data")
-    missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
-    print(f"{args.run.name}: {data}" + (" (DEMO DATA, made up)" if demo else "")
-          + (f"; counted as misses or left out of sums: {missing}" if missing else ""))
-    print(table(rows, len(store)))
-    print(f"written: {metrics_file}")
+    print(f"written: {path}")
     return 0
 
 

@@ -101,11 +101,19 @@ class ClipReader:
         Features that are not finite, silent sound and captions without a known word are not valid.
         """
         number, start, end = self.store.caption_times(video)
-        begin = np.array([start[first] for first, _ in spans])
-        stop = np.array([end[last] for _, last in spans])
-        n = len(spans)
         ids = [((number + first) << 20) + last - first for first, last in spans]
         out = {"clip_id": np.array(ids, np.int64)}
+        out |= self.cut(video, np.array([start[first] for first, _ in spans]),
+                        np.array([end[last] for _, last in spans]), rng)
+        if self.words is not None:
+            texts = self.store.caption_texts(video)
+            out |= self.look_up([" ".join(texts[first:last + 1]) for first, last in spans])
+        return out
+
+    def cut(self, video: int, begin: np.ndarray, stop: np.ndarray,
+            rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        """What is seen and heard from ``begin`` to ``stop`` (n,) s; the same keys as ``read``."""
+        n, out = len(begin), {}
         if self.video_streams:
             valid = np.ones(n, bool)
             for name in self.video_streams:
@@ -133,17 +141,18 @@ class ClipReader:
             out["valid.audio"] = ~np.array(silent)
             for i, (rows, frames) in enumerate(zip(clips, out["n_frames"], strict=True)):
                 out["audio"][i, :, :frames] = rows[:frames].T
-        if self.words is not None:
-            texts = self.store.caption_texts(video)
-            out["words"] = np.full((n, self.max_words), -1, np.int64)
-            out["caption_id"] = np.zeros(n, np.int64)
-            for i, (first, last) in enumerate(spans):
-                rows = self.words.rows(" ".join(texts[first:last + 1]), self.max_words)
-                out["words"][i, :len(rows)] = rows
-                out["caption_id"][i] = caption_id(rows)
-            out["valid.text"] = out["words"][:, 0] >= 0
         return out
 
+    def look_up(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Texts as rows of the word vectors, -1 after the last word."""
+        out = {"words": np.full((len(texts), self.max_words), -1, np.int64),
+               "caption_id": np.zeros(len(texts), np.int64)}
+        for i, text in enumerate(texts):
+            rows = self.words.rows(text, self.max_words)
+            out["words"][i, :len(rows)] = rows
+            out["caption_id"][i] = caption_id(rows)
+        out["valid.text"] = out["words"][:, 0] >= 0
+        return out
 
     def describe(self, clip_ids: list[int]) -> list[str]:
         """Clips as a person finds them: video id, seconds, words."""

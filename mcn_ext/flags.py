@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-DATA, YOUCOOK2 = Path("data/howto100m.h5"), Path("data/youcook2.h5")
+DATA = Path("data/howto100m.h5")
+# Evaluation stores where the scripts look, and what makes them.
+STORES = {name: Path(f"data/{name}.h5") for name in ("youcook2", "msrvtt", "crosstask",
+                                                     "miningyoutube")}
+STORES["moments"] = Path("data/videos.h5")
+PREPARE = {"youcook2": "youcook2 youcook_val_audio.pkl", "msrvtt": "msrvtt FILE.pkl",
+           **{name: f"{name} --list CSV --features DIR --annotations DIR --steps FILE"
+              for name in ("crosstask", "miningyoutube")},
+           "moments": "videos DIR --captions FILE"}
 WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
 
 # paper: the published and requested experiment. demo: the same code on 2 cores in two minutes.

@@ -11,18 +11,23 @@ from torch import Tensor
 RECALLS = (1, 5, 10)
 
 
-def ranks(similarity: Tensor, answers: Tensor | None = None) -> np.ndarray:
-    """Rank of each query's answer: 1 + number strictly better + half the number that tie with it.
-
-    similarity: (queries, candidates). answers: (queries,) int64 column of the right candidate
-    (default: the query's own number). A model that maps everything to one point ranks every answer
-    in the middle, not first. FloatingPointError if any similarity is not finite: such rows must not
-    vanish from the mean.
-    """
+def check_finite(similarity: Tensor) -> None:
+    """FloatingPointError if any similarity is not finite: such rows must not vanish from means."""
     if not torch.isfinite(similarity).all():
         raise FloatingPointError(
             f"{int((~torch.isfinite(similarity)).sum())} of {similarity.numel()} similarities are "
             "not finite: the embeddings are broken, there is nothing to rank")
+
+
+def ranks(similarity: Tensor, answers: Tensor | None = None, *, finite: bool = True) -> np.ndarray:
+    """Rank of each query's answer: 1 + number strictly better + half the number that tie with it.
+
+    similarity: (queries, candidates). answers: (queries,) int64 column of the right candidate
+    (default: the query's own number). A model that maps everything to one point ranks every answer
+    in the middle, not first. ``finite``: :func:`check_finite` first.
+    """
+    if finite:
+        check_finite(similarity)
     answers = (torch.arange(len(similarity), device=similarity.device) if answers is None
                else answers)
     own = similarity.gather(1, answers[:, None])
@@ -48,19 +53,20 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
     return out
 
 
-def table_rows(rows: dict[str, dict], n: int) -> tuple[list[str], list[list[str]]]:
+def table_rows(rows: dict[str, dict], n: int,
+               what: str = "direction") -> tuple[list[str], list[list[str]]]:
     """Summaries {direction: summary} as (header, rows), with R@1's interval and chance's row."""
     body = [[name, f"{s['R@1']:.1f}", "{:.1f} to {:.1f}".format(*s["R@1_ci95"]),
              f"{s['R@5']:.1f}", f"{s['R@10']:.1f}", f"{s['MedR']:g}"] for name, s in rows.items()]
     chance = ["chance", f"{100 / n:.1f}", "", f"{100 * min(5 / n, 1):.1f}",
               f"{100 * min(10 / n, 1):.1f}", f"{(n + 1) / 2:g}"]
-    return ([f"direction (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"],
+    return ([f"{what} (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"],
             [*body, chance])
 
 
-def table(rows: dict[str, dict], n: int) -> str:
+def table(rows: dict[str, dict], n: int, what: str = "direction") -> str:
     """:func:`table_rows` in Markdown."""
-    header, body = table_rows(rows, n)
+    header, body = table_rows(rows, n, what)
     lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
              for row in (header, *body)]
     return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])

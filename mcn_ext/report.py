@@ -111,18 +111,17 @@ def curves(run: Path) -> Path | None:
     return path
 
 
-def similarity_picture(similarity, rank, direction: str, path: Path) -> Path | None:
+def similarity_picture(similarity, direction: str, rank, path: Path) -> Path | None:
     """similarity.png: the first queries against their candidates, the distribution of all ranks."""
     import numpy as np
 
     plt = _pyplot()
     if plt is None:
         return None
-    n = len(similarity)
-    shown = min(60, n)
+    n, shown = len(rank), len(similarity)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained",
                                          width_ratios=[1.1, 1])
-    image = left.imshow(similarity[:shown, :shown], cmap="viridis", interpolation="nearest")
+    image = left.imshow(np.ma.masked_invalid(similarity), cmap="viridis", interpolation="nearest")
     query, candidate = direction.split("->")
     left.set(title=f"similarity, first {shown} of {n}", xlabel=candidate, ylabel=query)
     left.grid(False)

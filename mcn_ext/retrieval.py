@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import combinations, product
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mcn_ext.data import ClipReader, collate, draw_spans, to_device
-from mcn_ext.metrics import ranks
+from mcn_ext.data import draw_spans
+from mcn_ext.metrics import check_finite, ranks
 from mcn_ext.reference import unit_rows
 from mcn_ext.store import Store
 
 ORDER = ("video", "audio", "text")
-FUSIONS = ("sum", "mean", "bank")
 MAIN = ("text->video+audio", "text->video", "text->audio", "audio->video")
 
+
+BLOCK = 2**27  # bytes of scores at a time
+SHOWN = 60  # queries in a picture
 
 # ({modality: embeddings (n, D)}, {modality: which clips have it (n,) bool})
 Clips = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -33,24 +35,6 @@ def directions(modalities: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda d: MAIN.index(d) if d in MAIN else len(MAIN))
 
 
-@torch.inference_mode()
-def embed(model, reader: ClipReader, clips: Iterable[tuple[int, list[tuple[int, int]]]],
-          device: torch.device, table: Tensor | None, batch_size: int) -> Clips:
-    """Clips, (video, spans) as :meth:`~mcn_ext.data.ClipReader.read` takes them -> ({modality:
-    (n, D) fp32}, {modality: (n,) bool}), on the CPU."""
-    clips = list(clips)
-    embeddings, valid = {m: [] for m in model.modalities}, {m: [] for m in model.modalities}
-    starts = range(0, len(clips), batch_size)
-    for begin in tqdm(starts, desc="embed", unit="batch", mininterval=0.5):
-        part = collate([reader.read(*clip) for clip in clips[begin:begin + batch_size]])
-        batch = to_device(part, device, table)
-        for name in model.modalities:
-            embeddings[name].append(model.encode(name, batch)[1].float().cpu())
-            valid[name].append(batch["valid"][name].cpu())
-    return ({m: torch.cat(e) for m, e in embeddings.items()},
-            {m: torch.cat(v) for m, v in valid.items()})
-
-
 def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tuple[int, list]]:
     """``n`` clips of a training store as (video, spans), from videos all over it."""
     videos = np.flatnonzero(store.caption_counts())
@@ -61,6 +45,17 @@ def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tup
             for v, count in zip(chosen, each, strict=True)]
 
 
+def _side(clips: Clips, names: str, kind: str, fusion: str) -> Tensor:
+    """Rows whose dot products with the other side's are the similarities."""
+    embeddings, valid = clips
+    rows = 0
+    for m in names.split("+"):
+        x = embeddings[m]
+        x = unit_rows(x) if kind == "cosine" or fusion == "mean" else x
+        rows = torch.where(valid[m][:, None], x, 0.0) + rows
+    return unit_rows(rows) if fusion == "mean" else rows
+
+
 def similarity(queries: Clips, candidates: Clips, direction: str, kind: str = "cosine",
                fusion: str = "sum") -> Tensor:
     """(queries, candidates) similarity for a direction "queries->candidates" of modalities, fp32.
@@ -69,37 +64,136 @@ def similarity(queries: Clips, candidates: Clips, direction: str, kind: str = "c
     modality that a clip lacks adds nothing. mean: the cosine of the means of unit embeddings, which
     does not favour clips whose modalities agree: the length of a mean is divided out.
     """
-    def side(clips, names):
-        embeddings, valid = clips
-        rows = {m: unit_rows(embeddings[m]) if kind == "cosine" or fusion == "mean"
-                else embeddings[m] for m in names.split("+")}
-        rows = sum(torch.where(valid[m][:, None], x, 0.0) for m, x in rows.items())
-        return unit_rows(rows) if fusion == "mean" else rows
-
     query, candidate = direction.split("->")
-    return side(queries, query) @ side(candidates, candidate).T
+    return (_side(queries, query, kind, fusion) @ _side(candidates, candidate, kind, fusion).T)
 
 
-def rank(clips: Clips, direction: str, kind: str = "cosine", fusion: str = "sum",
-         bank: Clips | None = None, temperature: float = 0.05) -> tuple[Tensor, np.ndarray]:
-    """(scores (n, n), rank of each query's own clip (n,)); a clip without any of the direction's
-    modalities is a miss, as a candidate and as a query.
+class Scores:
+    """The scores of all clips against all, a block of queries at a time.
 
     fusion: how modalities join, see :func:`similarity`; or "bank": their sum s, less what draws
     any query to candidate j, log sum_b exp(s_bj / T) over the clips of a ``bank`` (training clips,
     never the evaluation's; T the training's temperature). That is the log-probability of query i
     given j among the bank, which the column half of the contrastive loss trains; after QB-Norm
     (Bogolin et al., CVPR 2022).
+
+    ``asks``, ``answers`` (n,) bool: clips that can be a query, or found. With ``strict`` a clip
+    needs all modalities of the direction for that, else any one.
     """
-    how = "mean" if fusion == "mean" else "sum"
-    scores = similarity(clips, clips, direction, kind, how)
-    if fusion == "bank":
-        drawn = similarity(bank, clips, direction, kind, how)
-        scores = scores / temperature - (drawn / temperature).logsumexp(dim=0)
-    asks, answers = (torch.stack([clips[1][m] for m in side.split("+")]).any(dim=0)
-                     for side in direction.split("->"))
-    # Clips with nothing to compare stand behind all others; queries without content find nothing.
-    scores = torch.where(answers[None, :], scores, scores.min() - 1.0)
-    rank = ranks(scores)
-    rank[~(asks & answers).numpy()] = len(rank)
-    return scores, rank
+
+    def __init__(self, clips: Clips, direction: str, kind: str = "cosine", fusion: str = "sum",
+                 bank: Clips | None = None, temperature: float = 0.05, strict: bool = False):
+        how = "mean" if fusion == "mean" else "sum"
+        query, candidate = direction.split("->")
+        self.queries = _side(clips, query, kind, how)
+        self.candidates = _side(clips, candidate, kind, how)
+        there = torch.all if strict else torch.any
+        self.asks, self.answers = (there(torch.stack([clips[1][m] for m in side.split("+")]), dim=0)
+                                   for side in (query, candidate))
+        self.scale, self.drawn = 1.0, None
+        if fusion == "bank":
+            self.scale, rows = temperature, _side(bank, query, kind, how)
+            self.drawn = torch.cat([(rows @ part.T / temperature).logsumexp(dim=0)
+                                    for part in self.candidates.split(_rows(len(rows)))])
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def block(self, lo: int, hi: int) -> Tensor:
+        """Queries lo to hi against every candidate, (hi - lo, n) fp32. FloatingPointError if any is
+        not finite: such rows must not vanish from the mean."""
+        scores = self.queries[lo:hi] @ self.candidates.T
+        if self.drawn is not None:
+            scores = scores.div_(self.scale).sub_(self.drawn)
+        check_finite(scores)
+        # Clips with nothing to compare stand behind all others.
+        return scores.masked_fill_(~self.answers, -torch.inf)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first query, block) of all."""
+        step = _rows(len(self))
+        for lo in range(0, len(self), step):
+            yield lo, self.block(lo, lo + step)
+
+    def ranks(self) -> np.ndarray:
+        """Rank of each query's own clip, (n,); one that cannot ask or be found is a miss, n."""
+        found = [ranks(block, torch.arange(lo, lo + len(block)), finite=False)
+                 for lo, block in self.blocks()]
+        rank = np.concatenate(found) if found else np.zeros(0)
+        rank[self.missing()] = len(rank)
+        return rank
+
+    def missing(self) -> np.ndarray:
+        """Clips (n,) bool that are a miss whatever the model: they cannot ask, or be found."""
+        return ~(self.asks & self.answers).numpy()
+
+    def video_ranks(self, names: list[str]) -> np.ndarray:
+        """Rank of each whole video (videos,), of which the clips called the same are parts.
+
+        A query is all that is asked of a video, a candidate all its clips::
+
+            score(u, v) = mean over clips i of u of max over clips j of v of s_ij
+        """
+        order = {name: k for k, name in enumerate(dict.fromkeys(names))}
+        of, n = torch.tensor([order[name] for name in names]), len(order)
+        total, asked = torch.zeros(n, n), torch.zeros(n)
+        for lo, block in self.blocks():
+            best = block.new_full((len(block), n), -torch.inf).scatter_reduce_(
+                1, of.expand(len(block), -1), block, "amax")
+            asks = self.asks[lo:lo + len(block)]
+            total.index_add_(0, of[lo:lo + len(block)][asks], best[asks])
+            asked.index_add_(0, of[lo:lo + len(block)][asks], torch.ones(int(asks.sum())))
+        answers = torch.zeros(n, dtype=torch.bool).index_fill_(0, of[self.answers], True)
+        total = torch.where(answers, total / asked[:, None].clamp_min(1), -torch.inf)
+        rank = ranks(total, torch.arange(n), finite=False)
+        rank[~(answers & (asked > 0)).numpy()] = n
+        return rank
+
+
+def _rows(columns: int) -> int:
+    return max(1, BLOCK // (4 * max(columns, 1)))
+
+
+def rank(clips: Clips, direction: str, kind: str = "cosine", fusion: str = "sum",
+         bank: Clips | None = None, temperature: float = 0.05) -> tuple[Tensor, np.ndarray]:
+    """(scores of the first 60 queries against the first 60 candidates, rank of each query's own
+    clip (n,)), of :class:`Scores`."""
+    scores = Scores(clips, direction, kind, fusion, bank, temperature)
+    return scores.block(0, SHOWN)[:, :SHOWN], scores.ranks()
+
+
+@dataclass
+class Retrieval:
+    """Ranks (n,) by direction, of clips and of whole ``videos``; the first direction's corner of
+    ``scores`` for a picture."""
+
+    ranks: dict[str, np.ndarray] = field(default_factory=dict)
+    videos: dict[str, np.ndarray] = field(default_factory=dict)
+    scores: Tensor | None = None
+
+
+def evaluate(clips: Clips, modalities: Iterable[str], *, kind: str = "cosine",
+             fusions: Iterable[str] = ("sum",), bank: Clips | None = None,
+             temperature: float = 0.05, all_directions: bool = False, strict: bool = False,
+             absent: int = 0, videos: list[str] | None = None) -> Retrieval:
+    """Every direction by every fusion, see :class:`Scores`; the customary directions, or all.
+
+    ``absent`` clips of the set, of which nothing is known, count as misses: they rank last, as do
+    clips without what the direction compares. ``videos``: of which each clip is a part.
+    """
+    found = Retrieval()
+    for direction, fusion in product(directions(modalities), fusions):
+        if not (all_directions or direction in MAIN):
+            continue
+        if fusion == "mean" and "+" not in direction.split("->")[1]:
+            continue  # a query's length changes no rank
+        name = direction + (f" ({fusion})" if fusion != "sum" else "")
+        scores = Scores(clips, direction, kind, fusion, bank, temperature, strict)
+        if found.scores is None:
+            found.scores = scores.block(0, SHOWN)[:, :SHOWN]
+        n = len(scores) + absent
+        rank = np.where(scores.missing(), n, scores.ranks())
+        found.ranks[name] = np.append(rank, np.full(absent, float(n)))
+        if videos:
+            found.videos[name] = scores.video_ranks(videos)
+    return found

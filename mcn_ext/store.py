@@ -113,6 +113,11 @@ class Store:
         first, last = self.shards[number].offsets[stream][i:i + 2]
         return number, int(first), int(last)
 
+    def seconds(self, video: int) -> float:
+        """Length of a video, by the stream that goes on longest."""
+        spans = [(self._at(video, name), rate) for name, rate in self.rates.items()]
+        return max((last - first) / rate for (_, first, last), rate in spans)
+
     def ids(self) -> list[str]:
         return [name for number, shard in enumerate(self.shards)
                 for name in self._read(number, "video/id", 0, shard.n)]

@@ -37,7 +37,7 @@ def parser() -> flags.Parser:
     p.add_argument("--data", type=Path, metavar="PATH",
                    help=f"training store (default {flags.DATA}, else the demo data)")
     p.add_argument("--youcook2", type=Path, metavar="STORE",
-                   help=f"evaluation store (default {flags.YOUCOOK2}, or the demo's)")
+                   help=f"evaluation store (default {flags.STORES['youcook2']}, or the demo's)")
     p.add_argument("--out", type=Path, default=Path("runs/study"), metavar="DIR",
                    help="where runs and report go (default runs/study)")
     p.add_argument("--orders", nargs="+", choices=(*ORDERS, BASELINE), default=[*ORDERS, BASELINE],
@@ -143,7 +143,7 @@ class Study:
             args.data = args.data or flags.DATA
             is_demo = args.data.resolve() == (flags.DEMO / "train.h5").resolve()
             args.youcook2 = args.youcook2 or (flags.DEMO / "eval.h5" if is_demo
-                                              else flags.YOUCOOK2)
+                                              else flags.STORES["youcook2"])
             for name in ("data", "youcook2"):
                 if not getattr(args, name).exists():
                     raise SystemExit(f"--{name} {getattr(args, name)}: no such store; prepare one "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Iterable, Set
 from itertools import islice
 from pathlib import Path
 
@@ -82,15 +83,36 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
             "text file ending in .txt or .vec") from error
 
 
-def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
-    """The vectors of ``word2vec`` for the words that occur in the store's captions.
+def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> WordVectors:
+    """The vectors of ``word2vec`` for words; SystemExit if it has none of them, warns of some that
+    are not finite. ``whose`` they are, for people."""
+    row_of, vectors = _read(word2vec)
+    known = sorted(seen & row_of.keys())
+    if not known:
+        raise SystemExit(f"--word2vec {word2vec}: none of the {len(seen)} words of {whose} is in "
+                         "it; is it for another language?")
+    rows = vectors[[row_of[word] for word in known]]
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        broken = [word for word, good in zip(known, finite, strict=True) if not good]
+        logging.getLogger("mcn").warning(
+            "%s: the vectors of %d words are not finite and are left out: %s", word2vec,
+            len(broken), ", ".join(broken[:10]))
+    return WordVectors([w for w, good in zip(known, finite, strict=True) if good], rows[finite],
+                       source or str(word2vec))
+
+
+def vectors_for(store, word2vec: Path, cache: Path | None,
+                more: Iterable[str] = ()) -> WordVectors:
+    """The vectors of ``word2vec`` for the words of the store's captions, and of ``more`` texts.
 
     GoogleNews has 3 million words and takes a minute and 3.6 GB to read; the words of a store are
     kept beside it in ``cache`` and read from there by every later run and rank.
     """
     stat, made = word2vec.stat(), store.files[0].stat()
     facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
-    key = hashlib.sha256(repr((*facts, store.n_captions)).encode()).hexdigest()
+    more = sorted(set(more))
+    key = hashlib.sha256(repr((*facts, store.n_captions, *more)).encode()).hexdigest()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():
         try:
@@ -99,22 +121,8 @@ def vectors_for(store, word2vec: Path, cache: Path | None) -> WordVectors:
                 return cached
         except Exception as error:  # damage makes zip and numpy raise a dozen types
             logging.getLogger("mcn").warning("%s: damaged (%s), made again", cache, error)
-    seen = {word for text in store.texts() for word in tokenize(text)}
-    row_of, vectors = _read(word2vec)
-    known = sorted(seen & row_of.keys())
-    if not known:
-        raise SystemExit(
-            f"--word2vec {word2vec}: none of the {len(seen)} words of {store.path}'s captions is "
-            "in it; is it for another language?")
-    rows = vectors[[row_of[word] for word in known]]
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        broken = [word for word, good in zip(known, finite, strict=True) if not good]
-        logging.getLogger("mcn").warning(
-            "%s: the vectors of %d words are not finite and are left out: %s", word2vec,
-            len(broken), ", ".join(broken[:10]))
-    words = WordVectors([w for w, good in zip(known, finite, strict=True) if good], rows[finite],
-                        source)
+    seen = {word for texts in (store.texts(), more) for text in texts for word in tokenize(text)}
+    words = vectors_of(seen, word2vec, f"{store.path}'s captions", source)
     if cache is not None:
         try:
             words.save(cache)

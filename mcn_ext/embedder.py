@@ -1,0 +1,138 @@
+"""A trained run as an encoder: clips of a store, stretches of a video, sentences -> embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mcn_ext import checkpoint, training
+from mcn_ext.data import ClipReader, collate, to_device
+from mcn_ext.model import MCN
+from mcn_ext.retrieval import Clips
+from mcn_ext.store import Store
+from mcn_ext.words import WordVectors, tokenize, vectors_for, vectors_of
+
+AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
+
+
+class Embedder:
+    """The model of a checkpoint in eval mode, with all that its inputs are read by.
+
+    Args:
+        content: as :func:`mcn_ext.checkpoint.load` returns it: sizes, args, model.
+        words: vectors the text encoder was trained on; None without text.
+        batch_size: clips at a time.
+
+    Everything it returns is ({modality: (n, D) fp32}, {modality: (n,) bool}) on the CPU: the
+    embeddings, not normalised, and which of them have content.
+    """
+
+    def __init__(self, content: dict, words: WordVectors | None, device: torch.device,
+                 batch_size: int = 64):
+        self.sizes, self.args, self.device = content["sizes"], content["args"], device
+        self.model = MCN(**self.sizes).to(device).eval()
+        self.model.load_state_dict(content["model"])
+        self.known = self.words = words
+        self.batch_size = batch_size
+        self.word2vec = Path(self.args["word2vec"]) if self.args["word2vec"] and words else None
+        if self.word2vec is not None and not self.word2vec.exists():
+            print(f"{self.word2vec} is gone: only words of the training captions are known")
+            self.word2vec = None
+
+    @classmethod
+    def of_run(cls, run: Path, content: dict, device: torch.device,
+               batch_size: int = 64) -> Embedder:
+        """Of a checkpoint's content; its words lie in the run folder."""
+        has_text = "T" in content["sizes"]["modalities"]
+        words = WordVectors.load(run / training.WORDS) if has_text else None
+        return cls(content, words, device, batch_size)
+
+    def check(self, store: Store, flag: str) -> None:
+        """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
+        training.check_widths(store, self.sizes, flag)
+        if "A" in self.sizes["modalities"] and "mel" not in store.dims:
+            raise SystemExit(f"{flag} {store.path}: no stream 'mel' for the run's audio in it")
+
+    def learn_words(self, store: Store, more: Iterable[str] = ()) -> None:
+        """Also the words of a store's captions and of ``more`` texts, from the word2vec file."""
+        if self.word2vec is None:
+            return
+        self.words = vectors_for(store, self.word2vec,
+                                 store.path.with_name(store.path.name + ".words.npz"), more)
+        self._same()
+
+    def learn_texts(self, texts: list[str]) -> None:
+        """Also the words of these few texts; reads the word2vec file only for a word not known."""
+        missing = {w for text in texts for w in tokenize(text)} - self.words.index.keys()
+        if self.word2vec is None or not missing:
+            return
+        self.words = vectors_of(missing | self.words.index.keys(), self.word2vec, "the texts")
+        self._same()
+
+    def _same(self) -> None:
+        if not self.known.agrees(self.words):
+            raise SystemExit(f"{self.word2vec} is not the file the run was trained with; put that "
+                             "back, or move this one away")
+
+    def _reader(self, store: Store | None, words: WordVectors | None,
+                audio_frames: int = AUDIO_FRAMES) -> ClipReader:
+        modalities = self.sizes["modalities"]
+        return ClipReader(
+            store, video_streams=tuple(self.sizes["video_dims"]) if "V" in modalities else (),
+            audio="A" in modalities, words=words, max_words=self.args["max_words"],
+            audio_frames=audio_frames)
+
+    @torch.inference_mode()
+    def _embed(self, batches: Iterable[list[dict]], names: list[str],
+               words: WordVectors | None = None) -> Clips:
+        """Batches of lists of what a reader returns."""
+        table = None if words is None else torch.from_numpy(words.vectors).to(self.device)
+        embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
+        for items in batches:
+            batch = to_device(collate(items), self.device, table)
+            for name in names:
+                embeddings[name].append(self.model.encode(name, batch)[1].float().cpu())
+                valid[name].append(batch["valid"][name].cpu())
+        return ({m: torch.cat(e) for m, e in embeddings.items()},
+                {m: torch.cat(v) for m, v in valid.items()})
+
+    def clips(self, store: Store, clips: Iterable[tuple[int, list[tuple[int, int]]]] | None = None,
+              *, audio_frames: int = AUDIO_FRAMES, known_words: bool = False) -> Clips:
+        """Clips (video, spans) as :meth:`~mcn_ext.data.ClipReader.read` takes them; by default the
+        first caption's of every video, which is an evaluation store's only one. ``known_words``:
+        read with the words of training alone, whatever has been learnt since."""
+        clips = [(i, [(0, 0)]) for i in range(len(store))] if clips is None else list(clips)
+        words = self.known if known_words else self.words
+        reader = self._reader(store, words, audio_frames)
+        starts = tqdm(range(0, len(clips), self.batch_size), desc="embed", unit="batch",
+                      mininterval=0.5)
+        return self._embed(([reader.read(*clip) for clip in clips[b:b + self.batch_size]]
+                            for b in starts), self.model.modalities, words)
+
+    def stretches(self, store: Store, video: int, begin: np.ndarray, stop: np.ndarray) -> Clips:
+        """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text."""
+        reader = self._reader(store, None)
+        return self._embed(([reader.cut(video, begin[b:b + self.batch_size],
+                                        stop[b:b + self.batch_size])]
+                            for b in range(0, len(begin), self.batch_size)),
+                           [m for m in self.model.modalities if m != "text"])
+
+    def texts(self, texts: list[str]) -> Clips:
+        """Sentences; one without a known word is not valid."""
+        reader = self._reader(None, self.words)
+        return self._embed(([reader.look_up(texts[b:b + self.batch_size])]
+                            for b in range(0, len(texts), self.batch_size)), ["text"], self.words)
+
+
+def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
+    """(run folder, checkpoint file, its content) of --run and --checkpoint, or the newest run."""
+    run = run or (file.parent if file else checkpoint.find_run(Path("runs")))
+    if run is None:
+        raise SystemExit(
+            "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
+    file = file or run / checkpoint.LATEST
+    return run, file, checkpoint.load(file)

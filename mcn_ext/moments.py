@@ -1,0 +1,158 @@
+"""Finding the place in a video: its windows ranked for a sentence, R@1 at three overlaps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mcn_ext.retrieval import similarity
+from mcn_ext.store import Store
+
+LENGTHS = (5.0, 10.0, 20.0, 40.0)  # seconds; YouCook2's training segments: 8 of 10 lie within
+STRIDE = 0.25
+OVERLAPS = (0.3, 0.5, 0.7)
+# {video id: (start (n,) s, end (n,) s, sentences)}
+Sentences = Mapping[str, tuple[np.ndarray, np.ndarray, list[str]]]
+
+
+def windows(seconds: float, lengths: Sequence[float] = LENGTHS,
+            stride: float = STRIDE) -> np.ndarray:
+    """Start and end (n, 2) s of windows of each length, one every ``stride`` of its length, the
+    last of a length at the video's end. A video shorter than a length is one window of its own."""
+    found = []
+    for length in lengths:
+        last = max(seconds - length, 0.0)
+        begin = np.append(np.arange(0, last, stride * length), last)
+        found.append(np.stack([begin, np.minimum(begin + length, seconds)], axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def overlap(stretches: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Intersection over union of stretches (n, 2) s with others (m, 2) s, (n, m); 0 where both are
+    empty."""
+    low = np.maximum(stretches[:, None, 0], other[None, :, 0])
+    high = np.minimum(stretches[:, None, 1], other[None, :, 1])
+    both = np.maximum(high - low, 0)
+    union = np.ptp(stretches, axis=1)[:, None] + np.ptp(other, axis=1)[None, :] - both
+    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+
+
+def read_annotations(path: Path, subset: str) -> Sentences:
+    """YouCook2's ``youcookii_annotations_trainval.json``: ``database`` -> id -> subset, duration,
+    ``annotations`` [{segment [start, end] s, sentence}]. ``subset``: training, validation or all.
+    SystemExit where it is something else."""
+    try:
+        database = json.loads(path.read_text())["database"]
+        chosen = {name: video["annotations"] for name, video in database.items()
+                  if subset in ("all", video["subset"])}
+        found = {}
+        for name, rows in chosen.items():
+            times = np.array([row["segment"] for row in rows], float).reshape(-1, 2)
+            if not ((0 <= times[:, 0]) & (times[:, 0] < times[:, 1])).all():
+                raise ValueError(f"{name}: a segment is not 0 <= start < end")
+            found[name] = times[:, 0], times[:, 1], [str(row["sentence"]) for row in rows]
+    except FileNotFoundError:
+        raise SystemExit(f"--annotations {path}: no such file") from None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(f"--annotations {path}: not annotations in YouCook2's format "
+                         f"({type(error).__name__}: {error})") from error
+    if not found:
+        raise SystemExit(f"--annotations {path}: no video of subset {subset}")
+    return found
+
+
+def captions_of(store: Store) -> Sentences:
+    """The store's own captions, for stores prepared with sentences that describe."""
+    found = {}
+    for video, name in enumerate(store.ids()):
+        _, start, end = store.caption_times(video)
+        long = np.flatnonzero(end > start)
+        texts = store.caption_texts(video)
+        if len(long):
+            found[name] = (start[long].astype(float), end[long].astype(float),
+                           [texts[i] for i in long])
+    return found
+
+
+def _hits(scores: torch.Tensor, overlaps: np.ndarray) -> np.ndarray:
+    """(sentences, 4): of the window that scores best, its overlap and whether that reaches each of
+    OVERLAPS; windows that tie share, so that a model that tells none apart is as good as chance."""
+    best = (scores == scores.amax(dim=1, keepdim=True)).numpy()
+    best = best & np.isfinite(scores.amax(dim=1).numpy())[:, None]  # nothing to compare: a miss
+    values = np.stack([overlaps.T, *(overlaps.T >= t for t in OVERLAPS)], axis=-1)
+    return (values * best[..., None]).sum(1) / np.maximum(best.sum(1), 1)[:, None]
+
+
+def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[str],
+             kind: str = "cosine", lengths: Sequence[float] = LENGTHS,
+             stride: float = STRIDE) -> dict:
+    """R@1 of each direction ("text->video+audio", ...) at each of OVERLAPS.
+
+    For each sentence, the windows of its video are ranked by similarity; the first is right if its
+    intersection over union with the annotated segment reaches the overlap. Returns {"n" sentences,
+    "videos", "missing_videos" (annotated, not in the store; left out), "windows" per video,
+    direction: {"R@1 IoU 0.3", "R@1 IoU 0.3_ci95", ..., "mIoU"}, "chance", "ceiling"}, percent.
+    Intervals resample videos, as sentences of one video are not independent. ``ceiling``: of a
+    ranking without error; what the windows' lengths and stride allow.
+    """
+    number = {name: i for i, name in enumerate(store.ids())}
+    there = [name for name in sentences if name in number and sentences[name][2]]
+    if not there:
+        raise SystemExit(f"{store.path}: none of the {len(sentences)} annotated videos is in it "
+                         f"(ids like {next(iter(sentences))}; the store's like "
+                         f"{next(iter(number))})")
+    hits = {name: [] for name in [*directions, "chance", "ceiling"]}
+    n_windows = 0
+    for name in tqdm(there, desc="moments", unit="video", mininterval=0.5):
+        start, end, texts = sentences[name]
+        candidates = windows(store.seconds(number[name]), lengths, stride)
+        n_windows += len(candidates)
+        overlaps = overlap(candidates, np.stack([start, end], axis=1))
+        clips = embedder.stretches(store, number[name], candidates[:, 0], candidates[:, 1])
+        asked = embedder.texts(texts)
+        for direction in directions:
+            scores = similarity(asked, clips, direction, kind)
+            if not torch.isfinite(scores).all():
+                raise FloatingPointError(f"{name}: similarities that are not finite")
+            any_of = torch.stack([clips[1][m] for m in direction.split("->")[1].split("+")]).any(0)
+            usable = asked[1]["text"][:, None] & any_of
+            hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), overlaps))
+        values = np.stack([overlaps, *(overlaps >= t for t in OVERLAPS)], axis=-1)
+        hits["chance"].append(values.mean(axis=0))
+        hits["ceiling"].append(values.max(axis=0))
+    result = {"n": sum(map(len, hits["chance"])), "videos": len(there),
+              "missing_videos": len(sentences) - len(there),
+              "windows": round(n_windows / len(there), 1), "lengths": list(map(float, lengths)),
+              "stride": stride}
+    return result | {name: _summary(values) for name, values in hits.items()}
+
+
+def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
+    """Means over sentences in percent, 95 % intervals from resampled videos."""
+    sums, counts = np.stack([v.sum(axis=0) for v in values]), np.array([len(v) for v in values])
+    drawn = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)),
+                                                 resamples)
+    draws = 100 * (drawn @ sums) / (drawn @ counts)[:, None]
+    out = {}
+    for i, name in enumerate(["mIoU", *(f"R@1 IoU {t}" for t in OVERLAPS)]):
+        out[name] = round(float(100 * sums[:, i].sum() / counts.sum()), 3)
+        out[f"{name}_ci95"] = [round(float(q), 3) for q in np.percentile(draws[:, i], [2.5, 97.5])]
+    return out
+
+
+def table(result: dict) -> str:
+    """Markdown."""
+    names = [f"R@1 IoU {t}" for t in OVERLAPS]
+    lines = [f"| moments (n = {result['n']}) | " + " | ".join(names) + " | mIoU |",
+             "|---" + "|---:" * (len(names) + 1) + "|"]
+    for name, row in result.items():
+        if isinstance(row, dict):
+            cells = [f"{row[k]:.1f} ({row[k + '_ci95'][0]:.1f} to {row[k + '_ci95'][1]:.1f})"
+                     for k in names]
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['mIoU']:.1f} |")
+    return "\n".join(lines)
