@@ -84,7 +84,7 @@ def main(argv=None):
 
     import numpy as np
 
-    from mcn_ext import distributed, localization, moments, retrieval
+    from mcn_ext import distributed, moments, retrieval
     from mcn_ext.embedder import Embedder, open_run
     from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import summarize, table
@@ -174,6 +174,8 @@ def main(argv=None):
 
     # ------------------------------------------------------------- steps, moments; all, in turn
     def find_steps(name, store):
+        from mcn_ext import localization
+
         steps = localization.read_steps(store.path)
         result = localization.evaluate(embedder, store, steps, similarity, args.background)
         print(f"{args.run.name}: {store.path}\n{localization.table(result)}")

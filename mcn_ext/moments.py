@@ -133,7 +133,7 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
 
 
 def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
-    """Means over sentences in percent, 95 % intervals from resampled videos."""
+    """Means over sentences in percent, 95 % intervals from resampled videos, if there are some."""
     sums, counts = np.stack([v.sum(axis=0) for v in values]), np.array([len(v) for v in values])
     drawn = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)),
                                                  resamples)
@@ -141,7 +141,9 @@ def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
     out = {}
     for i, name in enumerate(["mIoU", *(f"R@1 IoU {t}" for t in OVERLAPS)]):
         out[name] = round(float(100 * sums[:, i].sum() / counts.sum()), 3)
-        out[f"{name}_ci95"] = [round(float(q), 3) for q in np.percentile(draws[:, i], [2.5, 97.5])]
+        if len(values) > 1:
+            out[f"{name}_ci95"] = [round(float(q), 3)
+                                   for q in np.percentile(draws[:, i], [2.5, 97.5])]
     return out
 
 
@@ -152,7 +154,7 @@ def table(result: dict) -> str:
              "|---" + "|---:" * (len(names) + 1) + "|"]
     for name, row in result.items():
         if isinstance(row, dict):
-            cells = [f"{row[k]:.1f} ({row[k + '_ci95'][0]:.1f} to {row[k + '_ci95'][1]:.1f})"
-                     for k in names]
+            cells = [f"{row[k]:.1f}" + (" ({:.1f} to {:.1f})".format(*row[f"{k}_ci95"])
+                                        if f"{k}_ci95" in row else "") for k in names]
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['mIoU']:.1f} |")
     return "\n".join(lines)
