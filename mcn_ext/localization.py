@@ -23,6 +23,12 @@ from torch import Tensor
 from mcn_ext.store_file import StoreError
 
 BACKGROUND = -1
+# Of align's background, in standard deviations of a step's scores over the video's seconds: set by
+# an argument, not by annotated seconds. Half-way between a step's own seconds and the others, for a
+# step that fills a share p of the video and stands out by d standard deviations of the others, is
+# d (1/2 - p) / sqrt(1 + d^2 p (1 - p)): 0.44 for d = 1, 0.83 for d = 2 at p = 5 %, less for longer
+# steps. Texts and seconds that never met in training stand out by little.
+LEVEL = 0.5
 ONE_TASK = "all"  # of MiningYouTube's videos, which have none
 RESAMPLES = 2000
 
@@ -88,7 +94,7 @@ def standardize(scores: Tensor | np.ndarray) -> np.ndarray:
     return centred / spread
 
 
-def align(scores: Tensor | np.ndarray, background: float | Tensor | np.ndarray = 1.0) -> np.ndarray:
+def align(scores: Tensor | np.ndarray, background: float | Tensor | np.ndarray) -> np.ndarray:
     """A label for each second, (T,) int64: a step, 0 to K-1, or -1, background.
 
     Each step gets one run of at least one second, in their order; before, between and after may be
@@ -101,12 +107,11 @@ def align(scores: Tensor | np.ndarray, background: float | Tensor | np.ndarray =
         N_k(t) = max over s >= t of S_k(s),           N_K = 0
 
     scores: (T, K), any float dtype, computed in float64. background: the score from which on a
-    second belongs to a step, a number or one per second (T,). Nothing annotated is needed to set
-    it: :func:`localize` standardises each step's scores over the video's seconds and takes 1
-    standard deviation. (MiningYouTube's decoder is given per-class log-probabilities, a transcript
-    and a model of lengths instead; its classes are trained, ours are texts, whose similarities have
-    no probability to compare with.) Of equal sums every start and end is the earliest of any best
-    alignment. ValueError if T < K; FloatingPointError for scores or background not finite.
+    second belongs to a step, a number or one per second (T,); :data:`LEVEL` says how
+    :func:`localize` sets it. (MiningYouTube's decoder has log-probabilities of trained classes, a
+    transcript and a model of lengths instead. Ours are similarities to texts, without a class for
+    background.) Of equal sums every start and end is the earliest of any best alignment. ValueError
+    if T < K; FloatingPointError for scores or background not finite.
     """
     scores = _array(scores)
     n_seconds, n_steps = scores.shape
@@ -259,7 +264,7 @@ def load_steps(store: str | os.PathLike) -> dict:
 Score = Callable[[str, int, list], "Tensor | np.ndarray | None"]
 
 
-def localize(steps: dict, score: Score, *, background: float = 1.0, seed: int = 0) -> dict:
+def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int = 0) -> dict:
     """Both protocols over all videos of :func:`load_steps`; the table's numbers, in percent.
 
     Args:

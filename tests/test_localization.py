@@ -108,7 +108,7 @@ def test_a_long_video_reaches_the_optimum_of_a_plain_dynamic_program():
 
 
 def test_what_cannot_be_placed_is_an_error():
-    for function in (assign, align):
+    for function in (assign, lambda scores: align(scores, 0.5)):
         with pytest.raises(ValueError, match=r"\(2, 3\)"):
             function(np.zeros((2, 3)))
         for bad in (np.nan, np.inf):
@@ -222,15 +222,15 @@ def test_a_worked_set():
     # Of videos: a (2 / 3 + 0) / 2, b (0 + 1) / 2.
     assert result["recall_by_video"] == pytest.approx(100 * (1 / 3 + 1 / 2) / 2, abs=1e-3)
     # "worked" is labelled as above: step 3, at 1 of 10 seconds, is 3 standard deviations up there,
-    # step 0, at 3 of 10, still 1.5. The last step of "found", at 2 of 3, is 0.7 there, below 1, and
-    # keeps one second: IoU 1 / 2. "gone" and "short" are 0; "bare" has no step to count.
+    # step 0, at 3 of 10, still 1.5. "found" is right: its last step, at 2 of 3, is 0.7 there.
+    # "gone" and "short" are 0; "bare" has no step to count.
     iou, iod = (2 / 5 + 2 / 3 + 1 / 3) / 3, (2 / 3 + 1 + 1 / 2) / 3
-    assert result["IoU"] == pytest.approx(100 * (iou + 0 + 0 + (1 + 1 / 2) / 2) / 4, abs=1e-3)
+    assert result["IoU"] == pytest.approx(100 * (iou + 0 + 0 + 1) / 4, abs=1e-3)
     assert result["IoD"] == pytest.approx(100 * (iod + 0 + 0 + 1) / 4, abs=1e-3)
-    # Seconds: 5 of 10, none, none, 2 of 3; "bare" has two steps in its two seconds: none of 2.
-    assert result["frame_accuracy"] == pytest.approx(100 * (0.5 + 0 + 0 + 2 / 3 + 0) / 5, abs=1e-3)
-    # Annotated seconds: 5 of 8, none, none, 2 of 3.
-    assert result["frame_accuracy_steps"] == pytest.approx(100 * (5 / 8 + 2 / 3) / 4, abs=1e-3)
+    # Seconds: 5 of 10, none, none, 3 of 3; "bare" has two steps in its two seconds: none of 2.
+    assert result["frame_accuracy"] == pytest.approx(100 * (0.5 + 0 + 0 + 1 + 0) / 5, abs=1e-3)
+    # Annotated seconds: 5 of 8, none, none, 3 of 3.
+    assert result["frame_accuracy_steps"] == pytest.approx(100 * (5 / 8 + 1) / 4, abs=1e-3)
     # Evenly: "worked" 1, 3, 6, 8: two; "gone" 0 to 3: one; "found" 0, 2: both, of 3 in b.
     assert result["evenly"] == pytest.approx(100 * (3 / 4 + 2 / 3) / 2, abs=1e-3)
     low, high = result["recall_ci95"]
@@ -240,10 +240,11 @@ def test_a_worked_set():
     assert json.loads(json.dumps(result)) == result  # plain numbers
 
 
-def test_found_needs_a_lower_background():
+def test_background_above_a_steps_scores_leaves_it_one_second():
     only = example() | {"videos": {"found": example()["videos"]["found"]}}
-    assert localize(only, scores_of)["IoU"] == pytest.approx(75.0)
-    assert localize(only, scores_of, background=0.5)["IoU"] == 100.0
+    assert localize(only, scores_of)["IoU"] == 100.0
+    # The last step stands 0.7 standard deviations out, below 1: one of its two seconds is left.
+    assert localize(only, scores_of, background=1.0)["IoU"] == 75.0
 
 
 def test_a_set_against_an_oracle():
@@ -267,7 +268,7 @@ def test_a_set_against_an_oracle():
         found[video["task"]] = found.get(video["task"], 0) + sum(chosen[k] in s
                                                                  for k, s in sets.items())
         total[video["task"]] = total.get(video["task"], 0) + len(sets)
-        labels = align(standardize(scores[name]), 1.0)
+        labels = align(standardize(scores[name]), 0.5)
         runs = {k: {t for t, label in enumerate(labels) if label == k} for k in sets}
         iou.append(np.mean([len(runs[k] & s) / len(runs[k] | s) for k, s in sets.items()]))
         iod.append(np.mean([len(runs[k] & s) / len(runs[k]) for k, s in sets.items()]))
