@@ -175,11 +175,11 @@ def convert(paths: list[str], features: Features, said: Callable, out: Path, *, 
     """
     dims = features.widths(paths)
     if "2d" not in dims and "3d" not in dims:
-        name = paths[0].split("/")[-1] if paths else "ID"
+        name = paths[0].split("/")[-1]
         raise SystemExit(
             f"--features {features.folder}: no readable _2d.npz, _3d.npz or .npy among the first "
             f"videos of {settings['list']}; looked for names like "
-            f"{features.folder / (paths or [name])[0]}/{name}_2d.npz")
+            f"{features.folder / paths[0]}/{name}_2d.npz")
     models = {"2d": "2D features as found", "3d": "3D features as found", "mel": "log-mel as found"}
     streams = {name: {"dim": dim, "rate_hz": rates[name], "model": models[name],
                       "weights_sha256": "unknown", "tool": f"mcn_ext.prepare {kind}"}
@@ -227,7 +227,8 @@ def convert(paths: list[str], features: Features, said: Callable, out: Path, *, 
             continue
         name, rows, captions = result
         silent += "mel" in rows and rows["mel"] is None
-        lengths[name] = {s: 0 if array is None else len(array) for s, array in rows.items()}
+        if before_close:  # else a million videos' for nothing
+            lengths[name] = {s: 0 if array is None else len(array) for s, array in rows.items()}
         writer.add(name, rows, *captions)
     if before_close and writer.done:
         before_close(lengths)
