@@ -124,7 +124,11 @@ class Store:
 
     def caption_counts(self) -> np.ndarray:
         """Captions of each video, (n,) int64."""
-        return np.concatenate([np.diff(shard.offsets["caption"]) for shard in self.shards])
+        return self.row_counts("caption")
+
+    def row_counts(self, stream: str) -> np.ndarray:
+        """Rows of a stream of each video, (n,) int64."""
+        return np.concatenate([np.diff(shard.offsets[stream]) for shard in self.shards])
 
     def caption_times(self, video: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(first caption's number in the store, start (n,) s, end (n,) s) of a video."""

@@ -56,3 +56,22 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield pending.popleft().result()
     finally:  # who leaves early does not wait for what has not begun
         pool.shutdown(cancel_futures=True)
+
+
+def finish(writer, skips: SkipList, total: int, streams: dict[str, int], *, unit: str = "videos",
+           resumed: int = 0, without: dict[str, int] | None = None, note: str = "") -> str:
+    """Close the list of what was left out, then the store; the summary that is printed.
+
+    streams: {name: width}. resumed: items from an earlier run. without: {what: how many items of
+    this run lack it}. note: what else people must know. StoreError if nothing was kept, after
+    the reasons are printed.
+    """
+    kept, sentence = len(writer.done), skips.close()
+    if not kept:
+        print(sentence)
+    store = writer.close()
+    again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
+    lacking = "".join(f", {count} without {what}" for what, count in (without or {}).items()
+                      if count)
+    widths = ", ".join(f"{name} {dim}" for name, dim in streams.items())
+    return f"{store}: {kept} of {total} {unit}{again}{note}, streams {widths}{lacking}; {sentence}"

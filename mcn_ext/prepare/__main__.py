@@ -24,34 +24,61 @@ def parser() -> Parser:
             "--overwrite", action=argparse.BooleanOptionalAction, default=False,
             help="replace what is at --out; without it a run that was interrupted is resumed")
 
+    def features(p, names, audio):
+        p.add_argument("--features", type=Path, required=True, metavar="DIR",
+                       help=f"folder of {names}")
+        p.add_argument("--features_audio", type=Path, metavar="DIR", help=f"folder of {audio}")
+        p.add_argument("--rate_2d", type=float, default=1.0, metavar="HZ",
+                       help="2D rows per second (default 1.0)")
+        p.add_argument("--rate_3d", type=float, default=1.5, metavar="HZ",
+                       help="3D rows per second (default 1.5)")
+        p.add_argument("--workers", type=int, default=4, metavar="N",
+                       help="reading threads (default 4); more on network disks")
+        p.add_argument(
+            "--shard_mib", type=float, default=512, metavar="MIB",
+            help="features gathered in memory before they are written (default 512); a kill loses "
+            "at most these")
+
     p = kinds.add_parser(
         "howto100m", help="feature folders + captions -> training store",
         description="HowTo100M features, spectrograms and captions -> training store.")
     p.add_argument("--list", type=Path, required=True, metavar="CSV",
                    help="videos: header 'path', rows topic/sub/VIDEOID")
-    p.add_argument("--features", type=Path, required=True, metavar="DIR",
-                   help="folder of <path>/<id>_2d.npz and _3d.npz")
-    p.add_argument("--features_audio", type=Path, metavar="DIR",
-                   help="folder of <path>/<id>_spec.npz (default: --features)")
+    features(p, "<path>/<id>_2d.npz and _3d.npz", "<path>/<id>_spec.npz (default: --features)")
     p.add_argument(
         "--captions", type=Path, required=True, metavar="FILE",
         help="caption.pickle, a .json, or a folder with one start,end,text CSV per video")
-    p.add_argument("--rate_2d", type=float, default=1.0, metavar="HZ",
-                   help="2D rows per second (default 1.0)")
-    p.add_argument("--rate_3d", type=float, default=1.5, metavar="HZ",
-                   help="3D rows per second (default 1.5)")
-    p.add_argument("--workers", type=int, default=4, metavar="N",
-                   help="reading threads (default 4); more on network disks")
-    p.add_argument(
-        "--shard_mib", type=float, default=512, metavar="MIB",
-        help="features gathered in memory before they are written (default 512); a kill loses at "
-        "most these")
     common(p, "data/howto100m.h5")
     p = kinds.add_parser(
         "youcook2", help="youcook_val_audio.pkl -> evaluation store",
         description="YouCook2's evaluation pickle -> store. Nothing in the pickle is executed.")
     p.add_argument("pickle", type=Path, help="youcook_val_audio.pkl")
     common(p, "data/youcook2.h5")
+    p = kinds.add_parser(
+        "msrvtt", help="MSR-VTT's pickle -> evaluation (or training) store",
+        description="MSR-VTT's pickle -> store. Clips without audio are kept and counted. Nothing "
+        "in the pickle is executed.")
+    p.add_argument("pickle", type=Path, help="with eval_caption: one caption per clip; with "
+                   "caption: all of a clip's captions, to train on")
+    common(p, "data/msrvtt.h5")
+    for kind, name, row, key, annotation in (
+            ("crosstask", "CrossTask", "'video_id,task'", "task", "<task>_<id>"),
+            ("miningyoutube", "MiningYouTube", "'video_id'", "video id", "<id>")):
+        p = kinds.add_parser(
+            kind, help=f"{name}'s features and annotated steps -> evaluation store",
+            description=f"{name} -> store, and beside it OUT.steps.json: the steps and where they "
+            "are, which localisation is measured by.")
+        p.add_argument("--list", type=Path, required=True, metavar="CSV",
+                       help=f"videos: header {row}")
+        features(p, "<id>_2d.npy and <id>_3d.npy (or <id>.npz with 'features' for 3D)",
+                 "<id>.npz with 'arr_0' (without it: <id>_spec.npz in --features, if any)")
+        p.add_argument("--annotations", type=Path, required=True, metavar="DIR",
+                       help=f"folder of {annotation}.npy (seconds, steps) of 0 and 1, or "
+                       f"{annotation}.csv with rows step,start,end")
+        p.add_argument("--steps", type=Path, required=True, metavar="FILE",
+                       help=f"JSON {{{key}: [step, ...]}}"
+                       + (", or the release's tasks_primary.txt" if kind == "crosstask" else ""))
+        common(p, f"data/{kind}.h5")
     p = kinds.add_parser(
         "videos", help="raw videos (or sound files) -> store",
         description="Raw videos -> store: a frame a second through ResNet-152, log-mel "
@@ -105,18 +132,23 @@ def main(argv=None) -> int:
     from mcn_ext.store import StoreError
 
     try:
-        if args.kind == "howto100m":
-            from mcn_ext.prepare import howto100m
+        if args.kind in ("howto100m", "crosstask", "miningyoutube"):
+            from mcn_ext.prepare import crosstask, howto100m
 
-            summary = howto100m.prepare(
-                args.list, args.features, args.features_audio, args.captions, args.out,
-                workers=args.workers, rates={"2d": args.rate_2d, "3d": args.rate_3d,
-                                             "mel": howto100m.MEL_RATE},
-                overwrite=args.overwrite, shard_mib=args.shard_mib)
-        elif args.kind == "youcook2":
+            how = {"workers": args.workers, "overwrite": args.overwrite,
+                   "shard_mib": args.shard_mib,
+                   "rates": {"2d": args.rate_2d, "3d": args.rate_3d, "mel": howto100m.MEL_RATE}}
+            folders = args.list, args.features, args.features_audio
+            summary = (
+                howto100m.prepare(*folders, args.captions, args.out, **how)
+                if args.kind == "howto100m" else
+                crosstask.prepare(*folders, args.annotations, args.steps, args.out,
+                                  protocol=args.kind, **how))
+        elif args.kind in ("youcook2", "msrvtt"):
             from mcn_ext.prepare import youcook2
 
-            summary = youcook2.prepare(args.pickle, args.out, overwrite=args.overwrite)
+            summary = youcook2.prepare(args.pickle, args.out, kind=args.kind,
+                                       overwrite=args.overwrite)
         elif args.kind == "videos":
             from mcn_ext.prepare import videos
 

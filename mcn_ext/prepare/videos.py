@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext import resnet
-from mcn_ext.prepare import SkipList, Skipped, in_order
+from mcn_ext.prepare import SkipList, Skipped, finish, in_order
 from mcn_ext.prepare.captions import Captions
 from mcn_ext.prepare.decode import import_av, serve
 from mcn_ext.prepare.howto100m import MEL_RATE, find_features, load_array
@@ -248,15 +248,8 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
         missing["captions"] += not said[0]
         writer.add(name, rows, *said)
     progress.close()
-    kept = len(writer.done)
-    sentence = skips.close()
-    if not kept:
-        print(sentence)
-    store = writer.close()
-    again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
-    lacking = "".join(f", {count} without {name}" for name, count in missing.items() if count)
-    if missing["captions"]:
-        lacking += " (training passes over videos without captions; give --captions)"
-    return (f"{store}: {kept} of {len(files)} videos{again}{random}, streams "
-            + ", ".join(f"{name} {spec['dim']}" for name, spec in specs.items())
-            + f"{lacking}; {sentence}")
+    silent = missing.pop("captions")
+    return finish(
+        writer, skips, len(files), {name: spec["dim"] for name, spec in specs.items()},
+        resumed=resumed, note=random,
+        without=missing | {"captions (training passes over them; give --captions)": silent})
