@@ -61,9 +61,9 @@ def parse(argv):
     group.add_argument("--require_complete", action="store_true", help="an error, not a result, "
                        "for a run that has not been trained to its end")
     group = parser.add_argument_group("steps and moments")
-    group.add_argument("--background", type=float, default=1.0, metavar="Z", help="a second belongs"
+    group.add_argument("--background", type=float, default=0.5, metavar="Z", help="a second belongs"
                        " to no step if it scores less than Z standard deviations above the step's "
-                       "mean in its video (default 1.0; for IoU, IoD and frame accuracy)")
+                       "mean in its video (default 0.5; for IoU, IoD and frame accuracy)")
     group.add_argument("--annotations", type=Path, metavar="JSON",
                        help="YouCook2's annotations, for --moments")
     group.add_argument("--subset", choices=("validation", "training", "all"), default="validation",
@@ -84,7 +84,7 @@ def main(argv=None):
 
     import numpy as np
 
-    from mcn_ext import distributed, moments, retrieval
+    from mcn_ext import distributed, localization, moments, retrieval
     from mcn_ext.embedder import Embedder, open_run
     from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import summarize, table
@@ -174,12 +174,12 @@ def main(argv=None):
 
     # ------------------------------------------------------------- steps, moments; all, in turn
     def find_steps(name, store):
-        from mcn_ext import localization
-
-        steps = localization.read_steps(store.path)
-        result = localization.evaluate(embedder, store, steps, similarity, args.background)
+        steps = localization.load_steps(store.path)
+        embedder.learn_words(store, [t for v in steps["videos"].values() for t in v["steps"]])
+        result = localization.localize(steps, localization.scorer(embedder, store, similarity),
+                                       background=args.background)
         print(f"{args.run.name}: {store.path}\n{localization.table(result)}")
-        return write(name, {"data": str(store.path)} | about | result)
+        return write(name, {"n": result["steps"], "data": str(store.path)} | about | result)
 
     def find_moments(name, store):
         sentences = (moments.read_annotations(args.annotations, args.subset) if args.annotations
@@ -197,7 +197,7 @@ def main(argv=None):
         for name, store in stores.items():
             path = (retrieve if name in RETRIEVAL else find_steps if name in STEPS
                     else find_moments)(name, store)
-    except FloatingPointError as error:
+    except (FloatingPointError, StoreError, ValueError) as error:
         raise SystemExit(f"{file}: {error}") from None
     print(f"written: {path}")
     return 0

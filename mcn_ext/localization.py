@@ -18,9 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from mcn_ext.store_file import StoreError
+from mcn_ext.retrieval import similarity
+from mcn_ext.store import Store, StoreError
 
 BACKGROUND = -1
 # Of align's background, in standard deviations of a step's scores over the video's seconds: set by
@@ -292,7 +295,7 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
     """
     rows: list[dict] = []
     counts = dict.fromkeys(("missing", "too_short"), 0)
-    for name, video in steps["videos"].items():
+    for name, video in tqdm(steps["videos"].items(), desc="steps", unit="video", mininterval=0.5):
         shape = n_seconds, n_steps = video["seconds"], len(video["steps"])
         truth = inside(*shape, video["segments"])
         row = {"task": video["task"] if steps["protocol"] == "crosstask" else ONE_TASK,
@@ -351,3 +354,38 @@ def _summary(column: dict[str, np.ndarray], background: float, seed: int) -> dic
         "frame_accuracy_steps": percent(column["right_steps"][some].mean()),
         "background": background,
         "chance": mean_over_tasks(recalls["chance"]), "evenly": mean_over_tasks(recalls["evenly"])}
+
+
+def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
+    """Scores of an :class:`~mcn_ext.embedder.Embedder`: similarity of each step's text with what is
+    seen and heard in each second. A second with nothing in it scores as the worst of the step."""
+    number = {name: i for i, name in enumerate(store.ids())}
+
+    def score(name: str, n_seconds: int, steps: list[str]) -> Tensor | None:
+        if name not in number:
+            return None
+        begin = np.arange(n_seconds, dtype=float)
+        # Not the next second's row: [t, t + 1) of streams of 1, 1.5 and 100 rows a second.
+        clips = embedder.stretches(store, number[name], begin, begin + 0.999)
+        there = torch.stack(list(clips[1].values())).any(dim=0)
+        if not there.any():
+            return None
+        scores = similarity(embedder.texts(steps), clips, "text->" + "+".join(clips[0]), kind).T
+        return torch.where(there[:, None], scores, scores[there].amin(dim=0))
+
+    return score
+
+
+def table(result: dict) -> str:
+    """Markdown."""
+    low, high = result["recall_ci95"]
+    header = (f"| steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} "
+              "tasks) | recall | 95 % interval | IoU | IoD | seconds right |")
+    return "\n".join([
+        header, "|---" + "|---:" * 5 + "|",
+        f"| this run | {result['recall']:.1f} | {low:.1f} to {high:.1f} | {result['IoU']:.1f} | "
+        f"{result['IoD']:.1f} | {result['frame_accuracy']:.1f} |",
+        f"| spread evenly | {result['evenly']:.1f} | | | | |",
+        f"| chance | {result['chance']:.1f} | | | | |",
+        *([f"\n{result['missing']} videos not in the store or without content: misses"]
+          if result["missing"] else [])])

@@ -191,6 +191,15 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     got = json.loads((tmp_path / "runs/stage1-AVT/metrics.json").read_text())["moments"]
     assert got["n"] == 72 and got["videos"] == 12 and "text->video+audio" in done.stdout
     assert got["text->video+audio"]["R@1 IoU 0.5"] > 2 * got["chance"]["R@1 IoU 0.5"]
+    steps = {name: {"task": str(i % 2), "seconds": 12, "steps": [t.split()[1] for t in texts],
+                    "segments": [[k, 2 * k, 2 * k + 2] for k in range(6)]}
+             for i, (name, (_, _, texts)) in enumerate(moments.captions_of(Store(videos)).items())}
+    (tmp_path / "videos.h5.steps.json").write_text(json.dumps({"protocol": "crosstask",
+                                                               "source": "test", "videos": steps}))
+    done = call("evaluate.py", "--crosstask", videos, *common, cwd=tmp_path)
+    got = json.loads((tmp_path / "runs/stage1-AVT/metrics.json").read_text())
+    assert got["moments"]["n"] == 72 and got["crosstask"]["n"] == 72  # both are kept
+    assert got["crosstask"]["recall"] > 1.3 * got["crosstask"]["chance"] and "IoD" in done.stdout
     search = ["-m", "mcn_ext.search", "--store", videos, *common, "--window", 2, "--json",
               "found.json"]
     env = {"PYTHONPATH": str(ROOT)}
