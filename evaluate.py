@@ -87,7 +87,7 @@ def main(argv=None):
     from mcn_ext import distributed, localization, moments, retrieval
     from mcn_ext.embedder import Embedder, open_run
     from mcn_ext.log import replace, write_text
-    from mcn_ext.metrics import summarize, table
+    from mcn_ext.metrics import markdown, summarize, table
     from mcn_ext.report import similarity_picture
     from mcn_ext.store import Store, StoreError
 
@@ -178,7 +178,7 @@ def main(argv=None):
         embedder.learn_words(store, [t for v in steps["videos"].values() for t in v["steps"]])
         result = localization.localize(steps, localization.scorer(embedder, store, similarity),
                                        background=args.background)
-        print(f"{args.run.name}: {store.path}\n{localization.table(result)}")
+        print(f"{args.run.name}: {store.path}\n{markdown(*localization.table_rows(result))}")
         return write(name, {"n": result["steps"], "data": str(store.path)} | about | result)
 
     def find_moments(name, store):
@@ -189,7 +189,7 @@ def main(argv=None):
                       and set(d[6:].split("+")) <= set(modalities)]
         result = moments.evaluate(embedder, store, sentences, directions, similarity,
                                   args.windows or moments.LENGTHS, args.window_stride)
-        print(f"{args.run.name}: {store.path}\n{moments.table(result)}")
+        print(f"{args.run.name}: {store.path}\n{markdown(*moments.table_rows(result))}")
         return write(name, {"data": str(store.path), "annotations": str(
             args.annotations or store.path)} | about | result)
 

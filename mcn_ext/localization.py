@@ -376,16 +376,14 @@ def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
     return score
 
 
-def table(result: dict) -> str:
-    """Markdown."""
+def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of :func:`localize`'s result."""
     low, high = result["recall_ci95"]
-    header = (f"| steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} "
-              "tasks) | recall | 95 % interval | IoU | IoD | seconds right |")
-    return "\n".join([
-        header, "|---" + "|---:" * 5 + "|",
-        f"| this run | {result['recall']:.1f} | {low:.1f} to {high:.1f} | {result['IoU']:.1f} | "
-        f"{result['IoD']:.1f} | {result['frame_accuracy']:.1f} |",
-        f"| spread evenly | {result['evenly']:.1f} | | | | |",
-        f"| chance | {result['chance']:.1f} | | | | |",
-        *([f"\n{result['missing']} videos not in the store or without content: misses"]
-          if result["missing"] else [])])
+    own = [f"{result[key]:.1f}" for key in ("IoU", "IoD", "frame_accuracy")]
+    missed = result["missing"] + result["too_short"]
+    return ([f"steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} tasks)",
+             "recall", "95 % interval", "IoU", "IoD", "seconds right"],
+            [["this run" + (f" ({missed} videos without content: misses)" if missed else ""),
+              f"{result['recall']:.1f}", f"{low:.1f} to {high:.1f}", *own],
+             ["spread evenly", f"{result['evenly']:.1f}", "", "", "", ""],
+             ["chance", f"{result['chance']:.1f}", "", "", "", ""]])

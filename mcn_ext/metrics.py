@@ -64,12 +64,16 @@ def table_rows(rows: dict[str, dict], n: int,
             [*body, chance])
 
 
-def table(rows: dict[str, dict], n: int, what: str = "direction") -> str:
-    """:func:`table_rows` in Markdown."""
-    header, body = table_rows(rows, n, what)
+def markdown(header: list[str], body: list[list[str]]) -> str:
+    """A table, its first column to the left, the others to the right."""
     lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
              for row in (header, *body)]
     return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
+
+
+def table(rows: dict[str, dict], n: int, what: str = "direction") -> str:
+    """:func:`table_rows` in Markdown."""
+    return markdown(*table_rows(rows, n, what))
 
 
 def _crossed(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -147,14 +147,13 @@ def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
     return out
 
 
-def table(result: dict) -> str:
-    """Markdown."""
+def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of :func:`evaluate`'s result."""
     names = [f"R@1 IoU {t}" for t in OVERLAPS]
-    lines = [f"| moments (n = {result['n']}) | " + " | ".join(names) + " | mIoU |",
-             "|---" + "|---:" * (len(names) + 1) + "|"]
+    body = []
     for name, row in result.items():
         if isinstance(row, dict):
             cells = [f"{row[k]:.1f}" + (" ({:.1f} to {:.1f})".format(*row[f"{k}_ci95"])
                                         if f"{k}_ci95" in row else "") for k in names]
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['mIoU']:.1f} |")
-    return "\n".join(lines)
+            body.append([name, *cells, f"{row['mIoU']:.1f}"])
+    return [f"moments (n = {result['n']} in {result['videos']} videos)", *names, "mIoU"], body

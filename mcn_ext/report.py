@@ -146,6 +146,7 @@ def similarity_picture(similarity, direction: str, rank, path: Path) -> Path | N
 def report(run: Path) -> Path:
     """report.md and report.html in the run folder: what was trained on what, tables of
     metrics.json, pictures."""
+    from mcn_ext import localization, moments
     from mcn_ext.log import read
     from mcn_ext.metrics import table_rows
     from mcn_ext.page import Code, Page
@@ -161,7 +162,10 @@ def report(run: Path) -> Path:
     if metrics.exists():
         for name, result in json.loads(metrics.read_text()).items():
             page.heading(f"{name}: {result['data']}")
-            page.table(*table_rows({k: v for k, v in result.items() if "->" in k}, result["n"]))
+            if name in ("crosstask", "miningyoutube", "moments"):
+                page.table(*(moments if name == "moments" else localization).table_rows(result))
+            else:
+                page.table(*table_rows({k: v for k, v in result.items() if "->" in k}, result["n"]))
     else:
         page.paragraph("Not evaluated yet: ", Code("python evaluate.py --youcook2"))
     log = run / "log.jsonl"
@@ -170,7 +174,8 @@ def report(run: Path) -> Path:
         page.paragraph(f"{len(skipped)} steps were skipped (log.jsonl says why), the last at step "
                        f"{skipped[-1]['step']}: {skipped[-1]['skipped']}.")
     curves(run)
-    for name, title in (("curves.png", "Training"), ("similarity.png", "Retrieval")):
+    for name, title in (("curves.png", "Training"), ("similarity.png", "Retrieval"),
+                        ("search.png", "The last search")):
         if (run / name).exists():
             page.heading(title)
             page.picture(run / name, "", name)

@@ -70,7 +70,7 @@ def test_the_protocol_end_to_end_by_hand(tmp_path):
     assert row["R@1 IoU 0.3"] == 100 and row["R@1 IoU 0.7"] == pytest.approx(100 * 1.5 / 4)
     assert result["ceiling"]["R@1 IoU 0.7"] == 50 and result["ceiling"]["R@1 IoU 0.5"] == 100
     assert result["chance"]["R@1 IoU 0.7"] == pytest.approx(100 * 2 / 4 / 7, abs=1e-3)
-    assert "n = 4" in moments.table(result)
+    assert "n = 4" in moments.table_rows(result)[0][0]
 
 
 def test_the_real_annotations():
@@ -200,6 +200,9 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     got = json.loads((tmp_path / "runs/stage1-AVT/metrics.json").read_text())
     assert got["moments"]["n"] == 72 and got["crosstask"]["n"] == 72  # both are kept
     assert got["crosstask"]["recall"] > 1.3 * got["crosstask"]["chance"] and "IoD" in done.stdout
+    run("-m", "mcn_ext.report", "runs/stage1-AVT", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    page = (tmp_path / "runs/stage1-AVT/report.md").read_text()
+    assert "R@1 IoU 0.5" in page and "spread evenly" in page
     search = ["-m", "mcn_ext.search", "--store", videos, *common, "--window", 2, "--json",
               "found.json"]
     env = {"PYTHONPATH": str(ROOT)}
