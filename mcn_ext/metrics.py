@@ -13,7 +13,8 @@ RECALLS = (1, 5, 10)
 
 def check_finite(similarity: Tensor) -> None:
     """FloatingPointError if any similarity is not finite: such rows must not vanish from means."""
-    if not torch.isfinite(similarity).all():
+    # One pass, a NaN is both; isfinite().all() takes as long as the product of D = 256 before it.
+    if similarity.numel() and not torch.stack(torch.aminmax(similarity)).isfinite().all():
         raise FloatingPointError(
             f"{int((~torch.isfinite(similarity)).sum())} of {similarity.numel()} similarities are "
             "not finite: the embeddings are broken, there is nothing to rank")

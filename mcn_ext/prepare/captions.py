@@ -1,9 +1,10 @@
 """Captions by video, from what people have.
 
 Of many videos: ``caption.pickle`` or a ``.json`` (id -> {"start", "end", "text"} in seconds, or a
-list of such), a ``.csv`` with a column ``id``, or a folder with one file per video, named by its
-id. Of one video: ``.srt``, ``.vtt``, ``.csv`` (start,end,text), or a ``.json`` (equal lists, or a
-list of {"start", "end", "text"}, also under "segments", as speech recognisers write it).
+list of such), YouCook2's annotations (``database`` -> id -> ``annotations`` [segment, sentence]), a
+``.csv`` with a column ``id``, or a folder with one file per video, named by its id. Of one video:
+``.srt``, ``.vtt``, ``.csv`` (start,end,text), or a ``.json`` (equal lists, or a list of {"start",
+"end", "text"}, also under "segments", as speech recognisers write it).
 """
 
 from __future__ import annotations
@@ -157,7 +158,15 @@ def _csv(path: Path) -> dict:
 
 def _json(path: Path):
     try:
-        return json.loads(_read(path))
+        table = json.loads(_read(path))
+        if isinstance(table, dict) and isinstance(table.get("database"), dict):  # YouCook2's
+            return {name: [{"start": row["segment"][0], "end": row["segment"][1],
+                            "text": row["sentence"]} for row in video["annotations"]]
+                    for name, video in table["database"].items()}
+        return table
+    except (KeyError, IndexError, TypeError) as error:
+        raise Skipped(f"{path}: \"database\" is not as YouCook2 has it "
+                      f"({type(error).__name__}: {error})") from error
     except (OSError, ValueError, RecursionError) as error:
         raise Skipped(f"{path}: not JSON ({error})") from error
 
