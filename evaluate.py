@@ -2,6 +2,7 @@
 
     python evaluate.py --youcook2                 # the newest run, on data/youcook2.h5
     python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
+    python evaluate.py --youcook2 --init_published mcn.pth --word2vec GoogleNews.bin
 
 A run on the demo data is evaluated on the demo data's evaluation clips.
 """
@@ -27,8 +28,12 @@ def main(argv=None):
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)")
+    parser.add_argument("--init_published", type=Path, metavar="FILE", help="published weights in "
+                        "place of a run; results go to runs/published-<name>")
+    parser.add_argument("--word2vec", type=Path, metavar="FILE", help="for --init_published: its "
+                        f"text encoder's word vectors (default {flags.WORD2VEC})")
     parser.add_argument("--similarity", choices=("cosine", "dot"),
-                        help="default: what the run was trained with")
+                        help="default: what the run was trained with, dot for --init_published")
     parser.add_argument("--batch_size", type=flags.positive(int), default=64, metavar="N",
                         help="clips embedded at a time (default 64)")
     parser.add_argument("--device", default="auto", metavar="DEV",
@@ -49,11 +54,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.youcook2 is None:
         parser.error("say what to evaluate on: --youcook2 [STORE]")
+    if args.init_published and (args.run or args.checkpoint):
+        parser.error("--init_published is in place of --run and --checkpoint")
+    if args.word2vec and not args.init_published:
+        parser.error("--word2vec is for --init_published; a run remembers its words")
 
     import numpy as np
     import torch
 
-    from mcn_ext import checkpoint, distributed, retrieval, training
+    from mcn_ext import checkpoint, distributed, published, retrieval, training
     from mcn_ext.data import ClipReader
     from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import summarize, table
@@ -63,13 +72,14 @@ def main(argv=None):
     from mcn_ext.words import WordVectors, vectors_for
 
     # ------------------------------------------------------------------------------- run, data
+    content = published.for_evaluation(args) if args.init_published else None
     args.run = args.run or (args.checkpoint.parent if args.checkpoint
                             else checkpoint.find_run(Path("runs")))
     if args.run is None:
         raise SystemExit(
             "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
-    file = args.checkpoint or args.run / checkpoint.LATEST
-    content = checkpoint.load(file)
+    file = args.init_published or args.checkpoint or args.run / checkpoint.LATEST
+    content = content or checkpoint.load(file)
     sizes, trained = content["sizes"], content["args"]
     if args.require_complete and not content["complete"]:
         raise SystemExit(f"{file}: step {content['step']}, not the run's end; the command that "
