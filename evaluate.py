@@ -3,6 +3,7 @@
     python evaluate.py --youcook2                 # the newest run, on data/youcook2.h5
     python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
     python evaluate.py --msrvtt --crosstask --miningyoutube --moments
+    python evaluate.py --youcook2 --init_published mcn.pth --word2vec GoogleNews.bin
 
 Retrieval (youcook2, msrvtt), ordered steps in time (crosstask, miningyoutube), the place in a video
 (moments). A run on the demo data is evaluated on the demo data's evaluation clips.
@@ -36,8 +37,12 @@ def parse(argv):
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
         help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)")
+    parser.add_argument("--init_published", type=Path, metavar="FILE", help="published weights in "
+                        "place of a run; results go to runs/published-<name>")
+    parser.add_argument("--word2vec", type=Path, metavar="FILE", help="for --init_published: its "
+                        f"text encoder's word vectors (default {flags.WORD2VEC})")
     parser.add_argument("--similarity", choices=("cosine", "dot"),
-                        help="default: what the run was trained with; dot is as published")
+                        help="default: what the run was trained with, dot for --init_published")
     parser.add_argument("--batch_size", type=flags.positive(int), default=64, metavar="N",
                         help="clips embedded at a time (default 64)")
     parser.add_argument("--device", default="auto", metavar="DEV",
@@ -76,6 +81,10 @@ def parse(argv):
     if all(getattr(args, name) is None for name in (*RETRIEVAL, *STEPS, "moments")):
         parser.error("say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
                      "--miningyoutube or --moments")
+    if args.init_published and (args.run or args.checkpoint):
+        parser.error("--init_published is in place of --run and --checkpoint")
+    if args.word2vec and not args.init_published:
+        parser.error("--word2vec is for --init_published; a run remembers its words")
     return args
 
 
@@ -85,19 +94,22 @@ def main(argv=None):
     import numpy as np
 
     from mcn_ext import distributed, localization, moments, retrieval
-    from mcn_ext.embedder import Embedder, open_run
+    from mcn_ext.embedder import Embedder, open_trained
     from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import markdown, summarize, table
     from mcn_ext.report import similarity_picture
     from mcn_ext.store import Store, StoreError
 
     # ------------------------------------------------------------------------------ run, stores
-    args.run, file, content = open_run(args.run, args.checkpoint)
+    asked = [name for name in (*RETRIEVAL, *STEPS, "moments") if getattr(args, name) is not None]
+    args.run, file, content, words = open_trained(
+        args.run, args.checkpoint, args.init_published, args.word2vec,
+        Path(getattr(args, asked[0]) or flags.STORES[asked[0]]))
     trained = content["args"]
     if args.require_complete and not content["complete"]:
         raise SystemExit(f"{file}: step {content['step']}, not the run's end; the command that "
                          "trains it goes on")
-    embedder = Embedder.of_run(args.run, content, distributed.init(args.device), args.batch_size)
+    embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
     about = {"checkpoint": str(file), "step": content["step"], "complete": content["complete"]}
 
@@ -126,8 +138,7 @@ def main(argv=None):
         return path
 
     # All are opened before the first is embedded: a wrong path costs nothing.
-    stores = {name: open_store(name) for name in (*RETRIEVAL, *STEPS, "moments")
-              if getattr(args, name) is not None}
+    stores = {name: open_store(name) for name in asked}
 
     # -------------------------------------------------------------------------------- retrieval
     def bank():

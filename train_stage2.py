@@ -3,6 +3,7 @@
     python train_stage2.py --add T                          # onto the newest stage-1 run without T
     torchrun --nproc_per_node 4 train_stage2.py --add T --init runs/stage1-AV
     python train_stage2.py --add A --stage1_encoders finetune
+    python train_stage2.py --add T --init_published avlnet.pth   # onto published encoders
 
 Data, sizes and objective are the stage-1 run's unless given. The same command again resumes.
 """
@@ -25,46 +26,56 @@ def main(argv=None):
                         "pairs train")
     flags.add_training_flags(parser, stage=2)
     args = parser.parse_args(argv)
+    if args.init and args.init_published:
+        parser.error("--init and --init_published: one start, please")
 
     import torch
 
-    from mcn_ext import checkpoint, distributed, training
+    from mcn_ext import checkpoint, distributed, published, training
     from mcn_ext.log import say
     from mcn_ext.model import MCN, MODALITIES
 
     # ------------------------------------------------------------------- the run to start from
     device = distributed.init(args.device)
     args.n_ranks = distributed.world()
-    args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
-    if args.init is None:
-        pair = {"A": "VT", "V": "AT", "T": "AV"}[args.add]
-        raise SystemExit(f"no stage-1 run without {args.add} in runs/; train one (python "
-                         f"train_stage1.py --pair {pair}) or name one with --init")
-    start = checkpoint.load(args.init / checkpoint.LATEST)
-    first = start["sizes"]["modalities"]
-    if args.add in first or len(first) != 2:
-        fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
-        raise SystemExit(f"--add {args.add}: {args.init} was trained on {first}"
-                         + (", it has that modality already" if args.add in first else "")
-                         + f"; use {fits + ' or ' if fits else ''}another --init")
-    args = flags.complete(args, inherited=start["args"])
-    # A retrained stage 1, or one that has gone on, is another start: not resumed from.
-    args.init_run_id, args.init_step = start["run_id"], start["step"]
-    args.first_epoch = start["args"]["epochs"]
-    state = "complete" if start["complete"] else "NOT complete"
-    if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
-        raise SystemExit(f"--word2vec {args.word2vec}: the text encoder of {args.init} was trained "
-                         f"on {start['args']['word2vec'] or 'vectors of its own'}; leave it out")
-    say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
+    first = {"A": "VT", "V": "AT", "T": "AV"}[args.add]
+    if args.init_published:
+        args = flags.complete(args)
+    else:
+        args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
+        if args.init is None:
+            raise SystemExit(f"no stage-1 run without {args.add} in runs/; train one (python "
+                             f"train_stage1.py --pair {first}) or name one with --init")
+        start = checkpoint.load(args.init / checkpoint.LATEST)
+        first = start["sizes"]["modalities"]
+        if args.add in first or len(first) != 2:
+            fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
+            raise SystemExit(f"--add {args.add}: {args.init} was trained on {first}"
+                             + (", it has that modality already" if args.add in first else "")
+                             + f"; use {fits + ' or ' if fits else ''}another --init")
+        args = flags.complete(args, inherited=start["args"])
+        # A retrained stage 1, or one that has gone on, is another start: not resumed from.
+        args.init_run_id, args.init_step = start["run_id"], start["step"]
+        args.first_epoch = start["args"]["epochs"]
+        state = "complete" if start["complete"] else "NOT complete"
+        if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
+            raise SystemExit(f"--word2vec {args.word2vec}: the text encoder of {args.init} was "
+                             f"trained on {start['args']['word2vec'] or 'vectors of its own'}; "
+                             "leave it out")
+        say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
 
     # ------------------------------------------------------------------------------- run, data
     modalities = first + args.add
     demo = "-demo" if args.demo else ""
     folder = args.out or Path("runs") / f"stage2-{first}_{args.add}{demo}"
     store = training.open_store(args, modalities)
+    if args.init_published:
+        start = published.start(args, first, store, folder)
     training.check_widths(store, start["sizes"], "--data")
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
     words = training.open_words(args, store, args.init, folder, bool(resumed))
+    if args.init_published:
+        published.check_words(args, start, words)
 
     # ------------------------------------------------------------------------ model, objective
     torch.manual_seed(args.seed)

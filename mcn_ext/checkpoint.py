@@ -118,12 +118,13 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     if "training" not in content:
         raise SystemExit(f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
                          "can go on; train anew with --no-resume or another --out")
-    old = content["args"]
+    old = {"init_published": None} | content["args"]  # a run from before there was that flag
     compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
     changed = [f"--{name} {old[name]} (now {args[name]})" for name in compared
                if old[name] != args[name]]
     if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
-        changed.append("another stage-1 run as its start (retrained, or gone on, since)")
+        changed.append("another start (its stage 1 has been retrained, or has gone on, since; or "
+                       "--init_published is another file)")
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "

@@ -43,14 +43,6 @@ class Embedder:
             print(f"{self.word2vec} is gone: only words of the training captions are known")
             self.word2vec = None
 
-    @classmethod
-    def of_run(cls, run: Path, content: dict, device: torch.device,
-               batch_size: int = 64) -> Embedder:
-        """Of a checkpoint's content; its words lie in the run folder."""
-        has_text = "T" in content["sizes"]["modalities"]
-        words = WordVectors.load(run / training.WORDS) if has_text else None
-        return cls(content, words, device, batch_size)
-
     def check(self, store: Store, flag: str) -> None:
         """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
         training.check_widths(store, self.sizes, flag)
@@ -114,12 +106,17 @@ class Embedder:
                             for b in starts), self.model.modalities, words)
 
     def stretches(self, store: Store, video: int, begin: np.ndarray, stop: np.ndarray) -> Clips:
-        """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text."""
-        reader = self._reader(store, None)
-        return self._embed(([reader.cut(video, begin[b:b + self.batch_size],
-                                        stop[b:b + self.batch_size])]
-                            for b in range(0, len(begin), self.batch_size)),
-                           [m for m in self.model.modalities if m != "text"])
+        """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text. Sound
+        is never filled up: the published 51 s were for whole clips, and a window is seconds."""
+        reader, sizes = self._reader(store, None), self.model.sizes
+        self.model.sizes = {key: value for key, value in sizes.items() if key != "padding"}
+        try:
+            return self._embed(([reader.cut(video, begin[b:b + self.batch_size],
+                                            stop[b:b + self.batch_size])]
+                                for b in range(0, len(begin), self.batch_size)),
+                               [m for m in self.model.modalities if m != "text"])
+        finally:
+            self.model.sizes = sizes
 
     def texts(self, texts: list[str]) -> Clips:
         """Sentences; one without a known word is not valid."""
@@ -128,11 +125,21 @@ class Embedder:
                             for b in range(0, len(texts), self.batch_size)), ["text"], self.words)
 
 
-def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
-    """(run folder, checkpoint file, its content) of --run and --checkpoint, or the newest run."""
+def open_trained(run: Path | None, file: Path | None, published: Path | None,
+                 word2vec: Path | None, store: Path, texts: Iterable[str] = (),
+                 ) -> tuple[Path, Path, dict, WordVectors | None]:
+    """(folder for results, file, its content, words) of --run and --checkpoint, of the newest run,
+    or of --init_published, which is to be used on ``store`` and asked ``texts``."""
+    if published:
+        from mcn_ext.published import for_evaluation
+
+        return for_evaluation(published, word2vec, store, texts)
     run = run or (file.parent if file else checkpoint.find_run(Path("runs")))
     if run is None:
         raise SystemExit(
             "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
     file = file or run / checkpoint.LATEST
-    return run, file, checkpoint.load(file)
+    content = checkpoint.load(file)
+    words = (WordVectors.load(run / training.WORDS) if "T" in content["sizes"]["modalities"]
+             else None)
+    return run, file, content, words

@@ -163,17 +163,22 @@ class _Block(nn.Module):
         return out.unpack(F.relu(y + shortcut)), out
 
 
+def davenet_widths(width: float) -> list[int]:
+    """Channels after conv1 and after each of the four stages; 1.0 is as published."""
+    return [max(1, round(w * width)) for w in (128, 128, 256, 512, 1024)]
+
+
 class ResDAVEnet(nn.Module):
     """Log-mel (B, 40, T) with n_frames (B,) real frames each -> mean over time, (B, 1024 * width).
 
     Padding is zero before every convolution, as if each clip had been convolved alone, and left out
     of every batch statistic and of the mean: an embedding does not depend on how long its
-    neighbours in the batch are.
+    neighbours in the batch are. ``heard`` (B,) frames are convolved instead, when given.
     """
 
     def __init__(self, width: float = 1.0, n_mels: int = 40):
         super().__init__()
-        widths = [max(1, round(w * width)) for w in (128, 128, 256, 512, 1024)]
+        widths = davenet_widths(width)
         self.dim = widths[-1]
         self.conv1 = nn.Conv2d(1, widths[0], (n_mels, 1), bias=False)
         self.bn1 = _BatchNorm(widths[0])
@@ -184,8 +189,8 @@ class ResDAVEnet(nn.Module):
             if isinstance(module, nn.Conv2d):  # He et al. 2015, fan-out
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, mel: Tensor, n_frames: Tensor) -> Tensor:
-        frames = _Frames(n_frames, mel.shape[-1])
+    def forward(self, mel: Tensor, n_frames: Tensor, heard: Tensor | None = None) -> Tensor:
+        frames = _Frames(n_frames if heard is None else heard, mel.shape[-1])
         # A (40, 1) kernel over one channel is (1, 1) over 40: on packed frames, one matmul.
         rows = F.linear(frames.pack(mel[:, :, None]), self.conv1.weight.flatten(1))
         x = frames.unpack(F.relu(self.bn1(rows)))

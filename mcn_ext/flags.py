@@ -29,6 +29,7 @@ PRESETS = {
                  recon_weight=5.0, audio_augment=0.0),
 }
 EPOCHS = {1: 20, 2: 10}
+SIZES = ("embd_dim", "recon_dim", "audio_width")
 PAIRS = ("AV", "VT", "AT", "AVT")
 
 
@@ -109,6 +110,11 @@ def add_training_flags(parser: Parser, stage: int) -> None:
         add("recon_dim", positive(int), "D", "hidden width of the reconstruction heads")
         add("audio_width", positive(float), "X", "width of DAVEnet, 1 as published; 0.25 for small "
             "data")
+
+    group = group if stage == 1 else parser.add_argument_group("model")
+    add("init_published", Path, "FILE", "start from published weights (.pth, .pt, .safetensors; "
+        "the MCN's or AVLnet's): the pair's encoders and heads; sizes are the file's"
+        + ("" if stage == 1 else ". In place of --init; data and words are flags then"))
 
     group = parser.add_argument_group("objective")
     add("temperature", positive(float), "T", "of contrastive and clustering terms; higher when "
@@ -201,7 +207,8 @@ def complete(args: argparse.Namespace, inherited: dict | None = None) -> argpars
     if args.similarity == "dot":  # the published objective: the dot product at temperature 1
         preset["temperature"] = 1.0
     for name, value in preset.items():
-        if getattr(args, name, None) is None:
+        if (getattr(args, name, None) is None  # sizes of a published file are the file's
+                and not (name in SIZES and getattr(args, "init_published", None))):
             setattr(args, name, value)
     args.similarity = args.similarity or "cosine"
     args.resume = args.resume or args.detect is not None  # the kept step lies in the run folder

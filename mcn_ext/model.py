@@ -25,15 +25,20 @@ class MCN(nn.Module):
         video_dims: stream name -> width, in the order the streams are concatenated.
         word_dim, embd_dim, recon_dim: widths of words, joint space, reconstruction heads (0: none).
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
+        padding: None: a clip is embedded as if it were alone. {"audio": frames, "text": words}: as
+            the published evaluation did, in eval mode clips are filled up with zeros to these
+            lengths, which convolutions and the maximum over words read like data.
     """
 
     def __init__(self, modalities: str = "AVT", *, video_dims: Mapping[str, int] | None = None,
                  word_dim: int = 300, embd_dim: int = 6144, recon_dim: int = 1024,
-                 audio_width: float = 1.0):
+                 audio_width: float = 1.0, padding: Mapping[str, int] | None = None):
         super().__init__()
         video_dims = dict(video_dims or {"2d": 2048, "3d": 2048})
         self.sizes = dict(modalities=modalities, video_dims=video_dims, word_dim=word_dim,
                           embd_dim=embd_dim, recon_dim=recon_dim, audio_width=audio_width)
+        if padding:  # runs of ours have none
+            self.sizes["padding"] = dict(padding)
         self.modalities = [MODALITIES[letter] for letter in modalities]
         self.frozen: list[str] = []
 
@@ -80,12 +85,25 @@ class MCN(nn.Module):
         features = torch.cat(streams, dim=1)
         return features, self.GU_video(features)
 
+    def _padding(self, modality: str) -> int:
+        return 0 if self.training else self.sizes.get("padding", {}).get(modality, 0)
+
     def _audio(self, batch) -> tuple[Tensor, Tensor]:
-        features = self.DAVEnet(batch["audio"], batch["n_frames"])
+        mel, n_frames, heard = batch["audio"], batch["n_frames"], None
+        if filled := self._padding("audio"):
+            mel = mel * (torch.arange(mel.shape[2], device=mel.device) < n_frames[:, None, None])
+            mel = F.pad(mel, (0, max(0, filled - mel.shape[2])))
+            heard = torch.full_like(n_frames, mel.shape[2])
+        features = self.DAVEnet(mel, n_frames, heard)
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     def _text(self, batch) -> tuple[Tensor, Tensor]:
-        features = self.text_pooling_caption(batch["text"], batch["text_mask"])
+        words, mask = batch["text"], batch["text_mask"]
+        if filled := self._padding("text"):
+            words = words * mask[..., None]
+            words = F.pad(words, (0, 0, 0, max(0, filled - words.shape[1])))
+            mask = mask.new_ones(words.shape[:2])
+        features = self.text_pooling_caption(words, mask)
         return features, self.GU_text_captions(features)
 
     def encode(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor]:
@@ -112,3 +130,19 @@ class MCN(nn.Module):
                 errors[name] = (head(embeddings[name]).float()
                                 - features.detach().float()).square().mean(dim=1)
         return embeddings, errors
+
+
+def load_published(path, video_dims: Mapping[str, int] | None = None) -> MCN:
+    """The model of a file of published weights, in eval mode, on the CPU, sizes as in the file.
+
+    video_dims: stream name -> width, needed where the file's video is neither 4096 wide (2d and 3d,
+    2048 each) nor 2048 (2d). Prints what was used and what was not. SystemExit: see
+    :func:`mcn_ext.published.read_published`.
+    """
+    from mcn_ext import published  # which needs this module
+
+    found = published.read_published(path)
+    print(found.notice())
+    model = MCN(**found.fit(video_dims))
+    model.load_state_dict(found.state, strict=False)  # heads that the file lacks are new
+    return model.eval()

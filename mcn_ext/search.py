@@ -27,6 +27,10 @@ def parser() -> flags.Parser:
                    help="run folder (default: the newest, stage 2 before stage 1)")
     p.add_argument("--checkpoint", type=Path, metavar="FILE",
                    help="a checkpoint of it (default: RUN/checkpoint.pt)")
+    p.add_argument("--init_published", type=Path, metavar="FILE", help="published weights in place "
+                   "of a run, with --word2vec FILE; results go to runs/published-<name>")
+    p.add_argument("--word2vec", type=Path, metavar="FILE", help="for --init_published (default "
+                   f"{flags.WORD2VEC})")
     p.add_argument("--top", type=flags.positive(int), default=5, metavar="N",
                    help="places to show (default 5)")
     p.add_argument("--window", type=flags.positive(float), default=10.0, metavar="S",
@@ -151,12 +155,13 @@ def main(argv=None) -> int:
     args = parser().parse_args(argv)
 
     from mcn_ext import distributed
-    from mcn_ext.embedder import Embedder, open_run
+    from mcn_ext.embedder import Embedder, open_trained
     from mcn_ext.log import write_text
     from mcn_ext.places import Places
     from mcn_ext.store import Store, StoreError
 
-    run, file, content = open_run(args.run, args.checkpoint)
+    run, _, content, words = open_trained(args.run, args.checkpoint, args.init_published,
+                                          args.word2vec, args.store, args.sentences)
     if "T" not in content["sizes"]["modalities"]:
         raise SystemExit(f"--run {run}: has no text encoder to ask with (trained on "
                          f"{content['sizes']['modalities']}); add text: python train_stage2.py "
@@ -173,7 +178,7 @@ def main(argv=None) -> int:
         store = Store(args.store)
     except StoreError as error:
         raise SystemExit(f"--store {error}") from None
-    embedder = Embedder.of_run(run, content, distributed.init(args.device), args.batch_size)
+    embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
     embedder.check(store, "--store")
     embedder.learn_texts(args.sentences)
     asked = embedder.texts(args.sentences)

@@ -21,8 +21,9 @@ from mcn_ext.reference import unit_rows
 MAIN = "text->video+audio"
 LETTERS = {"A": "audio", "V": "video", "T": "text"}
 # Flags in which runs of a study differ by its design, or that say nothing of what is learned.
-NOT_COMPARED = frozenset("pair add out epochs seed init init_run_id init_step first_epoch "
-                         "resume detect tensorboard stage1_encoders keep_epochs".split())
+NOT_COMPARED = frozenset("pair add out epochs seed init init_published init_run_id init_step "
+                         "first_epoch resume detect tensorboard stage1_encoders "
+                         "keep_epochs".split())
 
 
 class StudyError(ValueError):

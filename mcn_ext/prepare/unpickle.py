@@ -17,6 +17,7 @@ import pickle
 import re
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def _fitting(shape, dtype, raw) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(shape), dtype.numpy
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
     """Constructors are bound methods, as a pickle may set attributes of functions and classes."""
 
     def __init__(self, file, stand_ins):
@@ -81,7 +82,7 @@ class _Unpickler(pickle.Unpickler):
                 ("multiarray", "scalar", self._scalar),
                 ("numeric", "_frombuffer", self._frombuffer))},
             ("torch.storage", "_load_from_bytes"): self._storage,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor, ("torch", "Size"): tuple,
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor, ("torch", "Size"): tuple,
             **stand_ins}
 
     def find_class(self, module: str, name: str):
@@ -126,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"a {type(storage).__name__} where torch keeps a storage")
         return storage
 
-    def _tensor(self, storage, offset, size, stride, *_):
+    def tensor(self, storage, offset, size, stride, *_):
         """torch does not check that strides stay within the storage: it reads what lies beyond."""
         numbers = (offset, *size, *stride)
         if (not isinstance(storage, torch.storage.TypedStorage) or len(size) != len(stride)
@@ -154,7 +155,7 @@ def _limits(size: int) -> None:
     signal.alarm(60 + size // 2**20)
 
 
-def _try(path, stand_ins: dict) -> None:
+def attempt(path, load: Callable[[], object]) -> None:
     """Load once in a child; UnsafePickle if that ends it, or takes too much memory or time."""
     child = os.fork()
     if not child:
@@ -162,8 +163,7 @@ def _try(path, stand_ins: dict) -> None:
         try:
             _limits(os.path.getsize(path))
             try:
-                with open(path, "rb") as file:
-                    _Unpickler(file, stand_ins).load()
+                load()
             except MemoryError:
                 raise
             except Exception as error:  # the parent will see, and report, the same
@@ -185,16 +185,18 @@ def load_pickle(path: str | os.PathLike, stand_ins: dict | None = None):
 
     stand_ins: {(module, name): class} for further names. UnsafePickle for any other, or damage.
     """
-    _try(path, stand_ins or {})
-    with open(path, "rb") as file:
-        try:
-            return _Unpickler(file, stand_ins or {}).load()
-        except UnsafePickle as error:
-            raise UnsafePickle(
-                f"{path}: refused, nothing was executed: the pickle {error}") from None
-        except Exception as error:  # damage makes the unpickler raise a dozen types
-            raise UnsafePickle(
-                f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
+    def load():
+        with open(path, "rb") as file:
+            return Unpickler(file, stand_ins or {}).load()
+
+    attempt(path, load)
+    try:
+        return load()
+    except UnsafePickle as error:
+        raise UnsafePickle(f"{path}: refused, nothing was executed: the pickle {error}") from None
+    except Exception as error:  # damage makes the unpickler raise a dozen types
+        raise UnsafePickle(
+            f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
 
 
 def load_key_vectors(path: str | os.PathLike) -> tuple[list[str], np.ndarray]:
