@@ -15,16 +15,18 @@ from mcn_ext.reference import unit_rows
 from mcn_ext.retrieval import Clips, similarity
 from mcn_ext.store import Store
 
+BLOCK = 2**14  # windows
+
 
 class Places:
     """Windows of a store's videos: ``video`` (n,), from ``begin`` to ``stop`` (n,) s, ``clips``:
-    their embeddings, of unit length where the run compares by cosine (fp16 on disk)."""
+    their fp16 embeddings, of unit length where the run compares by cosine."""
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.video, self.begin, self.stop = arrays["video"], arrays["begin"], arrays["stop"]
         names = [name.split(":")[1] for name in arrays if name.startswith("embedding:")]
         self.clips: Clips = (
-            {m: torch.from_numpy(arrays[f"embedding:{m}"]).float() for m in names},
+            {m: torch.from_numpy(arrays[f"embedding:{m}"]) for m in names},
             {m: torch.from_numpy(arrays[f"valid:{m}"]) for m in names})
 
     def __len__(self) -> int:
@@ -62,7 +64,12 @@ class Places:
 
     def score(self, sentence: Clips, kind: str) -> dict[str, np.ndarray]:
         """{"total", and each modality's part of it: (n,)} similarity with one embedded sentence."""
-        parts = {m: similarity(sentence, self.clips, f"text->{m}", kind)[0] for m in self.clips[0]}
+        def block(m: str, lo: int) -> Clips:  # in fp32 a block at a time
+            return ({m: self.clips[0][m][lo:lo + BLOCK].float()},
+                    {m: self.clips[1][m][lo:lo + BLOCK]})
+
+        parts = {m: torch.cat([similarity(sentence, block(m, lo), f"text->{m}", kind)[0]
+                               for lo in range(0, len(self), BLOCK)]) for m in self.clips[0]}
         return {name: x.numpy() for name, x in [("total", sum(parts.values())), *parts.items()]}
 
     def best(self, total: np.ndarray, top: int) -> list[int]:
