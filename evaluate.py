@@ -17,6 +17,7 @@ from pathlib import Path
 from mcn_ext import flags
 
 RETRIEVAL, STEPS = ("youcook2", "msrvtt"), ("crosstask", "miningyoutube")
+SETS = (*RETRIEVAL, *STEPS, "moments")
 
 
 def parse(argv):
@@ -59,28 +60,36 @@ def parse(argv):
         "training clips' queries to a candidate (no evaluation data used)")
     group.add_argument("--bank_size", type=flags.positive(int), default=2000, metavar="N",
                        help="training clips that --fusion bank embeds (default 2000)")
-    group.add_argument("--msrvtt_clips", type=flags.positive(int), default=1000, metavar="N",
+    group.add_argument("--msrvtt_clips", type=flags.positive(int), metavar="N",
                        help="clips of the whole test set (default 1000), for the misses")
     group.add_argument("--keep_embeddings", action="store_true", help="write RUN/youcook2.npz (or "
                        "msrvtt.npz): every query's rank by direction, and all embeddings (fp16)")
     group.add_argument("--require_complete", action="store_true", help="an error, not a result, "
                        "for a run that has not been trained to its end")
     group = parser.add_argument_group("steps and moments")
-    group.add_argument("--background", type=float, default=0.5, metavar="Z", help="a second belongs"
-                       " to no step if it scores less than Z standard deviations above the step's "
-                       "mean in its video (default 0.5; for IoU, IoD and frame accuracy)")
+    group.add_argument("--background", type=flags.number, metavar="Z", help="a second belongs to no"
+                       " step if it scores less than Z standard deviations above the step's mean "
+                       "in its video (default 0.5; for IoU, IoD and frame accuracy)")
     group.add_argument("--annotations", type=Path, metavar="JSON",
                        help="YouCook2's annotations, for --moments")
-    group.add_argument("--subset", choices=("validation", "training", "all"), default="validation",
+    group.add_argument("--subset", choices=("validation", "training", "all"),
                        help="of the annotations (default validation)")
     group.add_argument("--windows", type=flags.positive(float), nargs="+", metavar="S",
                        help="lengths of the windows ranked, in seconds (default 5 10 20 40)")
-    group.add_argument("--window_stride", type=flags.positive(float), default=0.25, metavar="X",
+    group.add_argument("--window_stride", type=flags.positive(float), metavar="X",
                        help="between windows, as a part of their length (default 0.25)")
     args = parser.parse_args(argv)
-    if all(getattr(args, name) is None for name in (*RETRIEVAL, *STEPS, "moments")):
+    asked = {name for name in SETS if getattr(args, name) is not None}
+    if not asked:
         parser.error("say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
                      "--miningyoutube or --moments")
+    for flag, sets in {"whole_videos": {"youcook2"}, "msrvtt_clips": {"msrvtt"}, "background":
+                       set(STEPS), "annotations": {"moments"}, "subset": {"moments"},
+                       "windows": {"moments"}, "window_stride": {"moments"}}.items():
+        if getattr(args, flag) and not asked & sets:
+            parser.error(f"--{flag} is for {' and '.join(f'--{name}' for name in sorted(sets))}")
+    if args.subset and not args.annotations:
+        parser.error("--subset is of --annotations")
     if args.init_published and (args.run or args.checkpoint):
         parser.error("--init_published is in place of --run and --checkpoint")
     if args.word2vec and not args.init_published:
@@ -93,52 +102,79 @@ def main(argv=None):
 
     import numpy as np
 
-    from mcn_ext import distributed, localization, moments, retrieval
-    from mcn_ext.embedder import Embedder, open_trained
+    from mcn_ext import distributed, localization, moments, published, retrieval
+    from mcn_ext.embedder import Embedder, open_run, words_of
     from mcn_ext.log import replace, write_text
     from mcn_ext.metrics import markdown, summarize, table
     from mcn_ext.report import similarity_picture
     from mcn_ext.store import Store, StoreError
 
-    # ------------------------------------------------------------------------------ run, stores
-    asked = [name for name in (*RETRIEVAL, *STEPS, "moments") if getattr(args, name) is not None]
-    args.run, file, content, words = open_trained(
-        args.run, args.checkpoint, args.init_published, args.word2vec,
-        Path(getattr(args, asked[0]) or flags.STORES[asked[0]]))
+    # ---- what is asked for is opened, and looked at, before the first clip is embedded: stores,
+    # ---- steps, sentences, the run
+    stores, steps, sentences, names = {}, {}, {}, None
+    run = None if args.init_published else open_run(args.run, args.checkpoint)
+    demo = run is not None and run[2]["args"]["demo"]
+    for name in (name for name in SETS if getattr(args, name) is not None):
+        path = Path(getattr(args, name) or (flags.DEMO / "eval.h5" if demo and name == "youcook2"
+                                            else flags.STORES[name]))
+        if not path.exists():
+            raise SystemExit(f"--{name} {path}: no such store; make it with: python -m "
+                             f"mcn_ext.prepare {flags.PREPARE[name]} --out {path}")
+        try:
+            store = stores[name] = Store(path)
+            if name in STEPS:
+                steps[name] = localization.load_steps(path)
+        except StoreError as error:
+            raise SystemExit(f"--{name} {error}") from None
+        counts = store.caption_counts()
+        if name in RETRIEVAL and (counts != 1).any():
+            raise SystemExit(f"--{name} {path}: {(counts != 1).sum()} of {len(store)} clips have "
+                             f"not one caption each, {store.ids()[(counts != 1).argmax()]} the "
+                             "first of them (is it a training store?)")
+        if name == "moments":
+            sentences = (moments.read_annotations(args.annotations, args.subset or "validation")
+                         if args.annotations else moments.captions_of(store))
+    if args.whole_videos:
+        names = retrieval.videos_of(stores["youcook2"].ids())
+    texts = [text for table_ in steps.values() for video in table_["videos"].values()
+             for text in video["steps"]]
+    texts += [text for _, _, said in sentences.values() for text in said]
+    if args.init_published:
+        args.run, file, content, words = published.for_evaluation(
+            args.init_published, args.word2vec, next(iter(stores.values())), texts)
+    else:
+        args.run, file, content = run
+        words = words_of(args.run, content)
     trained = content["args"]
     if args.require_complete and not content["complete"]:
         raise SystemExit(f"{file}: step {content['step']}, not the run's end; the command that "
                          "trains it goes on")
     embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
-    about = {"checkpoint": str(file), "step": content["step"], "complete": content["complete"]}
-
-    def open_store(name):
-        path = Path(getattr(args, name) or (flags.DEMO / "eval.h5" if trained["demo"]
-                                            and name == "youcook2" else flags.STORES[name]))
-        if not path.exists():
-            raise SystemExit(f"--{name} {path}: no such store; make it with: python -m "
-                             f"mcn_ext.prepare {flags.PREPARE[name]} --out {path}")
-        try:
-            store = Store(path)
-        except StoreError as error:
-            raise SystemExit(f"--{name} {error}") from None
+    directions = retrieval.asked(modalities, args.fusion, args.all_directions)
+    for name, store in stores.items():
         embedder.check(store, f"--{name}")
-        if name in RETRIEVAL and store.n_captions != len(store):
-            raise SystemExit(f"--{name} {path}: {store.n_captions} captions for {len(store)} clips;"
-                             " an evaluation store has one each (is it a training store?)")
         if name not in RETRIEVAL and "text" not in modalities:
             raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
-        return store
+        if name in RETRIEVAL and not directions:
+            raise SystemExit(f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
+                             "direction joins several; use --fusion sum")
+    metrics_file = args.run / "metrics.json"
+    try:
+        metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
+    except ValueError as error:
+        raise SystemExit(f"{metrics_file}: damaged ({error}); move it away") from None
 
-    def write(name, result):
-        path = args.run / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.exists() else {}
-        write_text(path, json.dumps(metrics | {name: result}, indent=1) + "\n")
-        return path
+    def write(name, store, result):
+        about = {"data": str(store.path), "checkpoint": str(file), "step": content["step"],
+                 "complete": content["complete"], "similarity": similarity}
+        metrics[name] = {"n": result.pop("n")} | about | result
+        write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
 
-    # All are opened before the first is embedded: a wrong path costs nothing.
-    stores = {name: open_store(name) for name in asked}
+    def show(store, notices, *tables):
+        demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
+        print("; ".join([f"{args.run.name}: {store.path}{demo}, {similarity}",
+                         *filter(None, notices)]), *tables, sep="\n")
 
     # -------------------------------------------------------------------------------- retrieval
     def bank():
@@ -156,61 +192,57 @@ def main(argv=None):
         embedder.learn_words(store)
         clips = embedder.clips(store)
         msrvtt = name == "msrvtt"
-        absent = max(args.msrvtt_clips - len(store), 0) if msrvtt else 0
-        names = [i.split("#")[0][:11] for i in store.ids()] if args.whole_videos else None
+        absent = max((args.msrvtt_clips or 1000) - len(store), 0) if msrvtt else 0
         found = retrieval.evaluate(
-            clips, modalities, kind=similarity, fusions=args.fusion, bank=banked, strict=msrvtt,
-            temperature=trained["temperature"], all_directions=args.all_directions, absent=absent,
-            videos=None if msrvtt else names)
-        similarity_picture(found.scores.numpy(), *next(iter(found.ranks.items())),
+            clips, directions, kind=similarity, bank=banked, temperature=trained["temperature"],
+            strict=msrvtt, absent=absent, videos=None if msrvtt else names)
+        missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
+        for key, ranks, what in ((name, found.ranks, "direction"),
+                                 (f"{name}_videos", found.videos, "whole videos")):
+            if not ranks:
+                continue
+            rows, n = {d: summarize(r) for d, r in ranks.items()}, len(next(iter(ranks.values())))
+            show(store, [f"counted as misses or left out of sums: {missing}" if missing else "",
+                         f"{absent} of {n} clips (--msrvtt_clips) are not in the store: misses"
+                         if absent else ""], table(rows, n, what))
+            write(key, store, {"n": n, "without": missing, "absent": absent} | rows)
+        direction, rank = next(iter(found.ranks.items()))
+        similarity_picture(found.scores.numpy(), f"{name} {direction}", rank,
                            args.run / "similarity.png")
-        if args.keep_embeddings:
-            kept = {f"embedding:{m}": e.half().numpy() for m, e in clips[0].items()}
+        if args.keep_embeddings:  # of any length, embeddings may lie beyond fp16
+            kept = {f"embedding:{m}": (e.half() if similarity == "cosine" else e).numpy()
+                    for m, e in clips[0].items()}
             kept |= {f"valid:{m}": v.numpy() for m, v in clips[1].items()}
             kept |= {f"rank:{direction}": rank for direction, rank in found.ranks.items()}
             replace(args.run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
-        missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
-        demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
-        print(f"{args.run.name}: {store.path}{demo}"
-              + (f"; counted as misses or left out of sums: {missing}" if missing else "")
-              + (f"; {absent} clips that are not in the store are misses" if absent else ""))
-        path = None
-        for key, ranks in ((name, found.ranks), (f"{name}_videos", found.videos)):
-            if ranks:
-                rows, n = ({d: summarize(r) for d, r in ranks.items()},
-                           len(next(iter(ranks.values()))))
-                path = write(key, {"n": n, "data": str(store.path)} | about | rows)
-                print(table(rows, n, "direction" if key == name else "whole videos"))
-        return path
 
     # ------------------------------------------------------------- steps, moments; all, in turn
     def find_steps(name, store):
-        steps = localization.load_steps(store.path)
-        embedder.learn_words(store, [t for v in steps["videos"].values() for t in v["steps"]])
-        result = localization.localize(steps, localization.scorer(embedder, store, similarity),
-                                       background=args.background)
-        print(f"{args.run.name}: {store.path}\n{markdown(*localization.table_rows(result))}")
-        return write(name, {"n": result["steps"], "data": str(store.path)} | about | result)
+        embedder.learn_words(store, texts)
+        result = localization.localize(
+            steps[name], localization.scorer(embedder, store, similarity),
+            background=localization.LEVEL if args.background is None else args.background)
+        show(store, [localization.notice(result)], markdown(*localization.table_rows(result)))
+        write(name, store, {"n": result["steps"]} | result)
 
     def find_moments(name, store):
-        sentences = (moments.read_annotations(args.annotations, args.subset) if args.annotations
-                     else moments.captions_of(store))
-        embedder.learn_words(store, [t for _, _, texts in sentences.values() for t in texts])
-        directions = [d for d in retrieval.MAIN if d.startswith("text->")
-                      and set(d[6:].split("+")) <= set(modalities)]
-        result = moments.evaluate(embedder, store, sentences, directions, similarity,
-                                  args.windows or moments.LENGTHS, args.window_stride)
-        print(f"{args.run.name}: {store.path}\n{markdown(*moments.table_rows(result))}")
-        return write(name, {"data": str(store.path), "annotations": str(
-            args.annotations or store.path)} | about | result)
+        embedder.learn_words(store, texts)
+        wanted = [d for d in retrieval.MAIN if d.startswith("text->")
+                  and set(d[6:].split("+")) <= set(modalities)]
+        result = moments.evaluate(embedder, store, sentences, wanted, similarity,
+                                  args.windows or moments.LENGTHS,
+                                  args.window_stride or moments.STRIDE)
+        show(store, [moments.notice(result)], markdown(*moments.table_rows(result)))
+        write(name, store, {"annotations": str(args.annotations or store.path), "subset":
+                            args.annotations and (args.subset or "validation")} | result)
 
-    try:
-        for name, store in stores.items():
-            path = (retrieve if name in RETRIEVAL else find_steps if name in STEPS
-                    else find_moments)(name, store)
-    except (FloatingPointError, StoreError, ValueError) as error:
-        raise SystemExit(f"{file}: {error}") from None
-    print(f"written: {path}")
+    for name, store in stores.items():
+        try:
+            (retrieve if name in RETRIEVAL else find_steps if name in STEPS
+             else find_moments)(name, store)
+        except (FloatingPointError, StoreError) as error:
+            raise SystemExit(f"--{name} {store.path}, {file}: {error}") from None
+    print(f"written: {metrics_file}")
     return 0
 
 

@@ -14,7 +14,7 @@ from mcn_ext.data import ClipReader, collate, to_device
 from mcn_ext.model import MCN
 from mcn_ext.retrieval import Clips
 from mcn_ext.store import Store
-from mcn_ext.words import WordVectors, tokenize, vectors_for, vectors_of
+from mcn_ext.words import WordVectors, vectors_for
 
 AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
 
@@ -50,22 +50,12 @@ class Embedder:
             raise SystemExit(f"{flag} {store.path}: no stream 'mel' for the run's audio in it")
 
     def learn_words(self, store: Store, more: Iterable[str] = ()) -> None:
-        """Also the words of a store's captions and of ``more`` texts, from the word2vec file."""
+        """Also the words of a store's captions and of ``more`` texts, from the word2vec file; what
+        was read is kept beside the store."""
         if self.word2vec is None:
             return
         self.words = vectors_for(store, self.word2vec,
                                  store.path.with_name(store.path.name + ".words.npz"), more)
-        self._same()
-
-    def learn_texts(self, texts: list[str]) -> None:
-        """Also the words of these few texts; reads the word2vec file only for a word not known."""
-        missing = {w for text in texts for w in tokenize(text)} - self.words.index.keys()
-        if self.word2vec is None or not missing:
-            return
-        self.words = vectors_of(missing | self.words.index.keys(), self.word2vec, "the texts")
-        self._same()
-
-    def _same(self) -> None:
         if not self.known.agrees(self.words):
             raise SystemExit(f"{self.word2vec} is not the file the run was trained with; put that "
                              "back, or move this one away")
@@ -125,21 +115,21 @@ class Embedder:
                             for b in range(0, len(texts), self.batch_size)), ["text"], self.words)
 
 
-def open_trained(run: Path | None, file: Path | None, published: Path | None,
-                 word2vec: Path | None, store: Path, texts: Iterable[str] = (),
-                 ) -> tuple[Path, Path, dict, WordVectors | None]:
-    """(folder for results, file, its content, words) of --run and --checkpoint, of the newest run,
-    or of --init_published, which is to be used on ``store`` and asked ``texts``."""
-    if published:
-        from mcn_ext.published import for_evaluation
-
-        return for_evaluation(published, word2vec, store, texts)
+def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
+    """(run folder, file, its content) of --run and --checkpoint, or of the newest run."""
     run = run or (file.parent if file else checkpoint.find_run(Path("runs")))
     if run is None:
         raise SystemExit(
             "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
     file = file or run / checkpoint.LATEST
-    content = checkpoint.load(file)
-    words = (WordVectors.load(run / training.WORDS) if "T" in content["sizes"]["modalities"]
-             else None)
-    return run, file, content, words
+    return run, file, checkpoint.load(file)
+
+
+def words_of(run: Path, content: dict) -> WordVectors | None:
+    """The word vectors that lie in a run folder; None for a run without text."""
+    if "T" not in content["sizes"]["modalities"]:
+        return None
+    if not (run / training.WORDS).exists():
+        raise SystemExit(f"--run {run}: no {training.WORDS} in it, the words the text encoder was "
+                         "trained on; is it the run's own folder?")
+    return WordVectors.load(run / training.WORDS)

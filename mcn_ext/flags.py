@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def _checked(kind, accepts, description: str):
         return value
     parse.__name__ = f"{kind.__name__} {description}"
     return parse
+
+
+number = _checked(float, math.isfinite, "a number")
 
 
 def positive(kind):

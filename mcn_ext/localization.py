@@ -34,7 +34,6 @@ BACKGROUND = -1
 LEVEL = 0.5
 ONE_TASK = "all"  # of MiningYouTube's videos, which have none
 RESAMPLES = 2000
-
 # ------------------------------------------------------------------------------------ predictions
 
 
@@ -251,7 +250,7 @@ def load_steps(store: str | os.PathLike) -> dict:
             raise ValueError(f"protocol {steps['protocol']!r}")
         for name, video in steps["videos"].items():
             n_seconds, n_steps = video["seconds"], len(video["steps"])
-            if not (type(n_seconds) is int and 0 < n_seconds < 10**6
+            if not (n_steps and type(n_seconds) is int and 0 < n_seconds < 10**6
                     and isinstance(video["task"], str)
                     and all(isinstance(text, str) for text in video["steps"])
                     and all(type(number) is int for row in video["segments"] for number in row)
@@ -264,20 +263,21 @@ def load_steps(store: str | os.PathLike) -> dict:
     return steps
 
 
-Score = Callable[[str, int, list], "Tensor | np.ndarray | None"]
+Score = Callable[[str, int, list], "Tensor | np.ndarray | tuple | None"]
 
 
 def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int = 0) -> dict:
     """Both protocols over all videos of :func:`load_steps`; the table's numbers, in percent.
 
     Args:
-        score: (video id, T seconds, K step texts) -> (T, K) scores, or None where there is nothing
-            to compare: then all its steps are missed and all its seconds wrong, and it is counted.
+        score: (video id, T seconds, K step texts) -> (T, K) scores, also with which steps can be
+            asked for (K,) bool, the others being missed; or None where there is nothing to compare:
+            then all its steps are missed, all its seconds wrong, and it is counted.
         background: of :func:`align`, in standard deviations of each step's scores in the video.
 
     Returns:
-        "videos", "missing" (score was None), "too_short" (T < K: missed, too), "steps" (annotated
-        ones), "tasks": counts.
+        "videos", "missing" (score was None), "too_short" (T < K: missed, too), "unknown" (annotated
+        steps that cannot be asked for), "steps" (annotated ones), "tasks": counts.
         "recall": mean over tasks of :func:`recall_per_task`, "recall_ci95", "recall_per_task".
         MiningYouTube is one task.
         "recall_by_video": mean over tasks of the mean of videos' recalls, as the published MCN code
@@ -294,7 +294,7 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
     another shape; ValueError if no step of any video is annotated.
     """
     rows: list[dict] = []
-    counts = dict.fromkeys(("missing", "too_short"), 0)
+    counts = dict.fromkeys(("missing", "too_short", "unknown"), 0)
     for name, video in tqdm(steps["videos"].items(), desc="steps", unit="video", mininterval=0.5):
         shape = n_seconds, n_steps = video["seconds"], len(video["steps"])
         truth = inside(*shape, video["segments"])
@@ -306,18 +306,22 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
             counts["too_short"] += 1
             continue
         row["evenly"] = int(hits(spread_evenly(*shape), truth).sum())
-        scores = score(name, n_seconds, video["steps"])
-        if scores is None:
+        found = score(name, n_seconds, video["steps"])
+        if found is None:
             counts["missing"] += 1
             continue
+        scores, asked = found if isinstance(found, tuple) else (found, np.ones(n_steps))
+        asked = np.asarray(asked, bool)
         if tuple(scores.shape) != shape:
             raise ValueError(f"video {name}: scores of shape {tuple(scores.shape)}, expected "
                              f"{shape} (seconds, steps)")
         try:
             labels = align(standardize(scores), background)
-            row["matched"] = int(hits(assign(scores), truth).sum())
+            row["matched"] = int((hits(assign(scores), truth) & asked).sum())
         except FloatingPointError as error:
             raise FloatingPointError(f"video {name}: {error}") from None
+        counts["unknown"] += int((truth.any(axis=0) & ~asked).sum())
+        labels[~asked[labels]] = BACKGROUND  # where a step nobody asked for would lie
         right = right_seconds(labels, truth)
         row["right"] = right.mean()
         if row["annotated"]:
@@ -361,7 +365,7 @@ def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
     seen and heard in each second. A second with nothing in it scores as the worst of the step."""
     number = {name: i for i, name in enumerate(store.ids())}
 
-    def score(name: str, n_seconds: int, steps: list[str]) -> Tensor | None:
+    def score(name: str, n_seconds: int, steps: list[str]) -> tuple[Tensor, Tensor] | None:
         if name not in number:
             return None
         begin = np.arange(n_seconds, dtype=float)
@@ -370,8 +374,9 @@ def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
         there = torch.stack(list(clips[1].values())).any(dim=0)
         if not there.any():
             return None
-        scores = similarity(embedder.texts(steps), clips, "text->" + "+".join(clips[0]), kind).T
-        return torch.where(there[:, None], scores, scores[there].amin(dim=0))
+        asked = embedder.texts(steps)
+        scores = similarity(asked, clips, "text->" + "+".join(clips[0]), kind).T
+        return torch.where(there[:, None], scores, scores[there].amin(dim=0)), asked[1]["text"]
 
     return score
 
@@ -380,10 +385,16 @@ def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of :func:`localize`'s result."""
     low, high = result["recall_ci95"]
     own = [f"{result[key]:.1f}" for key in ("IoU", "IoD", "frame_accuracy")]
-    missed = result["missing"] + result["too_short"]
     return ([f"steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} tasks)",
              "recall", "95 % interval", "IoU", "IoD", "seconds right"],
-            [["this run" + (f" ({missed} videos without content: misses)" if missed else ""),
-              f"{result['recall']:.1f}", f"{low:.1f} to {high:.1f}", *own],
+            [["this run", f"{result['recall']:.1f}", f"{low:.1f} to {high:.1f}", *own],
              ["spread evenly", f"{result['evenly']:.1f}", "", "", "", ""],
              ["chance", f"{result['chance']:.1f}", "", "", "", ""]])
+
+
+def notice(result: dict) -> str:
+    """What is counted as missed, whatever the model, in words; empty if nothing."""
+    what = {"missing": "videos not in the store or without content",
+            "too_short": "videos shorter than their steps", "unknown": "steps without a known word"}
+    parts = [f"{result[key]} {text}" for key, text in what.items() if result[key]]
+    return ", ".join(parts) + ": misses" if parts else ""

@@ -26,8 +26,8 @@ def windows(seconds: float, lengths: Sequence[float] = LENGTHS,
     last of a length at the video's end. A video shorter than a length is one window of its own."""
     found = []
     for length in lengths:
-        last = max(seconds - length, 0.0)
-        begin = np.append(np.arange(0, last, stride * length), last)
+        last, step = max(seconds - length, 0.0), stride * length
+        begin = np.append(step * np.arange(np.ceil(last / step - 1e-9)), last)
         found.append(np.stack([begin, np.minimum(begin + length, seconds)], axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
@@ -58,7 +58,7 @@ def read_annotations(path: Path, subset: str) -> Sentences:
             found[name] = times[:, 0], times[:, 1], [str(row["sentence"]) for row in rows]
     except FileNotFoundError:
         raise SystemExit(f"--annotations {path}: no such file") from None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SystemExit(f"--annotations {path}: not annotations in YouCook2's format "
                          f"({type(error).__name__}: {error})") from error
     if not found:
@@ -67,7 +67,8 @@ def read_annotations(path: Path, subset: str) -> Sentences:
 
 
 def captions_of(store: Store) -> Sentences:
-    """The store's own captions, for stores prepared with sentences that describe."""
+    """The store's own captions, for stores prepared with sentences that describe. SystemExit if
+    there is none."""
     found = {}
     for video, name in enumerate(store.ids()):
         _, start, end = store.caption_times(video)
@@ -76,6 +77,9 @@ def captions_of(store: Store) -> Sentences:
         if len(long):
             found[name] = (start[long].astype(float), end[long].astype(float),
                            [texts[i] for i in long])
+    if not found:
+        raise SystemExit(f"--moments {store.path}: no captions in it to look for; give "
+                         "--annotations JSON")
     return found
 
 
@@ -95,7 +99,8 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
 
     For each sentence, the windows of its video are ranked by similarity; the first is right if its
     intersection over union with the annotated segment reaches the overlap. Returns {"n" sentences,
-    "videos", "missing_videos" (annotated, not in the store; left out), "windows" per video,
+    "videos", "missing_videos" (annotated, not in the store; left out), "unknown" (sentences without
+    a known word: misses), "windows" per video,
     direction: {"R@1 IoU 0.3", "R@1 IoU 0.3_ci95", ..., "mIoU"}, "chance", "ceiling"}, percent.
     Intervals resample videos, as sentences of one video are not independent. ``ceiling``: of a
     ranking without error; what the windows' lengths and stride allow.
@@ -107,7 +112,7 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
                          f"(ids like {next(iter(sentences))}; the store's like "
                          f"{next(iter(number))})")
     hits = {name: [] for name in [*directions, "chance", "ceiling"]}
-    n_windows = 0
+    n_windows = unknown = 0
     for name in tqdm(there, desc="moments", unit="video", mininterval=0.5):
         start, end, texts = sentences[name]
         candidates = windows(store.seconds(number[name]), lengths, stride)
@@ -115,6 +120,7 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
         overlaps = overlap(candidates, np.stack([start, end], axis=1))
         clips = embedder.stretches(store, number[name], candidates[:, 0], candidates[:, 1])
         asked = embedder.texts(texts)
+        unknown += int((~asked[1]["text"]).sum())
         for direction in directions:
             scores = similarity(asked, clips, direction, kind)
             if not torch.isfinite(scores).all():
@@ -126,7 +132,7 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
         hits["chance"].append(values.mean(axis=0))
         hits["ceiling"].append(values.max(axis=0))
     result = {"n": sum(map(len, hits["chance"])), "videos": len(there),
-              "missing_videos": len(sentences) - len(there),
+              "missing_videos": len(sentences) - len(there), "unknown": unknown,
               "windows": round(n_windows / len(there), 1), "lengths": list(map(float, lengths)),
               "stride": stride}
     return result | {name: _summary(values) for name, values in hits.items()}
@@ -157,3 +163,13 @@ def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
                                         if f"{k}_ci95" in row else "") for k in names]
             body.append([name, *cells, f"{row['mIoU']:.1f}"])
     return [f"moments (n = {result['n']} in {result['videos']} videos)", *names, "mIoU"], body
+
+
+def notice(result: dict) -> str:
+    """What the table leaves out or counts as missed, in words; empty if nothing."""
+    n = result["videos"] + result["missing_videos"]
+    parts = [f"{result['missing_videos']} of {n} annotated videos are not in the store: left out"
+             if result["missing_videos"] else "",
+             f"{result['unknown']} sentences without a known word: misses" if result["unknown"]
+             else ""]
+    return "; ".join(filter(None, parts))

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext.log import replace
+from mcn_ext.metrics import check_finite
 from mcn_ext.moments import windows
 from mcn_ext.reference import unit_rows
 from mcn_ext.retrieval import Clips, similarity
@@ -20,7 +21,7 @@ BLOCK = 2**14  # windows
 
 class Places:
     """Windows of a store's videos: ``video`` (n,), from ``begin`` to ``stop`` (n,) s, ``clips``:
-    their fp16 embeddings, of unit length where the run compares by cosine."""
+    their embeddings, fp16 and of unit length where the run compares by cosine."""
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.video, self.begin, self.stop = arrays["video"], arrays["begin"], arrays["stop"]
@@ -52,14 +53,19 @@ class Places:
             new = {"video": np.full(len(places), video), "begin": places[:, 0],
                    "stop": places[:, 1]}
             for m, x in embeddings.items():
-                rows = unit_rows(x) if embedder.args["similarity"] == "cosine" else x
-                new |= {f"embedding:{m}": rows.half().numpy(), f"valid:{m}": valid[m].numpy()}
+                # Of any length, embeddings may lie beyond fp16.
+                rows = unit_rows(x).half() if embedder.args["similarity"] == "cosine" else x
+                check_finite(rows)
+                new |= {f"embedding:{m}": rows.numpy(), f"valid:{m}": valid[m].numpy()}
             for name, values in new.items():
                 parts.setdefault(name, []).append(values)
         if not parts:
             raise SystemExit(f"--store {store.path}: no video in it has features")
         arrays = {name: np.concatenate(values) for name, values in parts.items()}
-        replace(path, lambda file: np.savez(file, key=np.array(key), **arrays))
+        try:
+            replace(path, lambda file: np.savez(file, key=np.array(key), **arrays))
+        except SystemExit as error:  # a full disk: slower next time, nothing else
+            print(f"{error}; the windows are embedded again next time", file=sys.stderr)
         return cls(arrays)
 
     def score(self, sentence: Clips, kind: str) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ from mcn_ext.log import replace, say
 from mcn_ext.model import MCN, MODALITIES, MODULES
 from mcn_ext.prepare import inert
 from mcn_ext.prepare.unpickle import UnsafePickle
-from mcn_ext.store import Store, StoreError
+from mcn_ext.store import Store
 from mcn_ext.words import WordVectors, vectors_for
 
 WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "module"}
@@ -287,25 +287,22 @@ def check_words(args: argparse.Namespace, begin: dict, words) -> None:
                          f"encoder takes {begin['sizes']['word_dim']}")
 
 
-def for_evaluation(path: Path, word2vec: Path | None, data: Path, texts: Iterable[str] = (),
+def for_evaluation(path: Path, word2vec: Path | None, store: Store, texts: Iterable[str] = (),
                    ) -> tuple[Path, Path, dict, WordVectors | None]:
-    """(runs/published-<name>, which is made, ``path``, what :func:`mcn_ext.checkpoint.load` gives
-    for a run, the words of the store ``data`` and of ``texts``), by the published protocol."""
+    """(runs/published-<name>-<hash>, which is made, ``path``, what :func:`mcn_ext.checkpoint.load`
+    gives for a run, the words of the store and of ``texts``), by the published protocol."""
     word2vec, words = word2vec or flags.WORD2VEC, None
     found = read_published(path)
     say(found.notice())
-    try:
-        store = Store(data) if data.exists() else None  # the scripts say how to make it
-    except StoreError as error:
-        raise SystemExit(str(error)) from None
-    sizes = found.fit(training.video_dims(store) if store else None) | {"padding": PADDING}
-    if "T" in sizes["modalities"] and store:
+    sizes = found.fit(training.video_dims(store)) | {"padding": PADDING}
+    if "T" in sizes["modalities"]:
         if not word2vec.is_file():
             raise SystemExit(f"--word2vec {word2vec}: no such file; the text encoder of {path} "
                              "needs the vectors it was trained on, GoogleNews' word2vec")
-        words = vectors_for(store, word2vec, data.with_name(data.name + ".words.npz"), texts)
+        words = vectors_for(store, word2vec,
+                            store.path.with_name(store.path.name + ".words.npz"), texts)
         check_words(argparse.Namespace(word2vec=word2vec), {"sizes": sizes}, words)
-    run = Path("runs") / f"published-{path.stem}"
+    run = Path("runs") / f"published-{path.stem}-{found.sha256[:8]}"
     run.mkdir(parents=True, exist_ok=True)
     protocol = flags.PRESETS["paper"] | {"similarity": "dot", "temperature": 1.0, "demo": False,
                                          "word2vec": str(word2vec), "data": str(flags.DATA)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, product
@@ -99,10 +100,10 @@ class Scores:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def block(self, lo: int, hi: int) -> Tensor:
-        """Queries lo to hi against every candidate, (hi - lo, n) fp32. FloatingPointError if any is
-        not finite: such rows must not vanish from the mean."""
-        scores = self.queries[lo:hi] @ self.candidates.T
+    def scores(self, queries: Tensor | slice) -> Tensor:
+        """Queries, by number, against every candidate, (queries, n) fp32. FloatingPointError if any
+        is not finite: such rows must not vanish from the mean."""
+        scores = self.queries[queries] @ self.candidates.T
         if self.drawn is not None:
             scores = scores.div_(self.scale).sub_(self.drawn)
         check_finite(scores)
@@ -115,7 +116,7 @@ class Scores:
         """(first query, block) of all."""
         step = _rows(len(self))
         for lo in range(0, len(self), step):
-            yield lo, self.block(lo, lo + step)
+            yield lo, self.scores(slice(lo, lo + step))
 
     def ranks(self) -> np.ndarray:
         """Rank of each query's own clip, (n,); one that cannot ask or be found is a miss, n."""
@@ -135,20 +136,29 @@ class Scores:
         A query is all that is asked of a video, a candidate all its clips::
 
             score(u, v) = mean over clips i of u of max over clips j of v of s_ij
+
+        Some videos' queries at a time, so that memory stays that of :meth:`blocks`.
         """
         order = {name: k for k, name in enumerate(dict.fromkeys(names))}
         of, n = torch.tensor([order[name] for name in names]), len(order)
-        total, asked = torch.zeros(n, n), torch.zeros(n)
-        for lo, block in self.blocks():
-            best = block.new_full((len(block), n), -torch.inf).scatter_reduce_(
-                1, of.expand(len(block), -1), block, "amax")
-            asks = self.asks[lo:lo + len(block)]
-            total.index_add_(0, of[lo:lo + len(block)][asks], best[asks])
-            asked.index_add_(0, of[lo:lo + len(block)][asks], torch.ones(int(asks.sum())))
         answers = torch.zeros(n, dtype=torch.bool).index_fill_(0, of[self.answers], True)
-        total = torch.where(answers, total / asked[:, None].clamp_min(1), -torch.inf)
-        rank = ranks(total, torch.arange(n), finite=False)
-        rank[~(answers & (asked > 0)).numpy()] = n
+        queries = torch.arange(len(names))[self.asks]
+        queries = queries[of[queries].argsort(stable=True)]
+        asking, counts = of[queries].unique_consecutive(return_counts=True)
+        rank, begin, step = np.full(n, float(n)), 0, _rows(2 * len(self))
+        while begin < len(asking):
+            taken = max(1, int((counts[begin:].cumsum(0) <= step).sum()))
+            part = asking[begin:begin + taken]
+            lo = int(counts[:begin].sum())
+            rows = queries[lo:lo + int(counts[begin:begin + taken].sum())]
+            block = self.scores(rows)
+            best = block.new_full((len(rows), n), -torch.inf).scatter_reduce_(
+                1, of.expand(len(rows), -1), block, "amax")
+            total = torch.zeros(taken, n).index_add_(
+                0, torch.searchsorted(part, of[rows]), best) / counts[begin:begin + taken, None]
+            found = ranks(torch.where(answers, total, -torch.inf), part, finite=False)
+            rank[part.numpy()] = np.where(answers[part].numpy(), found, n)
+            begin += taken
         return rank
 
 
@@ -161,7 +171,7 @@ def rank(clips: Clips, direction: str, kind: str = "cosine", fusion: str = "sum"
     """(scores of the first 60 queries against the first 60 candidates, rank of each query's own
     clip (n,)), of :class:`Scores`."""
     scores = Scores(clips, direction, kind, fusion, bank, temperature)
-    return scores.block(0, SHOWN)[:, :SHOWN], scores.ranks()
+    return scores.scores(slice(SHOWN))[:, :SHOWN], scores.ranks()
 
 
 @dataclass
@@ -174,25 +184,41 @@ class Retrieval:
     scores: Tensor | None = None
 
 
-def evaluate(clips: Clips, modalities: Iterable[str], *, kind: str = "cosine",
-             fusions: Iterable[str] = ("sum",), bank: Clips | None = None,
-             temperature: float = 0.05, all_directions: bool = False, strict: bool = False,
+def asked(modalities: Iterable[str], fusions: Iterable[str] = ("sum",),
+          all_directions: bool = False) -> list[tuple[str, str]]:
+    """(direction, fusion) of what to evaluate; without "mean" where it changes no rank, as a
+    query's length does not."""
+    return [(direction, fusion) for direction, fusion in product(directions(modalities), fusions)
+            if (all_directions or direction in MAIN)
+            and (fusion != "mean" or "+" in direction.split("->")[1])]
+
+
+def videos_of(ids: list[str]) -> list[str]:
+    """The video that each clip is of: its id up to "#", or a YouTube id's 11 characters before
+    numbers of the clip. SystemExit where clips do not share videos."""
+    names = [name.split("#")[0] for name in ids]
+    names = [name[:11] if re.fullmatch(r"[\w-]{11}([_.-]?\d+)+", name) else name for name in names]
+    if len(set(names)) in (1, len(names)):
+        raise SystemExit(f"--whole_videos: {len(ids)} clips of {len(set(names))} videos, by ids "
+                         f"such as {ids[0]}; expected several videos of several clips, with ids "
+                         "like GLd3aX16zBg, GLd3aX16zBg#2 or GLd3aX16zBg_2")
+    return names
+
+
+def evaluate(clips: Clips, wanted: Iterable[tuple[str, str]], *, kind: str = "cosine",
+             bank: Clips | None = None, temperature: float = 0.05, strict: bool = False,
              absent: int = 0, videos: list[str] | None = None) -> Retrieval:
-    """Every direction by every fusion, see :class:`Scores`; the customary directions, or all.
+    """Ranks of each (direction, fusion) ``wanted``, see :class:`Scores`.
 
     ``absent`` clips of the set, of which nothing is known, count as misses: they rank last, as do
     clips without what the direction compares. ``videos``: of which each clip is a part.
     """
     found = Retrieval()
-    for direction, fusion in product(directions(modalities), fusions):
-        if not (all_directions or direction in MAIN):
-            continue
-        if fusion == "mean" and "+" not in direction.split("->")[1]:
-            continue  # a query's length changes no rank
+    for direction, fusion in wanted:
         name = direction + (f" ({fusion})" if fusion != "sum" else "")
         scores = Scores(clips, direction, kind, fusion, bank, temperature, strict)
         if found.scores is None:
-            found.scores = scores.block(0, SHOWN)[:, :SHOWN]
+            found.scores = scores.scores(slice(SHOWN))[:, :SHOWN]
         n = len(scores) + absent
         rank = np.where(scores.missing(), n, scores.ranks())
         found.ranks[name] = np.append(rank, np.full(absent, float(n)))

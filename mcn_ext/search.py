@@ -3,12 +3,14 @@
     python -m mcn_ext.search --store data/videos.h5 --run runs/stage2-AV_T "crack the eggs"
 
 Every video is cut into overlapping windows, embedded once and kept in the run folder; a sentence is
-compared with all of them. Needs a run with text.
+compared with all of them. Needs a run with text. The score is the sum over the modalities that a
+window has: one that is silent may stand above one whose sound says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
 import json
 import sys
@@ -67,22 +69,31 @@ def _short(text: str, length: int) -> str:
 
 
 def frame_at(folder: Path, video: str, seconds: float):
-    """(h, w, 3) uint8 of a video's file in a folder at a time; None where there is none."""
+    """(h, w, 3) uint8 of a video's file in a folder, ``seconds`` after its start; None where there
+    is none."""
     import av
 
-    for file in sorted(folder.glob(f"{video.replace('[', '[[]')}.*")):
+    def first_from(container, at: float):
+        last = None
+        for frame in container.decode(video=0):
+            # Before a key frame, what a seek has landed on decodes to grey.
+            if frame.time is not None and (last is not None or frame.key_frame):
+                last, now = frame, frame.time - (container.start_time or 0) / av.time_base
+                if now >= at:
+                    return last, now
+        return last, at
+
+    for file in sorted(folder.glob(f"{glob.escape(video)}.*")):
         try:
             with av.open(str(file)) as container:
-                stream = container.streams.video[0]
-                container.seek(int(seconds / stream.time_base) + (stream.start_time or 0),
-                               stream=stream)
-                last = None
-                for frame in container.decode(stream):
-                    last = frame
-                    if frame.time is not None and frame.time >= seconds:
-                        break
-                if last is not None:
-                    return last.to_ndarray(format="rgb24")
+                start = container.start_time or 0
+                container.seek(start + int(seconds * av.time_base))
+                frame, now = first_from(container, seconds)
+            if frame is None or now > seconds + 0.1:  # the seek went past
+                with av.open(str(file)) as container:
+                    frame, now = first_from(container, seconds)
+            if frame is not None:
+                return frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, IndexError, OSError):
             continue  # not this one's video: captions, sound
     return None
@@ -123,7 +134,7 @@ def picture(path: Path, sentence: str, places, scores: dict, chosen: list[int], 
                            xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=10,
                            weight="bold" if first else "normal", color="tab:green")
         curve.set(xlim=(0, store.seconds(video)), ylabel="similarity")
-        curve.set_title(names[video], loc="left", fontsize=10)
+        curve.set_title(names[video], loc="left", fontsize=10, parse_math=False)
         curve.set_xlabel("seconds")
         side.axis("off")
         lines = []
@@ -134,7 +145,7 @@ def picture(path: Path, sentence: str, places, scores: dict, chosen: list[int], 
                       f"{scores['total'][i]:.3f}", *(said or ["  (nothing said)"])]
         shown = [frames[i] for i in best[:2] if frames.get(i) is not None]
         side.text(0, 1.0, "\n".join(lines), va="top", fontsize=8.5, family="monospace",
-                  transform=side.transAxes)
+                  transform=side.transAxes, parse_math=False)
         for k, image in enumerate(shown):
             inset = side.inset_axes([0.5 * k, 0.0, 0.48, 0.42])
             inset.imshow(image)
@@ -145,7 +156,7 @@ def picture(path: Path, sentence: str, places, scores: dict, chosen: list[int], 
         curve.set_ylim(low - pad, high + pad)
     axes[0, 0].legend(loc="best", fontsize=8)
     figure.suptitle(f"\"{_short(sentence, 90)}\": the best of {len(places)} windows of "
-                    f"{len(store)} videos", fontsize=11)
+                    f"{len(store)} videos", fontsize=11, parse_math=False)
     _save(figure, path)
     plt.close(figure)
     return path
@@ -155,32 +166,42 @@ def main(argv=None) -> int:
     args = parser().parse_args(argv)
 
     from mcn_ext import distributed
-    from mcn_ext.embedder import Embedder, open_trained
+    from mcn_ext.embedder import Embedder, open_run, words_of
     from mcn_ext.log import write_text
     from mcn_ext.places import Places
     from mcn_ext.store import Store, StoreError
+    from mcn_ext.words import tokenize
 
-    run, _, content, words = open_trained(args.run, args.checkpoint, args.init_published,
-                                          args.word2vec, args.store, args.sentences)
-    if "T" not in content["sizes"]["modalities"]:
-        raise SystemExit(f"--run {run}: has no text encoder to ask with (trained on "
-                         f"{content['sizes']['modalities']}); add text: python train_stage2.py "
-                         f"--add T --init {run}")
-    if len(content["sizes"]["modalities"]) < 2:
-        raise SystemExit(f"--run {run}: neither video nor audio in it to search")
-    if args.media:
-        from mcn_ext.prepare.decode import import_av
-
-        import_av()
-        if not args.media.is_dir():
-            raise SystemExit(f"--media {args.media}: no such folder")
+    # ------------------------------------------------- all that can be wrong, before the embedding
     try:
         store = Store(args.store)
     except StoreError as error:
         raise SystemExit(f"--store {error}") from None
+    if args.init_published:
+        from mcn_ext.published import for_evaluation
+
+        run, _, content, words = for_evaluation(args.init_published, args.word2vec, store,
+                                                args.sentences)
+    else:
+        run, _, content = open_run(args.run, args.checkpoint)
+        words = words_of(run, content)
+    trained_on = content["sizes"]["modalities"]
+    if "T" not in trained_on or len(trained_on) < 2:
+        raise SystemExit(f"--run {run}: trained on {trained_on}; search needs text to ask with, and"
+                         f" video or audio to find: python train_stage2.py --add T --init {run}")
+    picture_file = args.picture or run / "search.png"
+    for flag, folder in (("media", args.media), ("picture", picture_file.parent),
+                         ("json", args.json and args.json.parent)):
+        if folder is not None and not folder.is_dir():
+            raise SystemExit(f"--{flag}: {folder}: no such folder")
+    if args.media:
+        from mcn_ext.prepare.decode import import_av
+
+        import_av()
     embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
     embedder.check(store, "--store")
-    embedder.learn_texts(args.sentences)
+    if any(word not in embedder.words.index for s in args.sentences for word in tokenize(s)):
+        embedder.learn_words(store, args.sentences)
     asked = embedder.texts(args.sentences)
     for sentence, known in zip(args.sentences, asked[1]["text"].tolist(), strict=True):
         if not known:
@@ -188,23 +209,33 @@ def main(argv=None) -> int:
                              + (f"nor does {embedder.word2vec}" if embedder.word2vec else
                                 "it was trained without a --word2vec file, on the words of its "
                                 "captions alone"))
+
+    # ---------------------------------------------------------------------------------- search
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in store.files]
-    key = hashlib.sha256(repr((stats, content["run_id"], content["step"], args.window,
-                               args.stride)).encode()).hexdigest()
-    where = run / f"search-{hashlib.sha256(str(args.store.resolve()).encode()).hexdigest()[:8]}.npz"
-    places = Places.of(embedder, store, args.window, args.stride, where, key)
+    key, name = (hashlib.sha256(repr(facts).encode()).hexdigest() for facts in (
+        (stats, content["run_id"], content["step"]),
+        (args.store.resolve(), args.window, args.stride)))
+    try:
+        places = Places.of(embedder, store, args.window, args.stride,
+                           run / f"search-{name[:8]}.npz", key)
+    except (FloatingPointError, StoreError) as error:
+        raise SystemExit(f"--store {args.store}: {error}") from None
     kind, names, answers = content["args"]["similarity"], store.ids(), {}
     demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
     for k, sentence in enumerate(args.sentences):
-        one = ({"text": asked[0]["text"][k:k + 1]}, {"text": asked[1]["text"][k:k + 1]})
+        one = tuple({"text": part["text"][k:k + 1]} for part in asked)
         scores = places.score(one, kind)
         chosen = places.best(scores["total"], args.top)
         found = answers[sentence] = places.describe(store, names, chosen, scores)
-        path = args.picture or run / "search.png"
+        print(f"\"{sentence}\" in {args.store}{demo}, {len(places)} windows of {len(store)} videos")
+        if not found:
+            print("nothing found: no window has anything in it that the run can see or hear")
+            continue
+        print(table(found, list(places.clips[0])))
+        path = picture_file
         path = path.with_name(f"{path.stem}-{k + 1}{path.suffix}") if k else path
-        made = picture(path, sentence, places, scores, chosen, store, names, args.media)
-        print(f"\"{sentence}\" in {args.store}{demo}, {len(places)} windows of {len(store)} videos"
-              f"\n{table(found, list(places.clips[0]))}" + (f"\n{made}" if made else ""))
+        if picture(path, sentence, places, scores, chosen, store, names, args.media):
+            print(path)
     if args.json:
         write_text(args.json, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
     return 0

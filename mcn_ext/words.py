@@ -23,11 +23,14 @@ def tokenize(text: str) -> list[str]:
 
 
 class WordVectors:
-    """A vocabulary and its vectors (V, dim) float32."""
+    """A vocabulary and its vectors (V, dim) float32; ``absent``: words that were asked for, too,
+    and are not in ``source``."""
 
-    def __init__(self, words: list[str], vectors: np.ndarray, source: str):
+    def __init__(self, words: list[str], vectors: np.ndarray, source: str,
+                 absent: Iterable[str] = ()):
         self.words, self.vectors, self.source = (
             words, np.ascontiguousarray(vectors, np.float32), source)
+        self.absent = set(absent)
         self.index = {word: i for i, word in enumerate(words)}
 
     @property
@@ -46,10 +49,11 @@ class WordVectors:
         return self.dim == other.dim and np.array_equal(self.vectors[mine], other.vectors[theirs])
 
     def save(self, path: Path) -> None:
-        words, source = ("\n".join(self.words), self.source)
+        texts = {"words": "\n".join(self.words), "source": self.source,
+                 "absent": "\n".join(sorted(self.absent))}
         replace(path, lambda file: np.savez(
-            file, words=np.frombuffer(words.encode(), np.uint8), vectors=self.vectors,
-            source=np.frombuffer(source.encode(), np.uint8)))
+            file, vectors=self.vectors, **{name: np.frombuffer(text.encode(), np.uint8)
+                                           for name, text in texts.items()}))
 
     @classmethod
     def load(cls, path: Path) -> WordVectors:
@@ -57,7 +61,8 @@ class WordVectors:
             words, vectors = file["words"].tobytes().decode().split("\n"), file["vectors"]
             if vectors.ndim != 2 or len(words) != len(vectors):
                 raise ValueError(f"{path}: {len(words)} words, vectors of shape {vectors.shape}")
-            return cls(words, vectors, file["source"].tobytes().decode())
+            absent = file["absent"].tobytes().decode() if "absent" in file else ""
+            return cls(words, vectors, file["source"].tobytes().decode(), absent.split())
 
 
 def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
@@ -107,22 +112,27 @@ def vectors_for(store, word2vec: Path, cache: Path | None,
     """The vectors of ``word2vec`` for the words of the store's captions, and of ``more`` texts.
 
     GoogleNews has 3 million words and takes a minute and 3.6 GB to read; the words of a store are
-    kept beside it in ``cache`` and read from there by every later run and rank.
+    kept beside it in ``cache`` and read from there by every later run and rank. Words of ``more``
+    join them there, or are noted as absent.
     """
     stat, made = word2vec.stat(), store.files[0].stat()
     facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
-    more = sorted(set(more))
-    key = hashlib.sha256(repr((*facts, store.n_captions, *more)).encode()).hexdigest()
+    key = hashlib.sha256(repr((*facts, store.n_captions)).encode()).hexdigest()
+    asked, seen, absent = {word for text in more for word in tokenize(text)}, None, set()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():
         try:
             cached = WordVectors.load(cache)
             if cached.source == source:
-                return cached
+                if asked <= cached.index.keys() | cached.absent:
+                    return cached
+                seen, absent = set(cached.words), cached.absent
         except Exception as error:  # damage makes zip and numpy raise a dozen types
             logging.getLogger("mcn").warning("%s: damaged (%s), made again", cache, error)
-    seen = {word for texts in (store.texts(), more) for text in texts for word in tokenize(text)}
-    words = vectors_of(seen, word2vec, f"{store.path}'s captions", source)
+    if seen is None:
+        seen = {word for text in store.texts() for word in tokenize(text)}
+    words = vectors_of(seen | asked, word2vec, f"{store.path}'s captions", source)
+    words.absent = absent | asked - words.index.keys()
     if cache is not None:
         try:
             words.save(cache)

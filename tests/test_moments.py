@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext import moments, retrieval
+from mcn_ext import localization, moments, retrieval, search
 from mcn_ext.metrics import ranks
 from mcn_ext.places import Places
 from mcn_ext.store import Store, StoreWriter
@@ -46,6 +46,7 @@ class Geometry:
         return {"text": rows}, {"text": torch.ones(len(rows), dtype=torch.bool)}
 
     def stretches(self, store, video, begin, stop):
+        self.calls = getattr(self, "calls", 0) + 1
         rows = torch.stack([torch.eye(8)[int(a):int(b)].sum(0) for a, b in zip(begin, stop,
                                                                              strict=True)])
         return {"audio": rows}, {"audio": torch.ones(len(rows), dtype=torch.bool)}
@@ -96,30 +97,55 @@ def test_annotations_that_are_none(tmp_path):
 # ------------------------------------------------------------------------ ranking in blocks
 
 
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(1e-12)
+
+
+def oracle(rows, valid, direction, fusion, bank, temperature):
+    """Scores and ranks in plain NumPy, as the definitions read."""
+    def side(rows, valid, names):
+        total = sum(valid[m].numpy()[:, None] * unit(rows[m].numpy().astype(float))
+                    for m in names.split("+"))
+        return unit(total) if fusion == "mean" else total
+
+    query, candidate = direction.split("->")
+    scores = side(rows, valid, query) @ side(rows, valid, candidate).T
+    if fusion == "bank":
+        drawn = side(*bank, query) @ side(rows, valid, candidate).T / temperature
+        scores = scores / temperature - np.log(np.exp(drawn).sum(axis=0))
+    n = len(scores)
+    asks, answers = (np.any([valid[m].numpy() for m in names.split("+")], axis=0)
+                     for names in (query, candidate))
+    rank = np.empty(n)
+    for i in range(n):
+        others = [scores[i, j] - scores[i, i] for j in range(n) if j != i and answers[j]]
+        rank[i] = 1 + sum(0.5 if abs(d) < 1e-5 else float(d > 0) for d in others)
+    rank[~(asks & answers)] = n
+    return scores, answers, rank
+
+
 @pytest.mark.parametrize("fusion", ["sum", "mean", "bank"])
-def test_blocks_rank_as_one_matrix_does(fusion, monkeypatch):
-    """Against a plain NumPy oracle, with repeated clips (ties), clips without sound or words."""
+def test_blocks_rank_as_a_plain_oracle_does(fusion, monkeypatch):
+    """With repeated clips (ties), clips without sound, without words, without both."""
     torch.manual_seed(0)
     n = 53
-    rows = {m: torch.randn(n, 6).round() for m in ("text", "video", "audio")}
-    rows["video"][7] = rows["video"][3]
-    rows["audio"][7] = rows["audio"][3]
+    rows = {m: torch.randn(n, 6) for m in ("text", "video", "audio")}
+    for m in ("video", "audio"):
+        rows[m][7] = rows[m][3]
+        rows[m][20:24] = rows[m][40]
     valid = {m: torch.rand(n) > 0.15 for m in rows}
+    for m in rows:
+        valid[m][[3, 7]] = True
     bank = {m: torch.randn(9, 6) for m in rows}, {m: torch.ones(9, dtype=torch.bool) for m in rows}
     monkeypatch.setattr(retrieval, "BLOCK", 4 * n * 5)  # 5 queries at a time
     for direction in ("text->video+audio", "video+audio->text", "audio->video"):
         scores = retrieval.Scores((rows, valid), direction, "cosine", fusion, bank, 0.1)
-        assert len(list(scores.blocks())) == 11
-        whole = np.concatenate([block.numpy() for _, block in scores.blocks()])
-        query, candidate = direction.split("->")
-        asks, answers = (np.any([valid[m].numpy() for m in side.split("+")], axis=0)
-                         for side in (query, candidate))
-        expected = np.empty(n)
-        for i in range(n):
-            others = [whole[i, j] for j in range(n) if j != i and answers[j]]
-            expected[i] = 1 + sum(np.sign(x - whole[i, i]) / 2 + 0.5 for x in others)
-        expected[~(asks & answers)] = n
-        np.testing.assert_array_equal(scores.ranks(), expected)
+        blocks = [block for _, block in scores.blocks()]
+        expected, answers, rank = oracle(rows, valid, direction, fusion, bank, 0.1)
+        assert len(blocks) == 11
+        np.testing.assert_allclose(torch.cat(blocks)[:, answers], expected[:, answers], atol=2e-4)
+        np.testing.assert_array_equal(scores.ranks(), rank)
+        assert direction[:4] != "text" or (rank % 1 == 0.5).any()  # some tie
 
 
 def test_one_broken_embedding_anywhere_is_an_error(monkeypatch):
@@ -131,7 +157,7 @@ def test_one_broken_embedding_anywhere_is_an_error(monkeypatch):
         retrieval.Scores((rows, valid), "text->video").ranks()
 
 
-def test_whole_videos_against_loops():
+def test_whole_videos_against_loops(monkeypatch):
     """Mean over a video's captions of the maximum over the other's clips; clips that are nothing
     are left out, a video of nothing is a miss."""
     torch.manual_seed(1)
@@ -150,8 +176,24 @@ def test_whole_videos_against_loops():
                                        for i in own])
     expected = [1 + (row > row[k]).sum() for k, row in enumerate(total)]
     expected[2] = 4  # c has a caption, and no clip to be found
-    got = retrieval.Scores((rows, valid), "text->video").video_ranks(names)
-    assert got.tolist() == expected
+    scores = retrieval.Scores((rows, valid), "text->video")
+    assert scores.video_ranks(names).tolist() == expected
+    shuffled = torch.tensor([3, 6, 0, 2, 5, 7, 1, 4])  # a video's clips need not lie together
+    assert [names[i] for i in shuffled] == list("bdabcdab")
+    mixed = retrieval.Scores(({m: x[shuffled] for m, x in rows.items()},
+                              {m: v[shuffled] for m, v in valid.items()}), "text->video")
+    again = dict(zip(dict.fromkeys("bdabcdab"), mixed.video_ranks(list("bdabcdab")), strict=True))
+    assert [again[name] for name in "abcd"] == expected
+    monkeypatch.setattr(retrieval, "BLOCK", 4 * 8 * 2)  # a video at a time
+    assert scores.video_ranks(names).tolist() == expected
+
+
+def test_videos_of_clips_by_their_ids():
+    assert retrieval.videos_of(["GLd3aX16zBg", "GLd3aX16zBg#2", "xHr8X2Wpmno_3", "xHr8X2Wpmno_4"]
+                               ) == ["GLd3aX16zBg"] * 2 + ["xHr8X2Wpmno"] * 2
+    for ids in (["my_holiday_clip_000", "my_holiday_clip_001"], ["a", "a#2"], ["a", "b"]):
+        with pytest.raises(SystemExit, match="--whole_videos"):
+            retrieval.videos_of(ids)
 
 
 def test_msrvtt_counts_what_is_missing_as_misses():
@@ -159,10 +201,65 @@ def test_msrvtt_counts_what_is_missing_as_misses():
     clips = ({"text": eye, "audio": eye, "video": eye},
              {"text": torch.ones(4, dtype=torch.bool), "video": torch.ones(4, dtype=torch.bool),
               "audio": torch.tensor([True, True, False, True])})
-    found = retrieval.evaluate(clips, ["text", "audio", "video"], strict=True, absent=6)
+    found = retrieval.evaluate(clips, retrieval.asked(["text", "audio", "video"]), strict=True,
+                               absent=6)
     assert found.ranks["text->video+audio"].tolist() == [1, 1, 10, 1] + [10] * 6
     assert found.ranks["text->video"].tolist() == [1, 1, 1, 1] + [10] * 6
     assert ranks(torch.eye(2)).tolist() == [1, 1]
+
+
+# ----------------------------------------------------------------------------- steps, in seconds
+
+
+class Rows:
+    """Answers like an Embedder with the rows it is given: text k is axis k, a second what its rows
+    of the stream say, as ClipReader cuts them."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def texts(self, texts):
+        known = torch.tensor([t != "?" for t in texts])
+        return {"text": torch.eye(4)[[int(t) if t != "?" else 0 for t in texts]]
+                * known[:, None]}, {"text": known}
+
+    def stretches(self, store, video, begin, stop):
+        clips = store.clips(video, self.stream, begin, stop)
+        there = torch.tensor([len(c) > 0 for c in clips])
+        rows = [torch.from_numpy(c.astype(np.float32)).amax(0)[:4] if len(c) else torch.zeros(4)
+                for c in clips]
+        return {"audio": torch.stack(rows)}, {"audio": there}
+
+
+@pytest.mark.parametrize("stream, rate", [("2d", 1.0), ("3d", 1.5), ("mel", 100.0)])
+def test_a_second_sees_its_own_rows(tmp_path, stream, rate):
+    """Step k is in second 2 k + 1 alone. Of rows that last longer than a second's part of them,
+    those that begin in the second or reach into it."""
+    dim = 40 if stream == "mel" else 4
+    times = np.arange(int(8 * rate)) / rate
+    rows = np.zeros((len(times), dim))
+    for k in range(4):
+        inside = (times >= 2 * k + 1 - (rate == 1.5) / 3) & (times < 2 * k + 2 - (rate == 1.5) / 3)
+        rows[inside, k] = 1
+    writer = StoreWriter(tmp_path / "s.h5", {stream: {"dim": dim, "rate_hz": rate}}, "test")
+    writer.add("a", {stream: rows}, [0], [8], ["x"])
+    writer.add("empty", {stream: None}, [0], [8], ["x"])
+    score = localization.scorer(Rows(stream), Store(writer.close()))
+    got, asked = score("a", 10, ["0", "1", "2", "3", "?"])
+    assert asked.tolist() == [True] * 4 + [False]
+    for k in range(4):
+        assert got[2 * k + 1, k] > 0 and (rate == 1.5 or (got[:, k] > 0).sum() == 1)
+    assert (got[8:, :4] == got[:8, :4].amin(0)).all()  # after its end: as bad as the worst
+    assert score("empty", 10, ["0"]) is None and score("other", 10, ["0"]) is None
+
+
+def test_steps_without_a_known_word_are_misses():
+    video = {"task": "t", "seconds": 4, "steps": ["?", "1"], "segments": [[0, 0, 2], [1, 2, 4]]}
+    scores = torch.tensor([[0.0, 0.0], [0.0, 0.1], [0.0, 1.0], [0.0, 0.9]])
+    steps = {"protocol": "crosstask", "videos": {"a": video}}
+    got = localization.localize(steps, lambda *_: (scores, torch.tensor([False, True])))
+    assert got["recall"] == 50 and got["unknown"] == 1 and got["IoU"] <= 50
+    assert "1 steps without a known word" in localization.notice(got)
 
 
 # ---------------------------------------------------------------------------------- search
@@ -176,6 +273,54 @@ def test_search_leaves_out_what_overlaps_and_what_is_empty():
     total = np.array([0.9, 0.8, 0.7, 0.6, 5.0])
     # 1 overlaps 0 by 6 of 10 s; 2 by 2 of 10; 3 is another video; 4 has nothing in it.
     assert places.best(total, 5) == [0, 2, 3] and places.best(total, 1) == [0]
+
+
+@pytest.mark.parametrize("ending", ["mkv", "ts", "mp4"])
+def test_the_frame_shown_is_the_one_asked_for(tmp_path, ending):
+    """Grey levels that say the second, in files that start at 10 s, with few key frames."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / f"a[1].{ending}"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        stream.gop_size = 100
+        for i in range(120):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * (i // 10), np.uint8))
+            frame.pts = i + (0 if ending == "mp4" else 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for at in (0.5, 2.5, 5.5, 8.5):
+        image = search.frame_at(tmp_path, "a[1]", at)
+        assert abs(image.mean() - 20 * int(at)) < 8, (at, image.mean())
+    assert search.frame_at(tmp_path, "b", 1) is None
+
+
+def test_places_are_kept_until_something_changes(tmp_path, capsys):
+    writer = StoreWriter(tmp_path / "s.h5", {"mel": {"dim": 40, "rate_hz": 1.0}}, "test")
+    for name in ("a", "b"):
+        writer.add(name, {"mel": np.zeros((8, 40))}, [0, 3], [2, 5], ["x $y$ {", "z"])
+    store, embedder = Store(writer.close()), Geometry()
+    embedder.args = {"similarity": "cosine"}
+    path = tmp_path / "places.npz"
+
+    def made(key):
+        embedder.calls = 0
+        places = Places.of(embedder, store, 2, 0.5, path, key)
+        return places, embedder.calls
+
+    places, calls = made("one")
+    assert calls == 2 and len(places) == 14 and made("one")[1] == 0 and made("two")[1] == 2
+    np.testing.assert_array_equal(made("two")[0].begin, places.begin)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert made("two")[1] == 2 and "damaged" in capsys.readouterr().err
+    scores = places.score(embedder.texts(["3"]), "cosine")
+    best = places.best(scores["total"], 3)
+    assert [places.begin[i] for i in best[:2]] == [2, 2]  # [2, 4] and [3, 5] tie; the first of each
+    found = places.describe(store, store.ids(), best, scores)
+    assert found[0]["video"] == "a" and found[0]["words"] == "z" and found[0]["of"]["audio"] > 0.7
+    assert search.picture(tmp_path / "p.png", "a $b", places, scores, best, store, store.ids(),
+                          None) is None or (tmp_path / "p.png").exists()
+    embedder.args = {"similarity": "dot"}
+    assert made("three")[0].clips[0]["audio"].dtype == torch.float32  # beyond fp16 perhaps
 
 
 @pytest.mark.slow

@@ -146,7 +146,8 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, annota
 
     A video lasts as many seconds as its annotation has rows; release CSVs do not say, so there its
     2D rows do (its 3D rows where there are no 2D ones), and what is annotated beyond them is left
-    out, as in CrossTask's code. Videos without an annotated second are skipped.
+    out, as in CrossTask's code. Videos without an annotated second are skipped; those without
+    usable features are not in the store, but in the table, where they count as misses.
     """
     for flag, path in (("--list", list_file), ("--annotations", annotations),
                        ("--steps", steps_file)):
@@ -175,9 +176,11 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, annota
         raise SystemExit(f"--annotations {annotations}: of none of {list_file}'s {len(rows)} "
                          f"videos; {skips.close()}")
 
-    def annotated(name: str, n_rows: dict[str, int]) -> dict:
+    def annotated(name: str, n_rows: dict[str, int] | None) -> dict:
         task, seconds, segments = videos[name]
-        if seconds is None:
+        if seconds is None and n_rows is None:
+            seconds = max((last for _, _, last in segments), default=0)
+        elif seconds is None:
             stream = "2d" if "2d" in n_rows else "3d"
             seconds = math.ceil(n_rows[stream] / rates[stream])
         return {"task": task, "seconds": seconds, "steps": texts[task if by_task else name],
@@ -196,7 +199,8 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, annota
     table = out.with_name(out.name + ".steps.json")
 
     def write_table(n_rows: dict[str, dict[str, int]]) -> None:
-        kept = {name: annotated(name, rows) for name, rows in n_rows.items() if name in videos}
+        kept = {name: annotated(name, n_rows.get(name)) for name in videos}
+        kept = {name: video for name, video in kept.items() if video["segments"]}
         write_text(table, json.dumps({"protocol": protocol, "source": f"{LABELS[protocol]} steps "
                                       f"from {annotations}", "videos": kept}) + "\n")
 
