@@ -126,11 +126,6 @@ def main(argv=None):
                 steps[name] = localization.load_steps(path)
         except StoreError as error:
             raise SystemExit(f"--{name} {error}") from None
-        counts = store.caption_counts()
-        if name in RETRIEVAL and (counts != 1).any():
-            raise SystemExit(f"--{name} {path}: {(counts != 1).sum()} of {len(store)} clips have "
-                             f"not one caption each, {store.ids()[(counts != 1).argmax()]} the "
-                             "first of them (is it a training store?)")
         if name == "moments":
             sentences = (moments.read_annotations(args.annotations, args.subset or "validation")
                          if args.annotations else moments.captions_of(store))
@@ -154,6 +149,11 @@ def main(argv=None):
     directions = retrieval.asked(modalities, args.fusion, args.all_directions)
     for name, store in stores.items():
         embedder.check(store, f"--{name}")
+        counts = store.caption_counts()
+        if name in RETRIEVAL and (counts != 1).any():
+            raise SystemExit(f"--{name} {store.path}: {(counts != 1).sum()} of {len(store)} clips "
+                             "have not one caption each, first "
+                             f"{store.ids()[(counts != 1).argmax()]} (is it a training store?)")
         if name not in RETRIEVAL and "text" not in modalities:
             raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
         if name in RETRIEVAL and not directions:

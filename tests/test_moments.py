@@ -341,6 +341,26 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
              for i, (name, (_, _, texts)) in enumerate(moments.captions_of(Store(videos)).items())}
     (tmp_path / "videos.h5.steps.json").write_text(json.dumps({"protocol": "crosstask",
                                                                "source": "test", "videos": steps}))
+    clips = write_store(tmp_path / "clips.h5", n_videos=24, n_captions=1)
+    metrics = tmp_path / "runs/stage1-AVT/metrics.json"
+    before = metrics.read_text()
+    done = call("evaluate.py", "--youcook2", clips, "--crosstask", clips, *common, cwd=tmp_path,
+                check=False)
+    assert "clips.h5.steps.json" in done.stderr and metrics.read_text() == before  # at once
+    for wrong in (["--annotations", "x.json"], ["--windows", 3], ["--background", 1],
+                  ["--msrvtt_clips", 5]):
+        done = call("evaluate.py", "--youcook2", clips, *wrong, *common, cwd=tmp_path, check=False)
+        assert f"{wrong[0]} is for" in done.stderr
+    done = call("evaluate.py", "--youcook2", clips, "--msrvtt", clips, "--msrvtt_clips", 30,
+                "--all_directions", "--similarity", "dot", "--keep_embeddings", *common,
+                cwd=tmp_path)
+    got = json.loads(metrics.read_text())
+    own, padded = (got[name]["text->video"]["R@10"] for name in ("youcook2", "msrvtt"))
+    assert "6 of 30 clips (--msrvtt_clips) are not in the store: misses" in done.stdout
+    assert got["msrvtt"]["n"] == 30 and padded == pytest.approx(own * 24 / 30, abs=1e-3)
+    # 4 clips are silent: misses of MSR-VTT's protocol, found by what they show in YouCook2's.
+    assert got["msrvtt"]["without"]["audio"] == 4 and got["msrvtt"]["similarity"] == "dot"
+    assert "audio+text->video" in got["msrvtt"] and (metrics.parent / "msrvtt.npz").exists()
     done = call("evaluate.py", "--crosstask", videos, *common, cwd=tmp_path)
     got = json.loads((tmp_path / "runs/stage1-AVT/metrics.json").read_text())
     assert got["moments"]["n"] == 72 and got["crosstask"]["n"] == 72  # both are kept
