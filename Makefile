@@ -48,7 +48,7 @@ gpu:
 	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py tests/test_loss.py
 	$(PYTHON) benchmarks/loss.py
 	$(PYTHON) benchmarks/accuracy.py
-	$(PYTHON) benchmarks/loader.py
+	$(PYTHON) benchmarks/loader.py --videos 16 --readers store npz
 	$(PYTHON) benchmarks/kmeans.py --repeats 2
 
 lint: setup

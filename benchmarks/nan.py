@@ -222,7 +222,7 @@ class Digits:
         batch = collate(items)
         good = batch["valid.audio"] & batch["valid.video"]
         frames = torch.arange(batch["audio"].shape[-1]) < batch["n_frames"][:, None]
-        mel = batch["audio"].masked_fill(~frames[:, None], torch.nan)
+        mel = batch["audio"].float().masked_fill(~frames[:, None], torch.nan)
         mean = mel.nanmean(2)
         spread = (mel - mean[..., None]).square().nanmean(2).sqrt()
         audio = torch.cat([mean, spread, mel.nan_to_num(-100).amax(2)], 1)[good]

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from mcn_ext import distributed
+from mcn_ext.batch import SharedRooms, collate, own, to_device
 from mcn_ext.interrupt import outlive_signals
 from mcn_ext.store import N_MELS, Store
 from mcn_ext.words import WordVectors
 
+__all__ = ["ClipReader", "Loader", "TrainingClips", "collate", "draw_spans", "to_device"]
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
 SILENCE_DB = 0.1
+PREFETCH = 2  # batches of a worker read ahead
+SLAB_BYTES = 2**23  # 10 minutes of 3D rows or 17 of sound
 
 
 def caption_span(start: np.ndarray, end: np.ndarray, index: int,
@@ -41,7 +45,8 @@ def draw_spans(start: np.ndarray, end: np.ndarray, n: int, min_time: float,
                rng: np.random.Generator) -> list[tuple[int, int]]:
     """n clips of a video as (first, last) captions: all different while there are enough."""
     spans: dict[tuple[int, int], None] = {}
-    for index in rng.permutation(len(start)):
+    start, end = list(start), list(end)  # of the same numbers, which arrays would make each time
+    for index in rng.permutation(len(start)).tolist():
         spans[caption_span(start, end, index, min_time)] = None
         if len(spans) == n:
             break
@@ -51,7 +56,8 @@ def draw_spans(start: np.ndarray, end: np.ndarray, n: int, min_time: float,
 
 def caption_id(rows: np.ndarray) -> int:
     """Equal for equal sets of words, which the text encoder, a maximum over words, confuses."""
-    digest = hashlib.blake2b(np.unique(rows).tobytes(), digest_size=8).digest()
+    distinct = np.array(sorted(set(rows.tolist())), np.int64)  # faster than np.unique, for so few
+    digest = hashlib.blake2b(distinct.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -78,6 +84,42 @@ def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) ->
     return mel
 
 
+def maxima(clips: list[np.ndarray], dim: int) -> np.ndarray:
+    """Maxima over time (n, dim) float16 of clips (rows, dim) float16; 0 where there are no rows.
+
+    rows.max(axis=0) takes 30 times as long: numpy has no float16 arithmetic. But the bits of
+    numbers without a sign are ordered as the numbers are, and those with a sign are larger.
+    """
+    bits = np.zeros((len(clips), dim), np.uint16)
+    for rows, most in zip(clips, bits, strict=True):
+        if len(rows):
+            rows.view(np.uint16).max(axis=0, out=most)
+    best = bits.view(np.float16)
+    if bits.size and bits.max() < 0x8000:  # features after a ReLU
+        return best
+    for i in np.flatnonzero((bits >= 0x8000).any(axis=1)):
+        signed = clips[i].view(np.int16).max(axis=0)
+        unsure = (signed <= 0) | (bits[i] > 0xFC00)  # nothing above 0, or a NaN with a sign
+        best[i] = signed.view(np.float16)
+        best[i, unsure] = clips[i][:, unsure].max(axis=0)
+    return best
+
+
+def is_silent(mel: np.ndarray) -> bool:
+    """Whether (frames, 40) float16 in dB is empty, not finite, or within SILENCE_DB everywhere."""
+    if not mel.size:
+        return True
+    # As in maxima(). A set sign bit makes the larger number the smaller one. NaN has the largest
+    # bits of its sign, so that it gets into the difference; so does infinity.
+    bits = mel.reshape(-1).view(np.uint16)
+    signed = bits.view(np.int16)
+    low, high = bits.max(), signed.max()
+    low = (low if low >= 0x8000 else bits.min()).view(np.float16)
+    high = (high if high >= 0 else signed.min()).view(np.float16)
+    spread = np.float64(high) - np.float64(low)
+    return not SILENCE_DB < spread < np.inf
+
+
 class ClipReader:
     """Clips of a store as arrays, in the sizes the model was built for.
 
@@ -93,6 +135,16 @@ class ClipReader:
         self.store, self.video_streams, self.audio = store, tuple(video_streams), audio
         self.words, self.audio_frames, self.max_words = words, audio_frames, max_words
         self.audio_augment = audio_augment
+        self._slab: np.ndarray | None = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_slab": None}
+
+    def _memory(self) -> np.ndarray:
+        """Bytes for a stream's rows until the next stream is read; longer slabs get their own."""
+        if self._slab is None:
+            self._slab = np.empty(SLAB_BYTES, np.uint8)
+        return self._slab
 
     def read(self, video: int, spans: list[tuple[int, int]],
              rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
@@ -112,35 +164,40 @@ class ClipReader:
 
     def cut(self, video: int, begin: np.ndarray, stop: np.ndarray,
             rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-        """What is seen and heard from ``begin`` to ``stop`` (n,) s; the same keys as ``read``."""
+        """What is seen and heard from ``begin`` to ``stop`` (n,) s; the same keys as ``read``.
+
+        Features and sound stay float16 until :func:`to_device`, half the bytes to hand on; sound
+        that was perturbed is float32. ``audio`` (n, 40, frames) is a view of (n, frames, 40).
+        """
         n, out = len(begin), {}
         if self.video_streams:
             valid = np.ones(n, bool)
             for name in self.video_streams:
-                features = np.zeros((n, self.store.dims[name]), np.float32)
-                for i, rows in enumerate(self.store.clips(video, name, begin, stop)):
-                    if len(rows):
-                        features[i] = rows.max(axis=0)
-                usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
+                features = maxima(self.store.clips(video, name, begin, stop, self._memory()),
+                                  self.store.dims[name])
+                magnitude = features.view(np.uint16) & 0x7FFF
+                usable = (magnitude < 0x7C00).all(axis=1) & magnitude.any(axis=1)  # finite, not 0
                 features[~usable] = 0
                 valid &= usable
                 out[f"video.{name}"] = features
             out["valid.video"] = valid
         if self.audio:
             # A caption may last ten hours: 3.6 million frames, of which audio_frames are used.
-            clips = [c[:16 * self.audio_frames].astype(np.float32)
-                     for c in self.store.clips(video, "mel", begin, stop)]
-            silent = [not len(c) or not np.isfinite(c).all() or np.ptp(c) <= SILENCE_DB
-                      for c in clips]
+            clips = [c[:16 * self.audio_frames]
+                     for c in self.store.clips(video, "mel", begin, stop, self._memory())]
+            silent = [is_silent(c) for c in clips]
             if rng is not None:
-                clips = [c if quiet else perturb_voice(c, rng, self.audio_augment)
+                clips = [c if quiet else perturb_voice(c.astype(np.float32), rng,
+                                                       self.audio_augment)
                          for c, quiet in zip(clips, silent, strict=True)]
             out["n_frames"] = np.array([min(len(c), self.audio_frames) for c in clips], np.int64)
-            out["audio"] = np.zeros((n, N_MELS, max(16, out["n_frames"].max())), np.float32)
+            audio = np.empty((n, max(16, out["n_frames"].max()), N_MELS),
+                             np.float16 if rng is None else np.float32)
             out["n_frames"][silent] = 0
             out["valid.audio"] = ~np.array(silent)
-            for i, (rows, frames) in enumerate(zip(clips, out["n_frames"], strict=True)):
-                out["audio"][i, :, :frames] = rows[:frames].T
+            for rows, frames, mel in zip(clips, out["n_frames"], audio, strict=True):
+                mel[:frames], mel[frames:] = rows[:frames], 0
+            out["audio"] = audio.transpose(0, 2, 1)
         return out
 
     def look_up(self, texts: list[str]) -> dict[str, np.ndarray]:
@@ -169,40 +226,6 @@ class ClipReader:
         return out
 
 
-def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Clips of several videos as one flat batch; audio padded to the longest, by 16 frames."""
-    batch = {}
-    for key in items[0]:
-        arrays = [item[key] for item in items]
-        if key != "audio":
-            batch[key] = torch.from_numpy(np.concatenate(arrays))
-            continue
-        longest = -(-max(a.shape[-1] for a in arrays) // 16) * 16
-        batch[key] = torch.zeros(sum(map(len, arrays)), N_MELS, longest)
-        begin = 0
-        for a in arrays:
-            batch[key][begin:begin + len(a), :, :a.shape[-1]] = torch.from_numpy(a)
-            begin += len(a)
-    return batch
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | None) -> dict:
-    """A flat batch -> what :class:`~mcn_ext.model.MCN` takes; ``table`` (V, dim): word vectors."""
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    out: dict = {"valid": {}, "video": {}}
-    for key, value in moved.items():
-        group, _, name = key.partition(".")
-        if name:
-            out[group][name] = value
-        else:
-            out[key] = value
-    if "words" in out:
-        rows = out.pop("words")
-        out["text_mask"] = rows >= 0
-        out["text"] = table[rows.clamp_min(0)]
-    return out
-
-
 class TrainingClips(torch.utils.data.Dataset):
     """Item (epoch, video) -> ``n_pair`` clips of it; videos without captions are left out."""
 
@@ -222,6 +245,23 @@ class TrainingClips(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, epoch, video))
         return self.reader.read(video, draw_spans(start, end, self.n_pair, self.min_time, rng),
                                 rng if self.reader.audio_augment else None)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> _Lazily:
+        """The items of a batch, each read when :func:`collate` comes to it."""
+        return _Lazily(self, keys)
+
+
+class _Lazily:
+    """Items of keys, read as they are asked for."""
+
+    def __init__(self, clips: TrainingClips, keys: list[tuple[int, int]]):
+        self.clips, self.keys = clips, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return map(self.clips.__getitem__, self.keys)
 
 
 class ShardedBatches(torch.utils.data.Sampler):
@@ -258,15 +298,18 @@ class Loader:
         self.first_epoch = first_epoch
         self.batches = ShardedBatches(len(clips), batch_size, clips.seed)
         self.steps_per_epoch = self.batches.n_batches
+        self.copied = not workers or device.type == "cuda"  # pinned memory is a copy
         self.loader = torch.utils.data.DataLoader(
-            clips, batch_sampler=self.batches, collate_fn=collate, num_workers=workers,
+            clips, batch_sampler=self.batches, num_workers=workers,
+            # One more than a worker may have under way: the one that is being copied here.
+            collate_fn=SharedRooms(PREFETCH + 1) if workers else collate,
             persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-            prefetch_factor=4 if workers else None, worker_init_fn=_start_worker,
+            prefetch_factor=PREFETCH if workers else None, worker_init_fn=_start_worker,
             generator=torch.Generator())  # a seed per iterator: not from the model's random numbers
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
-        return iter(self.loader)
+        return iter(self.loader) if self.copied else map(own, self.loader)
 
 
 def _start_worker(_worker: int) -> None:

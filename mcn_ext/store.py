@@ -1,4 +1,4 @@
-"""The HDF5 feature store: flat datasets and offsets, so that a clip is one hyperslab.
+"""The HDF5 feature store: flat datasets and offsets, so that a clip is one read.
 
 A store is one ``.h5`` file or a folder of ``shard-00000.h5 ...``. In each file::
 
@@ -28,6 +28,7 @@ from mcn_ext.store_file import (
     N_MELS,
     TEXTS,
     VERSION,
+    Rows,
     Shard,
     StoreError,
     blocks_of,
@@ -40,6 +41,7 @@ from mcn_ext.store_writer import StoreWriter
 
 __all__ = ["N_MELS", "Store", "StoreError", "StoreWriter", "main", "validate"]
 MAX_OPEN = 128  # files a process keeps open at a time
+GAP_BYTES = 2**15  # copying so much takes as long as a read of its own
 
 
 class Store:
@@ -82,14 +84,18 @@ class Store:
         self._handles.move_to_end(number)
         return self._handles[number]
 
-    def _read(self, number: int, path: str, lo: int, hi: int) -> np.ndarray:
-        """Rows lo to hi of a dataset of a shard, str where it holds texts."""
+    def _read(self, number: int, path: str, lo: int, hi: int,
+              into: np.ndarray | None = None) -> np.ndarray:
+        """Rows lo to hi of a dataset of a shard, str where it holds texts; ``into``: as Rows."""
         try:
             handle = self._file(number)
             if path not in handle:  # looking a name up costs as much as reading a clip
                 data = handle[""][path]
-                handle[path] = data.asstr(errors="replace") if path in TEXTS else data
-            rows = handle[path][lo:hi]
+                handle[path] = (data.asstr(errors="replace") if path in TEXTS else
+                                Rows.of(data))
+            data = handle[path]
+            rows = data[lo:hi] if into is None or type(data) is not Rows else data.read(
+                lo, hi, into)
         except StoreError:
             raise
         except Exception as error:  # h5py passes on what libhdf5 says as a dozen types
@@ -150,20 +156,22 @@ class Store:
                 yield from self._read(number, "caption/text", lo,
                                       min(lo + block, shard.rows["caption"]))
 
-    def clips(self, video: int, stream: str, start: np.ndarray,
-              end: np.ndarray) -> list[np.ndarray]:
+    def clips(self, video: int, stream: str, start: np.ndarray, end: np.ndarray,
+              into: np.ndarray | None = None) -> list[np.ndarray]:
         """Rows int(start * rate) : int(end * rate) + 1 of each clip (seconds), of those there are.
 
-        Clips that lie close are read in one slab and cut in memory: a read costs more than the rows
-        between.
+        Clips that lie close are read in one slab and cut in memory, and share it: a read costs more
+        than the rows between. ``into`` (bytes,) uint8: where to put the slab, if it fits; a caller
+        that has done with the clips may use it again, which spares the system finding memory.
         """
         number, lo, hi = self._at(video, stream)
         path, n, rate = f"{stream}/data", hi - lo, self.rates[stream]
         first = np.clip((np.asarray(start, float) * rate).astype(np.int64), 0, n)
         last = np.clip((np.asarray(end, float) * rate).astype(np.int64) + 1, first, n)
         begin, stop = (int(first.min()), int(last.max())) if len(first) else (0, 0)
-        if stop - begin <= 4 * int((last - first).sum()) + 64:
-            slab = self._read(number, path, lo + begin, lo + stop)
+        between = stop - begin - int((last - first).sum())  # below 0 where clips overlap
+        if between * 2 * self.dims[stream] <= len(first) * GAP_BYTES:
+            slab = self._read(number, path, lo + begin, lo + stop, into)
             return [slab[a - begin:b - begin] for a, b in zip(first, last, strict=True)]
         return [self._read(number, path, lo + a, lo + b) for a, b in zip(first, last, strict=True)]
 

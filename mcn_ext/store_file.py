@@ -18,6 +18,7 @@ import contextlib
 import errno
 import faulthandler
 import json
+import math
 import os
 import signal
 import zlib
@@ -61,6 +62,41 @@ def open_hdf5(path: Path) -> h5py.File:
             raise StoreError(f"{path}: too many open files; raise the limit (ulimit -n)") from error
         raise StoreError(f"{path}: not a readable HDF5 file ({error}); prepare it again with "
                          "python -m mcn_ext.prepare") from error
+
+
+class Rows:
+    """Rows of a contiguous dataset, read where they lie in the file: 5 us where libhdf5 takes 60.
+
+    Shares the descriptor of the open file, and so lives as long. OSError where the file ends.
+    """
+
+    def __init__(self, data: h5py.Dataset):
+        self.descriptor, self.begin = data.file.id.get_vfd_handle(), data.id.get_offset()
+        self.shape, self.dtype = data.shape, data.dtype
+
+    @classmethod
+    def of(cls, data: h5py.Dataset) -> Rows | h5py.Dataset:
+        """Of a dataset that is empty, or not contiguous after all, libhdf5 reads the rows."""
+        plain = data.id.get_offset() is not None and data.file.driver == "sec2"
+        return cls(data) if plain else data
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.read(rows.start, rows.stop, None)
+
+    def read(self, lo: int, hi: int, into: np.ndarray | None) -> np.ndarray:
+        """Rows lo to hi of those there are; in the bytes ``into`` if they fit there."""
+        shape = (max(0, min(hi, self.shape[0]) - lo), *self.shape[1:])
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        n_bytes = shape[0] * row_bytes
+        if into is None or n_bytes > len(into):
+            into = np.empty(n_bytes, np.uint8)
+        left, at = memoryview(into)[:n_bytes], self.begin + lo * row_bytes
+        while left:
+            done = os.preadv(self.descriptor, [left], at)
+            if not done:
+                raise OSError("the file ends before them")
+            left, at = left[done:], at + done
+        return into[:n_bytes].view(self.dtype).reshape(shape)
 
 
 class Shard:

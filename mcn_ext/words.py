@@ -39,8 +39,8 @@ class WordVectors:
 
     def rows(self, text: str, max_words: int) -> np.ndarray:
         """Rows of ``vectors``, int64, of a caption's first ``max_words`` known words, if any."""
-        known = [self.index[word] for word in tokenize(text) if word in self.index]
-        return np.array(known[:max_words], np.int64)
+        found = map(self.index.get, tokenize(text))
+        return np.array([row for row in found if row is not None][:max_words], np.int64)
 
     def agrees(self, other: WordVectors) -> bool:
         """Whether words in both have the same vectors."""

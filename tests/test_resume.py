@@ -277,7 +277,7 @@ def test_processes_that_read_ahead_outlive_signals(store_path):
     loader = data.Loader(clips, 2, 1, torch.device("cpu"))
     batches = loader.epoch(1)
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = loader.loader._iterator._workers
     for name in ("-TERM", "-USR1", "-TERM"):
         subprocess.run(["kill", name, str(worker.pid)], check=True)
     assert len(list(batches)) == 4 and len(list(loader.epoch(2))) == 5 and worker.is_alive()
