@@ -42,7 +42,7 @@ def break_reader(monkeypatch, modality):
     monkeypatch.setattr(data.TrainingClips, "__getitem__", broken)
 
 
-@pytest.mark.parametrize("modality", ["audio", "video"])
+@pytest.mark.parametrize("modality", [pytest.param("audio", marks=pytest.mark.slow), "video"])
 def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypatch, modality):
     break_reader(monkeypatch, modality)
     command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--epochs", 4)
@@ -381,6 +381,7 @@ def test_gradients_are_bounded_and_never_shorten_a_row(n, d, seed, temperature, 
     assert ((grad * rows).sum(1).abs() <= 1e-5 * length * (size + 4 / (temperature * length))).all()
 
 
+@pytest.mark.slow
 def test_what_kills_the_recipe_does_not_kill_ours():
     """A refit on rows as the recipe has them before its end: long, alike, many."""
     from mcn_ext.clustering import spherical_kmeans
