@@ -207,7 +207,7 @@ def test_the_newest_bad_steps_are_kept(tmp_path):
         f"bad-step-00000{step}.pt" for step in (3, 5, 7)]
 
 
-@pytest.mark.parametrize("rule", ["off", "clip", "skip"])
+@pytest.mark.parametrize("rule", ["off", "clip", pytest.param("skip", marks=pytest.mark.slow)])
 def test_outlier_gradients(tmp_path, monkeypatch, rule):
     monkeypatch.setattr(guard, "NORMS", 2 * guard.ENOUGH_NORMS)  # sooner used to larger ones
     parts = small_run(tmp_path, outliers=rule, factor=4.0)
@@ -350,6 +350,7 @@ def test_200_steps_at_any_scale_stay_finite(dtype, scale):
                         queue_size=4, refit_every=4) == (0, True)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(names=st.sampled_from([["audio", "video"], ["text", "video"], ["audio", "text", "video"]]),
        temperature=st.floats(0.005, 5), margin=st.floats(0, 0.5), n=st.integers(1, 30),
