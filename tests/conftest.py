@@ -8,8 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Before torch is loaded, for this process and those it starts: threads that wait sleep. By default
+# they spin, and where processes outnumber cores (ranks, pytest -n) all then wait for the spinning.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
+import torch
 
 from mcn_ext import report
 from mcn_ext.store import StoreWriter
@@ -41,6 +48,13 @@ def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, **kwarg
         writer.add(f"video{video:06d}", rows, start, start + 1.9,
                    [f"now {WORDS[c]} it" for c in content])
     return writer.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads(request):
+    """One: nearly all tensors here are too small to share out. A module whose tests are also of
+    what threads do says ``THREADS = 2``, whatever the machine and OMP_NUM_THREADS."""
+    torch.set_num_threads(getattr(request.module, "THREADS", 1))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from mcn_ext.clustering import OnlineClusters, _Sphere, spherical_kmeans
 from mcn_ext.reference import unit_rows
 from tests.conftest import ROOT, run
 
+THREADS = 2  # of this process: the same result again is to be the same with several
+
 
 def blobs(k=8, per=50, d=16, noise=0.1, seed=0):
     g = torch.Generator().manual_seed(seed)

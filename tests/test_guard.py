@@ -42,7 +42,7 @@ def break_reader(monkeypatch, modality):
     monkeypatch.setattr(data.TrainingClips, "__getitem__", broken)
 
 
-@pytest.mark.parametrize("modality", ["audio", "video"])
+@pytest.mark.parametrize("modality", [pytest.param("audio", marks=pytest.mark.slow), "video"])
 def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypatch, modality):
     break_reader(monkeypatch, modality)
     command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--epochs", 4)
@@ -207,7 +207,7 @@ def test_the_newest_bad_steps_are_kept(tmp_path):
         f"bad-step-00000{step}.pt" for step in (3, 5, 7)]
 
 
-@pytest.mark.parametrize("rule", ["off", "clip", "skip"])
+@pytest.mark.parametrize("rule", ["off", "clip", pytest.param("skip", marks=pytest.mark.slow)])
 def test_outlier_gradients(tmp_path, monkeypatch, rule):
     monkeypatch.setattr(guard, "NORMS", 2 * guard.ENOUGH_NORMS)  # sooner used to larger ones
     parts = small_run(tmp_path, outliers=rule, factor=4.0)
@@ -350,6 +350,7 @@ def test_200_steps_at_any_scale_stay_finite(dtype, scale):
                         queue_size=4, refit_every=4) == (0, True)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(names=st.sampled_from([["audio", "video"], ["text", "video"], ["audio", "text", "video"]]),
        temperature=st.floats(0.005, 5), margin=st.floats(0, 0.5), n=st.integers(1, 30),
@@ -381,6 +382,7 @@ def test_gradients_are_bounded_and_never_shorten_a_row(n, d, seed, temperature, 
     assert ((grad * rows).sum(1).abs() <= 1e-5 * length * (size + 4 / (temperature * length))).all()
 
 
+@pytest.mark.slow
 def test_what_kills_the_recipe_does_not_kill_ours():
     """A refit on rows as the recipe has them before its end: long, alike, many."""
     from mcn_ext.clustering import spherical_kmeans

@@ -141,6 +141,7 @@ def test_lists_that_unfold_are_not_text_or_numbers(tmp_path):
         captions.Captions(tmp_path / "c.pickle").of("a")
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["2d", "3d", "audio", "caption", "id"]), VALUES)
 @QUICK
 def test_youcook2_keeps_or_lists_any_clip(tmp_path, key, value):
@@ -153,6 +154,7 @@ def test_youcook2_keeps_or_lists_any_clip(tmp_path, key, value):
     validate(tmp_path / "y.h5")
 
 
+@pytest.mark.slow
 @given(st.sampled_from(["start", "end", "text"]), VALUES, st.booleans())
 @QUICK
 def test_howto100m_keeps_or_lists_any_captions(tmp_path, key, value, whole):

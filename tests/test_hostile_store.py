@@ -29,8 +29,8 @@ def flip(path, data, at, by):
     path.write_bytes(bytes(damaged))
 
 
-@pytest.mark.parametrize("step", [
-    pytest.param(101, id="some"), pytest.param(19, id="more", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [101, 19])
 def test_the_validator_finds_a_flip_of_any_byte(tmp_path, small, step):
     """Of the seal, metadata, values, texts and the gaps between: no byte of the file is dead."""
     data, path = small.read_bytes(), tmp_path / "s.h5"

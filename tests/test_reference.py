@@ -37,7 +37,7 @@ def pair(n, d, dtype=torch.float64, seed=0, scale=1.0):
             for _ in range(2)]
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 33])
+@pytest.mark.parametrize("n", [2, 3, 7, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("d", [1, 5, 16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_contrastive_equals_textbook(n, d, normalize):

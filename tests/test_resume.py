@@ -129,6 +129,7 @@ def test_a_good_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch, links
     assert step_of(folder / "checkpoint.previous.pt") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
         tmp_path, store_path, eval_path, whole):
     folder = tmp_path / "run"

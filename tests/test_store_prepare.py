@@ -351,6 +351,7 @@ def test_youcook2_round_trip(tmp_path):
         youcook2.prepare(tmp_path / "other.pkl", tmp_path / "other.h5")
 
 
+@pytest.mark.slow
 def test_real_recordings_convert(tmp_path, digits):
     summary = howto100m.prepare(digits / "videopaths.txt", digits / "features", None,
                                 digits / "caption.pickle", tmp_path / "train.h5", rates=RATES)

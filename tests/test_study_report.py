@@ -397,6 +397,7 @@ def test_a_baseline_above_all_and_of_the_winners_compute(tmp_path, no_pictures):
 
 
 # ---------------------------------------------------------------------------------- the grid
+@pytest.mark.slow
 def test_grid_winners(tmp_path):
     cells = [{"name": f"v{v}-a{a}", "data": f"{v}{a}.h5", "youcook2": "eval.h5",
               "video_noise": v, "audio_noise": a} for v in (None, 1.0) for a in (0.0, 2.0)]
