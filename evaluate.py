@@ -39,7 +39,7 @@ def parse(argv):
         "--checkpoint", type=Path, metavar="FILE",
         help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)")
     parser.add_argument("--init_published", type=Path, metavar="FILE", help="published weights in "
-                        "place of a run; results go to runs/published-<name>")
+                        "place of a run; results go to runs/published-NAME-HASH")
     parser.add_argument("--word2vec", type=Path, metavar="FILE", help="for --init_published: its "
                         f"text encoder's word vectors (default {flags.WORD2VEC})")
     parser.add_argument("--similarity", choices=("cosine", "dot"),

@@ -30,7 +30,7 @@ def parser() -> flags.Parser:
     p.add_argument("--checkpoint", type=Path, metavar="FILE",
                    help="a checkpoint of it (default: RUN/checkpoint.pt)")
     p.add_argument("--init_published", type=Path, metavar="FILE", help="published weights in place "
-                   "of a run, with --word2vec FILE; results go to runs/published-<name>")
+                   "of a run, with --word2vec FILE; results go to runs/published-NAME-HASH")
     p.add_argument("--word2vec", type=Path, metavar="FILE", help="for --init_published (default "
                    f"{flags.WORD2VEC})")
     p.add_argument("--top", type=flags.positive(int), default=5, metavar="N",
