@@ -60,7 +60,10 @@ def _read(path: Path, kind: str = "mcn_checkpoint") -> dict:
                 raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"{path}: no such checkpoint") from None
+        runs = sorted(str(file.parent) for file in path.parent.parent.glob(f"*/{LATEST}"))
+        raise SystemExit(f"{path}: no such checkpoint; " + (
+            f"there is {', '.join(runs)}" if runs else "train a run first, or correct the path")
+        ) from None
     except (pickle.UnpicklingError, PermissionError) as error:
         raise SystemExit(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
                          ) from error
