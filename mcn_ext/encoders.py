@@ -54,10 +54,10 @@ _CLIPS, _WIDE = 4, 1024  # longest clips, frames, that a line has room for: its 
 class Frames:
     """Where clips' real frames lie, at one of the network's frame rates.
 
-    Packed, they are the rows (n, C) of all clips, end to end. For a convolution they are laid out in
-    lines (R, width), several short clips to a line, each followed by _GAP zero frames, so that
-    it is as if each clip had been convolved alone: little of the work is done on padding. Clips
-    begin at even frames, for convolutions of stride 2.
+    Packed, they are the rows (n, C) of all clips, end to end. For a convolution they are laid out
+    in lines (R, width), several clips to a line, each followed by _GAP zero frames, so that it is
+    as if each clip had been convolved alone: little of the work is done on padding. Clips begin at
+    even frames, for convolutions of stride 2.
     """
 
     def __init__(self, lengths: np.ndarray, device: torch.device,
@@ -208,6 +208,24 @@ class _Select(torch.autograd.Function):
         return grad.new_zeros(ctx.n, grad.shape[1]).index_copy_(0, index, grad), None
 
 
+def normalize(rows: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
+              eps: float) -> Tensor:
+    """Rows (n, C) by statistics (C,) that are constants here."""
+    return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
+
+
+def through_statistics(d_weight: Tensor, d_bias: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
+                       count: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(slope, offset) (C,): offset + slope * row is what a row's gradient loses through mean and
+    variance. ``d_weight``, ``d_bias``: this rank's; ``count``: rows of all ranks, 0 for constants.
+    """
+    d_weight, d_bias = distributed.stack(torch.stack([d_weight, d_bias])).sum(dim=0)
+    invstd = (var + eps).rsqrt()
+    scale = torch.where(count > 0, weight * invstd / count.clamp_min(1), 0.0)
+    slope = scale * d_weight * invstd
+    return slope, scale * d_bias - slope * mean
+
+
 class _Normalize(torch.autograd.Function):
     """Batch norm of rows (n, C) by the mean and variance of all ranks' rows."""
 
@@ -216,27 +234,33 @@ class _Normalize(torch.autograd.Function):
         """count: rows of all ranks that mean and var are of; 0: they are constants."""
         ctx.save_for_backward(rows, weight, mean, var, count)
         ctx.eps = eps
-        return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
+        return normalize(rows, mean, var, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, weight, mean, var, count = ctx.saved_tensors
         d_rows, d_weight, d_bias = grad, torch.zeros_like(weight), torch.zeros_like(weight)
-        invstd = (var + ctx.eps).rsqrt()
         if len(rows):  # as if mean and var were constants
+            invstd = (var + ctx.eps).rsqrt()
             d_rows, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
                 grad, rows, weight, mean, var, mean, invstd, False, ctx.eps, [True] * 3)
-        # Through mean and var: what all ranks' rows have in common is taken off each.
-        along_weight, along_bias = distributed.stack(torch.stack([d_weight, d_bias])).sum(dim=0)
-        scale = torch.where(count > 0, weight * invstd / count.clamp_min(1), 0.0)
-        slope = scale * along_weight * invstd
-        offset = scale * along_bias - slope * mean
+        slope, offset = through_statistics(d_weight, d_bias, weight, mean, var, count, ctx.eps)
         d_rows = d_rows - (offset + slope * rows.to(slope.dtype)).to(d_rows.dtype)
         return d_rows, d_weight, d_bias, None, None, None, None
 
 
-class _BatchNorm(nn.BatchNorm1d):
+def _merged(table: Tensor) -> Tensor:
+    """Rows of (number, means (C,), sums of squares about them (C,)) of parts as those of the whole,
+    in order (Chan et al. 1979): float64."""
+    number, mean, square = table.double().split([1, *[table.shape[1] // 2] * 2], dim=1)
+    count = number.sum(dim=0)
+    whole = (number * mean).sum(dim=0) / count.clamp_min(1)
+    square = square.sum(dim=0) + (number * (mean - whole).square()).sum(dim=0)
+    return torch.cat([count, whole, square])
+
+
+class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the packed frames (n, C) of all ranks, without padding; fewer than 2
     (silence): as in eval."""
 
@@ -246,31 +270,30 @@ class _BatchNorm(nn.BatchNorm1d):
                 return F.batch_norm(rows, self.running_mean, self.running_var, self.weight,
                                     self.bias, False, 0.0, self.eps)
             return super().forward(rows)
-        with torch.no_grad():
-            count, mean, var = self._statistics(rows.to(self.running_mean.dtype))
-            some = count > 1  # nothing here waits for a GPU
-            for running, now in ((self.running_mean, mean), (self.running_var,
-                                                             var * count / (count - 1))):
-                running.copy_(torch.where(some, running.lerp(now, self.momentum), running))
-            self.num_batches_tracked += some
-            mean = torch.where(some, mean, self.running_mean)
-            var = torch.where(some, var, self.running_var)
-        return _Normalize.apply(rows, self.weight, self.bias, mean, var, count * some, self.eps)
+        mean, var, count = self.fit([rows])
+        return _Normalize.apply(rows, self.weight, self.bias, mean, var, count, self.eps)
 
-    @staticmethod
-    def _statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(number, mean (C,), variance (C,)) of all ranks' rows, merged in rank order (Chan et al.
-        1979), so that ranks' buffers are equal to the bit."""
-        mean = rows.sum(dim=0) / max(len(rows), 1)
-        square = (rows - mean).square().sum(dim=0)
-        number = mean.new_full((1,), len(rows))
-        table = distributed.stack(torch.cat([number, mean, square])).double()
-        number, mean, square = table.split([1, rows.shape[1], rows.shape[1]], dim=1)
-        count = number.sum()
-        whole = (number * mean).sum(dim=0) / count.clamp_min(1)
-        square = square.sum(dim=0) + (number * (mean - whole).square()).sum(dim=0)
-        var = square / count.clamp_min(1)
-        return count.to(rows.dtype), whole.to(rows.dtype), var.to(rows.dtype)
+    @torch.no_grad()
+    def fit(self, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean (C,), variance (C,), number) of all ranks' rows, here in parts, of which the
+        running statistics learn; the running ones and 0 if there are fewer than 2. Merged in the
+        order of parts and ranks, so that ranks' buffers are equal to the bit."""
+        table = []
+        for rows in parts:
+            rows = rows.to(self.running_mean.dtype)
+            mean = rows.sum(dim=0) / max(len(rows), 1)
+            square = (rows - mean).square().sum(dim=0)
+            table.append(torch.cat([mean.new_full((1,), len(rows)), mean, square]))
+        whole = _merged(distributed.stack(_merged(torch.stack(table))))
+        count, mean, square = whole.to(mean.dtype).split([1, len(mean), len(mean)])
+        var, some = square / count.clamp_min(1), count[0] > 1  # nothing here waits for a GPU
+        for running, now in ((self.running_mean, mean),
+                             (self.running_var, square / (count - 1))):
+            running.copy_(torch.where(some, running.lerp(now, self.momentum), running))
+        self.num_batches_tracked += some
+        mean, var = (torch.where(some, now, running) for now, running in (
+            (mean, self.running_mean), (var, self.running_var)))
+        return mean, var, count[0] * some
 
 
 class _Block(nn.Module):
@@ -283,14 +306,14 @@ class _Block(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, stride: int):
         super().__init__()
         self.conv1 = _Convolution(dim_in, dim_out, stride)
-        self.bn1 = _BatchNorm(dim_out)
+        self.bn1 = BatchNorm(dim_out)
         self.conv2 = _Convolution(dim_out, dim_out)
-        self.bn2 = _BatchNorm(dim_out)
+        self.bn2 = BatchNorm(dim_out)
         self.stride = stride
         self.downsample = None
         if stride != 1 or dim_in != dim_out:
             self.downsample = nn.ModuleList([_Shortcut(dim_in, dim_out, stride),
-                                             _BatchNorm(dim_out)])
+                                             BatchNorm(dim_out)])
 
     def enter(self, frames: Frames, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's input -> (rows for bn1, the shortcut's, for its norm if there is one)."""
@@ -330,7 +353,7 @@ class ResDAVEnet(nn.Module):
         widths = [max(1, round(w * width)) for w in (128, 128, 256, 512, 1024)]
         self.dim = widths[-1]
         self.conv1 = nn.Conv2d(1, widths[0], (n_mels, 1), bias=False)
-        self.bn1 = _BatchNorm(widths[0])
+        self.bn1 = BatchNorm(widths[0])
         for i in range(1, 5):
             self.add_module(f"layer{i}", nn.ModuleList([_Block(widths[i - 1], widths[i], 2),
                                                         _Block(widths[i], widths[i], 1)]))

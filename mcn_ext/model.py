@@ -80,8 +80,9 @@ class MCN(nn.Module):
         features = torch.cat(streams, dim=1)
         return features, self.GU_video(features)
 
-    def _audio(self, batch) -> tuple[Tensor, Tensor]:
-        features = self.DAVEnet(batch["audio"], batch["n_frames"])
+    def _audio(self, batch, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if features is None:
+            features = self.DAVEnet(batch["audio"], batch["n_frames"])
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     def _text(self, batch) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,20 @@ class MCN(nn.Module):
     def encode(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor]:
         """(features before projection (B, F), embedding (B, embd_dim)) of one modality."""
         return getattr(self, f"_{modality}")(batch)
+
+    def embed(self, modality: str, batch: Mapping, sound: Tensor | None = None,
+              ) -> tuple[Tensor, Tensor | None]:
+        """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality.
+
+        ``sound``: DAVEnet's features (B, F) of the batch, where they are known.
+        """
+        known = {} if sound is None else {"features": sound}
+        features, embedding = getattr(self, f"_{modality}")(batch, **known)
+        head = getattr(self, MODULES[modality][-1])
+        if head is None or modality in self.frozen:
+            return embedding, None
+        return embedding, (head(embedding).float()
+                           - features.detach().float()).square().mean(dim=1)
 
     def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embed a batch.
@@ -106,9 +121,7 @@ class MCN(nn.Module):
         embeddings, errors = {}, {}
         for name in self.modalities:
             with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-                features, embeddings[name] = self.encode(name, batch)
-            head = getattr(self, MODULES[name][-1])
-            if head is not None and name not in self.frozen:
-                errors[name] = (head(embeddings[name]).float()
-                                - features.detach().float()).square().mean(dim=1)
+                embeddings[name], error = self.embed(name, batch)
+            if error is not None:
+                errors[name] = error
         return embeddings, errors
