@@ -48,7 +48,7 @@ def reconstruction_head(embd_dim: int, hidden: int, dim_out: int) -> nn.Sequenti
 
 
 _GAP = 4  # silent frames between two clips of a line: half of a convolution's width
-_CLIPS, _WIDE = 4, 1024  # longest clips, frames, that a line has room for: its end is empty
+_CLIPS, _WIDE = 4, 1024  # longest clips, frames, to a line or more: the end of one stays empty
 
 
 class Frames:
@@ -68,8 +68,10 @@ class Frames:
         self.pooled = (lengths // 16).clip(1) if pooled is None else pooled
         self.first = lengths.cumsum() - lengths
         room = (lengths + _GAP + 1) // 2 * 2 * (lengths > 0)
-        longest = int(room.max(initial=0))
-        self.width = max(min(max(_CLIPS * longest, _WIDE), int(room.sum())), _GAP + 2)
+        longest, whole = int(room.max(initial=0)), int(room.sum())
+        lines = max(1, round(whole / max(_CLIPS * longest, _WIDE)))
+        share = -(-whole // (2 * lines)) * 2
+        self.width = max(share + (longest if lines > 1 else 0), _GAP + 2)
         # Line by line: as many of the next clips as there is room for.
         end, line, begin = room.cumsum(), 0, 0
         self.place = end - room

@@ -135,7 +135,8 @@ class Training:
         self.table = torch.from_numpy(words.vectors).to(device) if words is not None else None
 
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=args.lr)
+        # One pass over each parameter. (A run begun without goes on without: its checkpoint says.)
+        self.optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False)
         precision = args.precision or ("bf16" if has_bf16 else "fp32")
