@@ -140,11 +140,9 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def mean_in_rank_order(_, bucket):
-    """DistributedDataParallel's hook: the mean over ranks, added up in their order. gloo's own adds
-    in one that depends on where in its bucket a gradient lies, and buckets change after the first
-    step: a resumed run would not be equal to the bit."""
-    flat, n = bucket.buffer(), world()
+def _mean_in_rank_order(flat: Tensor) -> Tensor:
+    """Overwrite a vector with its mean over ranks, added up in their order."""
+    n = world()
     size = -(-len(flat) // n)
     send = torch.cat([flat, flat.new_zeros(n * size - len(flat))])
     parts = torch.empty_like(send)
@@ -153,9 +151,38 @@ def mean_in_rank_order(_, bucket):
     for part in others:
         first.add_(part)
     _all_gather(send, first.div_(n))
+    return flat.copy_(send[:len(flat)])
+
+
+def mean_in_rank_order(_, bucket):
+    """DistributedDataParallel's hook: the mean over ranks, added up in their order. gloo's own adds
+    in one that depends on where in its bucket a gradient lies, and buckets change after the first
+    step: a resumed run would not be equal to the bit."""
     future = torch.futures.Future()
-    future.set_result(flat.copy_(send[:len(flat)]))
+    future.set_result(_mean_in_rank_order(bucket.buffer()))
     return future
+
+
+def average_gradients(parameters: list[Tensor], bucket: int = 2**24) -> None:
+    """What DistributedDataParallel does during a backward, after it: ``bucket`` elements or more
+    at a time, on CPUs in rank order. All ranks must have gradients of the same parameters."""
+    if world() == 1:
+        return
+    waiting: list[Tensor] = []
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for i, grad in enumerate(grads):
+        waiting.append(grad)
+        last = i + 1 == len(grads) or grads[i + 1].dtype != grad.dtype
+        if not last and sum(g.numel() for g in waiting) < bucket:
+            continue
+        flat = torch.cat([g.flatten() for g in waiting])
+        if flat.is_cuda:
+            dist.all_reduce(flat.div_(world()))
+        else:
+            _mean_in_rank_order(flat)
+        for g, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
+            g.copy_(mean.view_as(g))
+        waiting = []
 
 
 class Ranks:

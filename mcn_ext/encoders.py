@@ -5,6 +5,9 @@ Parameter names and shapes are as published (Chen et al., ICCV 2021; Harwath et 
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -44,28 +47,185 @@ def reconstruction_head(embd_dim: int, hidden: int, dim_out: int) -> nn.Sequenti
                          nn.Linear(hidden, dim_out), nn.ReLU(inplace=True))
 
 
-class _Frames:
-    """Which of a padded batch's B * T frames are real, at one of the network's frame rates."""
+_GAP = 4  # silent frames between two clips of a line: half of a convolution's width
+_CLIPS, _WIDE = 4, 1024  # longest clips, frames, to a line or more: the end of one stays empty
 
-    def __init__(self, n_frames: Tensor, length: int):
-        self.n_frames, self.length = n_frames, length
-        mask = torch.arange(length, device=n_frames.device) < n_frames[:, None]
-        self.real = mask.flatten().nonzero().flatten()
 
-    def halved(self) -> _Frames:
+class Frames:
+    """Where clips' real frames lie, at one of the network's frame rates.
+
+    Packed, they are the rows (n, C) of all clips, end to end. For a convolution they are laid out
+    in lines (R, width), several clips to a line, each followed by _GAP zero frames, so that it is
+    as if each clip had been convolved alone: little of the work is done on padding. Clips begin at
+    even frames, for convolutions of stride 2.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device,
+                 pooled: np.ndarray | None = None):
+        """lengths (B,) int64: real frames of each clip, on the host, as all of the layout is.
+        ``pooled``: over how many frames :meth:`ResDAVEnet.mean` is; by default T // 16."""
+        self.lengths, self.device, self.n = lengths, device, int(lengths.sum())
+        self.pooled = (lengths // 16).clip(1) if pooled is None else pooled
+        self.first = lengths.cumsum() - lengths
+        room = (lengths + _GAP + 1) // 2 * 2 * (lengths > 0)
+        longest, whole = int(room.max(initial=0)), int(room.sum())
+        lines = max(1, round(whole / max(_CLIPS * longest, _WIDE)))
+        share = -(-whole // (2 * lines)) * 2
+        self.width = max(share + (longest if lines > 1 else 0), _GAP + 2)
+        # Line by line: as many of the next clips as there is room for.
+        end, line, begin = room.cumsum(), 0, 0
+        self.place = end - room
+        while begin < len(room):
+            stop = int(np.searchsorted(end, self.place[begin] + self.width, side="right"))
+            self.place[begin:stop] += line * self.width - self.place[begin]
+            begin, line = stop, line + 1
+        self.n_lines = max(line, 1)
+
+    def index(self, begin: np.ndarray, lengths: np.ndarray, step: int = 1) -> Tensor:
+        """begin[b] + step * i for each frame i < lengths[b] of each clip: (n,) int64."""
+        first, n = lengths.cumsum() - lengths, int(lengths.sum())
+        table = self.on_device(np.stack([begin - step * first, lengths]))
+        offset = table[0].repeat_interleave(table[1], output_size=n)  # a size known: no wait
+        return offset + step * torch.arange(n, device=self.device)
+
+    def on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # from pinned memory: the copy waits for nothing
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Where in the lines each packed frame is, (n,)."""
+        return self.index(self.place, self.lengths)
+
+    @cached_property
+    def halved(self) -> Frames:
         """After a convolution of stride 2, whose frame i is centred on frame 2 i."""
-        return _Frames((self.n_frames + 1) // 2, (self.length + 1) // 2)
+        return Frames((self.lengths + 1) // 2, self.device, self.pooled)
 
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, C, 1, T) -> real frames only, (n, C)."""
-        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).index_select(0, self.real)
+    @cached_property
+    def strided(self) -> Tensor:
+        """Where in a stride-2 convolution's lines each packed frame of ``halved`` is."""
+        return self.index(self.place // 2, self.halved.lengths)
 
-    def unpack(self, rows: Tensor) -> Tensor:
-        """(n, C) -> (B, C, 1, T) in channels_last, zero where there is padding."""
-        padded = rows.new_zeros(len(self.n_frames) * self.length, rows.shape[1])
-        padded = padded.index_copy(0, self.real, rows)
-        shape = len(self.n_frames), 1, self.length, rows.shape[1]
-        return padded.view(shape).permute(0, 3, 1, 2)
+    @cached_property
+    def even(self) -> Tensor:
+        """Which packed frame is the centre of each packed frame of ``halved``."""
+        return self.index(self.first, self.halved.lengths, step=2)
+
+    def lines(self, rows: Tensor) -> Tensor:
+        """Packed (n, C) -> (_GAP + R * width + _GAP, C), zero where no clip is."""
+        size = self.n_lines * self.width + 2 * _GAP
+        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, self.real + _GAP, rows)
+
+
+class _Convolve(torch.autograd.Function):
+    """Convolution in time, width 9, of packed rows (n, C_in): (n or half as many, C_out)."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, frames, stride):
+        ctx.save_for_backward(rows, weight)
+        ctx.frames, ctx.stride = frames, stride
+        out = F.conv2d(_image(frames.lines(rows), frames), weight, stride=(1, stride),
+                       padding=(0, _GAP))
+        index = frames.real if stride == 1 else frames.strided
+        return out.permute(0, 2, 3, 1).reshape(-1, len(weight)).index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        frames, stride = ctx.frames, ctx.stride
+        index = frames.real if stride == 1 else frames.strided
+        spread = grad.new_zeros(frames.n_lines * frames.width // stride, grad.shape[1])
+        spread.index_copy_(0, index, grad)
+        # As rows of a matrix the lines need laying out again: less than to have kept them.
+        lines, d_weight = frames.lines(rows), None
+        image = spread.view(frames.n_lines, 1, -1, grad.shape[1]).permute(0, 3, 1, 2)
+        products = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
+        if products and ctx.needs_input_grad[1]:
+            # oneDNN's weight gradient takes twice as long as nine matrix products.
+            taps = rows.new_empty(9, *weight.shape[:2])
+            last = stride * (len(spread) - 1) + 1
+            for i, tap in enumerate(taps):
+                torch.mm(spread.t(), lines[i:i + last:stride], out=tap)
+            d_weight = taps.permute(1, 2, 0)[:, :, None].contiguous()
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not products, False]
+        d_lines, other, _ = torch.ops.aten.convolution_backward(
+            image, _image(lines, frames), weight, None, [1, stride], [0, _GAP], [1, 1], False,
+            [0, 0], 1, wanted)
+        d_rows = None
+        if wanted[0]:
+            d_rows = d_lines.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])
+            d_rows = d_rows.index_select(0, frames.real)
+        return d_rows, other if d_weight is None else d_weight, None, None
+
+
+def _image(lines: Tensor, frames: Frames) -> Tensor:
+    """Lines as a batch of images (R, C, 1, width) in channels_last, the same memory."""
+    image = lines[_GAP:-_GAP].view(frames.n_lines, 1, frames.width, lines.shape[1])
+    return image.permute(0, 3, 1, 2)
+
+
+class _Convolution(nn.Conv2d):
+    """Width-9 convolution in time, without bias, of packed rows (n, C_in)."""
+
+    def __init__(self, dim_in: int, dim_out: int, stride: int = 1):
+        super().__init__(dim_in, dim_out, (1, 9), stride=(1, stride), padding=(0, 4), bias=False)
+
+    def forward(self, rows: Tensor, frames: Frames) -> Tensor:
+        weight = self.weight
+        if torch.is_autocast_enabled(rows.device.type):  # which does not reach _Convolve
+            dtype = torch.get_autocast_dtype(rows.device.type)
+            rows, weight = rows.to(dtype), weight.to(dtype)
+        return _Convolve.apply(rows, weight, frames, self.stride[1])
+
+
+class _Shortcut(nn.Conv2d):
+    """Width-1 convolution, without bias, of every other packed row (n, C_in), or of all."""
+
+    def __init__(self, dim_in: int, dim_out: int, stride: int):
+        super().__init__(dim_in, dim_out, 1, stride=(1, stride), bias=False)
+
+    def forward(self, rows: Tensor, frames: Frames) -> Tensor:
+        if self.stride[1] == 2:
+            rows = _Select.apply(rows, frames.even)
+        return F.linear(rows, self.weight.flatten(1))
+
+
+class _Select(torch.autograd.Function):
+    """rows[index], no index twice: the gradient is copied, not added, which takes a tenth."""
+
+    @staticmethod
+    def forward(ctx, rows, index):
+        ctx.save_for_backward(index)
+        ctx.n = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.n, grad.shape[1]).index_copy_(0, index, grad), None
+
+
+def normalize(rows: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
+              eps: float) -> Tensor:
+    """Rows (n, C) by statistics (C,) that are constants here."""
+    return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
+
+
+def through_statistics(d_weight: Tensor, d_bias: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
+                       count: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(slope, offset) (C,): offset + slope * row is what a row's gradient loses through mean and
+    variance. ``d_weight``, ``d_bias``: this rank's; ``count``: rows of all ranks, 0 for constants.
+    """
+    d_weight, d_bias = distributed.stack(torch.stack([d_weight, d_bias])).sum(dim=0)
+    invstd = (var + eps).rsqrt()
+    scale = torch.where(count > 0, weight * invstd / count.clamp_min(1), 0.0)
+    slope = scale * d_weight * invstd
+    return slope, scale * d_bias - slope * mean
 
 
 class _Normalize(torch.autograd.Function):
@@ -76,27 +236,33 @@ class _Normalize(torch.autograd.Function):
         """count: rows of all ranks that mean and var are of; 0: they are constants."""
         ctx.save_for_backward(rows, weight, mean, var, count)
         ctx.eps = eps
-        return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
+        return normalize(rows, mean, var, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, weight, mean, var, count = ctx.saved_tensors
         d_rows, d_weight, d_bias = grad, torch.zeros_like(weight), torch.zeros_like(weight)
-        invstd = (var + ctx.eps).rsqrt()
         if len(rows):  # as if mean and var were constants
+            invstd = (var + ctx.eps).rsqrt()
             d_rows, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
                 grad, rows, weight, mean, var, mean, invstd, False, ctx.eps, [True] * 3)
-        # Through mean and var: what all ranks' rows have in common is taken off each.
-        along_weight, along_bias = distributed.stack(torch.stack([d_weight, d_bias])).sum(dim=0)
-        scale = torch.where(count > 0, weight * invstd / count.clamp_min(1), 0.0)
-        slope = scale * along_weight * invstd
-        offset = scale * along_bias - slope * mean
+        slope, offset = through_statistics(d_weight, d_bias, weight, mean, var, count, ctx.eps)
         d_rows = d_rows - (offset + slope * rows.to(slope.dtype)).to(d_rows.dtype)
         return d_rows, d_weight, d_bias, None, None, None, None
 
 
-class _BatchNorm(nn.BatchNorm1d):
+def _merged(table: Tensor) -> Tensor:
+    """Rows of (number, means (C,), sums of squares about them (C,)) of parts as those of the whole,
+    in order (Chan et al. 1979): float64."""
+    number, mean, square = table.double().split([1, *[table.shape[1] // 2] * 2], dim=1)
+    count = number.sum(dim=0)
+    whole = (number * mean).sum(dim=0) / count.clamp_min(1)
+    square = square.sum(dim=0) + (number * (mean - whole).square()).sum(dim=0)
+    return torch.cat([count, whole, square])
+
+
+class BatchNorm(nn.BatchNorm1d):
     """Batch norm over the packed frames (n, C) of all ranks, without padding; fewer than 2
     (silence): as in eval."""
 
@@ -106,61 +272,74 @@ class _BatchNorm(nn.BatchNorm1d):
                 return F.batch_norm(rows, self.running_mean, self.running_var, self.weight,
                                     self.bias, False, 0.0, self.eps)
             return super().forward(rows)
-        with torch.no_grad():
-            count, mean, var = self._statistics(rows.to(self.running_mean.dtype))
-            some = count > 1  # nothing here waits for a GPU
-            for running, now in ((self.running_mean, mean), (self.running_var,
-                                                             var * count / (count - 1))):
-                running.copy_(torch.where(some, running.lerp(now, self.momentum), running))
-            self.num_batches_tracked += some
-            mean = torch.where(some, mean, self.running_mean)
-            var = torch.where(some, var, self.running_var)
-        return _Normalize.apply(rows, self.weight, self.bias, mean, var, count * some, self.eps)
+        mean, var, count = self.fit([rows])
+        return _Normalize.apply(rows, self.weight, self.bias, mean, var, count, self.eps)
 
-    @staticmethod
-    def _statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(number, mean (C,), variance (C,)) of all ranks' rows, merged in rank order (Chan et al.
-        1979), so that ranks' buffers are equal to the bit."""
-        mean = rows.sum(dim=0) / max(len(rows), 1)
-        square = (rows - mean).square().sum(dim=0)
-        number = mean.new_full((1,), len(rows))
-        table = distributed.stack(torch.cat([number, mean, square])).double()
-        number, mean, square = table.split([1, rows.shape[1], rows.shape[1]], dim=1)
-        count = number.sum()
-        whole = (number * mean).sum(dim=0) / count.clamp_min(1)
-        square = square.sum(dim=0) + (number * (mean - whole).square()).sum(dim=0)
-        var = square / count.clamp_min(1)
-        return count.to(rows.dtype), whole.to(rows.dtype), var.to(rows.dtype)
+    @torch.no_grad()
+    def fit(self, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean (C,), variance (C,), number) of all ranks' rows, here in parts, of which the
+        running statistics learn; the running ones and 0 if there are fewer than 2. Merged in the
+        order of parts and ranks, so that ranks' buffers are equal to the bit."""
+        table = []
+        for rows in parts:
+            rows = rows.to(self.running_mean.dtype)
+            mean = rows.sum(dim=0) / max(len(rows), 1)
+            square = (rows - mean).square().sum(dim=0)
+            table.append(torch.cat([mean.new_full((1,), len(rows)), mean, square]))
+        whole = _merged(distributed.stack(_merged(torch.stack(table))))
+        count, mean, square = whole.to(mean.dtype).split([1, len(mean), len(mean)])
+        var, some = square / count.clamp_min(1), count[0] > 1  # nothing here waits for a GPU
+        for running, now in ((self.running_mean, mean),
+                             (self.running_var, square / (count - 1))):
+            running.copy_(torch.where(some, running.lerp(now, self.momentum), running))
+        self.num_batches_tracked += some
+        mean, var = (torch.where(some, now, running) for now, running in (
+            (mean, self.running_mean), (var, self.running_var)))
+        return mean, var, count[0] * some
 
 
 class _Block(nn.Module):
-    """Residual block of two width-9 convolutions in time; the first may halve the rate."""
+    """Residual block of two width-9 convolutions in time; the first may halve the rate.
+
+    Packed rows (n, C), at the block's rate from :meth:`enter` on. In three parts, as
+    :mod:`.microbatch` runs them: what is between them are the rows that BatchNorm is of.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(dim_in, dim_out, (1, 9), stride=(1, stride), padding=(0, 4),
-                               bias=False)
-        self.bn1 = _BatchNorm(dim_out)
-        self.conv2 = nn.Conv2d(dim_out, dim_out, (1, 9), padding=(0, 4), bias=False)
-        self.bn2 = _BatchNorm(dim_out)
+        self.conv1 = _Convolution(dim_in, dim_out, stride)
+        self.bn1 = BatchNorm(dim_out)
+        self.conv2 = _Convolution(dim_out, dim_out)
+        self.bn2 = BatchNorm(dim_out)
         self.stride = stride
         self.downsample = None
         if stride != 1 or dim_in != dim_out:
-            conv = nn.Conv2d(dim_in, dim_out, 1, stride=(1, stride), bias=False)
-            # The strides its gradient comes with, which DistributedDataParallel asks for.
-            self.downsample = nn.ModuleList([conv.to(memory_format=torch.channels_last),
-                                             _BatchNorm(dim_out)])
+            self.downsample = nn.ModuleList([_Shortcut(dim_in, dim_out, stride),
+                                             BatchNorm(dim_out)])
 
-    def forward(self, x: Tensor, frames: _Frames) -> tuple[Tensor, _Frames]:
-        """x (B, C, 1, T), zero on padding -> the same at the block's rate."""
-        out = frames.halved() if self.stride == 2 else frames
-        y = out.unpack(F.relu(self.bn1(out.pack(self.conv1(x)))))
-        y = self.bn2(out.pack(self.conv2(y)))
-        if self.downsample is None:
-            shortcut = out.pack(x)
-        else:
-            shortcut = self.downsample[1](out.pack(self.downsample[0](x)))
-        return out.unpack(F.relu(y + shortcut)), out
+    def enter(self, frames: Frames, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's input -> (rows for bn1, the shortcut's, for its norm if there is one)."""
+        shortcut = x if self.downsample is None else self.downsample[0](x, frames)
+        return self.conv1(x, frames), shortcut
+
+    def middle(self, frames: Frames, rows: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
+        """Out of bn1 -> (rows for bn2, the shortcut's as they are)."""
+        return self.conv2(F.relu(rows), self.after(frames)), shortcut
+
+    def leave(self, _: Frames, rows: Tensor, shortcut: Tensor) -> tuple[Tensor]:
+        """Out of bn2 and the shortcut's norm -> the block's output."""
+        return (F.relu(rows + shortcut),)
+
+    def after(self, frames: Frames) -> Frames:
+        """The frames of what the block returns."""
+        return frames.halved if self.stride == 2 else frames
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        rows, shortcut = self.enter(frames, x)
+        rows, shortcut = self.middle(frames, self.bn1(rows), shortcut)
+        if self.downsample is not None:
+            shortcut = self.downsample[1](shortcut)
+        return self.leave(frames, self.bn2(rows), shortcut)[0]
 
 
 def davenet_widths(width: float) -> list[int]:
@@ -181,7 +360,7 @@ class ResDAVEnet(nn.Module):
         widths = davenet_widths(width)
         self.dim = widths[-1]
         self.conv1 = nn.Conv2d(1, widths[0], (n_mels, 1), bias=False)
-        self.bn1 = _BatchNorm(widths[0])
+        self.bn1 = BatchNorm(widths[0])
         for i in range(1, 5):
             self.add_module(f"layer{i}", nn.ModuleList([_Block(widths[i - 1], widths[i], 2),
                                                         _Block(widths[i], widths[i], 1)]))
@@ -189,16 +368,37 @@ class ResDAVEnet(nn.Module):
             if isinstance(module, nn.Conv2d):  # He et al. 2015, fan-out
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, mel: Tensor, n_frames: Tensor, heard: Tensor | None = None) -> Tensor:
-        frames = _Frames(n_frames if heard is None else heard, mel.shape[-1])
+    def blocks(self) -> list[_Block]:
+        return [block for i in range(1, 5) for block in getattr(self, f"layer{i}")]
+
+    def stem(self, mel: Tensor, frames: Frames) -> Tensor:
+        """Log-mel (B, 40, T) -> packed rows (n, C) for bn1."""
         # A (40, 1) kernel over one channel is (1, 1) over 40: on packed frames, one matmul.
-        rows = F.linear(frames.pack(mel[:, :, None]), self.conv1.weight.flatten(1))
-        x = frames.unpack(F.relu(self.bn1(rows)))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in layer:
-                x, frames = block(x, frames)
-        # As published: the mean is over whole pooled frames, T // 16, at least one.
-        pooled = (torch.arange(x.shape[-1], device=x.device)
-                  < (n_frames[:, None] // 16).clamp_min(1)).float()
-        return (torch.einsum("bct,bt->bc", x.squeeze(2).float(), pooled)
+        begin = np.arange(len(mel)) * mel.shape[-1]
+        rows = mel.transpose(1, 2).reshape(-1, mel.shape[1])
+        return F.linear(rows.index_select(0, frames.index(begin, frames.lengths)),
+                        self.conv1.weight.flatten(1))
+
+    def mean(self, frames: Frames, x: Tensor) -> Tensor:
+        """Packed rows after the last block -> means over time (B, C), fp32.
+
+        As published: over whole pooled frames, T // 16 of n_frames // 16, at least one.
+        """
+        longest = max(1, int(frames.lengths.max(initial=0)))
+        begin = np.arange(len(frames.lengths)) * longest
+        padded = x.new_zeros(len(begin) * longest, x.shape[1])
+        padded = padded.index_copy(0, frames.index(begin, frames.lengths), x)
+        counts = frames.on_device(frames.pooled)[:, None]
+        pooled = (torch.arange(longest, device=x.device) < counts).float()
+        return (torch.einsum("btc,bt->bc", padded.view(len(begin), longest, -1).float(), pooled)
                 / pooled.sum(dim=1, keepdim=True))
+
+    def forward(self, mel: Tensor, n_frames: Tensor, heard: Tensor | None = None) -> Tensor:
+        """``heard`` (B,): how many frames are convolved, where that is more than there are."""
+        real = n_frames.cpu().numpy()
+        frames = Frames(real if heard is None else heard.cpu().numpy(), mel.device,
+                        (real // 16).clip(1))
+        x = F.relu(self.bn1(self.stem(mel, frames)))
+        for block in self.blocks():
+            x, frames = block(x, frames), block.after(frames)
+        return self.mean(frames, x)

@@ -142,6 +142,9 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     group = parser.add_argument_group("optimisation")
     add("batch_size", positive(int), "N", "videos per step over ALL ranks; more negatives help, up "
         "to what memory holds")
+    add("micro_batch", not_negative(int), "N", "clips per rank that are encoded at a time: when "
+        "memory is short, at the price of running the encoders' forward twice; same gradients, "
+        "BatchNorm of the whole batch (default 0: all at once)", default=0)
     add("epochs", positive(int), "N", f"passes over the videos (default {EPOCHS[stage]})",
         default=EPOCHS[stage])
     add("lr", positive(float), "LR", "Adam's learning rate at its peak; try 1e-3 for small data")

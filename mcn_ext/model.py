@@ -88,13 +88,14 @@ class MCN(nn.Module):
     def _padding(self, modality: str) -> int:
         return 0 if self.training else self.sizes.get("padding", {}).get(modality, 0)
 
-    def _audio(self, batch) -> tuple[Tensor, Tensor]:
+    def _audio(self, batch, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mel, n_frames, heard = batch["audio"], batch["n_frames"], None
         if filled := self._padding("audio"):
             mel = mel * (torch.arange(mel.shape[2], device=mel.device) < n_frames[:, None, None])
             mel = F.pad(mel, (0, max(0, filled - mel.shape[2])))
             heard = torch.full_like(n_frames, mel.shape[2])
-        features = self.DAVEnet(mel, n_frames, heard)
+        if features is None:
+            features = self.DAVEnet(mel, n_frames, heard)
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     def _text(self, batch) -> tuple[Tensor, Tensor]:
@@ -110,6 +111,20 @@ class MCN(nn.Module):
         """(features before projection (B, F), embedding (B, embd_dim)) of one modality."""
         return getattr(self, f"_{modality}")(batch)
 
+    def embed(self, modality: str, batch: Mapping, sound: Tensor | None = None,
+              ) -> tuple[Tensor, Tensor | None]:
+        """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality.
+
+        ``sound``: DAVEnet's features (B, F) of the batch, where they are known.
+        """
+        known = {} if sound is None else {"features": sound}
+        features, embedding = getattr(self, f"_{modality}")(batch, **known)
+        head = getattr(self, MODULES[modality][-1])
+        if head is None or modality in self.frozen:
+            return embedding, None
+        return embedding, (head(embedding).float()
+                           - features.detach().float()).square().mean(dim=1)
+
     def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embed a batch.
 
@@ -124,11 +139,9 @@ class MCN(nn.Module):
         embeddings, errors = {}, {}
         for name in self.modalities:
             with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
-                features, embeddings[name] = self.encode(name, batch)
-            head = getattr(self, MODULES[name][-1])
-            if head is not None and name not in self.frozen:
-                errors[name] = (head(embeddings[name]).float()
-                                - features.detach().float()).square().mean(dim=1)
+                embeddings[name], error = self.embed(name, batch)
+            if error is not None:
+                errors[name] = error
         return embeddings, errors
 
 

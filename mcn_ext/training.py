@@ -17,6 +17,7 @@ from mcn_ext.guard import Guard
 from mcn_ext.heartbeat import Heartbeat
 from mcn_ext.interrupt import StopRequest
 from mcn_ext.log import RunLog, say
+from mcn_ext.microbatch import MicroBatched
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
 from mcn_ext.replay import replay
@@ -134,7 +135,8 @@ class Training:
         self.table = torch.from_numpy(words.vectors).to(device) if words is not None else None
 
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=args.lr)
+        # One pass over each parameter. (A run begun without goes on without: its checkpoint says.)
+        self.optimizer = torch.optim.Adam(trained, lr=args.lr, fused=True)
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
             including_emulation=False)
         precision = args.precision or ("bf16" if has_bf16 else "fp32")
@@ -152,9 +154,13 @@ class Training:
         if len(set(distributed.gather_objects(self.step))) > 1:
             raise SystemExit(f"ranks see different checkpoints in {folder}: put --out on a disk "
                              "that all of them share")
-        self.net = DistributedDataParallel(model) if world > 1 else model
-        if world > 1 and device.type == "cpu":
-            self.net.register_comm_hook(None, distributed.mean_in_rank_order)
+        self.net = model
+        if args.micro_batch:
+            self.net = MicroBatched(model, args.micro_batch, self.autocast)
+        elif world > 1:
+            self.net = DistributedDataParallel(model)
+            if device.type == "cpu":
+                self.net.register_comm_hook(None, distributed.mean_in_rank_order)
         self.done = self.step >= self.last_step and args.detect is None
         if self.done or args.detect is not None:
             return
@@ -236,6 +242,8 @@ class Training:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
+        if self.args.micro_batch:
+            self.net.backward()  # on from the embeddings' gradients to the encoders'
         self.step += 1
         why, self.skip_row = self.guard.check(total, bool(self.stop.came)), None
         if why:
