@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mcn_ext import distributed
-from mcn_ext.interrupt import outlive_signals
+from mcn_ext.interrupt import born_deaf, outlive_signals
 from mcn_ext.store import N_MELS, Store
 from mcn_ext.words import WordVectors
 
@@ -257,7 +257,8 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
-        return iter(self.loader)
+        with born_deaf():
+            return iter(self.loader)
 
 
 def _start_worker(_worker: int) -> None:
