@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mcn_ext import distributed
 from mcn_ext.batch import SharedRooms, collate, own, to_device
-from mcn_ext.interrupt import outlive_signals
+from mcn_ext.interrupt import born_deaf, outlive_signals
 from mcn_ext.store import N_MELS, Store
 from mcn_ext.words import WordVectors
 
@@ -309,7 +309,8 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
-        return iter(self.loader) if self.copied else map(own, self.loader)
+        with born_deaf():  # map() starts the iterator at once
+            return iter(self.loader) if self.copied else map(own, self.loader)
 
 
 def _start_worker(_worker: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -33,6 +34,20 @@ class StopRequest:
         """Signals do again what they did before; ``ending``: nothing, the exit status stays 0."""
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if ending else handler)
+
+
+@contextlib.contextmanager
+def born_deaf():
+    """Processes started inside have SIGTERM blocked from birth, for :func:`outlive_signals`: torch
+    starts threads in them before any code of ours, and one that is not blocked ends the process."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile, comes now
 
 
 def outlive_signals() -> None:
