@@ -24,7 +24,7 @@ def main(argv=None):
 
     import torch
 
-    from mcn_ext import checkpoint, distributed, published, training
+    from mcn_ext import checkpoint, distributed, dry_run, published, training
     from mcn_ext.log import say
     from mcn_ext.model import MCN
 
@@ -32,6 +32,8 @@ def main(argv=None):
     device = distributed.init(args.device)
     args.n_ranks = distributed.world()
     folder = args.out or Path("runs") / f"stage1-{args.pair}{'-demo' if args.demo else ''}"
+    if args.dry_run:
+        folder = dry_run.begin(args, folder)
     store = training.open_store(args, args.pair)
     start = published.start(args, args.pair, store, folder) if args.init_published else None
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)

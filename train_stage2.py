@@ -31,7 +31,7 @@ def main(argv=None):
 
     import torch
 
-    from mcn_ext import checkpoint, distributed, published, training
+    from mcn_ext import checkpoint, distributed, dry_run, published, training
     from mcn_ext.log import say
     from mcn_ext.model import MCN, MODALITIES
 
@@ -68,6 +68,8 @@ def main(argv=None):
     modalities = first + args.add
     demo = "-demo" if args.demo else ""
     folder = args.out or Path("runs") / f"stage2-{first}_{args.add}{demo}"
+    if args.dry_run:
+        folder = dry_run.begin(args, folder)
     store = training.open_store(args, modalities)
     if args.init_published:
         start = published.start(args, first, store, folder)

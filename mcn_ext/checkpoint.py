@@ -23,8 +23,9 @@ FORMAT = 1
 # Flags that change neither the model nor what it is shown, or are remedies: they may differ when a
 # run is resumed.
 FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
-              "micro_batch", "out", "n_ranks", "init_run_id", "init_step", "max_bad_steps",
-              "grad_outliers", "grad_factor", "detect", "hang_minutes", "keep_epochs"}
+              "micro_batch", "dry_run", "out", "n_ranks", "init_run_id", "init_step",
+              "max_bad_steps", "grad_outliers", "grad_factor", "detect", "hang_minutes",
+              "keep_epochs"}
 
 
 class Damaged(SystemExit):

@@ -73,8 +73,8 @@ def plan(run) -> list[str]:
     later_memory = max(0, queue - len(rows) * n_clips) * width * 4 / 2**30
     lines = [
         f"DRY RUN, {STEPS} steps on {distributed.world()} rank(s), {run.device}; nothing was kept",
-        f"  data        {len(run.loader.clips)} videos with captions, {steps} steps an epoch, "
-        f"{args.epochs} epochs, {steps * args.epochs} steps",
+        f"  data        {len(run.loader.loader.dataset)} videos with captions, {steps} steps an "
+        f"epoch, {args.epochs} epochs, {steps * args.epochs} steps",
         f"  a step      {step:.3g} s ({n_clips / step:.0f} clips a second), of which waiting for "
         f"data {100 * waiting:.0f} %"]
     if clusters:

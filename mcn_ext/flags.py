@@ -152,6 +152,8 @@ def add_training_flags(parser: Parser, stage: int) -> None:
         "(default: a tenth of all steps, at most 1000)")
     add("precision", str, None, "of the encoders; losses and clustering are always fp32 (default: "
         "bf16 on GPUs that have it, else fp32)", choices=("fp32", "bf16", "fp16"))
+    group.add_argument("--dry_run", action="store_true", help="take a few steps, keep nothing, and "
+                       "say what the run will cost: time, memory, disk; before a long one")
     add("max_steps", positive(int), "N", "stop after so many steps; the schedule stays as it is")
     add("max_bad_steps", positive(int), "N", "stop after so many steps in a row whose loss or "
         "gradient is not finite; each is skipped and explained (default 10)", default=10)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mcn_ext import checkpoint, distributed, flags
+from mcn_ext import checkpoint, distributed, dry_run, flags
 from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
 from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
@@ -302,7 +302,7 @@ class Training:
     def save(self, epoch: int) -> None:
         """Write checkpoint.pt, and the epoch's weights if ``epoch`` (from 1) is complete; nothing
         if the step is saved already. All ranks call this."""
-        if self.saved == self.step:
+        if self.saved == self.step or self.args.dry_run:
             return
         self.heartbeat.at(self.step, "saving")
         state = self.model.state_dict()
@@ -339,7 +339,9 @@ class Training:
         """Close the log, draw curves.png, say what comes next."""
         self.heartbeat.close()
         self.log_.close()
-        if distributed.rank() == 0:
+        if self.args.dry_run:
+            dry_run.finish(self)
+        elif distributed.rank() == 0:
             from mcn_ext.report import curves
 
             picture = curves(self.folder)

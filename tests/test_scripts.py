@@ -256,3 +256,17 @@ def test_golden_losses(tmp_path, store_path):
         "--word2vec", tmp_path / "words.txt", cwd=tmp_path)
     got = [row[0] for row in losses(tmp_path / "runs/stage1-AVT")]
     np.testing.assert_allclose(got, GOLDEN, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_a_run_will_cost_and_keeps_nothing(tmp_path, store_path):
+    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--epochs", 5)
+    call(*command, "--max_steps", 1, cwd=tmp_path)
+    before = (tmp_path / "runs/stage1-AV/checkpoint.pt").read_bytes()
+    done = call(*command, "--dry_run", cwd=tmp_path)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["stage1-AV"]
+    assert (tmp_path / "runs/stage1-AV/checkpoint.pt").read_bytes() == before
+    # 10 videos in batches of 4: 2 steps of 16 clips an epoch; a refit of 2 x 16 rows every second.
+    for said in ("10 videos with captions, 2 steps an epoch, 5 epochs, 10 steps",
+                 "a refit of 32 rows, 1.0 an epoch", "GiB a rank", "for checkpoint.pt"):
+        assert said in done.stdout, done.stdout
