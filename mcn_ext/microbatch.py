@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcn_ext import distributed
-from mcn_ext.encoders import BatchNorm, Frames, ResDAVEnet, normalize, through_statistics
+from mcn_ext.encoders import BatchNorm, ResDAVEnet, normalize, through_statistics
 from mcn_ext.model import MCN
+from mcn_ext.packed import Frames
 
 Rows = tuple[Tensor, ...]  # of one part: a block's and its shortcut's
 
