@@ -145,11 +145,11 @@ class _Convolve(torch.autograd.Function):
         image = spread.view(frames.n_lines, 1, -1, grad.shape[1]).permute(0, 3, 1, 2)
         products = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
         if products and ctx.needs_input_grad[1]:
-            # oneDNN's weight gradient takes twice as long as nine matrix products.
-            taps = rows.new_empty(9, *weight.shape[:2])
-            last = stride * (len(spread) - 1) + 1
-            for i, tap in enumerate(taps):
-                torch.mm(spread.t(), lines[i:i + last:stride], out=tap)
+            # oneDNN's weight gradient takes twice as long as nine matrix products: of each of the
+            # nine shifts of the lines, which are views of them.
+            width, c_in = len(spread), lines.shape[1]
+            shifts = lines.as_strided((9, width, c_in), (c_in, stride * c_in, 1))
+            taps = torch.bmm(spread.t().expand(9, -1, -1), shifts)
             d_weight = taps.permute(1, 2, 0)[:, :, None].contiguous()
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not products, False]
         d_lines, other, _ = torch.ops.aten.convolution_backward(
@@ -385,8 +385,8 @@ class ResDAVEnet(nn.Module):
         padded = padded.index_copy(0, frames.index(begin, frames.lengths), x)
         counts = frames.on_device(frames.pooled)[:, None]
         pooled = (torch.arange(longest, device=x.device) < counts).float()
-        return (torch.einsum("btc,bt->bc", padded.view(len(begin), longest, -1).float(), pooled)
-                / pooled.sum(dim=1, keepdim=True))
+        padded = padded.view(len(begin), longest, x.shape[1]).float()
+        return torch.einsum("btc,bt->bc", padded, pooled) / pooled.sum(dim=1, keepdim=True)
 
     def forward(self, mel: Tensor, n_frames: Tensor) -> Tensor:
         frames = Frames(n_frames.cpu().numpy(), mel.device)
