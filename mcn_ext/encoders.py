@@ -226,8 +226,8 @@ class ResDAVEnet(nn.Module):
         padded = padded.index_copy(0, frames.index(begin, frames.lengths), x)
         counts = frames.on_device(frames.pooled)[:, None]
         pooled = (torch.arange(longest, device=x.device) < counts).float()
-        return (torch.einsum("btc,bt->bc", padded.view(len(begin), longest, -1).float(), pooled)
-                / pooled.sum(dim=1, keepdim=True))
+        padded = padded.view(len(begin), longest, x.shape[1]).float()
+        return torch.einsum("btc,bt->bc", padded, pooled) / pooled.sum(dim=1, keepdim=True)
 
     def forward(self, mel: Tensor, n_frames: Tensor, heard: Tensor | None = None) -> Tensor:
         """``heard`` (B,): how many frames are convolved, where that is more than there are."""
