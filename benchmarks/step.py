@@ -2,7 +2,7 @@
 
     python benchmarks/step.py --preset demo
     python benchmarks/step.py --preset digits --data digits/train.h5
-    python benchmarks/step.py --preset paper --batch_size 1 --n_pair 8 --audio_width 0.5
+    python benchmarks/step.py --preset paper --batch_size 1 --n_pair 8 --cluster_size 64
 
 Sizes are the preset's, each changed by its own flag; --json adds the result to a file. Without
 --data, demo is the demo data, and any other preset made-up clips of full length. Both read the same
