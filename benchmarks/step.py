@@ -4,9 +4,8 @@
     python benchmarks/step.py --preset digits --data digits/train.h5
     python benchmarks/step.py --preset paper --batch_size 1 --n_pair 8 --cluster_size 64
 
-Sizes are the preset's, each changed by its own flag; --json adds the result to a file. Without
---data, demo is the demo data, and any other preset made-up clips of full length. Both read the same
-clips with the same reader: loading is not compared.
+Sizes are the preset's, each changed by its flag; --json adds the result to a file. Without --data,
+demo is the demo data, others made-up clips of full length. Loading is the same, not compared.
 
 The plain step is written anew from its description (Chen et al. 2021): spectrograms padded to
 --audio_frames, nn.Conv2d and nn.BatchNorm2d, dot products as N x N matrices with an eye made on the
@@ -55,13 +54,12 @@ from mcn_ext.store import Store, StoreWriter  # noqa: E402
 from mcn_ext.words import WordVectors  # noqa: E402
 
 NAMES = ("video", "audio", "text")
-# The README's command for the spoken digits.
 DIGITS = dict(batch_size=16, n_pair=6, lr=2e-3, embd_dim=256, recon_dim=1024, audio_width=0.25,
               audio_frames=400, min_time=0.5, cluster_size=64, temperature=0.1, recon_weight=5.0,
               cluster_weight=0.3)
-PRESETS = {"paper": flags.PRESETS["paper"], "demo": flags.PRESETS["demo"],
-           "digits": flags.PRESETS["paper"] | DIGITS}
-SIZES = ("batch_size", "n_pair", "audio_frames", "embd_dim", "recon_dim", "cluster_size")
+PRESETS = flags.PRESETS | {"digits": flags.PRESETS["paper"] | DIGITS}  # the README's command
+SIZES = {**dict.fromkeys(("batch_size", "n_pair", "audio_frames", "embd_dim", "recon_dim",
+                          "cluster_size"), int), "audio_width": float}
 
 
 class Clock:
@@ -128,7 +126,7 @@ class Clips:
 
 # ----------------------------------------------------------------------------------- both steps
 class Ours:
-    """train_stage1.py's step, part by part; ``micro_batch``: its encoders in two passes."""
+    """train_stage1.py's step, part by part."""
 
     def __init__(self, args, clips: Clips, folder: Path):
         torch.manual_seed(0)
@@ -175,16 +173,16 @@ class Ours:
         self.objective.enqueue()
 
     def refit(self, queue, k):
-        self.objective.clusters.centroids, _ = spherical_kmeans(
-            queue, k, init=self.objective.clusters.centroids)
+        clusters = self.objective.clusters
+        clusters.centroids, _ = spherical_kmeans(queue, k, init=clusters.centroids)
 
 
 class PlainBlock(nn.Module):
     def __init__(self, dim_in, dim_out, stride):
         super().__init__()
         def conv(a, b, width, step):
-            return nn.Sequential(nn.Conv2d(a, b, (1, width), (1, step), (0, width // 2),
-                                           bias=False), nn.BatchNorm2d(b))
+            layer = nn.Conv2d(a, b, (1, width), (1, step), (0, width // 2), bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(b))
         self.first, self.second = conv(dim_in, dim_out, 9, stride), conv(dim_out, dim_out, 9, 1)
         self.shortcut = (nn.Identity() if stride == 1 and dim_in == dim_out
                          else conv(dim_in, dim_out, 1, stride))
@@ -262,13 +260,12 @@ class Plain:
         for _ in range(20):
             labels = (queue @ self.centroids.t()).argmax(1)
             sums = torch.zeros_like(self.centroids).index_add_(0, labels, queue)
-            self.centroids = F.normalize(sums / torch.bincount(
-                labels, minlength=k).clamp_min(1)[:, None])
+            self.centroids = F.normalize(sums)
 
 
 # ----------------------------------------------------------------------------------- measurement
 def queue_of(args, seed: int) -> torch.Tensor:
-    """As many rows as the queue holds, around twice as many directions as there are centroids."""
+    """As many rows as the queue holds, around more directions than there are centroids."""
     g = torch.Generator().manual_seed(seed)
     n, d, k = args.queue_size * args.batch_size * args.n_pair, args.embd_dim, 2 * args.cluster_size
     centres = F.normalize(torch.randn(k, d, generator=torch.Generator().manual_seed(0)))
@@ -277,19 +274,17 @@ def queue_of(args, seed: int) -> torch.Tensor:
 
 
 def measure(args, folder: Path) -> dict:
-    clips = Clips(args, folder)
+    clips, fill = Clips(args, folder), []
     steps = {"plain": Plain(args, clips), "ours": Ours(args, clips, folder)}
     clocks, a = {name: Clock() for name in (*steps, "matmul")}, torch.randn(1536, 1536)
     for name, step in steps.items():  # warm-up, and the count
         step.refit(queue_of(args, 0), args.cluster_size)
         clocks[name].counting = True  # only here: it takes time
         step.step(clocks[name], clips.read())
-    # In a compiled operator none is seen: three pairs, and three modalities against centroids.
-    n = args.batch_size * args.n_pair
+    n = args.batch_size * args.n_pair  # what is compiled is not counted: 3 pairs, 3 cluster terms
     clocks["ours"].flops["losses"] = 6 * n * (3 * n + 2 * args.cluster_size) * args.embd_dim
     for clock in clocks.values():
         clock.counting = clock.wall.clear() or clock.cpu.clear()
-    fill = []
     for repeat in range(args.repeats):
         for name, step in steps.items():
             clips.read_ = repeat  # the same clips for both
@@ -316,8 +311,7 @@ def measure(args, folder: Path) -> dict:
 def peak(args, folder: Path) -> float:
     """MiB that a step takes above what is there before: weights, optimiser, batch."""
     def status(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if field in line).split()[1])
+        return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
     clips = Clips(args, folder)
     step = Plain(args, clips) if args.memory == "plain" else Ours(args, clips, folder)
@@ -338,8 +332,11 @@ def table(result: dict) -> list[str]:
     kinds = ("ms", "cpu_ms", "gflop")
     whole = [{kind: sum(row[kind] for part, row in rows.items() if part != "load")
               for kind in kinds} for rows in (plain, ours)]
-    for part, p, o in [*((part, plain[part], ours[part]) for part in ours),
-                       ("**step** without load", *whole)]:
+    for way in ("forward", "backward"):  # of --micro_batch
+        plain[f"encoders {way}"] = {kind: sum(plain[f"{name} {way}"][kind] for name in NAMES)
+                                    for kind in kinds}
+    named = [(part, plain[part], ours[part]) for part in ours]
+    for part, p, o in [*named, ("**step** without load", *whole)]:
         rate = o["gflop"] / max(o["cpu_ms"], 1e-9) * 1e3
         work = (f"{o['gflop']:.2f} | {rate:.0f} | {rate / top:.2f}" if o["gflop"] > 0.01
                 else "| | ")
@@ -354,9 +351,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--data", type=Path)
-    for name in SIZES:
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--audio_width", type=float)
+    for name, kind in SIZES.items():
+        parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--video_dims", type=int, nargs=2, default=(2048, 2048))
     parser.add_argument("--micro_batch", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=7)
@@ -373,12 +369,11 @@ def main():
             return print(f"{peak(args, Path(tmp)):.0f}")
         load = [os.getloadavg()[0]]
         result = measure(args, Path(tmp))
-    load.append(os.getloadavg()[0])
-    lines = table(result)
-    sizes = ", ".join(f"{name} {getattr(args, name)}" for name in (*SIZES, "audio_width"))
+    load, lines = [*load, os.getloadavg()[0]], table(result)
+    sizes = ", ".join(f"{name} {getattr(args, name)}" for name in SIZES)
     parts = args.micro_batch or args.batch_size * args.n_pair // 4
-    ways = {"plain": ("plain", 0), "ours": ("ours", 0), f"ours, --micro_batch {parts}": (
-        "ours", parts)}
+    ways = {"plain": ("plain", 0), "ours": ("ours", 0),
+            f"ours, --micro_batch {parts}": ("ours", parts)}
     result["peak_mib"] = {}
     for way, (name, n) in ways.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory", name, "--micro_batch", n]
@@ -386,7 +381,7 @@ def main():
         result["peak_mib"][way] = float(done.stdout)
     facts = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
              "threads": torch.get_num_threads(), "torch": torch.__version__, "load": load,
-             "sizes": {name: getattr(args, name) for name in (*SIZES, "audio_width")},
+             "sizes": {name: getattr(args, name) for name in SIZES},
              "video_dims": args.dims, "clips_real_frames": result["fill"]}
     top = result["ceiling_gflops"]
     print(f"{args.preset}: {sizes}; {args.batch_size * args.n_pair} clips, real frames "

@@ -16,8 +16,8 @@ one after the other, statistics taken as constants; then what goes through mean 
 straight line in each row, whose two coefficients per channel are sums over all parts and ranks,
 is taken off all. That is exact: gradients are the full batch's but for rounding.
 
-What is kept of DAVEnet between 1 and 2 are the inputs of its blocks; inside of a block, one
-tensor for each convolution, which backward computes again. Of all else there is one part at a time.
+What is kept of DAVEnet between 1 and 2 are the inputs of its blocks; in 2, of one block at a time,
+what its convolutions and norms need for their backward. Of all else there is one part at a time.
 The price: 4/3 of DAVEnet's convolutions, and the gradients of several ranks are averaged after the
 backward, not during it.
 """
@@ -171,36 +171,48 @@ class Replayed:
         grads = [(grad,) for grad in grads]
         for steps, _ in reversed(self.blocks):
             rows, frames = self.kept.pop()
-            before = [rows]
-            with torch.no_grad():
-                for step in steps[:-1]:
-                    rows = list(rows)
-                    self._advance(step, frames, rows)
-                    before.append(rows)
-            del rows
-            for step in reversed(steps):
-                self._back(step, frames, before.pop(), grads, bool(self.kept or before))
+            tapes = []
+            for i, step in enumerate(steps):
+                tapes.append(_Tape(step, rows, onward=bool(self.kept or i)))
+                if step is not steps[-1]:  # of the last step a part at a time is enough
+                    rows = [tuple(x.detach() for x in tapes[-1].run(part, f, self.autocast))
+                            for part, f in enumerate(frames)]
+            while tapes:
+                tapes.pop().backward(frames, grads, self.autocast)
+
+
+class _Tape:
+    """A step run again, with a graph from its inputs on; ``onward``: to which gradients go."""
+
+    def __init__(self, step: _Step, rows: list[Rows], onward: bool):
+        self.step, self.ends = step, {}
+        self.leaves = [tuple(x.detach().requires_grad_(onward) for x in inputs) for inputs in rows]
+        # Copies, whose gradients are sums over the parts alone.
+        self.weights = [norm and (norm.weight.detach().requires_grad_(),
+                                  norm.bias.detach().requires_grad_()) for norm in step.norms]
 
     @torch.enable_grad()
-    def _back(self, step: _Step, frames: list[Frames], rows: list[Rows], grads: list[Rows],
-              onward: bool) -> None:
-        """Gradients of a step's outputs, in their place those of its inputs if ``onward``."""
-        weights = [norm and (norm.weight.detach().requires_grad_(),
-                             norm.bias.detach().requires_grad_()) for norm in step.norms]
-        for i, f in enumerate(frames):
-            leaves = tuple(x.detach().requires_grad_(onward) for x in rows[i])
-            with self.autocast():
-                outputs = step.run(f, leaves, weights)
-            torch.autograd.backward(outputs, grads[i])
+    def run(self, part: int, frames: Frames, autocast: Callable) -> Rows:
+        with autocast():
+            self.ends[part] = self.step.run(frames, self.leaves[part], self.weights)
+        return self.ends[part]
+
+    def backward(self, frames: list[Frames], grads: list[Rows], autocast: Callable) -> None:
+        """Gradients of the step's outputs -> in their place those of its inputs."""
+        for i, (f, leaves) in enumerate(zip(frames, self.leaves, strict=True)):
+            if i not in self.ends:
+                self.run(i, f, autocast)
+            torch.autograd.backward(self.ends.pop(i), grads[i])
             grads[i] = tuple(leaf.grad for leaf in leaves)
-        for i, norm in enumerate(step.norms):
+        for i, norm in enumerate(self.step.norms):
             if norm is None:
                 continue
-            sums = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights[i]]
+            sums = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights[i]]
             for own, grad in zip((norm.weight, norm.bias), sums, strict=True):
                 own.grad = grad.clone() if own.grad is None else own.grad + grad
-            mean, var, count = step.statistics[i]
+            mean, var, count = self.step.statistics[i]
             slope, offset = through_statistics(*sums, norm.weight.detach(), mean, var, count,
                                                norm.eps)
-            for inputs, part in zip(rows, grads, strict=True):
-                part[i].sub_((offset + slope * inputs[i].to(slope.dtype)).to(part[i].dtype))
+            for leaves, part in zip(self.leaves, grads, strict=True):
+                rows = leaves[i].detach()
+                part[i].sub_((offset + slope * rows.to(slope.dtype)).to(part[i].dtype))
