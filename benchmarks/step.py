@@ -372,9 +372,8 @@ def main():
     load, lines = [*load, os.getloadavg()[0]], table(result)
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in SIZES)
     parts = args.micro_batch or args.batch_size * args.n_pair // 4
-    ways = {"plain": ("plain", 0), "ours": ("ours", 0),
-            f"ours, --micro_batch {parts}": ("ours", parts)}
-    result["peak_mib"] = {}
+    result["peak_mib"], ways = {}, {"plain": ("plain", 0), "ours": ("ours", 0),
+                                    f"ours, --micro_batch {parts}": ("ours", parts)}
     for way, (name, n) in ways.items():
         command = [sys.executable, __file__, *sys.argv[1:], "--memory", name, "--micro_batch", n]
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
