@@ -108,6 +108,7 @@ def main(out):
     distributed.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modalities, frozen", CASES)
 def test_gradients_are_those_of_the_whole_batch(modalities, frozen):
     with float64():

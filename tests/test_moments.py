@@ -294,6 +294,7 @@ def test_the_frame_shown_is_the_one_asked_for(tmp_path, ending):
     assert search.frame_at(tmp_path, "b", 1) is None
 
 
+@pytest.mark.slow
 def test_places_are_kept_until_something_changes(tmp_path, capsys):
     writer = StoreWriter(tmp_path / "s.h5", {"mel": {"dim": 40, "rate_hz": 1.0}}, "test")
     for name in ("a", "b"):

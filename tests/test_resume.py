@@ -195,6 +195,7 @@ def test_an_epoch_is_saved_before_the_run_says_so(tmp_path, store_path, monkeypa
 
 
 # ---------------------------------------------------------------------------------------- state
+@pytest.mark.slow
 def test_random_numbers_go_on(tmp_path, store_path, monkeypatch):
     """With a model that draws: dropout on its embeddings."""
     forward = training.MCN.forward
@@ -224,6 +225,7 @@ def test_checkpoints_of_before_resume(tmp_path, store_path, whole):
     assert [d for d in differences(whole, folder) if not d.endswith("rng")] == []
 
 
+@pytest.mark.slow
 def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
         tmp_path, store_path, whole, monkeypatch):
     folder = tmp_path / "run"

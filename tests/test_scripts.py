@@ -181,6 +181,7 @@ def test_weights_that_are_not_finite_are_not_saved(work, store_path, monkeypatch
     assert saved["step"] == 2 and all(torch.isfinite(v).all() for v in saved["model"].values())
 
 
+@pytest.mark.slow
 def test_words_of_an_unfinished_start_are_not_reused(tmp_path, store_path):
     pytest.importorskip("gensim")
     common = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--max_steps", 1)
@@ -248,6 +249,7 @@ def test_the_three_commands_without_flags(tmp_path):
     assert (tmp_path / "runs/stage2-AV_T-demo/metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_golden_losses(tmp_path, store_path):
     """Ten steps' losses, frozen. If this fails, the mathematics changed: say why in CHANGELOG."""
     pytest.importorskip("gensim")

@@ -170,6 +170,7 @@ def run(tmp_path, units, jobs=1):
         return chains.run(units, lambda folder: 1.0, tmp_path, jobs, lock)
 
 
+@pytest.mark.slow
 def test_chains_run_in_order_and_a_failure_ends_its_own_alone(tmp_path, capsys):
     a, b, c, d = (tmp_path / name for name in "abcd")
     failed = run(tmp_path, [[fake(a), fake(b, code="raise SystemExit('disk on fire')"), fake(c)],

@@ -343,6 +343,7 @@ def small_resnet(monkeypatch):
     monkeypatch.setattr(resnet.ResNet.__init__, "__defaults__", ((1, 1, 1, 1),))
 
 
+@pytest.mark.slow
 def test_videos_to_a_store(tmp_path, small_resnet):
     folder = tmp_path / "videos"
     (folder / "more").mkdir(parents=True)
