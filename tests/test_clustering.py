@@ -23,6 +23,7 @@ def cosine_inertia(x, centroids, labels):
     return float((1 - (unit_rows(x.float()) * centroids[labels]).sum(1)).sum())
 
 
+@pytest.mark.slow
 def test_finds_blobs():
     x, truth = blobs()
     centroids, labels = spherical_kmeans(x, 8, generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,8 @@ def adversaries():
 
 
 @pytest.mark.parametrize("name", list(adversaries()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(
+    torch.bfloat16, marks=pytest.mark.slow)])
 def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
     rows, distinct = adversaries()[name]
     x = rows.to(dtype)
@@ -134,7 +136,7 @@ def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
         assert len(labels.unique()) == (k if x.shape[1] > 1 else min(k, 2))
 
 
-@pytest.mark.parametrize("noise", [1e-4, 3e-4])
+@pytest.mark.parametrize("noise", [pytest.param(1e-4, marks=pytest.mark.slow), 3e-4])
 def test_tight_groups_far_apart_keep_most_clusters(noise):
     """Rows that differ by less than 1e-3 of their distance from the mean of all: fp32's limit."""
     x = unit_rows(spread(2, 8)).repeat(1000, 1) + noise * spread(2000, 8, 1)

@@ -121,6 +121,7 @@ def test_collate_pads_audio_and_to_device_looks_words_up():
             and moved["valid"]["audio"].tolist() == [True, True, False])
 
 
+@pytest.mark.slow
 def test_words_from_every_format_agree(tmp_path, store_path, caplog):
     models = pytest.importorskip("gensim.models")
     store = Store(store_path)

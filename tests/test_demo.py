@@ -57,7 +57,8 @@ def test_demo_data_stay_as_they_were(demo_of):
 
 
 @pytest.mark.parametrize("dial,own", [("video_noise", ("2d/data", "3d/data")),
-                                      ("audio_noise", ("mel/data",))])
+                                      pytest.param(
+                                          "audio_noise", ("mel/data",), marks=pytest.mark.slow)])
 def test_a_dial_of_noise_changes_its_own_streams_alone(demo_of, dial, own):
     clean, *noisy = [demo_of(**{dial: level}) for level in (0, 1, 3, 1000)]
     for key, (_, wanted) in clean.items():
@@ -70,6 +71,7 @@ def test_a_dial_of_noise_changes_its_own_streams_alone(demo_of, dial, own):
             assert all(np.array_equal(wanted, v) for v in values), key
 
 
+@pytest.mark.slow
 def test_other_dials_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "N_EVAL", 5)
     words = ["demo", "--out", str(tmp_path), "--videos", "2"]

@@ -175,6 +175,7 @@ def test_an_overflow_of_the_loss_scale_is_no_bad_step(tmp_path):
     assert keeper.skipped == 3 and keeper.in_a_row == 0 and not guard.find_dumps(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_never_found_is_a_bad_step(tmp_path, capsys):
     parts = small_run(tmp_path, "fp16", max_bad_steps=3)
     parts[0].GU_video.fc.weight.register_hook(lambda g: g * math.nan)

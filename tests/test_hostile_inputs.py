@@ -83,6 +83,7 @@ def test_attributes_cannot_shadow_a_containers_methods(tmp_path):
 
 @given(st.binary(max_size=60))
 @QUICK
+@pytest.mark.slow
 def test_any_bytes_are_a_value_or_an_error(tmp_path, data):
     (tmp_path / "x.pkl").write_bytes(b"\x80\x04" + data)
     try:

@@ -300,6 +300,7 @@ def test_gradcheck(device, mode, normalize):
     assert torch.autograd.gradcheck(lambda *x: call(ops, x[:3], x[3]).total, inputs)
 
 
+@pytest.mark.slow
 def test_opcheck(device, mode, monkeypatch):
     rows, options = problem(9, 5, device)
     forward, backward = spy(monkeypatch), spy(monkeypatch, "loss_backward")
@@ -312,6 +313,7 @@ def test_opcheck(device, mode, monkeypatch):
             "test_schema", "test_autograd_registration", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager",
                                      pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path):

@@ -74,6 +74,7 @@ def test_the_protocol_end_to_end_by_hand(tmp_path):
     assert "n = 4" in moments.table_rows(result)[0][0]
 
 
+@pytest.mark.slow
 def test_the_real_annotations():
     if not YOUCOOK2.exists():
         pytest.skip("YouCook2's annotations (../shared/data/youcook2) are not beside this checkout")

@@ -159,6 +159,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
     assert refused.returncode == 1 and "weights alone, of an epoch-*.pt" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_there(tmp_path, store_path, whole):
     folder = tmp_path / "run"
     train(store_path, folder, "--max_steps", 2)
@@ -212,6 +213,7 @@ def test_random_numbers_go_on(tmp_path, store_path, monkeypatch):
     assert not differences(tmp_path / "whole", tmp_path / "pieces")
 
 
+@pytest.mark.slow
 def test_checkpoints_of_before_resume(tmp_path, store_path, whole):
     folder = tmp_path / "run"
     train(store_path, folder, "--max_steps", 3)
@@ -242,7 +244,8 @@ def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
 
 
 # -------------------------------------------------------------------------------------- signals
-@pytest.mark.parametrize("number,step", [(signal.SIGTERM, 3), (signal.SIGUSR1, 2)])
+@pytest.mark.parametrize("number,step", [(signal.SIGTERM, 3), pytest.param(
+    signal.SIGUSR1, 2, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_with_0(tmp_path, store_path, whole, monkeypatch, number, step):
     update, folder = training.Training.update, tmp_path / "run"
 

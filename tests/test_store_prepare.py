@@ -116,6 +116,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tmp").exists()
 
 
+@pytest.mark.slow
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr("mcn_ext.store.MAX_OPEN", 3)
     store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))

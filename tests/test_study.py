@@ -125,6 +125,7 @@ def test_printed_commands_are_complete(tmp_path, store_path, eval_path, capsys, 
     assert str(tmp_path / "a study/seed0/stage1-AV") in first[0]
 
 
+@pytest.mark.slow
 def test_another_study_in_the_folder_is_refused(tmp_path, store_path, eval_path, quick_count):
     plan(tmp_path, store_path, eval_path).write()
     plan(tmp_path, store_path, eval_path, "--jobs", "2").write()
@@ -209,7 +210,8 @@ with chains.only_one(out) as lock:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+                                    signal.SIGTERM])
 def test_runs_save_when_the_study_is_killed_and_the_next_waits_for_them(tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
     try:

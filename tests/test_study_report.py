@@ -15,6 +15,7 @@ from mcn_ext.reference import unit_rows
 from mcn_ext.store import StoreWriter
 from mcn_ext.study_runs import LETTERS, MAIN, Study, StudyError
 
+pytestmark = pytest.mark.slow  # one made-up study for all: its making is most of the time
 FOODS = "onion carrot egg rice chicken lemon butter garlic basil salmon".split()
 VERBS = "chop fry boil peel whisk".split()
 EVIL = "<script>alert('x')</script> | fry & *boil*"
