@@ -86,7 +86,7 @@ def parse(argv):
     for flag, sets in {"whole_videos": {"youcook2"}, "msrvtt_clips": {"msrvtt"}, "background":
                        set(STEPS), "annotations": {"moments"}, "subset": {"moments"},
                        "windows": {"moments"}, "window_stride": {"moments"}}.items():
-        if getattr(args, flag) and not asked & sets:
+        if getattr(args, flag) != parser.get_default(flag) and not asked & sets:
             parser.error(f"--{flag} is for {' and '.join(f'--{name}' for name in sorted(sets))}")
     if args.subset and not args.annotations:
         parser.error("--subset is of --annotations")

@@ -83,13 +83,17 @@ def captions_of(store: Store) -> Sentences:
     return found
 
 
-def _hits(scores: torch.Tensor, overlaps: np.ndarray) -> np.ndarray:
-    """(sentences, 4): of the window that scores best, its overlap and whether that reaches each of
-    OVERLAPS; windows that tie share, so that a model that tells none apart is as good as chance."""
+def _reached(overlaps: np.ndarray) -> np.ndarray:
+    """(windows, sentences, 4): the overlap, and whether it reaches each of OVERLAPS."""
+    return np.stack([overlaps, *(overlaps >= t for t in OVERLAPS)], axis=-1)
+
+
+def _hits(scores: torch.Tensor, reached: np.ndarray) -> np.ndarray:
+    """(sentences, 4): what the window that scores best has reached; windows that tie share, so that
+    a model that tells none apart is as good as chance."""
     best = (scores == scores.amax(dim=1, keepdim=True)).numpy()
     best = best & np.isfinite(scores.amax(dim=1).numpy())[:, None]  # nothing to compare: a miss
-    values = np.stack([overlaps.T, *(overlaps.T >= t for t in OVERLAPS)], axis=-1)
-    return (values * best[..., None]).sum(1) / np.maximum(best.sum(1), 1)[:, None]
+    return np.einsum("wsk,sw->sk", reached, best) / np.maximum(best.sum(1), 1)[:, None]
 
 
 def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[str],
@@ -117,7 +121,7 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
         start, end, texts = sentences[name]
         candidates = windows(store.seconds(number[name]), lengths, stride)
         n_windows += len(candidates)
-        overlaps = overlap(candidates, np.stack([start, end], axis=1))
+        reached = _reached(overlap(candidates, np.stack([start, end], axis=1)))
         clips = embedder.stretches(store, number[name], candidates[:, 0], candidates[:, 1])
         asked = embedder.texts(texts)
         unknown += int((~asked[1]["text"]).sum())
@@ -127,10 +131,9 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
                 raise FloatingPointError(f"{name}: similarities that are not finite")
             any_of = torch.stack([clips[1][m] for m in direction.split("->")[1].split("+")]).any(0)
             usable = asked[1]["text"][:, None] & any_of
-            hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), overlaps))
-        values = np.stack([overlaps, *(overlaps >= t for t in OVERLAPS)], axis=-1)
-        hits["chance"].append(values.mean(axis=0))
-        hits["ceiling"].append(values.max(axis=0))
+            hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), reached))
+        hits["chance"].append(reached.mean(axis=0))
+        hits["ceiling"].append(reached.max(axis=0))
     result = {"n": sum(map(len, hits["chance"])), "videos": len(there),
               "missing_videos": len(sentences) - len(there), "unknown": unknown,
               "windows": round(n_windows / len(there), 1), "lengths": list(map(float, lengths)),
