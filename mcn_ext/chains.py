@@ -86,20 +86,28 @@ def _die_with_parent():
 class Progress:
     """Lines for the console: what ended, how many of all, time left by the FLOPs done."""
 
-    def __init__(self, work: dict[Path, float], todo: list[Path]):
+    def __init__(self, work: dict[Path, float], todo: list[Path], jobs: int):
         least = 0.05 * max(work.values(), default=0.0)  # starting and evaluating take time, too
-        work = {folder: max(flops, least) for folder, flops in work.items()}
-        self.work, self.left = work, set(todo)
-        self.all, self.done, self.begin = len(work), 0.0, time.monotonic()
+        self.work = {folder: max(flops, least) for folder, flops in work.items()}
+        self.left, self.jobs, self.all, self.first = set(todo), jobs, len(work), time.monotonic()
+        self.begun: dict[Path, float] = {}
+        self.done, self.took = 0.0, 0.0  # work of the runs that ended, their seconds
+
+    def start(self, folder: Path) -> None:
+        self.begun.setdefault(folder, time.monotonic())
 
     def end(self, folder: Path) -> None:
         self.left.discard(folder)
+        now = time.monotonic()
         self.done += self.work[folder]
-        seconds = time.monotonic() - self.begin
-        remaining = sum(self.work[folder] for folder in self.left) / self.done * seconds
+        self.took += now - self.begun[folder]
+        # Of runs that are under way, what they have done already does not count.
+        rate = self.took / self.done
+        remaining = sum(max(0.0, self.work[f] * rate - now + self.begun.get(f, now))
+                        for f in self.left) / self.jobs
         print(f"{self.all - len(self.left)} of {self.all} runs done, {folder}; "
-              f"{_clock(seconds)} so far" + (f", about {_clock(remaining)} left" if self.left
-                                             else ""), flush=True)
+              f"{_clock(now - self.first)} so far"
+              + (f", about {_clock(remaining)} left" if self.left else ""), flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -117,7 +125,7 @@ def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
     units = [folder for chain in chains for folder, _ in chain]
     chains = [left for chain in chains if (left := _unfinished(chain))]
     progress = Progress({folder: cost(folder) for folder in units},
-                        [folder for chain in chains for folder, _ in chain])
+                        [folder for chain in chains for folder, _ in chain], jobs)
     environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs)),
                    **os.environ}
     previous = {s: signal.signal(s, lambda number, _: stop.append(number))
@@ -127,6 +135,7 @@ def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
     failed: list[str] = []
 
     def start(chain, commands):
+        progress.start(chain[0][0])
         output = out / "output" / f"{chain[0][0].relative_to(out)}.txt"
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as file:

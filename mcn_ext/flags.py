@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import sys
 from pathlib import Path
@@ -48,6 +49,22 @@ class Parser(argparse.ArgumentParser):
                 name, equals, value = arg.partition("=")
                 args[i] = known.get(name.replace("-", "_"), name) + equals + value
         return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            near = {flag: difflib.get_close_matches(flag, self._option_string_actions, 1)
+                    for flag in flags}
+            self.error("; ".join(
+                [f"{flag}: no such flag" + (f", did you mean {match[0]}?" if match else "")
+                 for flag, match in near.items()]
+                or [f"{' '.join(unknown)}: not a flag's value; flags begin with --"]))
+        return found
+
+    def error(self, message: str):
+        """Exit status 2 and one line: dozens of flags would push the reason off the screen."""
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
 
 
 def pair(text: str) -> str:

@@ -188,7 +188,8 @@ def forgetting_lines(plt, study: Study):
     axis.plot([], [], "o", color="black", label="after stage 2")
     axis.set_yticks(range(len(rows)), [f"{study.labels[r['method']]}: {r['direction']}"
                                        for r in reversed(rows)])
-    axis.set(xlabel="R@10 of the first pair, %", xlim=(0, None), ylim=(-0.6, len(rows) - 0.4))
+    axis.set(xlabel="R@10 of the first pair, %", ylim=(-0.6, len(rows) - 0.4))
+    axis.set_xlim(left=0)  # the right keeps its margin: the last dot is drawn whole
     axis.grid(False, axis="y")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

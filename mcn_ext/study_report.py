@@ -264,6 +264,11 @@ def _health(page: Page, study: Study) -> None:
         page.bullets(warnings)
     else:
         page.paragraph("No sign of collapse in any run.")
+    unseen = [study.labels[m] for m, runs in _by_method(study).items()
+              if not any(isfinite(r.final.last("live_clusters")) for r in runs)]
+    if unseen:
+        page.paragraph(Bold("No clustering took place"), f" in {', '.join(unseen)}: no statistics "
+                       "of clusters were logged, so nothing is known of their collapse.")
 
 
 def _cost(page: Page, study: Study) -> None:

@@ -102,3 +102,13 @@ def test_sizes_of_the_house():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), module
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--batch-sise", "4"], "--batch-sise: no such flag, did you mean --batch_size?"),
+    (["--qqq=1"], "--qqq: no such flag ("), (["4"], "4: not a flag's value")])
+def test_a_misspelt_flag_is_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1
