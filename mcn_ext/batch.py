@@ -8,12 +8,13 @@ batch out of it, to pinned memory or as float32, before it asks for the next one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mcn_ext.store import N_MELS
 
@@ -129,4 +130,21 @@ def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | No
         rows = out.pop("words")
         out["text_mask"] = rows >= 0
         out["text"] = table[rows.clamp_min(0)]
+    return out
+
+
+def fill_up(batch: Mapping, audio: int, text: int) -> dict:
+    """A batch of :func:`to_device` whose clips are filled up with zeros to ``audio`` frames and
+    ``text`` words, as the published evaluation did: convolutions and the maximum over words read
+    them like data. What is longer stays so."""
+    out = dict(batch)
+    if "audio" in out:
+        mel, n_frames = out["audio"], out["n_frames"]
+        mel = mel * (torch.arange(mel.shape[2], device=mel.device) < n_frames[:, None, None])
+        out["audio"] = F.pad(mel, (0, max(0, audio - mel.shape[2])))
+        out["heard"] = torch.full_like(n_frames, out["audio"].shape[2])
+    if "text" in out:
+        words = out["text"] * out["text_mask"][..., None]
+        out["text"] = F.pad(words, (0, 0, 0, max(0, text - words.shape[1])))
+        out["text_mask"] = out["text_mask"].new_ones(out["text"].shape[:2])
     return out

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext import checkpoint, training
+from mcn_ext.batch import fill_up
 from mcn_ext.data import ClipReader, collate, to_device
 from mcn_ext.model import MCN
 from mcn_ext.retrieval import Clips
@@ -23,7 +24,9 @@ class Embedder:
     """The model of a checkpoint in eval mode, with all that its inputs are read by.
 
     Args:
-        content: as :func:`mcn_ext.checkpoint.load` returns it: sizes, args, model.
+        content: as :func:`mcn_ext.checkpoint.load` returns it: sizes, args, model; of published
+            weights ``padding``, too, to which :func:`~mcn_ext.batch.fill_up` fills whole clips and
+            sentences up.
         words: vectors the text encoder was trained on; None without text.
         batch_size: clips at a time.
 
@@ -36,6 +39,7 @@ class Embedder:
         self.sizes, self.args, self.device = content["sizes"], content["args"], device
         self.model = MCN(**self.sizes).to(device).eval()
         self.model.load_state_dict(content["model"])
+        self.padding = content.get("padding")
         self.known = self.words = words
         self.batch_size = batch_size
         self.word2vec = Path(self.args["word2vec"]) if self.args["word2vec"] and words else None
@@ -70,12 +74,14 @@ class Embedder:
 
     @torch.inference_mode()
     def _embed(self, batches: Iterable[list[dict]], names: list[str],
-               words: WordVectors | None = None) -> Clips:
+               words: WordVectors | None = None, padding: dict | None = None) -> Clips:
         """Batches of lists of what a reader returns."""
         table = None if words is None else torch.from_numpy(words.vectors).to(self.device)
         embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
         for items in batches:
             batch = to_device(collate(items), self.device, table)
+            if padding:
+                batch = fill_up(batch, **padding)
             for name in names:
                 embeddings[name].append(self.model.encode(name, batch)[1].float().cpu())
                 valid[name].append(batch["valid"][name].cpu())
@@ -93,26 +99,23 @@ class Embedder:
         starts = tqdm(range(0, len(clips), self.batch_size), desc="embed", unit="batch",
                       mininterval=0.5)
         return self._embed(([reader.read(*clip) for clip in clips[b:b + self.batch_size]]
-                            for b in starts), self.model.modalities, words)
+                            for b in starts), self.model.modalities, words, self.padding)
 
     def stretches(self, store: Store, video: int, begin: np.ndarray, stop: np.ndarray) -> Clips:
         """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text. Sound
         is never filled up: the published 51 s were for whole clips, and a window is seconds."""
-        reader, sizes = self._reader(store, None), self.model.sizes
-        self.model.sizes = {key: value for key, value in sizes.items() if key != "padding"}
-        try:
-            return self._embed(([reader.cut(video, begin[b:b + self.batch_size],
-                                            stop[b:b + self.batch_size])]
-                                for b in range(0, len(begin), self.batch_size)),
-                               [m for m in self.model.modalities if m != "text"])
-        finally:
-            self.model.sizes = sizes
+        reader = self._reader(store, None)
+        return self._embed(([reader.cut(video, begin[b:b + self.batch_size],
+                                        stop[b:b + self.batch_size])]
+                            for b in range(0, len(begin), self.batch_size)),
+                           [m for m in self.model.modalities if m != "text"])
 
     def texts(self, texts: list[str]) -> Clips:
         """Sentences; one without a known word is not valid."""
         reader = self._reader(None, self.words)
         return self._embed(([reader.look_up(texts[b:b + self.batch_size])]
-                            for b in range(0, len(texts), self.batch_size)), ["text"], self.words)
+                            for b in range(0, len(texts), self.batch_size)), ["text"], self.words,
+                           self.padding)
 
 
 def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:

@@ -25,20 +25,15 @@ class MCN(nn.Module):
         video_dims: stream name -> width, in the order the streams are concatenated.
         word_dim, embd_dim, recon_dim: widths of words, joint space, reconstruction heads (0: none).
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
-        padding: None: a clip is embedded as if it were alone. {"audio": frames, "text": words}: as
-            the published evaluation did, in eval mode clips are filled up with zeros to these
-            lengths, which convolutions and the maximum over words read like data.
     """
 
     def __init__(self, modalities: str = "AVT", *, video_dims: Mapping[str, int] | None = None,
                  word_dim: int = 300, embd_dim: int = 6144, recon_dim: int = 1024,
-                 audio_width: float = 1.0, padding: Mapping[str, int] | None = None):
+                 audio_width: float = 1.0):
         super().__init__()
         video_dims = dict(video_dims or {"2d": 2048, "3d": 2048})
         self.sizes = dict(modalities=modalities, video_dims=video_dims, word_dim=word_dim,
                           embd_dim=embd_dim, recon_dim=recon_dim, audio_width=audio_width)
-        if padding:  # runs of ours have none
-            self.sizes["padding"] = dict(padding)
         self.modalities = [MODALITIES[letter] for letter in modalities]
         self.frozen: list[str] = []
 
@@ -85,26 +80,13 @@ class MCN(nn.Module):
         features = torch.cat(streams, dim=1)
         return features, self.GU_video(features)
 
-    def _padding(self, modality: str) -> int:
-        return 0 if self.training else self.sizes.get("padding", {}).get(modality, 0)
-
     def _audio(self, batch, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mel, n_frames, heard = batch["audio"], batch["n_frames"], None
-        if filled := self._padding("audio"):
-            mel = mel * (torch.arange(mel.shape[2], device=mel.device) < n_frames[:, None, None])
-            mel = F.pad(mel, (0, max(0, filled - mel.shape[2])))
-            heard = torch.full_like(n_frames, mel.shape[2])
         if features is None:
-            features = self.DAVEnet(mel, n_frames, heard)
+            features = self.DAVEnet(batch["audio"], batch["n_frames"], batch.get("heard"))
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     def _text(self, batch) -> tuple[Tensor, Tensor]:
-        words, mask = batch["text"], batch["text_mask"]
-        if filled := self._padding("text"):
-            words = words * mask[..., None]
-            words = F.pad(words, (0, 0, 0, max(0, filled - words.shape[1])))
-            mask = mask.new_ones(words.shape[:2])
-        features = self.text_pooling_caption(words, mask)
+        features = self.text_pooling_caption(batch["text"], batch["text_mask"])
         return features, self.GU_text_captions(features)
 
     def encode(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor]:
@@ -129,7 +111,9 @@ class MCN(nn.Module):
         """Embed a batch.
 
         batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
-        with ``n_frames`` (B,) int64; ``text`` (B, words, word_dim) with ``text_mask`` (B, words).
+        with ``n_frames`` (B,) int64, which are averaged, and, where more are convolved (see
+        :func:`mcn_ext.batch.fill_up`), ``heard`` (B,); ``text`` (B, words, word_dim) with
+        ``text_mask`` (B, words).
         Only the model's modalities are read.
 
         Returns ({modality: embedding (B, embd_dim)}, {modality: reconstruction MSE (B,) fp32}); the

@@ -294,7 +294,7 @@ def for_evaluation(path: Path, word2vec: Path | None, store: Store, texts: Itera
     word2vec, words = word2vec or flags.WORD2VEC, None
     found = read_published(path)
     say(found.notice())
-    sizes = found.fit(training.video_dims(store)) | {"padding": PADDING}
+    sizes = found.fit(training.video_dims(store))
     if "T" in sizes["modalities"]:
         if not word2vec.is_file():
             raise SystemExit(f"--word2vec {word2vec}: no such file; the text encoder of {path} "
@@ -309,7 +309,7 @@ def for_evaluation(path: Path, word2vec: Path | None, store: Store, texts: Itera
     # Heads have no part in it, and a file may lack some.
     model = {key: value for key, value in found.state.items() if not key.startswith("recon_")}
     content = {"model": model, "sizes": sizes | {"recon_dim": 0}, "args": protocol, "step": 0,
-               "complete": True, "run_id": found.sha256}
+               "complete": True, "run_id": found.sha256, "padding": PADDING}
     return run, path, content, words
 
 

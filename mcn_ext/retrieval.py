@@ -166,14 +166,6 @@ def _rows(columns: int) -> int:
     return max(1, BLOCK // (4 * max(columns, 1)))
 
 
-def rank(clips: Clips, direction: str, kind: str = "cosine", fusion: str = "sum",
-         bank: Clips | None = None, temperature: float = 0.05) -> tuple[Tensor, np.ndarray]:
-    """(scores of the first 60 queries against the first 60 candidates, rank of each query's own
-    clip (n,)), of :class:`Scores`."""
-    scores = Scores(clips, direction, kind, fusion, bank, temperature)
-    return scores.scores(slice(SHOWN))[:, :SHOWN], scores.ranks()
-
-
 @dataclass
 class Retrieval:
     """Ranks (n,) by direction, of clips and of whole ``videos``; the first direction's corner of

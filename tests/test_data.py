@@ -208,16 +208,16 @@ def test_missing_clips_are_misses():
     embeddings = {"text": eye, "audio": eye.clone(), "video": eye.clone()}
     valid = {m: torch.ones(4, dtype=torch.bool) for m in embeddings}
     valid["audio"][2] = False
-    _, rank = retrieval.rank((embeddings, valid), "text->audio", "cosine")
+    rank = retrieval.Scores((embeddings, valid), "text->audio").ranks()
     assert rank.tolist() == [1, 1, 4, 1]  # a silent clip is not found, and nobody's first answer
-    _, rank = retrieval.rank((embeddings, valid), "text->video+audio", "cosine")
+    rank = retrieval.Scores((embeddings, valid), "text->video+audio").ranks()
     assert rank.tolist() == [1, 1, 1, 1]  # its video still speaks for it
     valid["text"][0] = False
-    _, rank = retrieval.rank((embeddings, valid), "text->video", "cosine")
+    rank = retrieval.Scores((embeddings, valid), "text->video").ranks()
     assert rank.tolist() == [4, 1, 1, 1]  # a query without a known word finds nothing
     embeddings["video"][1, 1] = float("nan")
     with pytest.raises(FloatingPointError):
-        retrieval.rank((embeddings, valid), "text->video", "cosine")
+        retrieval.Scores((embeddings, valid), "text->video").ranks()
 
 
 def test_perturbed_voice_is_another_but_alike():

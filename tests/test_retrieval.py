@@ -7,6 +7,12 @@ from mcn_ext.data import ClipReader
 from mcn_ext.store import Store
 
 
+def rank(*of, **how):
+    """(scores of all queries against all candidates, ranks)."""
+    made = retrieval.Scores(*of, **how)
+    return made.scores(slice(None)), made.ranks()
+
+
 def there(*names, n):
     return {name: torch.ones(n, dtype=torch.bool) for name in names}
 
@@ -38,8 +44,8 @@ def test_the_mean_does_not_favour_clips_whose_modalities_agree():
     clips = ({"text": torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]),
               "video": torch.stack([near[0], other]), "audio": torch.stack([near[1], other])},
              there("text", "video", "audio", n=2))
-    _, by_sum = retrieval.rank(clips, "text->video+audio")
-    scores, by_mean = retrieval.rank(clips, "text->video+audio", fusion="mean")
+    _, by_sum = rank(clips, "text->video+audio")
+    scores, by_mean = rank(clips, "text->video+audio", fusion="mean")
     assert by_sum.tolist() == [2, 1] and by_mean.tolist() == [1, 1]
     torch.testing.assert_close(scores[0, 0], torch.tensor(1.0))
 
@@ -50,16 +56,16 @@ def test_the_bank_takes_off_what_draws_any_query():
     video = torch.tensor([[1.0, 0, 0], [0.8, 0.9, 0.8], [0, 0, 1.0]])
     clips = {"text": text, "video": video}, there("text", "video", n=3)
     bank = {"text": text[[0, 2]]}, there("text", n=2)
-    plain, _ = retrieval.rank(clips, "text->video", "dot")
-    scores, rank = retrieval.rank(clips, "text->video", "dot", "bank", bank, temperature=0.5)
+    plain, _ = rank(clips, "text->video", "dot")
+    scores, ranks = rank(clips, "text->video", "dot", "bank", bank, temperature=0.5)
     expected = 2 * plain - (2 * plain[[0, 2]]).exp().sum(0).log()
     torch.testing.assert_close(scores, expected)
-    assert rank.tolist() == [1, 1, 1]
+    assert ranks.tolist() == [1, 1, 1]
     worse = video.clone()
     worse[1] = torch.tensor([1.1, 0.9, 1.1])  # now it is first for all, but for the bank
     clips = {"text": text, "video": worse}, clips[1]
-    assert retrieval.rank(clips, "text->video", "dot")[1].tolist() == [2, 1, 2]
-    assert retrieval.rank(clips, "text->video", "dot", "bank", bank,
+    assert rank(clips, "text->video", "dot")[1].tolist() == [2, 1, 2]
+    assert rank(clips, "text->video", "dot", "bank", bank,
                           temperature=0.5)[1].tolist() == [1, 1, 1]
 
 
