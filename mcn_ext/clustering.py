@@ -41,17 +41,32 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Sphere:
     """Points on the unit sphere less their mean, what k-means asks of them, and its random draws.
 
-    ``points`` (n, D) and every centroid (k, D) here are fp32 deviations from ``mean``.
+    ``points`` (n, D) and every centroid (k, D) here are fp32 deviations from ``mean``. ``shared``:
+    all ranks hold the same points, and each compares its part of them with the centroids.
     """
 
-    def __init__(self, unit: Tensor, generator: torch.Generator):
+    def __init__(self, unit: Tensor, generator: torch.Generator, shared: bool = False):
         self.mean = unit.mean(dim=0)
         self.points = unit.sub_(self.mean)
         self.square = self.points.norm(dim=1).square()  # no second (n, D)
         self.generator = generator
+        self.shared, self.part = shared, slice(None)
+        if shared:  # whole blocks: their products do not depend on the number of ranks
+            self.n_part = -(-len(unit) // (BLOCK * distributed.world())) * BLOCK
+            begin = distributed.rank() * self.n_part
+            self.part = slice(begin, begin + self.n_part)
 
     def nearest(self, centroids: Tensor, before: Tensor | None = None) -> Tensor:
-        """Label (n,) int64 of each point's nearest centroid.
+        """Label (n,) int64 of each point's nearest centroid."""
+        labels = self._nearest(self.points[self.part], self.square[self.part], centroids, before)
+        if not self.shared:
+            return labels
+        labels = F.pad(labels, (0, self.n_part - len(labels)))  # the last ranks have less, or none
+        return distributed.stack(labels).flatten()[:len(self.points)]
+
+    def _nearest(self, points: Tensor, square: Tensor, centroids: Tensor,
+                 before: Tensor | None) -> Tensor:
+        """The same for ``points`` (n, D) with squares (n,), always the same ones.
 
         ``before``: the centroids of the last call. Then all points are compared with the eighth of
         the centroids that moved farthest, and with all centroids only if another may have come
@@ -62,20 +77,20 @@ class _Sphere:
         if before is not None and len(centroids) >= 8:
             moved, order = (centroids - before).norm(dim=1).sort(descending=True)
             far = order[:len(centroids) // 8]
-            to_far = torch.addmm(centroids[far].square().sum(dim=1), self.points,
-                                 centroids[far].t(), alpha=-2.0) + self.square[:, None]
+            to_far = torch.addmm(centroids[far].square().sum(dim=1), points,
+                                 centroids[far].t(), alpha=-2.0) + square[:, None]
             to_far = to_far.clamp_min_(0.0).sqrt_()
             own = self.labels[:, None] == far
             self.upper += torch.empty_like(moved).index_copy_(0, order, moved)[self.labels]
             self.upper = torch.where(own.any(dim=1), (to_far * own).sum(dim=1), self.upper)
             self.lower -= moved[len(far)]
             self.lower = torch.minimum(self.lower, to_far.masked_fill_(own, torch.inf).amin(dim=1))
-            slack = (SAME + ROUNDING * self.square).sqrt()
+            slack = (SAME + ROUNDING * square).sqrt()
             doubt = (self.upper + slack >= self.lower - slack).nonzero().flatten()
-            if 2 * len(doubt) > len(self.points):
+            if 2 * len(doubt) > len(points):
                 doubt = None
-        points = self.points if doubt is None else self.points[doubt]
-        square = self.square if doubt is None else self.square[doubt]
+        if doubt is not None:
+            points, square = points[doubt], square[doubt]
         offset = -0.5 * centroids.square().sum(dim=1)
         label, best, second = [], [], []
         for block in points.split(BLOCK):
@@ -154,7 +169,8 @@ class _Sphere:
 
 
 def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter: int = 20,
-                     generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+                     generator: torch.Generator | None = None,
+                     shared: bool = False) -> tuple[Tensor, Tensor]:
     """Cluster the directions of x's rows.
 
     Args:
@@ -163,6 +179,7 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
         init: (m, D) with m <= k to start from. What is missing, zero or not finite in it is drawn
             by greedy k-means++, all of it by default.
         generator: of those draws, on CPU (default: one seeded with 0, the same on every rank).
+        shared: all ranks call this with the same arguments, and share the work.
 
     Returns (centroids (k, D) fp32 unit rows, labels (N,) int64 of the nearest centroid). Every
     cluster has a row, as far as rows differ by more than about 1e-3 of their distance from the mean
@@ -181,7 +198,8 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
         if len(unit) == 0:
             raise ValueError(
                 f"none of the {len(x)} rows is finite and non-zero: nothing to cluster")
-        sphere = _Sphere(unit, generator or torch.Generator().manual_seed(0))
+        sphere = _Sphere(unit, generator or torch.Generator().manual_seed(0),
+                         shared and distributed.world() > 1)
         start, alive = _directions(x[:0] if init is None else init.to(x.device))
         start -= sphere.mean
         centroids = sphere.points.new_empty(k, x.shape[1])
@@ -240,7 +258,7 @@ class OnlineClusters:
             return  # too little to tell k clusters apart; the contrastive terms go on alone
         generator = torch.Generator().manual_seed(self.seed + self.steps)
         self.centroids, labels = spherical_kmeans(features, self.k, init=self.centroids,
-                                                  generator=generator)
+                                                  generator=generator, shared=True)
         distributed.broadcast(self.centroids)  # ranks on unlike hardware must not drift apart
         counts = torch.bincount(labels[usable], minlength=self.k)
         self.statistics = {"live_clusters": int((counts > 0).sum()),

@@ -20,7 +20,7 @@ from mcn_ext.clustering import spherical_kmeans
 from mcn_ext.log import read
 
 STEPS = 6
-ROWS = 8192  # of the refit that is timed
+ROWS = 8192  # a rank, of the refit that is timed
 
 
 def begin(args: argparse.Namespace, folder: Path) -> Path:
@@ -35,22 +35,24 @@ def begin(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def _seconds_of_refit(clusters, width: int, device: torch.device, rows: int) -> float:
-    """Of k-means on ``rows`` rows from a warm start, by a fit of ROWS at most."""
-    n = max(min(rows, ROWS), clusters.k)
+    """Of k-means on ``rows`` rows from a warm start, by a fit of ROWS a rank at most, which all
+    ranks share."""
+    n = max(min(rows, ROWS * distributed.world()), clusters.k)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, width, generator=generator).to(device)
     start, _ = spherical_kmeans(x, clusters.k, max_iter=1)
 
     def seconds() -> float:
         begun = time.perf_counter()
-        spherical_kmeans(x, clusters.k, init=start, max_iter=20)[0].cpu()
+        spherical_kmeans(x, clusters.k, init=start, max_iter=20, shared=True)[0].cpu()
         return time.perf_counter() - begun
 
     return min(seconds() for _ in range(2)) * rows / n
 
 
 def plan(run) -> list[str]:
-    """Lines for people, of a :class:`~mcn_ext.training.Training` that has done its steps."""
+    """Lines for people, of a :class:`~mcn_ext.training.Training` that has done its steps. All ranks
+    call this, after rank 0 has closed the log."""
     args, objective, model = run.args, run.objective, run.model
     rows = [row for row in read(run.folder / "log.jsonl") if "clips_per_s" in row]
     n_clips = args.batch_size * args.n_pair
@@ -108,7 +110,10 @@ def _time(seconds: float) -> str:
 
 def finish(run) -> None:
     """Say the plan, and delete the folder."""
+    distributed.barrier()
+    lines = plan(run)
+    distributed.barrier()
     if distributed.rank() == 0:
-        print("\n".join(plan(run)), file=sys.stdout, flush=True)
+        print("\n".join(lines), file=sys.stdout, flush=True)
         shutil.rmtree(run.folder, ignore_errors=True)
     distributed.barrier()

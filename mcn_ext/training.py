@@ -40,7 +40,7 @@ def open_store(args: argparse.Namespace, modalities: str) -> Store:
             distributed.first_rank_first(
                 lambda: demo.is_there(flags.DEMO) or demo.prepare(flags.DEMO))
         store = Store(args.data)
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         raise SystemExit(f"--data {error}") from None
     if "A" in modalities and "mel" not in store.dims:
         raise SystemExit(

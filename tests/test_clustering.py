@@ -270,11 +270,12 @@ def test_rows_that_are_not_finite_do_not_enter_the_queue():
 
 RANKS = """
 import sys, torch
-from mcn_ext import distributed
+from mcn_ext import clustering, distributed
 from mcn_ext.clustering import OnlineClusters
 from mcn_ext.distributed import default_group, gather, rank, world
 torch.set_num_threads(1)
 distributed.init("cpu")
+clustering.BLOCK = int(sys.argv[2])  # 144 rows in the queue
 clusters = OnlineClusters(16, queue_size=3, refit_every=2)
 for step in range(8):
     rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
@@ -287,11 +288,12 @@ distributed.finish()
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_finds_the_same_clusters(tmp_path):
+@pytest.mark.parametrize("block", [1024, 8, 50])  # rank 0 has all; all have some; one has none
+def test_any_number_of_ranks_finds_the_same_clusters(tmp_path, block):
     (tmp_path / "ranks.py").write_text(RANKS)
     env = {"PYTHONPATH": str(ROOT)}
     for ranks in (1, 2, 4):
         run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
-            tmp_path / "ranks.py", tmp_path / f"{ranks}.pt", cwd=tmp_path, env=env)
+            tmp_path / "ranks.py", tmp_path / f"{ranks}.pt", block, cwd=tmp_path, env=env)
     one, two, four = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (1, 2, 4))
     assert torch.equal(one, two) and torch.equal(one, four)
