@@ -51,6 +51,8 @@ gpu:
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/loader.py --videos 16 --readers store npz
 	$(PYTHON) benchmarks/kmeans.py --repeats 2
+	$(PYTHON) benchmarks/step.py --preset paper --repeats 5
+	$(PYTHON) benchmarks/step.py --preset paper --batch_size 512 --micro_batch 1024 --memory ours
 
 lint: setup
 	$(PY) -m ruff check --fix .
