@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mcn_ext import minimal
+
 _GAP = 4  # silent frames between two clips of a line: half of a convolution's width
 _CLIPS, _WIDE = 4, 1024  # longest clips, frames, to a line or more: the end of one stays empty
 
@@ -90,6 +92,8 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx, rows, weight, frames, stride):
         ctx.save_for_backward(rows, weight)
         ctx.frames, ctx.stride = frames, stride
+        if minimal.pays(rows, weight, stride):
+            return minimal.convolve(frames.lines(rows), weight).index_select(0, frames.real)
         out = F.conv2d(_image(frames.lines(rows), frames), weight, stride=(1, stride),
                        padding=(0, _GAP))
         index = frames.real if stride == 1 else frames.strided
@@ -99,7 +103,14 @@ class _Convolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
-        frames, stride = ctx.frames, ctx.stride
+        frames, stride, wanted = ctx.frames, ctx.stride, ctx.needs_input_grad[:2]
+        if minimal.pays(rows, weight, stride):
+            spread, d_rows, d_weight = frames.lines(grad), None, None
+            if wanted[0]:
+                d_rows = minimal.input_gradient(spread, weight).index_select(0, frames.real)
+            if wanted[1]:
+                d_weight = minimal.weight_gradient(frames.lines(rows), spread[_GAP:-_GAP])
+            return d_rows, d_weight, None, None
         index = frames.real if stride == 1 else frames.strided
         spread = grad.new_zeros(frames.n_lines * frames.width // stride, grad.shape[1])
         spread.index_copy_(0, index, grad)
@@ -107,17 +118,16 @@ class _Convolve(torch.autograd.Function):
         lines, d_weight = frames.lines(rows), None
         image = spread.view(frames.n_lines, 1, -1, grad.shape[1]).permute(0, 3, 1, 2)
         products = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
-        if products and ctx.needs_input_grad[1]:
+        if products and wanted[1]:
             # oneDNN's weight gradient takes twice as long as nine matrix products.
             taps = rows.new_empty(9, *weight.shape[:2])
             last = stride * (len(spread) - 1) + 1
             for i, tap in enumerate(taps):
                 torch.mm(spread.t(), lines[i:i + last:stride], out=tap)
             d_weight = taps.permute(1, 2, 0)[:, :, None].contiguous()
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not products, False]
         d_lines, other, _ = torch.ops.aten.convolution_backward(
             image, _image(lines, frames), weight, None, [1, stride], [0, _GAP], [1, 1], False,
-            [0, 0], 1, wanted)
+            [0, 0], 1, [wanted[0], wanted[1] and not products, False])
         d_rows = None
         if wanted[0]:
             d_rows = d_lines.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mcn_ext import minimal
 from mcn_ext.encoders import ResDAVEnet
 from mcn_ext.packed import Convolution, Frames, Shortcut
 
@@ -34,9 +35,14 @@ def test_full_clips_leave_little_empty():
         assert frames.n_lines * frames.width <= 1.06 * n * (length + 6)
 
 
-@pytest.mark.parametrize("kind, stride", [(Convolution, 1), (Convolution, 2), (Shortcut, 2)])
-def test_a_convolution_is_that_of_each_clip_alone(kind, stride):
+@pytest.mark.parametrize("kind, stride, block", [
+    (Convolution, 1, 0), (Convolution, 2, 0), (Shortcut, 2, 0),
+    (Convolution, 1, 1), (Convolution, 1, 2**18)])
+def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, monkeypatch):
+    """``block``: by :mod:`mcn_ext.minimal`, so many numbers at a time, 256 frames at least."""
     torch.manual_seed(0)
+    monkeypatch.setattr(minimal, "pays", lambda *_: bool(block))
+    monkeypatch.setattr(minimal, "_BLOCK", block)
     lengths = np.array([7, 0, 300, 1, 24, 2, 151])
     frames, layer = Frames(lengths, CPU), kind(5, 3, stride).double()
     rows = torch.randn(frames.n, 5, dtype=torch.float64, requires_grad=True)
@@ -49,6 +55,45 @@ def test_a_convolution_is_that_of_each_clip_alone(kind, stride):
     inputs = (rows, layer.weight)
     for g, w in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, want)), strict=True):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("dim_in, dim_out", [(96, 128), (256, 96)])
+def test_fewer_products_do_not_cost_accuracy(dim_in, dim_out, monkeypatch):
+    """In fp32, output and gradients against float64: no further from it than a direct convolution,
+    and what is near it for the wrong reason (the slow way taken) is found."""
+    torch.manual_seed(0)
+    frames, calls = Frames(np.array([300, 17, 998, 64]), CPU), []
+    layer, upstream = Convolution(dim_in, dim_out), torch.randn(frames.n, dim_out)
+    rows = torch.randn(frames.n, dim_in, requires_grad=True)
+    for name in ("convolve", "input_gradient", "weight_gradient"):
+        function = getattr(minimal, name)
+        monkeypatch.setattr(minimal, name, lambda *x, f=function: calls.append(f) or f(*x))
+
+    def results(dtype):
+        x, w = rows.detach().to(dtype).requires_grad_(), layer.weight.detach().to(dtype)
+        w.requires_grad_()
+        y = F.conv2d(frames_alone(x, frames), w, padding=(0, 4))
+        y = y[:, :, 0].transpose(1, 2).flatten(0, 1)[alone_index(frames)]
+        return [y, *torch.autograd.grad(y, (x, w), upstream.to(dtype))]
+
+    got = layer(rows, frames)
+    got = [got, *torch.autograd.grad(got, (rows, layer.weight), upstream)]
+    assert len(calls) == 3
+    for g, direct, want in zip(got, results(torch.float32), results(torch.float64), strict=True):
+        error, budget = ((x.double() - want).abs().max() for x in (g, direct))
+        print(f"error {error:.2g}, of a direct convolution {budget:.2g}, of {want.abs().max():.2g}")
+        assert error <= budget + 1e-6 * want.abs().max()
+
+
+def frames_alone(rows, frames):
+    """Clips filled up with zeros: (B, C, 1, longest)."""
+    clips = rows.split(frames.lengths.tolist())
+    return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2)[:, :, None]
+
+
+def alone_index(frames):
+    longest = int(frames.lengths.max())
+    return torch.cat([i * longest + torch.arange(n) for i, n in enumerate(frames.lengths.tolist())])
 
 
 def test_no_clip_is_no_error():
