@@ -105,7 +105,7 @@ def main(argv=None):
     from mcn_ext import distributed, localization, moments, published, retrieval
     from mcn_ext.embedder import Embedder, open_run, words_of
     from mcn_ext.log import replace, write_text
-    from mcn_ext.metrics import markdown, summarize, table
+    from mcn_ext.metrics import keep, markdown, summarize, table
     from mcn_ext.report import similarity_picture
     from mcn_ext.store import Store, StoreError
 
@@ -168,7 +168,7 @@ def main(argv=None):
     def write(name, store, result):
         about = {"data": str(store.path), "checkpoint": str(file), "step": content["step"],
                  "complete": content["complete"], "similarity": similarity}
-        metrics[name] = {"n": result.pop("n")} | about | result
+        keep(metrics, name, {"n": result.pop("n")} | about | result)
         write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
 
     def show(store, notices, *tables):

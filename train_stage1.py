@@ -25,7 +25,6 @@ def main(argv=None):
     import torch
 
     from mcn_ext import checkpoint, distributed, dry_run, published, training
-    from mcn_ext.log import say
     from mcn_ext.model import MCN
 
     # ------------------------------------------------------------------------------- run, data
@@ -57,9 +56,10 @@ def main(argv=None):
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     missing = [m for m in "AVT" if m not in args.pair]
     next_script = f"train_stage2.py --add {missing[0]}" if missing else "evaluate.py --youcook2"
-    hint = f"Next: python {next_script}"
+    where = f" --{'init' if missing else 'run'} {folder}" if args.out else ""
+    hint = f"Next: python {next_script}{where}"
     if run.done:
-        say(f"{folder} is done ({run.step} of {run.total_steps} steps). {hint}")
+        run.say_done(hint)
         return distributed.finish()
 
     if args.detect is not None:

@@ -95,9 +95,9 @@ def main(argv=None):
         model.freeze(MODALITIES[m] for m in first)
     objective = training.objective_of(args, modalities, trained=args.add if frozen else modalities)
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
-    hint = "Next: python evaluate.py --youcook2"
+    hint = "Next: python evaluate.py --youcook2" + (f" --run {folder}" if args.out else "")
     if run.done:
-        say(f"{folder} is done ({run.step} of {run.total_steps} steps). {hint}")
+        run.say_done(hint)
         return distributed.finish()
 
     if args.detect is not None:

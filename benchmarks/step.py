@@ -64,7 +64,7 @@ SIZES = {**dict.fromkeys(("batch_size", "n_pair", "audio_frames", "embd_dim", "r
 
 
 # What torch's counter leaves out.
-IN_PLACE = {torch.ops.aten.addmm_.default: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1]}
+IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1]}
 
 
 def wait(device: torch.device) -> None:

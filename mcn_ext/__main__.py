@@ -11,6 +11,11 @@ from mcn_ext import __version__, ops
 
 
 def main() -> int:
+    if words := [word for word in sys.argv[1:] if word != "--"]:
+        print(f"python -m mcn_ext {words[0]}: there is python -m mcn_ext.prepare, "
+              "mcn_ext.store, mcn_ext.study, mcn_ext.report, mcn_ext.search, mcn_ext.published",
+              file=sys.stderr)
+        return 2
     built = ops.build_info()
     print(f"mcn_ext    {__version__} ({ops.__file__})")
     print("extension  " + (f"not loaded: {built['error']}" if "error" in built else ", ".join(

@@ -120,10 +120,18 @@ class Embedder:
 
 def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
     """(run folder, file, its content) of --run and --checkpoint, or of the newest run."""
-    run = run or (file.parent if file else checkpoint.find_run(Path("runs")))
-    if run is None:
-        raise SystemExit(
-            "no run in runs/; train one (python train_stage1.py --pair AV) or name one with --run")
+    if run and file and run.resolve() != file.resolve().parent:
+        raise SystemExit(f"--checkpoint {file} does not lie in --run {run}, whose results it would "
+                         "replace; leave out one of them")
+    if not run and not file:
+        run = checkpoint.find_run(Path("runs"))
+        if run is None:
+            raise SystemExit("no run in runs/; train one (python train_stage1.py --pair AV) or "
+                             "name one with --run")
+        print(f"the newest run, {run} (--run for another)")
+    run = run or file.parent
+    if not run.is_dir():
+        raise SystemExit(f"--run {run}: no such folder")
     file = file or run / checkpoint.LATEST
     return run, file, checkpoint.load(file)
 

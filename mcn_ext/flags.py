@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -35,6 +36,14 @@ SIZES = ("embd_dim", "recon_dim", "audio_width")
 PAIRS = ("AV", "VT", "AT", "AVT")
 
 
+def _hook(kind, value, trace) -> None:
+    """Ctrl-C is no error: one line, where Python would print where it happened to be."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted; what was written before is untouched", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, trace)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose long options may be written with underscores or hyphens."""
 
@@ -51,6 +60,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
+        sys.excepthook = _hook
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
@@ -210,7 +220,13 @@ INHERITED = ("data", "word2vec", "n_pair", "min_time", "max_words", "audio_frame
 
 
 def complete(args: argparse.Namespace, inherited: dict | None = None) -> argparse.Namespace:
-    """Fill in what was not given: from ``inherited``, then from the preset the data asks for."""
+    """Fill in what was not given: from ``inherited``, then from the preset the data asks for.
+    SystemExit for what cannot work, before anything is read."""
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise SystemExit(f"--out {args.out}: a file, not a folder; give another")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise SystemExit("--tensorboard needs: pip install tensorboard "
+                         "(or pip install -e '.[tensorboard]')")
     inherited = dict(inherited or {})
     if args.similarity not in (None, inherited.get("similarity")):
         inherited.pop("temperature", None)  # the other similarity has another scale

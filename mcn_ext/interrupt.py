@@ -14,19 +14,22 @@ SAME = 10.0
 
 
 class StopRequest:
-    """From now on, SIGTERM and SIGUSR1 only leave their name in ``came``, with the time.
+    """From now on, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only leave their name in ``came``, with the
+    time.
 
-    The same signal once more, over ``SAME`` seconds later, ends the process at once.
+    The same signal once more, over ``SAME`` seconds later (Ctrl-C: one), ends the process at once.
     """
 
     def __init__(self):
         self.came: dict[str, float] = {}
         self.before = {number: signal.signal(number, self._note)
-                       for number in (signal.SIGTERM, signal.SIGUSR1)}
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def _note(self, number: int, _frame) -> None:
-        now = time.monotonic()
-        if now - self.came.setdefault(signal.Signals(number).name, now) > SAME:
+        now, name, person = time.monotonic(), signal.Signals(number).name, number == signal.SIGINT
+        if person and name not in self.came and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nending after this step, and saving it; Ctrl-C again ends at once\n")
+        if now - self.came.setdefault(name, now) > (1.0 if person else SAME):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -54,6 +57,7 @@ def outlive_signals() -> None:
     """In a process that reads ahead: only its parent's SIGTERM ends it, not one meant for the run,
     which would fail without it before it has saved."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all processes
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -35,9 +36,11 @@ def writing(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
             raise
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise SystemExit(f"{path}: could not be written ({cause.strerror or cause}); what was "
-                         "saved before is untouched. Make room and run the same command again"
-                         ) from error
+                         "saved before is untouched. " + (
+                             "Make room and run the same command again" if full else
+                             "Is the place right, and may you write there?")) from error
 
 
 def replace(path: Path, fill: Callable[[BinaryIO], object], previous: Path | None = None) -> None:

@@ -54,6 +54,16 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
     return out
 
 
+def keep(metrics: dict, name: str, entry: dict) -> None:
+    """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
+    moves to the list ``replaced``, its newest 20."""
+    old = metrics.get(name)
+    if old and any(old.get(key) != entry.get(key)
+                   for key in ("data", "checkpoint", "step", "similarity")):
+        metrics["replaced"] = [*metrics.get("replaced", []), {"set": name} | old][-20:]
+    metrics[name] = entry
+
+
 def table_rows(rows: dict[str, dict], n: int,
                what: str = "direction") -> tuple[list[str], list[list[str]]]:
     """Summaries {direction: summary} as (header, rows), with R@1's interval and chance's row."""

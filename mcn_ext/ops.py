@@ -149,6 +149,7 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
           normalize: bool, cluster_weight: float = 1.0, cluster_scale: float = 1.0, group=None,
           budget: int | None = None) -> LossTerms:
     """Arguments checked, gathered and in the types that ``torch.ops.mcn.loss`` takes."""
+    reference.check_temperature(temperature)
     dtype = rows[0].dtype
     for x in rows:
         if x.dim() != 2 or x.shape != rows[0].shape or x.device != rows[0].device:

@@ -87,6 +87,16 @@ def _softplus_mean(others: Tensor, positive: Tensor, valid: Tensor | None) -> Te
     return torch.where(valid, row, torch.zeros_like(row)).sum() / valid.sum().clamp_min(1)
 
 
+def check_temperature(temperature: float | Tensor) -> None:
+    """ValueError unless it is a number above 0, or a tensor of one element, whose value is not
+    looked at: that would wait for the device."""
+    fits = (temperature.numel() == 1 if isinstance(temperature, Tensor)
+            else 0 < temperature < math.inf)
+    if not fits:
+        raise ValueError("temperature must be a number above 0, or a tensor of one element, got "
+                         f"{temperature}")
+
+
 def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
                      margin: float = 0.001, normalize: bool = True, ids: Tensor | None = None,
                      valid: Tensor | None = None, group=None, budget: int | None = None) -> Tensor:
@@ -110,6 +120,7 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
     if x.shape != y.shape:
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs")
+    check_temperature(temperature)
     if group is not None:
         x, y = gather(x, group), gather(y, group)
         ids, valid = gather(ids, group), gather(valid, group)
@@ -140,6 +151,7 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
         raise ValueError(
             f"x {tuple(x.shape)}, centroids {tuple(centroids.shape)} and labels "
             f"{tuple(labels.shape)} must be (N, D), (K, D) and (N,)")
+    check_temperature(temperature)
     centroids = centroids.detach()
     if group is not None:
         x, labels, valid = gather(x, group), gather(labels, group), gather(valid, group)

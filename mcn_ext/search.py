@@ -121,10 +121,12 @@ def picture(path: Path, sentence: str, places, scores: dict, chosen: list[int], 
         rows = np.flatnonzero(places.video == video)
         middle = (places.begin[rows] + places.stop[rows]) / 2
         for name, values in scores.items():
+            if name != "total":  # where there is no sound, there is no curve
+                values = np.where(places.clips[1][name].numpy(), values, np.nan)
             if len(scores) > 2 or name == "total":
                 curve.plot(middle, values[rows], color=colours[name], marker=".", markersize=4,
                            linewidth=1.8 if name == "total" else 1, label=name)
-                low, high = min(low, values[rows].min()), max(high, values[rows].max())
+                low, high = np.nanmin([low, *values[rows]]), np.nanmax([high, *values[rows]])
         best = [i for i in chosen if places.video[i] == video]
         for i in best:
             first = i == chosen[0]
@@ -141,7 +143,7 @@ def picture(path: Path, sentence: str, places, scores: dict, chosen: list[int], 
         for i in best[:3]:
             said = [f"  {lo:.0f} s: {_short(text, 38)}" for lo, _, text
                     in spoken(store, video, places.begin[i], places.stop[i])[:3]]
-            lines += [f"{chosen.index(i) + 1}: {places.begin[i]:.0f} to {places.stop[i]:.0f} s, "
+            lines += [f"{chosen.index(i) + 1}: {places.begin[i]:.1f} to {places.stop[i]:.1f} s, "
                       f"{scores['total'][i]:.3f}", *(said or ["  (nothing said)"])]
         shown = [frames[i] for i in best[:2] if frames.get(i) is not None]
         side.text(0, 1.0, "\n".join(lines), va="top", fontsize=8.5, family="monospace",

@@ -63,7 +63,7 @@ def check_widths(store: Store, sizes: dict, flag: str) -> None:
              for name, dim in sizes["video_dims"].items() if store.dims.get(name) != dim]
     if wrong:
         raise SystemExit(f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features "
-                         "the run was trained on")
+                         "the run was trained on, or use another run")
 
 
 def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder: Path,
@@ -175,11 +175,14 @@ class Training:
             f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters learn, {fixed / 1e6:.1f} M "
             "are fixed")
         clusters = objective.clusters
-        if clusters and (n_clips * clusters.queue_size < clusters.k
-                         or self.total_steps <= clusters.queue_size):
+        if clusters and n_clips * clusters.queue_size < clusters.k:
             say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps of "
-                f"{n_clips} clips are more than the run's {self.total_steps} steps, or fewer "
-                f"clips than --cluster_size {clusters.k}")
+                f"{n_clips} clips are fewer clips than --cluster_size {clusters.k}; use "
+                f"--cluster_size {n_clips * clusters.queue_size // 4 or 1} or less")
+        elif clusters and self.total_steps <= clusters.queue_size:
+            say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps are "
+                f"not full before the run's {self.total_steps} are over; use --queue_size "
+                f"{self.total_steps // 4 or 1} or less, or more --epochs")
         self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
                            total_steps=self.total_steps, last_step=self.last_step)
         self.stop, self.heartbeat = StopRequest(), Heartbeat(args.hang_minutes)
@@ -334,6 +337,13 @@ class Training:
                         epoch_done=epoch if ended and self.args.keep_epochs else None,
                         complete=self.step >= self.total_steps, run_id=self.run_id,
                         model=state, training=training)
+
+    def say_done(self, hint: str) -> None:
+        """Of a run that has no step left to take."""
+        more = self.step < self.total_steps
+        steps = f"{self.step} of {self.total_steps} steps"
+        say(f"{self.folder} is " + (f"at {steps}, where --max_steps ends it; without, it goes on"
+                                    if more else f"done ({steps})") + f". {hint}")
 
     def finish(self, hint: str) -> None:
         """Close the log, draw curves.png, say what comes next."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcn_ext import ops, reference
 from mcn_ext.reference import cluster_loss, contrastive_loss, mcn_loss, unit_rows
 
 
@@ -193,6 +194,16 @@ def test_labels_outside_are_named_unless_invalid():
     with pytest.raises(ValueError, match=r"labels\[1\] = 7 is outside \[0, 2\)"):
         cluster_loss(x, torch.randn(2, 4), labels)
     cluster_loss(x, torch.randn(2, 4), labels, valid=torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf, torch.ones(3)])
+def test_a_temperature_that_cannot_be_is_an_error(value):
+    x = torch.randn(3, 4)
+    for losses in (reference, ops):
+        with pytest.raises(ValueError, match="temperature must be a number above 0"):
+            losses.contrastive_loss(x, x, temperature=value)
+        with pytest.raises(ValueError, match="temperature must be a number above 0"):
+            losses.cluster_loss(x, x, torch.zeros(3, dtype=torch.int64), temperature=value)
 
 
 def test_shapes_are_checked():

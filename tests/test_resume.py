@@ -25,7 +25,7 @@ EVERY = (*SMALL, "--save_every", 1)
 def as_before():
     """One thread, and this process's own signal handlers, whatever a run left."""
     threads, handlers = torch.get_num_threads(), {
-        s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -245,7 +245,7 @@ def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
 
 # -------------------------------------------------------------------------------------- signals
 @pytest.mark.parametrize("number,step", [(signal.SIGTERM, 3), pytest.param(
-    signal.SIGUSR1, 2, marks=pytest.mark.slow)])
+    signal.SIGUSR1, 2, marks=pytest.mark.slow), (signal.SIGINT, 2)])
 def test_a_signal_saves_and_ends_with_0(tmp_path, store_path, whole, monkeypatch, number, step):
     update, folder = training.Training.update, tmp_path / "run"
 
@@ -275,6 +275,20 @@ def test_the_same_signal_later_ends_at_once(monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_ctrl_c_again_ends_at_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    child = os.fork()
+    if child == 0:
+        interrupt.StopRequest()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # of the terminal, and passed on
+        now[0] = 2.0
+        signal.raise_signal(signal.SIGINT)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
 
 
 def test_processes_that_read_ahead_outlive_signals(store_path):

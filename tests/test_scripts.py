@@ -99,6 +99,31 @@ def test_evaluate_and_the_report_draw(work, eval_path, monkeypatch):
     assert "text->video+audio" in text and "similarity.png" in text and "curves.png" in text
 
 
+def test_a_result_of_other_settings_is_kept(work, eval_path):
+    folder = work / "runs/stage1-AV"
+    for flags in ((), ("--similarity", "dot"), ("--similarity", "dot")):
+        done = call("evaluate.py", "--youcook2", eval_path, "--run", folder, *flags, "--device",
+                    "cpu", cwd=work)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["youcook2"]["similarity"] == "dot"
+    assert metrics["replaced"][-1]["similarity"] == "cosine" and done.returncode == 0
+    assert {(m["set"], m["similarity"]) for m in metrics["replaced"]} == {("youcook2", "cosine")}
+    other = call("evaluate.py", "--youcook2", eval_path, "--run", work / "runs/stage2-AV_T",
+                 "--checkpoint", folder / "checkpoint.pt", cwd=work, check=False)
+    assert other.returncode and "does not lie in --run" in other.stderr
+
+
+def test_where_a_run_was_told_to_go_is_in_what_comes_next(tmp_path, store_path, capsys):
+    args = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--out",
+            tmp_path / "mine", "--max_steps", 1)
+    assert (f"train_stage2.py --add A --init {tmp_path / 'mine'}"
+            in call(*args, cwd=tmp_path).stdout)
+    assert "at 1 of 4 steps, where --max_steps ends it" in call(*args, cwd=tmp_path).stdout
+    (tmp_path / "file").touch()
+    refused = call(*args[:-3], tmp_path / "file", cwd=tmp_path, check=False)
+    assert refused.returncode and "a file, not a folder" in refused.stderr
+
+
 def test_a_finished_run_says_so_and_other_flags_are_refused(work, store_path):
     again = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=work)
     assert "is done (4 of 4 steps)" in again.stdout and "train_stage2.py --add T" in again.stdout

@@ -338,9 +338,11 @@ def test_youcook2_round_trip(tmp_path):
     items[2]["2d"] = np.full(12, np.nan)
     items[3].pop("3d")
     items[4]["2d_full"] = rng.random((30, 12))
+    items += [{"id": "no words", "2d": items[0]["2d"], "3d": items[0]["3d"]}, "no dictionary"]
     (tmp_path / "val.pkl").write_bytes(pickle.dumps(items))
     summary = youcook2.prepare(tmp_path / "val.pkl", tmp_path / "val.h5")
-    assert "3 of 5 clips" in summary and "2 skipped" in summary and "1 without audio" in summary
+    assert "3 of 7 clips" in summary and "4 skipped" in summary and "1 without audio" in summary
+    assert "no words,no caption in it" in (tmp_path / "val.h5.skipped.csv").read_text()
     store = Store(tmp_path / "val.h5")
     assert store.ids() == ["GLd3aX16zBg", "GLd3aX16zBg#2", "GLd3aX16zBg#5"]
     assert [store.caption_texts(i) for i in range(3)] == [["step 0"], ["step 1"], ["step 4"]]

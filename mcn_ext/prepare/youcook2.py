@@ -77,6 +77,8 @@ def _mel(item: dict) -> np.ndarray | None:
 
 def _captions(item: dict, keys: list[str]) -> list[str]:
     value = _first(item, keys)
+    if value is None:
+        raise Skipped(f"no {' or '.join(keys)} in it")
     if len(keys) > 1 and value is item.get("caption") and isinstance(value, list):
         if not value:
             raise Skipped("an empty list of captions")
@@ -93,11 +95,12 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2",
             f"{pickle_file}: no such file; expected {label}'s evaluation pickle"
             + (", youcook_val_audio.pkl" if kind == "youcook2" else ""))
     items = load_pickle(pickle_file)
-    if (not isinstance(items, list) or not items
-            or not all(isinstance(i, dict) and any(key in i for key in texts) for i in items)):
+    if not isinstance(items, list) or not any(
+            isinstance(i, dict) and any(key in i for key in texts) for i in items):
         names = [key for options in keys.values() for key in options[:1]]
         raise SystemExit(f"{pickle_file}: expected a list of dictionaries with {', '.join(names)}, "
                          f"audio, {' or '.join(texts)}, id")
+    items = [item if isinstance(item, dict) else {} for item in items]  # those are skipped, by name
     dims = {}
     for stream, options in keys.items():
         widths = Counter(len(value) for item in items if getattr(
