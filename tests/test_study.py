@@ -236,7 +236,7 @@ def test_a_study_killed_in_the_middle_ends_as_one_left_alone(tmp_path, store_pat
     """Real runs, SIGKILL of the whole of it: the same ranks for every query, and a report."""
     def command(out):
         return [sys.executable, "-m", "mcn_ext.study", "--data", store_path, "--youcook2",
-                eval_path, "--out", tmp_path / out, "--seeds", "0", "--orders", "VT_A", "AVT",
+                eval_path, "--out", tmp_path / out, "--seeds", "0", "--orders", "VT_A",
                 "--epochs", "4", "2", "--stage1_encoders", "frozen", "--save_every", "1", *REST]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -255,7 +255,7 @@ def test_a_study_killed_in_the_middle_ends_as_one_left_alone(tmp_path, store_pat
     assert kills == 2
     subprocess.run(list(map(str, command("killed"))), cwd=tmp_path, env=environment, check=True)
     runs = json.loads((tmp_path / "killed/study.json").read_text())["runs"]
-    assert len(runs) >= 2
+    assert len(runs) == 1
     for made in runs:
         one, other = (np.load(tmp_path / out / made["run"] / "youcook2.npz")
                       for out in ("alone", "killed"))
