@@ -9,6 +9,7 @@ of fp32; the shares are assumptions that are printed beside it. Nothing here was
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def main() -> None:
         body.append([f"{count} x {gpu}", f"{step:.3f}", f"{100 * kmeans / step:.1f}",
                      f"{steps * step / 3600:.2f}",
                      f"{4096 / step:,.0f}", f"{4096 * clip / step / 1e9:.1f}",
-                     f"{4096 / step * args.cpu_us / 1e6:.0f}",
+                     f"{math.ceil(4096 / step * args.cpu_us / 1e6)}",
                      f"{4096 * D * 4 * (count - 1) / count * 2 / 2**20:.0f}"])
     print(markdown([f"4,096 clips, {100 * args.share:.0f} % of the peak, k-means "
                     f"{100 * args.fp32_share:.0f} % of fp32's (assumed)", "s a step",

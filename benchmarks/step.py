@@ -298,6 +298,20 @@ def peak(args, folder: Path) -> float:
     return taken
 
 
+def peaks_of(args) -> dict[str, float | None]:
+    """:func:`peak` of each way, in a process of its own; None, and why, if that fails."""
+    parts = args.micro_batch or args.batch_size * args.n_pair // 4
+    found, ways = {}, {"plain": ("plain", 0), "ours": ("ours", 0),
+                       f"ours, --micro_batch {parts}": ("ours", parts)}
+    for way, (name, n) in ways.items():
+        command = [sys.executable, __file__, *sys.argv[1:], "--memory", name, "--micro_batch", n]
+        done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
+        found[way] = None if done.returncode else float(done.stdout)
+        if done.returncode:
+            print(f"--memory {name}, --micro_batch {n}: {done.stderr.strip()[-300:]}")
+    return found
+
+
 def table(result: dict) -> list[str]:
     plain, ours = result["rows"]["plain"], result["rows"]["ours"]
     by = "ms" if result["in_a_row_ms"] else "cpu_ms"  # a GPU's, or the processor's
@@ -349,17 +363,11 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         if args.memory:
             return print(f"{peak(args, Path(tmp)):.0f}")
+        peaks = peaks_of(args)  # first: the card is empty
         load = [os.getloadavg()[0]]
-        result = measure(args, Path(tmp))
+        result = measure(args, Path(tmp)) | {"peak_mib": peaks}
     load, lines = [*load, os.getloadavg()[0]], table(result)
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in SIZES)
-    parts = args.micro_batch or args.batch_size * args.n_pair // 4
-    result["peak_mib"], ways = {}, {"plain": ("plain", 0), "ours": ("ours", 0),
-                                    f"ours, --micro_batch {parts}": ("ours", parts)}
-    for way, (name, n) in ways.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory", name, "--micro_batch", n]
-        done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
-        result["peak_mib"][way] = float(done.stdout)
     facts = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
              "gpu": torch.cuda.get_device_name(args.device) if on_gpu else None,
              "precision": args.precision, "plain_precision": args.plain_precision,
@@ -374,7 +382,8 @@ def main():
           f"{top['wall']:.0f} GFLOP/s by wall, {top['cpu']:.0f} by processor time\n")
     print("\n".join(lines))
     print("\npeak memory above weights and batch, MiB: "
-          + ", ".join(f"{way} {mib:.0f}" for way, mib in result["peak_mib"].items()))
+          + ", ".join(f"{way} {'failed' if mib is None else round(mib)}"
+                      for way, mib in peaks.items()))
     if row := result["in_a_row_ms"]:
         n = args.batch_size * args.n_pair
         print("in a row: " + ", ".join(f"{name} {ms:.1f} ms a step, {1e3 * n / ms:.0f} clips a s"

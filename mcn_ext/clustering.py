@@ -136,7 +136,13 @@ class _Sphere:
             best = closer.sum(dim=0).argmin().reshape(1)  # of one dimension: [best] would wait
             rows.append(tried.index_select(0, best))
             distance = closer.index_select(1, best).flatten()
-        return torch.cat(rows)
+        return self.agreed(torch.cat(rows))
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """Rank 0's, where ranks share the work: on unlike hardware theirs may differ."""
+        if self.shared:
+            distributed.broadcast(x)
+        return x
 
     def means(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """Each cluster's mean direction; a cluster whose rows cancel out keeps the one it has."""
@@ -162,7 +168,7 @@ class _Sphere:
             if len(empty) == 0 or len(empty) >= last:
                 return centroids, labels
             distance, last = self.distance(labels, centroids), len(empty)
-            if not distance.any():
+            if not self.agreed(distance.any().int()):
                 return centroids, labels
             before = centroids
             centroids = before.index_copy(0, empty, self.draw(distance, len(empty)))
@@ -236,6 +242,11 @@ class OnlineClusters:
         self.centroids: Tensor | None = None
         self.steps = 0
         self.statistics: dict[str, float] = {}
+
+    @property
+    def first_fit(self) -> int:
+        """The step of a new run at which k-means first runs."""
+        return -(-self.queue_size // self.refit_every) * self.refit_every
 
     def push(self, joint: Tensor) -> None:
         """Add a step's features (B, D) of the global batch; refit when due. Rows that are zero or

@@ -37,22 +37,21 @@ def begin(args: argparse.Namespace, folder: Path) -> Path:
 def _seconds_of_refit(clusters, width: int, device: torch.device, rows: int) -> float:
     """Of k-means on ``rows`` rows from a warm start, by a fit of ROWS a rank at most, which all
     ranks share."""
-    n = max(min(rows, ROWS * distributed.world()), clusters.k)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, width, generator=generator).to(device)
-    start, _ = spherical_kmeans(x, clusters.k, max_iter=1)
+    n = max(min(rows, ROWS * min(distributed.world(), 8)), clusters.k)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(n, width, generator=generator, device=device)
 
     def seconds() -> float:
         begun = time.perf_counter()
-        spherical_kmeans(x, clusters.k, init=start, max_iter=20, shared=True)[0].cpu()
+        spherical_kmeans(x, clusters.k, init=x[:clusters.k], max_iter=20, shared=True)[0].cpu()
         return time.perf_counter() - begun
 
     return min(seconds() for _ in range(2)) * rows / n
 
 
-def plan(run) -> list[str]:
-    """Lines for people, of a :class:`~mcn_ext.training.Training` that has done its steps. All ranks
-    call this, after rank 0 has closed the log."""
+def plan(run, refit: float, queue: int) -> list[str]:
+    """Lines for people, of a :class:`~mcn_ext.training.Training` that has done its steps; a refit's
+    seconds and rows."""
     args, objective, model = run.args, run.objective, run.model
     rows = [row for row in read(run.folder / "log.jsonl") if "clips_per_s" in row]
     n_clips = args.batch_size * args.n_pair
@@ -62,11 +61,8 @@ def plan(run) -> list[str]:
     steps = run.loader.steps_per_epoch
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
-    queue, refit, refits = 0, 0.0, 0.0
-    if clusters := objective.clusters:
-        queue = clusters.queue_size * n_clips
-        refit = _seconds_of_refit(clusters, model.sizes["embd_dim"], run.device, queue)
-        refits = steps / clusters.refit_every
+    clusters = objective.clusters
+    refits = steps / clusters.refit_every if clusters else 0.0
     epoch = steps * step + refits * refit
     width = model.sizes["embd_dim"]
     latest = 4 * everything + 8 * trained + 4 * queue * width
@@ -111,10 +107,11 @@ def _time(seconds: float) -> str:
 
 def finish(run) -> None:
     """Say the plan, and delete the folder."""
-    distributed.barrier()
-    lines = plan(run)
-    distributed.barrier()
+    refit, queue = 0.0, 0
+    if clusters := run.objective.clusters:  # all ranks: they share it
+        queue = clusters.queue_size * run.args.batch_size * run.args.n_pair
+        refit = _seconds_of_refit(clusters, run.model.sizes["embd_dim"], run.device, queue)
     if distributed.rank() == 0:
-        print("\n".join(lines), file=sys.stdout, flush=True)
+        print("\n".join(plan(run, refit, queue)), file=sys.stdout, flush=True)
         shutil.rmtree(run.folder, ignore_errors=True)
     distributed.barrier()

@@ -120,7 +120,7 @@ class Embedder:
 
 def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
     """(run folder, file, its content) of --run and --checkpoint, or of the newest run."""
-    if run and file and run.resolve() != file.resolve().parent:
+    if run and file and run.resolve() != file.parent.resolve():
         raise SystemExit(f"--checkpoint {file} does not lie in --run {run}, whose results it would "
                          "replace; leave out one of them")
     if not run and not file:
@@ -130,8 +130,6 @@ def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
                              "name one with --run")
         print(f"the newest run, {run} (--run for another)")
     run = run or file.parent
-    if not run.is_dir():
-        raise SystemExit(f"--run {run}: no such folder")
     file = file or run / checkpoint.LATEST
     return run, file, checkpoint.load(file)
 

@@ -45,7 +45,12 @@ def _hook(kind, value, trace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose long options may be written with underscores or hyphens."""
+    """argparse whose long options may be written with underscores or hyphens.
+
+    ``also``: flags of the command that another parser reads, for "did you mean".
+    """
+
+    also: tuple[str, ...] = ()
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -63,10 +68,14 @@ class Parser(argparse.ArgumentParser):
         sys.excepthook = _hook
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
+            words = sys.argv[1:] if args is None else args
+            chosen = next((action.choices[word] for action in self._actions if isinstance(
+                action, argparse._SubParsersAction) for word in words if word in action.choices),
+                self)
             flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            near = {flag: difflib.get_close_matches(flag, self._option_string_actions, 1)
-                    for flag in flags}
-            self.error("; ".join(
+            known = [*chosen._option_string_actions, *self.also]
+            near = {flag: difflib.get_close_matches(flag, known, 1) for flag in flags}
+            chosen.error("; ".join(
                 [f"{flag}: no such flag" + (f", did you mean {match[0]}?" if match else "")
                  for flag, match in near.items()]
                 or [f"{' '.join(unknown)}: not a flag's value; flags begin with --"]))

@@ -17,7 +17,8 @@ class StopRequest:
     """From now on, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 only leave their name in ``came``, with the
     time.
 
-    The same signal once more, over ``SAME`` seconds later (Ctrl-C: one), ends the process at once.
+    The same signal once more, over ``SAME`` seconds later, ends the process at once; so does any,
+    a second after Ctrl-C: torchrun passes a person's second one on as SIGTERM.
     """
 
     def __init__(self):
@@ -29,7 +30,8 @@ class StopRequest:
         now, name, person = time.monotonic(), signal.Signals(number).name, number == signal.SIGINT
         if person and name not in self.came and os.environ.get("RANK", "0") == "0":
             os.write(2, b"\nending after this step, and saving it; Ctrl-C again ends at once\n")
-        if now - self.came.setdefault(name, now) > (1.0 if person else SAME):
+        first = self.came.setdefault(name, now)
+        if now - first > SAME or now - self.came.get("SIGINT", now) > 1.0:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -17,6 +17,8 @@ the error is a quarter of that of oneDNN's direct convolution (tests/test_frames
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,26 @@ LEAST = 64  # channels, of both sides: with fewer, what is saved in products goe
 _BLOCK = 2**18  # numbers of a block of frames: its sums stay in the processor's cache
 
 
+_direct = False
+
+
+@contextlib.contextmanager
+def direct():
+    """Within, convolutions are direct ones, as on a GPU: to count what they ask for."""
+    global _direct
+    before, _direct = _direct, True
+    try:
+        yield
+    finally:
+        _direct = before
+
+
 def pays(rows: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether :func:`convolve` is faster than a direct convolution, and as exact."""
+    few, many = sorted(weight.shape[:2])
     return (rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
-            and stride == 1 and min(weight.shape[:2]) >= LEAST
-            and 2 * len(rows) >= max(weight.shape[:2]))  # else the taps' sums cost what is saved
+            and stride == 1 and few >= LEAST and not _direct
+            and 2 * len(rows) >= many)  # else the taps' sums cost what is saved
 
 
 def _blocks(lines: Tensor):

@@ -179,10 +179,11 @@ class Training:
             say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps of "
                 f"{n_clips} clips are fewer clips than --cluster_size {clusters.k}; use "
                 f"--cluster_size {n_clips * clusters.queue_size // 4 or 1} or less")
-        elif clusters and self.total_steps <= clusters.queue_size:
-            say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps are "
-                f"not full before the run's {self.total_steps} are over; use --queue_size "
-                f"{self.total_steps // 4 or 1} or less, or more --epochs")
+        elif clusters and clusters.first_fit >= self.total_steps:
+            say(f"  NO clustering will take place: with --queue_size {clusters.queue_size} and "
+                f"--refit_every {clusters.refit_every} the first fit is at step "
+                f"{clusters.first_fit}, the run has {self.total_steps}; lower both, or raise "
+                "--epochs")
         self.log_ = RunLog(folder, flags.as_dict(args), device, step=self.step,
                            total_steps=self.total_steps, last_step=self.last_step)
         self.stop, self.heartbeat = StopRequest(), Heartbeat(args.hang_minutes)
@@ -259,7 +260,7 @@ class Training:
 
     def log(self, epoch: int, terms: dict[str, torch.Tensor]) -> None:
         """Record the step; save within the epoch when --save_every says so, or a signal, which
-        also ends the run: SystemExit 0."""
+        also ends the run: SystemExit 0, of Ctrl-C 130."""
         n_clips = self.args.batch_size * self.args.n_pair
         if self.skip_row:
             self.log_.skipped(self.step, epoch, n_clips, self.skip_row)
@@ -279,7 +280,7 @@ class Training:
             self.heartbeat.close()
             distributed.barrier()
             distributed.finish()
-            raise SystemExit(0)
+            raise SystemExit(130 if "SIGINT" in self.stop.came else 0)  # Ctrl-C ends `a && b`
 
     def _diagnostics(self) -> dict[str, float]:
         clusters = self.objective.clusters

@@ -220,7 +220,7 @@ def test_online_clusters_fit_when_full_warm_start_and_resume():
         if i == 6:
             state = clusters.state_dict()
     # Full after 3 steps, fitted at the next multiple of 2.
-    assert fitted == [False, False, False] + [True] * 9
+    assert fitted == [False, False, False] + [True] * 9 and clusters.first_fit == 4
     assert len(clusters.queue) == 3 and clusters.statistics["live_clusters"] == 4
     again = OnlineClusters(4, queue_size=3, refit_every=2)
     again.load_state_dict(state, torch.device("cpu"))
