@@ -93,7 +93,18 @@ def main(argv=None):
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[m] for m in first)
-    objective = training.objective_of(args, modalities, trained=args.add if frozen else modalities)
+    teacher = None
+    if args.distill or args.distill_pairs:
+        taught = MCN(**start["sizes"]).to(device)
+        taught.load_state_dict(start["model"])
+        taught.requires_grad_(False).eval()
+
+        def teacher(batch):
+            return taught(batch)[0]
+    objective = training.objective_of(
+        args, modalities, trained=args.add if frozen else modalities, distill=args.distill,
+        distill_pairs=args.distill_pairs, clean_first=args.clean_first, teacher=teacher,
+        first=[MODALITIES[m] for m in first])
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     hint = "Next: python evaluate.py --youcook2"
     if run.done:

@@ -132,6 +132,10 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     group.add_argument("--joint_pairs", action=switch, default=None, help="with three modalities, "
                        "also align each with the mean of the other two; try it when one is noisy, "
                        "or when two are searched together (default off, as published)")
+    if stage == 2:
+        add("distill", not_negative(float), "W", "weight", default=0.0)
+        group.add_argument("--distill_pairs", action=switch, default=False)
+        add("clean_first", not_negative(float), "F", "share", default=0.0)
     add("cluster_weight", not_negative(float), "W", "weight of the clustering loss, 0: without")
     add("recon_weight", not_negative(float), "W", "weight of the reconstruction loss, 0: without")
     add("cluster_size", positive(int), "K", "number of centroids; the queue must hold many times "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 
 import torch
@@ -29,13 +29,23 @@ class Objective:
             reconstructed.
         similarity: "cosine" (unit length, the default objective) or "dot" (the published one).
         loss_impl: "fused" (:mod:`mcn_ext.ops`) or "reference" (:mod:`mcn_ext.reference`).
+        distill: weight of :meth:`distillation`, which holds the first pair's encoders to
+            ``teacher``, what they were: batch -> {modality: (B, D)}.
+        distill_pairs: contrast each modality with the mean of the teacher's, too.
+        clean_first: share of the run in which clips come in from the cleanest half on, by the
+            cosine of ``first``, the first pair's embeddings; see :meth:`clean`.
     """
+
+    progress = 0.0  # of the run, in [0, 1]
 
     def __init__(self, modalities: list[str], trained: list[str], *, temperature: float = 0.05,
                  margin: float = 0.001, similarity: str = "cosine", loss_impl: str = "fused",
                  cluster_weight: float = 1.0, recon_weight: float = 50.0, cluster_size: int = 256,
                  queue_size: int = 20, refit_every: int = 20, seed: int = 0,
-                 joint_pairs: bool = False):
+                 joint_pairs: bool = False, distill: float = 0.0, distill_pairs: bool = False,
+                 clean_first: float = 0.0, teacher: Callable | None = None, first: list[str] = ()):
+        self.distill, self.distill_pairs, self.teacher = distill, distill_pairs, teacher
+        self.clean_first, self.first = clean_first, list(first)
         self.modalities, self.trained = list(modalities), list(trained)
         names = sorted(modalities)
         self.pairs = [p for p in combinations(names, 2) if set(p) & set(trained)]
@@ -59,9 +69,25 @@ class Objective:
                      {name: x.detach() for name, x in errors.items()}, batch)
         if self.clusters is not None:
             self._joint = self.joint(embeddings, batch["valid"])
-        terms = self._losses(embeddings, batch, self.pairs + self.joint_pairs, self.trained)
+        pairs = self.pairs + self.joint_pairs
+        taught = None
+        if self.teacher is not None and (self.distill or self.distill_pairs):
+            with torch.no_grad():
+                taught = {name: x.float() for name, x in self.teacher(batch).items()}
+        if taught and self.distill_pairs:
+            valid = {name: batch["valid"][name] for name in taught}
+            embeddings = {**embeddings, "teacher": self._mean(taught, valid, list(taught))}
+            batch = {**batch, "valid": {**batch["valid"], "teacher":
+                                        torch.stack(list(valid.values())).any(dim=0)}}
+            pairs = pairs + [("teacher", name) for name in self.trained]
+        if self.clean_first:
+            batch = {**batch, "valid": self.clean(embeddings, batch["valid"])}
+        terms = self._losses(embeddings, batch, pairs, self.trained)
         reconstruction = self.reconstruction(errors, batch["valid"])
-        return {"total": terms.total + self.recon_weight * reconstruction,
+        extra = 0.0
+        if taught and self.distill:
+            extra = self.distill * self.distillation(embeddings, taught, batch["valid"])
+        return {"total": terms.total + self.recon_weight * reconstruction + extra,
                 "contrastive": terms.contrastive, "cluster": terms.cluster,
                 "reconstruction": reconstruction}
 
@@ -71,7 +97,7 @@ class Objective:
         if self.clusters is not None and self.clusters.centroids is not None and clustered:
             centroids = self.clusters.centroids
             labels = self.clusters.label(self._joint)
-        rows = {name: embeddings[name] for name in self.modalities}
+        rows = dict(embeddings)
         valid = dict(batch["valid"])
         for joint, _ in pairs:
             names = joint.split("+")
@@ -89,6 +115,27 @@ class Objective:
         """(B,) equal for clips that cannot be each other's negatives: the same clip or, in a pair
         with text, the same words, which have one embedding."""
         return batch["caption_id" if "text" in pair else "clip_id"]
+
+    def distillation(self, embeddings, taught, valid) -> Tensor:
+        """Mean over the first pair of 1 - cosine to the teacher's rows, over the global batch."""
+        errors = {name: 1 - (unit_rows(torch.where(valid[name][:, None], embeddings[name].float(),
+                                                   0.0)) * unit_rows(taught[name])).sum(dim=1)
+                  for name in taught}
+        return self.reconstruction(errors, valid)
+
+    def clean(self, embeddings, valid) -> dict[str, Tensor]:
+        """Masks without the clips whose first pair agrees least: half of them at the start, none
+        after ``clean_first`` of the run. Clips that lack one of the pair stay."""
+        a, b = (unit_rows(embeddings[name].detach().float()) for name in self.first)
+        both = valid[self.first[0]] & valid[self.first[1]]
+        agreement = torch.where(both, (a * b).sum(dim=1), float("inf"))
+        left_out = 0.5 * max(0.0, 1 - self.progress / self.clean_first)
+        every = distributed.gather(agreement[:, None], distributed.default_group())[:, 0]
+        every = every[every.isfinite()]
+        if not len(every) or not left_out:
+            return dict(valid)
+        keep = agreement >= torch.quantile(every, left_out)
+        return {name: mask & keep for name, mask in valid.items()}
 
     def enqueue(self) -> None:
         """Take the last batch into the clustering queue; refit when due. Not for a skipped step."""
