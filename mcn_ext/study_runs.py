@@ -154,6 +154,9 @@ class Study:
         self.command, self.flags = spec.get("command", ""), spec.get("flags", {})
         self.cells = spec.get("cells") or [{"name": ""}]
         self.runs = [Run(self.root, entry) for entry in spec.get("runs", [])]
+        if not self.grid:  # one grade of noise is no grid, and its name says nothing
+            for run in self.runs:
+                run.cell = ""
         baselines_last = sorted(self.runs, key=lambda run: run.pair is None)
         self.labels = {run.method: run.label for run in baselines_last}
         self.orders = {run.method: run.order for run in baselines_last}

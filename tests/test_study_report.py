@@ -421,6 +421,14 @@ def test_grid_winners(tmp_path):
     assert sorted(p.stem for p in (root / "pictures").iterdir()) == ["noise", "orders", "winners"]
 
 
+def test_one_grade_of_noise_is_a_plain_study(tmp_path):
+    cell = {"name": "v2-a2", "data": "train.h5", "youcook2": "eval.h5", "video_noise": 2.0,
+            "audio_noise": 2.0}
+    root = write_study(tmp_path, cells=[cell], methods=["AV_T", "VT_A"], seeds=(0,), n=60)
+    study = Study(root)
+    assert not study.grid and len(study.by_order()) == 2 and study.compare("AV_T", "VT_A")
+
+
 def test_report_command(study_folder, no_pictures, capsys):
     from mcn_ext import report
 
