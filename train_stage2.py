@@ -93,7 +93,8 @@ def main(argv=None):
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[m] for m in first)
-    objective = training.objective_of(args, modalities, trained=args.add if frozen else modalities)
+    objective = training.objective_of(args, modalities, trained=args.add if frozen else modalities,
+                                      first=first)
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     hint = "Next: python evaluate.py --youcook2" + (f" --run {folder}" if args.out else "")
     if run.done:

@@ -122,7 +122,8 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     if "training" not in content:
         raise SystemExit(f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
                          "can go on; train anew with --no-resume or another --out")
-    old = {"init_published": None} | content["args"]  # a run from before there was that flag
+    # A run from before there were these flags.
+    old = {"init_published": None, "clean_first": 0.0} | content["args"]
     compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
     changed = [f"--{name} {old[name]} (now {args[name]})" for name in compared
                if old[name] != args[name]]

@@ -168,6 +168,10 @@ def add_training_flags(parser: Parser, stage: int) -> None:
     group.add_argument("--joint_pairs", action=switch, default=None, help="with three modalities, "
                        "also align each with the mean of the other two; try it when one is noisy, "
                        "or when two are searched together (default off, as published)")
+    if stage == 2:
+        add("clean_first", not_negative(float), "SHARE", "leave out the clips whose first pair "
+            "agrees least: half of each batch at the start, none after this share of the run; try "
+            "0.5 when data is noisy (default 0: off)", default=0.0)
     add("cluster_weight", not_negative(float), "W", "weight of the clustering loss, 0: without")
     add("recon_weight", not_negative(float), "W", "weight of the reconstruction loss, 0: without")
     add("cluster_size", positive(int), "K", "number of centroids; the queue must hold many times "

@@ -29,13 +29,21 @@ class Objective:
             reconstructed.
         similarity: "cosine" (unit length, the default objective) or "dot" (the published one).
         loss_impl: "fused" (:mod:`mcn_ext.ops`) or "reference" (:mod:`mcn_ext.reference`).
+        clean_first: the share of the run in which noisy clips come in, see :meth:`clean`; of a
+            second stage, whose first pair is ``first``.
+
+    Attributes: ``progress``, the share of the run that is done, which whoever trains keeps.
     """
+
+    progress = 0.0
 
     def __init__(self, modalities: list[str], trained: list[str], *, temperature: float = 0.05,
                  margin: float = 0.001, similarity: str = "cosine", loss_impl: str = "fused",
                  cluster_weight: float = 1.0, recon_weight: float = 50.0, cluster_size: int = 256,
                  queue_size: int = 20, refit_every: int = 20, seed: int = 0,
-                 joint_pairs: bool = False):
+                 joint_pairs: bool = False, clean_first: float = 0.0,
+                 first: tuple[str, str] | None = None):
+        self.clean_first, self.first = clean_first, first
         self.modalities, self.trained = list(modalities), list(trained)
         names = sorted(modalities)
         self.pairs = [p for p in combinations(names, 2) if set(p) & set(trained)]
@@ -55,10 +63,12 @@ class Objective:
         batch: ``valid`` {modality: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64.
         The clustering queue takes the batch in only with :meth:`enqueue`.
         """
-        self.last = ({name: x.detach() for name, x in embeddings.items()},
-                     {name: x.detach() for name, x in errors.items()}, batch)
         if self.clusters is not None:
             self._joint = self.joint(embeddings, batch["valid"])
+        if self.clean_first and self.progress < self.clean_first:
+            batch = {**batch, "valid": self.clean(embeddings, batch["valid"])}
+        self.last = ({name: x.detach() for name, x in embeddings.items()},
+                     {name: x.detach() for name, x in errors.items()}, batch)
         terms = self._losses(embeddings, batch, self.pairs + self.joint_pairs, self.trained)
         reconstruction = self.reconstruction(errors, batch["valid"])
         return {"total": terms.total + self.recon_weight * reconstruction,
@@ -89,6 +99,24 @@ class Objective:
         """(B,) equal for clips that cannot be each other's negatives: the same clip or, in a pair
         with text, the same words, which have one embedding."""
         return batch["caption_id" if "text" in pair else "clip_id"]
+
+    @torch.no_grad()
+    def clean(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor],
+              ) -> dict[str, Tensor]:
+        """Masks (B,) that leave out the noisiest clips of the global batch, by the cosine of the
+        first pair's embeddings: a share of (1 - progress / clean_first) / 2, half of them at the
+        start. The pair was trained on clean and noisy clips alike, and agrees less on the noisy
+        ones. Clips that lack one of the pair stay. The clustering queue takes all clips.
+        """
+        a, b = (unit_rows(embeddings[name].float()) for name in self.first)
+        both = valid[self.first[0]] & valid[self.first[1]]
+        agreement = torch.where(both, (a * b).sum(dim=1), torch.inf)
+        agreement = torch.where(agreement.isnan(), -torch.inf, agreement)
+        every = distributed.gather(agreement, distributed.default_group()).sort().values
+        number = (every < torch.inf).sum()  # a tensor: the device need not be waited for
+        out = (number * ((1 - self.progress / self.clean_first) / 2)).long()
+        keep = agreement >= every.index_select(0, out.clamp_max(len(every) - 1).reshape(1))
+        return {name: mask & keep for name, mask in valid.items()}
 
     def enqueue(self) -> None:
         """Take the last batch into the clustering queue; refit when due. Not for a skipped step."""

@@ -87,6 +87,7 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     sides = {"embedding": embeddings, "reconstruction": errors}
     leaves = {side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
               for side, xs in sides.items()}
+    objective.progress = 1.0  # with all clips, also such as --clean_first has left out
     terms = objective(leaves["embedding"], leaves["reconstruction"], batch)
     lines += found_lines(merge([find_clips(objective)]), objective.parts(), describe)
     lines.append(f"  forward: {forward}")

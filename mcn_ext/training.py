@@ -91,10 +91,14 @@ def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder
     return words or WordVectors.load(kept)
 
 
-def objective_of(args: argparse.Namespace, modalities: str, trained: str) -> Objective:
+def objective_of(args: argparse.Namespace, modalities: str, trained: str,
+                 first: str | None = None) -> Objective:
+    """``first``: the first stage's pair, for --clean_first."""
     names = ("temperature", "margin", "similarity", "loss_impl", "cluster_weight", "recon_weight",
              "cluster_size", "queue_size", "refit_every", "seed", "joint_pairs")
     return Objective([MODALITIES[m] for m in modalities], [MODALITIES[m] for m in trained],
+                     clean_first=args.clean_first if first else 0.0,
+                     first=first and tuple(MODALITIES[m] for m in first),
                      **{name: getattr(args, name) for name in names})
 
 
@@ -222,6 +226,7 @@ class Training:
         for batch in self.log_.timed(self.loader.epoch(epoch, start)):
             self.heartbeat.at(self.step + 1, "computing")
             self.guard.before()
+            self.objective.progress = self.step / self.total_steps
             yield to_device(batch, self.device, self.table)
             if self.step >= self.last_step:
                 return

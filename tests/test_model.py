@@ -102,6 +102,32 @@ def test_only_the_modalities_asked_for_exist_and_all_parameters_learn(modalities
     assert ("DAVEnet.conv1.weight" in model.state_dict()) == ("A" in modalities)
 
 
+def test_noisy_clips_come_in_by_and_by():
+    names = ["audio", "video", "text"]
+    objective = Objective(names, ["text"], cluster_size=2, queue_size=1, refit_every=1,
+                          clean_first=0.5, first=("audio", "video"))
+    angle = torch.tensor([0.1, 1.5, 0.2, 0.9, 0.0, 0.5])  # between a clip's sound and its video
+    rows = {"audio": torch.stack([angle.cos(), angle.sin()], dim=1),
+            "video": torch.tensor([[1.0, 0.0]]).repeat(6, 1), "text": torch.randn(6, 2)}
+    valid = {name: torch.ones(6, dtype=torch.bool) for name in names}
+    valid["audio"][4] = False  # nothing is known of it: it stays
+    for progress, left in ((0.0, [0, 2, 4, 5]), (0.25, [0, 2, 3, 4, 5]), (0.49, list(range(6)))):
+        objective.progress = progress
+        kept = objective.clean(rows, valid)
+        assert kept["text"].nonzero().flatten().tolist() == left
+        assert torch.equal(kept["audio"], kept["text"] & valid["audio"])
+    ids, errors = torch.arange(6), {"text": torch.rand(6)}
+    batch_ = {"valid": valid, "clip_id": ids, "caption_id": ids}
+    objective.progress = 0.0
+    early = objective(rows, errors, batch_)["contrastive"]
+    objective.enqueue()
+    assert objective.clusters.queue[-1].any(dim=1).all()  # all are clustered
+    objective.progress = 0.5
+    late = objective(rows, errors, batch_)["contrastive"]
+    plain = Objective(names, ["text"], cluster_weight=0.0)(rows, errors, batch_)["contrastive"]
+    assert late == plain and not torch.isclose(early, late)
+
+
 def test_frozen_encoders_do_not_move():
     torch.manual_seed(0)
     model = MCN("AVT", **SIZES)

@@ -113,6 +113,17 @@ def test_a_result_of_other_settings_is_kept(work, eval_path):
     assert other.returncode and "does not lie in --run" in other.stderr
 
 
+def test_clean_clips_first(work, eval_path):
+    folder = work / "runs/clean"
+    losses = []
+    for flags in ((), ("--clean_first", 0.75)):
+        call("train_stage2.py", "--add", "T", "--init", work / "runs/stage1-AV", "--epochs", 2,
+             "--no-resume", "--log_every", 1, "--out", folder, *flags, cwd=work)
+        losses.append([row["contrastive"] for row in read(folder / "log.jsonl")])
+    (plain, clean), steps = losses, len(losses[0])
+    assert len(clean) == steps and plain[0] != clean[0]
+
+
 def test_where_a_run_was_told_to_go_is_in_what_comes_next(tmp_path, store_path, capsys):
     args = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--out",
             tmp_path / "mine", "--max_steps", 1)
