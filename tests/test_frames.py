@@ -57,7 +57,8 @@ def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, monkeypat
         torch.testing.assert_close(g, w)
 
 
-@pytest.mark.parametrize("dim_in, dim_out", [(96, 128), (256, 96)])
+@pytest.mark.parametrize("dim_in, dim_out", [
+    (96, 128), pytest.param(256, 96, marks=pytest.mark.slow)])
 def test_fewer_products_do_not_cost_accuracy(dim_in, dim_out, monkeypatch):
     """In fp32, output and gradients against float64: no further from it than a direct convolution,
     and what is near it for the wrong reason (the slow way taken) is found."""

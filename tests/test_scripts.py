@@ -99,6 +99,7 @@ def test_evaluate_and_the_report_draw(work, eval_path, monkeypatch):
     assert "text->video+audio" in text and "similarity.png" in text and "curves.png" in text
 
 
+@pytest.mark.slow
 def test_a_result_of_other_settings_is_kept(work, eval_path):
     folder = work / "runs/stage1-AV"
     for flags in ((), ("--similarity", "dot"), ("--similarity", "dot")):
@@ -113,6 +114,7 @@ def test_a_result_of_other_settings_is_kept(work, eval_path):
     assert other.returncode and "does not lie in --run" in other.stderr
 
 
+@pytest.mark.slow
 def test_clean_clips_first(work, eval_path):
     folder = work / "runs/clean"
     losses = []
