@@ -24,9 +24,7 @@ from torch import Tensor
 
 LEAST = 64  # channels, of both sides: with fewer, what is saved in products goes into sums
 _BLOCK = 2**18  # numbers of a block of frames: its sums stay in the processor's cache
-
-
-_direct = False
+_direct = False  # see direct()
 
 
 @contextlib.contextmanager
