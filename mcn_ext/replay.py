@@ -135,19 +135,24 @@ class FirstNotFinite(TorchDispatchMode):
         self.tracker.__exit__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if self.found == "all finite" and "empty" not in str(func):  # those are not yet written
-            for x in tree_leaves(out):
-                if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
-                    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-                    before = not_finite((str(i), t) for i, t in enumerate(inputs))
-                    module = max(self.tracker.parents - {"Global"}, key=len, default="")
-                    self.found = (
-                        f"first {f'in {module}: ' if module else ''}{func} yields "
-                        f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
-                        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
-                        + ("an input that was not finite" if before else "finite inputs"))
-                    break
+        kwargs = kwargs or {}
+        # Neither makes numbers: views share theirs, and memory just asked for holds any.
+        if self.found != "all finite" or func.is_view or "empty" in str(func):
+            return func(*args, **kwargs)
+        # Looked at before, for what is written in place; only where to write (out=) is not read.
+        read = {name: value for name, value in kwargs.items() if name != "out"}
+        inputs = [x for x in tree_leaves((args, read)) if isinstance(x, Tensor)]
+        before = not_finite((str(i), x) for i, x in enumerate(inputs))
+        out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
+                module = max(self.tracker.parents - {"Global"}, key=len, default="")
+                self.found = (
+                    f"first {f'in {module}: ' if module else ''}{func} yields "
+                    f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
+                    f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
+                    + ("an input that was not finite" if before else "finite inputs"))
+                break
         return out
 
     def __str__(self) -> str:
