@@ -23,7 +23,7 @@ from mcn_ext.reference import LossTerms
 
 __all__ = ["LossTerms", "build_info", "cluster_loss", "contrastive_loss", "has_cuda", "mcn_loss"]
 
-_tile = 0  # rows and columns of a tile; 0 lets csrc/loss.cpp choose (tests try ragged ones)
+_tile = 0  # rows and columns of a tile; 0 lets csrc/losses.h choose (tests try ragged ones)
 
 
 def _load() -> str | None:

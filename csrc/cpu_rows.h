@@ -1,0 +1,240 @@
+// The loops of cpu.cpp over a row's or a strip's elements, vectorised by the compiler for the
+// machine the code runs on (target_clones).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "formulas.h"
+#include "kernels.h"
+
+// One body per instruction set, chosen when the library loads. Other compilers and machines get the
+// flags they were given.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MCN_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define MCN_CLONES
+#endif
+
+namespace mcn::cpu {
+namespace {
+
+constexpr int64_t kStrip = 32;  // rows of a tile that stay in the cache while they are read twice
+int64_t strips(int64_t rows) { return (rows + kStrip - 1) / kStrip; }
+constexpr float kSpread =
+    40;  // of logits, far enough from fp32's exp(-87) that no sum loses a digit
+
+// exp for arguments up to 88, as shifted logits are; 0 below -87, where fp32 loses precision.
+// Cody-Waite reduction and Cephes' polynomial, 1 unit in the last place; written so that it
+// vectorises.
+MCN_INLINE float exp_shifted(float x) {
+  constexpr float kLog2e = 1.44269504f, kHigh = 0.693359375f, kLow = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * kLog2e + kRound;
+  const float whole = shifted - kRound;
+  const float r = (clamped - whole * kHigh) - whole * kLow;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (__builtin_bit_cast(int32_t, shifted) << 23) + (127 << 23);
+  const float scaled = p * __builtin_bit_cast(float, bits);
+  return x < -87.0f ? 0.0f : scaled;
+}
+MCN_INLINE double exp_shifted(double x) { return std::exp(x); }
+
+template <typename A>
+struct Row {  // what a row of a tile brings to its logits
+  const A* s;
+  A scale;  // inverse norm / temperature
+  int32_t key;
+};
+
+template <typename A>
+MCN_INLINE A logit(const Row<A>& row, A s, A col_inverse, int32_t col_key) {
+  const bool skip = (col_key == row.key) | (col_key < 0);
+  const A z = s * row.scale * col_inverse;
+  return skip ? lowest<A>() : z;
+}
+
+template <typename A>
+MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                         int64_t i) {
+  const int64_t row = tile.row0 + i;
+  return {tile.data + i * tile.ld, row_inverse[row] / term.temperature[0], term.row_key[row]};
+}
+
+// Rows [begin, end) of the tile: their statistics merged into the term's, the columns' over these
+// rows into col_max and col_sum. Twice over the strip, which stays in the cache: the largest, then
+// the sums.
+template <typename A>
+MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                                 const A* col_inverse, int64_t begin, int64_t end, A* col_max,
+                                 A* col_sum) {
+  const int64_t cols = tile.cols;
+  const int32_t* col_key = term.col_key + tile.col0;
+  const A* inverse = col_inverse + tile.col0;
+  A largest[kStrip];
+  if (term.both) {
+    std::fill(col_max, col_max + cols, lowest<A>());
+    std::fill(col_sum, col_sum + cols, A(0));
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const Row<A> row = row_of(term, tile, row_inverse, i);
+    A top = lowest<A>();
+    if (row.key >= 0) {
+      if (term.both) {
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < cols; ++j) {
+          const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+          top = z > top ? z : top;
+          col_max[j] = z > col_max[j] ? z : col_max[j];
+        }
+      } else {
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < cols; ++j) {
+          const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+          top = z > top ? z : top;
+        }
+      }
+    }
+    largest[i - begin] = top;
+  }
+  // Within kSpread of each other, one shift and so one exponential serves rows and columns; else
+  // each its own.
+  A top = lowest<A>(), bottom = -lowest<A>();
+  const auto spread = [&](A value) {
+    if (value == lowest<A>()) return;
+    top = std::max(top, value), bottom = std::min(bottom, value);
+  };
+  std::for_each(largest, largest + (end - begin), spread);
+  if (term.both) std::for_each(col_max, col_max + cols, spread);
+  const bool shared = term.both && top >= bottom && top - bottom <= kSpread;
+  // Nothing unmasked in a column so far: the shift is 0, as exp(-inf - -inf) would be NaN.
+  for (int64_t j = 0; term.both && j < cols; ++j)
+    col_max[j] = shared ? top : col_max[j] == lowest<A>() ? A(0) : col_max[j];
+  for (int64_t i = begin; i < end; ++i) {
+    const Row<A> row = row_of(term, tile, row_inverse, i);
+    if (row.key < 0) continue;
+    const A shift = shared ? top : largest[i - begin] == lowest<A>() ? A(0) : largest[i - begin];
+    A sum = 0;
+    if (shared) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < cols; ++j) {
+        const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
+        sum += e;
+        col_sum[j] += e;
+      }
+    } else if (term.both) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < cols; ++j) {
+        const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+        sum += exp_shifted(z - shift);
+        col_sum[j] += exp_shifted(z - col_max[j]);
+      }
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < cols; ++j) {
+        sum += exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
+      }
+    }
+    LogSum<A> total{term.row_max[tile.row0 + i], term.row_sum[tile.row0 + i]};
+    total.merge(sum == A(0) ? lowest<A>() : shift, sum);
+    term.row_max[tile.row0 + i] = total.max;
+    term.row_sum[tile.row0 + i] = total.sum;
+  }
+}
+#define MCN_STRIP_STATISTICS(A)                                                                  \
+  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,                  \
+                                      const A* row_inverse, const A* col_inverse, int64_t begin, \
+                                      int64_t end, A* col_max, A* col_sum) {                     \
+    strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);        \
+  }
+MCN_STRIP_STATISTICS(float)
+MCN_STRIP_STATISTICS(double)
+
+// exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center -
+// lse_col)): one exponential an element where all log-sums of a tile lie close. col_factor: the
+// last term, or null if they do not.
+template <typename A>
+MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                             const A* col_inverse, int64_t i, A center, const A* col_factor,
+                             A* out) {
+  const int64_t cols = tile.cols;
+  const Row<A> row = row_of(term, tile, row_inverse, i);
+  if (row.key < 0) {
+    std::fill(out, out + cols, A(0));
+    return;
+  }
+  const int32_t* col_key = term.col_key + tile.col0;
+  const A* inverse = col_inverse + tile.col0;
+  const A row_top = term.row_top[tile.row0 + i], row_rest = term.row_rest[tile.row0 + i];
+  const A scale = row_inverse[tile.row0 + i] * term.factor[1];
+  if (col_factor) {
+    const A row_factor = exp_shifted(center - row_top - row_rest);
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - center);
+      out[j] = e * (row_factor + col_factor[j]) * scale * inverse[j];
+    }
+  } else if (term.both) {
+    const A *col_top = term.col_top + tile.col0, *col_rest = term.col_rest + tile.col0;
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+      out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) *
+               scale * inverse[j];
+    }
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+      out[j] = exp_shifted(z - row_top - row_rest) * scale * inverse[j];
+    }
+  }
+}
+#define MCN_ROW_GRADIENT(A)                                                                       \
+  MCN_CLONES void row_gradient_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \
+                                  const A* col_inverse, int64_t i, A center, const A* col_factor, \
+                                  A* out) {                                                       \
+    row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);               \
+  }
+MCN_ROW_GRADIENT(float)
+MCN_ROW_GRADIENT(double)
+
+// In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of
+// 1e-9.
+#define MCN_DOT(A)                                                                           \
+  MCN_CLONES double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) { \
+    double sum = 0;                                                                          \
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t k = 0; k < d; ++k) sum +=            \
+        (x[k] * x_scale) * (y[k] * y_scale);                                                 \
+    return sum;                                                                              \
+  }
+MCN_DOT(float)
+MCN_DOT(double)
+
+#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                    \
+  MCN_CLONES double largest(const A* x, int64_t d) {                                \
+    A top = 0;                                                                      \
+    _Pragma("omp simd reduction(max : top)") for (int64_t k = 0; k < d; ++k) {      \
+      const A size = std::fabs(x[k]);                                               \
+      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>(); \
+      top = finite > top ? finite : top;                                            \
+    }                                                                               \
+    return top;                                                                     \
+  }
+MCN_LARGEST(float)
+MCN_LARGEST(double)
+
+template <typename A>
+const A* row(const Rows<A>& x, int64_t i) {
+  return static_cast<const A*>(x.data) + i * x.d;
+}
+
+}  // namespace
+}  // namespace mcn::cpu
