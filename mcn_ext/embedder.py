@@ -98,8 +98,13 @@ class Embedder:
         reader = self._reader(store, words, audio_frames)
         starts = tqdm(range(0, len(clips), self.batch_size), desc="embed", unit="batch",
                       mininterval=0.5)
-        return self._embed(([reader.read(*clip) for clip in clips[b:b + self.batch_size]]
-                            for b in starts), self.model.modalities, words, self.padding)
+        embeddings, valid = self._embed(
+            ([reader.read(*clip) for clip in clips[b:b + self.batch_size]] for b in starts),
+            self.model.modalities, words, self.padding)
+        if clips and "text" in valid and not valid["text"].any():
+            print(f"{store.path}: not one caption has a word that the run knows, so every text "
+                  f"query is a miss; it knows those of {self.word2vec or 'its training captions'}")
+        return embeddings, valid
 
     def stretches(self, store: Store, video: int, begin: np.ndarray, stop: np.ndarray) -> Clips:
         """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text. Sound

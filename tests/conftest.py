@@ -28,7 +28,8 @@ STREAMS = {"2d": {"dim": 12, "rate_hz": 1.0}, "3d": {"dim": 6, "rate_hz": 1.5},
 WORDS = "chop fry boil peel onion carrot egg rice".split()
 
 
-def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, **kwargs):
+def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, caption="now {} it",
+                **kwargs):
     """A training store in which the word of a caption shows in its video and sound."""
     rng = np.random.default_rng(seed)
     look = {"2d": rng.gamma(0.5, 1, (len(WORDS), 12)), "3d": rng.gamma(0.5, 1, (len(WORDS), 6))}
@@ -46,7 +47,7 @@ def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, **kwarg
             rows["mel"] = None
         start = np.arange(n_captions) * 2.0
         writer.add(f"video{video:06d}", rows, start, start + 1.9,
-                   [f"now {WORDS[c]} it" for c in content])
+                   [caption.format(WORDS[c]) for c in content])
     return writer.close()
 
 

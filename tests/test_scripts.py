@@ -12,7 +12,7 @@ from mcn_ext import checkpoint, report, training
 from mcn_ext.log import read
 from mcn_ext.store_file import seal
 from mcn_ext.words import WordVectors
-from tests.conftest import ROOT, SMALL, WORDS, call, run
+from tests.conftest import ROOT, SMALL, WORDS, call, run, write_store
 
 TERMS = ("total", "contrastive", "cluster", "reconstruction")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -112,6 +112,14 @@ def test_a_result_of_other_settings_is_kept(work, eval_path):
     other = call("evaluate.py", "--youcook2", eval_path, "--run", work / "runs/stage2-AV_T",
                  "--checkpoint", folder / "checkpoint.pt", cwd=work, check=False)
     assert other.returncode and "does not lie in --run" in other.stderr
+
+
+def test_captions_of_which_no_word_is_known_are_said(work, tmp_path, eval_path):
+    command = ("evaluate.py", "--run", work / "runs/stage2-AV_T", "--device", "cpu")
+    strange = write_store(tmp_path / "other.h5", n_captions=1, caption="x{}x")
+    for store, expected in ((eval_path, False), (strange, True)):
+        done = call(*command, "--youcook2", store, cwd=work)
+        assert ("not one caption has a word that the run knows" in done.stdout) == expected
 
 
 @pytest.mark.slow

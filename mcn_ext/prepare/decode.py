@@ -211,5 +211,6 @@ def serve(pipe: Connection, path: str, **options) -> None:
     except (BrokenPipeError, KeyboardInterrupt):
         pass  # nobody wants it any more
     except Exception as error:  # the parent goes on with the next file
-        reason = error if isinstance(error, Skipped) else f"{path}: {type(error).__name__}: {error}"
+        reason = error if isinstance(error, Skipped) else (
+            f"{path}: could not be decoded ({type(error).__name__}: {error})")
         pipe.send_bytes(b"s" + str(reason).encode("utf-8", "replace"))

@@ -88,9 +88,10 @@ def load_array(path: Path, keys: Sequence[str] = ("features", "arr_0"),
                     raise Skipped(f"holds {names[:9]}, expected {' or '.join(map(repr, keys))}")
                 with archive.open(name) as file:
                     array = _read_npy(file, archive.getinfo(name).file_size, kinds)
+    except (Skipped, OSError) as error:
+        raise Skipped(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
-        kind = "" if isinstance(error, Skipped) else f"{type(error).__name__}: "
-        raise Skipped(f"{path}: {kind}{error}") from error
+        raise Skipped(f"{path}: damaged or cut off ({type(error).__name__}: {error})") from error
     with np.errstate(over="ignore"):
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
