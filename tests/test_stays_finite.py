@@ -105,7 +105,7 @@ def test_what_kills_the_recipe_does_not_kill_ours():
     from mcn_ext.clustering import spherical_kmeans
     from tests.conftest import load_script
 
-    recipe = load_script("benchmarks/nan.py")
+    recipe = load_script("benchmarks/nan_recipe.py")
     torch.manual_seed(0)
     rows = (8.0 + 0.08 * torch.randn(10240, recipe.DIM)).half().float()
     published = recipe.Recipe()
