@@ -46,7 +46,7 @@ study: setup
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m mcn_ext
-	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py tests/test_loss.py
+	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py tests/test_loss.py tests/test_loss_torch.py
 	$(PYTHON) benchmarks/loss.py
 	$(PYTHON) benchmarks/accuracy.py
 	$(PYTHON) benchmarks/loader.py --videos 16 --readers store npz

@@ -76,6 +76,12 @@ def digits():
     return DIGITS
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """matplotlib as if not installed: pictures are slow, and the page must do without them."""
+    monkeypatch.setattr("mcn_ext.report._pyplot", lambda: None)
+
+
 def run(*command, cwd, check=True, timeout=300, env=None):
     """Run a script of the project as a user would; returns the finished process with its output."""
     words = [str(word) for word in command]

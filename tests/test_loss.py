@@ -1,4 +1,4 @@
-"""The compiled losses against the float64 reference: values, gradients, edges, torch's plumbing.
+"""The compiled losses against the float64 reference: values, gradients and edges.
 
 An error budget: at most that of the reference in the inputs' own dtype, plus 1e-12 in fp64, else
 2e-6 (16 units in fp32's last place). Temperatures are numbers that fp32 holds exactly.
@@ -98,13 +98,6 @@ def check(call, rows, temperature=0.25, tolerance=None, frozen=()):
         budget += (relative + ROUNDING.get(g.dtype, 0.0)) * size
         assert error <= budget, f"value {i}: error {error:.3g} > budget {budget:.3g}"
     return got
-
-
-def spy(monkeypatch, name="loss"):
-    """Arguments of every call of the operator from here on."""
-    calls, run = [], getattr(torch.ops.mcn, name)
-    monkeypatch.setattr(torch.ops.mcn, name, lambda *args: calls.append(args) or run(*args))
-    return calls
 
 
 @pytest.mark.parametrize("dtype, n, d, tile", [
@@ -298,93 +291,6 @@ def test_gradcheck(device, mode, normalize):
     call = everything(normalize=normalize, **options)
     inputs = [x.requires_grad_() for x in (*rows, torch.full_like(rows[0][0, 0], 0.5))]
     assert torch.autograd.gradcheck(lambda *x: call(ops, x[:3], x[3]).total, inputs)
-
-
-@pytest.mark.slow
-def test_opcheck(device, mode, monkeypatch):
-    rows, options = problem(9, 5, device)
-    forward, backward = spy(monkeypatch), spy(monkeypatch, "loss_backward")
-    values(ops, everything(**options), rows)
-    monkeypatch.undo()
-    assert forward[0][15] is (mode == "keep") and len(backward) == (mode == "stream")
-    torch.library.opcheck(torch.ops.mcn.loss.default, forward[0])
-    for args in backward:  # not test_aot_dispatch: it asks for second derivatives
-        torch.library.opcheck(torch.ops.mcn.loss_backward.default, args, test_utils=(
-            "test_schema", "test_autograd_registration", "test_faketensor"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager",
-                                     pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not sizes of an older build
-    torch._dynamo.reset()
-    rows, options = problem(13, 5, device)
-    call = everything(**options)
-    compiled = torch.compile(lambda rows, t: call(ops, rows, t), fullgraph=True, backend=backend)
-    got = values(ops, lambda _, rows, t: compiled(rows, t), rows)
-    assert_close(got, values(ops, call, rows), rtol=1e-6, atol=1e-7)
-
-
-def test_a_loss_scale_meets_gradients_that_fp16_has_not_rounded_away(device, mode):
-    def scaled(module, rows, t):
-        return module.contrastive_loss(*rows, temperature=t) * 65536
-    got = check(scaled, embeddings(64, 9, torch.float16, device, scale=1e4))
-    # Without the scale fp16 would lose digits below 2^-14.
-    assert all(0 < g.abs().max() < 65536 * 2**-14 for g in got[1:3])
-
-
-def test_double_backward_is_refused(device, mode):
-    x, y = (t.requires_grad_() for t in embeddings(5, 3, device=device))
-    loss = ops.contrastive_loss(x, y).square()  # its first derivative holds the loss: no constant
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.autograd.grad(loss, x, create_graph=True)[0].sum().backward()
-
-
-def test_under_autocast_and_without_gradients(device, mode, monkeypatch):
-    rows = embeddings(32, 17, device=device)
-    outside, calls = values(ops, contrastive(), rows), spy(monkeypatch)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        assert_close(values(ops, contrastive(), rows), outside, **BITS)
-    rows = [x.requires_grad_() for x in rows]
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            assert torch.equal(ops.contrastive_loss(*rows, temperature=0.25), outside[0])
-    assert [args[13:15] for args in calls] == [([1, 1], True)] + 2 * [([0, 0], False)]
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_one_input_its_hook_and_a_second_backward(device, mode, side):
-    rows, seen = embeddings(9, 5, device=device), []
-    full = values(ops, contrastive(), rows)[1 + side]
-    rows[side].requires_grad_().register_hook(lambda g: seen.append(g.clone()))
-    loss = ops.contrastive_loss(*rows, temperature=0.25)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert_close(seen, [full, full])
-    assert torch.equal(rows[side].grad, 2 * seen[0]) and rows[1 - side].grad is None
-
-
-def test_budget_comes_from_the_argument_or_the_environment(monkeypatch):
-    calls, (x, y), needed = spy(monkeypatch), embeddings(10, 3), 10 * 10 * 4
-    for variable, budget, keep in ((None, None, True), (0, None, False), (needed, None, True),
-                                   (needed - 1, None, False), (0, needed, True), (2**40, 0, False)):
-        monkeypatch.delenv("MCN_LOSS_BUDGET", raising=False)
-        if variable is not None:
-            monkeypatch.setenv("MCN_LOSS_BUDGET", str(variable))
-        ops.contrastive_loss(x, y, budget=budget)
-        assert calls[-1][15] is keep, (variable, budget)
-
-
-def test_the_reference_runs_where_nothing_is_compiled(monkeypatch):
-    rows, options = problem(9, 5, "cpu")
-    monkeypatch.setattr(ops, "_unavailable", "not built")
-    calls = spy(monkeypatch)
-    assert ops.build_info() == {"error": "not built"} and not ops.has_cuda()
-    for call, some in ((contrastive(), rows[:2]), (everything(**options), rows),
-                       (cluster(options["centroids"], options["labels"]), rows)):
-        assert torch.equal(*(torch.as_tensor(call(m, some, 0.25)) for m in (ops, reference)))
-    assert not calls
 
 
 if given:
