@@ -115,10 +115,12 @@ def _float32(value: Tensor) -> Tensor:
 
 def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | None) -> dict:
     """A flat batch -> what :class:`~mcn_ext.model.MCN` takes, in float32; ``table`` (V, dim): word
-    vectors."""
+    vectors. ``n_frames`` stays on the host, where the layout of convolutions is made of it: to ask
+    a GPU for it would wait for all that has been given to it."""
     out: dict = {"valid": {}, "video": {}}
     for key, value in batch.items():
-        value = value.to(device, non_blocking=True)
+        if key != "n_frames":
+            value = value.to(device, non_blocking=True)
         if value.dtype == torch.float16 or not value.is_contiguous():
             value = _float32(value)
         group, _, name = key.partition(".")
@@ -140,7 +142,8 @@ def fill_up(batch: Mapping, audio: int, text: int) -> dict:
     out = dict(batch)
     if "audio" in out:
         mel, n_frames = out["audio"], out["n_frames"]
-        mel = mel * (torch.arange(mel.shape[2], device=mel.device) < n_frames[:, None, None])
+        real = torch.arange(mel.shape[2]) < n_frames[:, None, None].cpu()
+        mel = mel * real.to(mel.device)
         out["audio"] = F.pad(mel, (0, max(0, audio - mel.shape[2])))
         out["heard"] = torch.full_like(n_frames, out["audio"].shape[2])
     if "text" in out:

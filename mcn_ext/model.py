@@ -112,8 +112,8 @@ class MCN(nn.Module):
 
         batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
         with ``n_frames`` (B,) int64, which are averaged, and, where more are convolved (see
-        :func:`mcn_ext.batch.fill_up`), ``heard`` (B,); ``text`` (B, words, word_dim) with
-        ``text_mask`` (B, words).
+        :func:`mcn_ext.batch.fill_up`), ``heard`` (B,), both best on the host, which else waits for
+        the device; ``text`` (B, words, word_dim) with ``text_mask`` (B, words).
         Only the model's modalities are read.
 
         Returns ({modality: embedding (B, embd_dim)}, {modality: reconstruction MSE (B,) fp32}); the

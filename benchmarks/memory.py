@@ -1,0 +1,130 @@
+"""What a GPU must hold for one training step, without one: by shapes (benchmarks/shapes.py).
+
+    python benchmarks/memory.py                                  # the published sizes, a table
+    python benchmarks/memory.py --pair AVT --clips 2048 --micro_batch 256
+
+The training code runs as it is, on tensors that have no numbers; every tensor that the device would
+hold is counted, and what the compiled losses take inside. Not counted: CUDA's own context (some 0.5
+GiB), cuDNN's workspaces, and what the caching allocator cannot use again.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from shapes import pretend  # noqa: E402
+
+from mcn_ext import flags  # noqa: E402
+from mcn_ext.batch import to_device  # noqa: E402
+from mcn_ext.guard import Guard  # noqa: E402
+from mcn_ext.metrics import markdown  # noqa: E402
+from mcn_ext.microbatch import MicroBatched  # noqa: E402
+from mcn_ext.model import MCN, MODALITIES  # noqa: E402
+from mcn_ext.training import objective_of  # noqa: E402
+
+DEVICE = torch.device("cuda")
+# (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --micro_batch)
+PAPER = [("AV", "", 1024, 4096, 0), ("AV", "", 2048, 4096, 0), ("AV", "", 4096, 4096, 0),
+         ("AV", "", 4096, 4096, 1024), ("AV", "", 4096, 4096, 256), ("AV", "", 16384, 16384, 1024),
+         ("AV", "", 16384, 16384, 256), ("VT", "", 4096, 4096, 0), ("AVT", "", 4096, 4096, 1024),
+         ("AV", "T", 4096, 4096, 0), ("VT", "A", 4096, 4096, 1024)]
+
+
+def clips(args, n: int, words: int) -> dict:
+    """What the loader hands over for n clips of full length."""
+    sound = torch.empty(n, args.audio_frames, 40, dtype=torch.float16)
+    batch = {"audio": sound.transpose(1, 2), "n_frames": torch.full((n,), args.audio_frames),
+             "words": torch.zeros(n, args.max_words, dtype=torch.int64).random_(words),
+             "clip_id": torch.arange(n), "caption_id": torch.arange(n)}
+    batch |= {f"video.{name}": torch.empty(n, 2048, dtype=torch.float16) for name in ("2d", "3d")}
+    valid = torch.ones(n, dtype=torch.bool)
+    return batch | {f"valid.{name}": valid for name in MODALITIES.values()}
+
+
+def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: int) -> dict:
+    """GiB at the peak of a step, and of what stays from step to step."""
+    with tempfile.TemporaryDirectory() as folder, pretend(allowed_waits=2) as gpu:
+        host, held = clips(args, n, 1000), gpu.held
+        table = torch.zeros(1000, 300).to(DEVICE)
+        model = MCN(pair + added, embd_dim=args.embd_dim, recon_dim=args.recon_dim,
+                    audio_width=args.audio_width).to(DEVICE)
+        if added:
+            model.freeze(MODALITIES[letter] for letter in pair)
+        model.train()
+        objective = objective_of(args, pair + added, added or pair, pair if added else None)
+        clusters = objective.clusters
+        clusters.centroids = torch.zeros(args.cluster_size, args.embd_dim, device=DEVICE)
+        clusters.queue = [torch.zeros(everywhere, args.embd_dim, device=DEVICE)
+                          for _ in range(args.queue_size)]
+        queue = sum(rows.nbytes for rows in clusters.queue)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learning, lr=args.lr, fused=True)
+        guard = Guard(model, objective, optimizer, torch.amp.GradScaler("cuda", enabled=False),
+                      Path(folder))
+
+        def autocast():
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+
+        net = MicroBatched(model, micro_batch, autocast) if micro_batch else model
+        for _ in range(2):  # the first makes gradients and Adam's moments
+            guard.before()
+            batch = to_device(host, DEVICE, table)
+            before, held.peak = held.live, held.live
+            with autocast():
+                embeddings, errors = net(batch)
+            total = objective(embeddings, errors, batch)["total"]
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            if micro_batch:
+                net.backward()
+            if guard.check(total):
+                raise AssertionError("a step that counts was expected")
+            optimizer.step()
+        gib = 2**30
+        return {"pair": pair, "added": added, "clips": n, "clips of all GPUs": everywhere,
+                "micro_batch": micro_batch, "peak_gib": held.peak / gib,
+                "weights_gib": sum(4 * x.numel() for x in (*model.parameters(),
+                                                           *(3 * [p for p in learning]))) / gib,
+                "queue_gib": queue / gib, "before_gib": before / gib, "waits": gpu.waits / 2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default=None, help="AV, VT, AT or AVT; default: the table")
+    parser.add_argument("--add", default="", help="the modality that a second stage adds")
+    parser.add_argument("--clips", type=int, default=4096, help="on the GPU")
+    parser.add_argument("--all_clips", type=int, default=None, help="on all GPUs (--clips)")
+    parser.add_argument("--micro_batch", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    own = parser.parse_args()
+    training = flags.Parser()
+    flags.add_training_flags(training, stage=1)
+    args = argparse.Namespace(**(vars(training.parse_args([])) | flags.PRESETS["paper"]))
+    args.clean_first, args.joint_pairs = 0.0, False
+    cases = [(own.pair, own.add, own.clips, own.all_clips or own.clips, own.micro_batch)]
+    rows, body = [], []
+    for case in cases if own.pair else PAPER:
+        row = measure(args, *case)
+        rows.append(row)
+        body.append([f"{row['pair']}{', then ' + row['added'] if row['added'] else ''}",
+                     f"{row['clips']:,}", f"{row['clips of all GPUs']:,}",
+                     str(row["micro_batch"] or "-"),
+                     *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib"))])
+        print(body[-1], file=sys.stderr, flush=True)
+    print(markdown(["stage", "clips on the GPU", "of all GPUs", "`--micro_batch`",
+                              "GiB at the peak", "weights, gradients, Adam", "queue"], body))
+    if own.out:
+        own.out.write_text(json.dumps({"command": " ".join(sys.argv), "torch": torch.__version__,
+                                       "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

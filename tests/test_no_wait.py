@@ -1,0 +1,103 @@
+"""A training step on a GPU that is not there (benchmarks/shapes.py): nothing mixes devices, and the
+host waits once a step, to decide whether the step counts."""
+
+import argparse
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mcn_ext import batch, flags
+from mcn_ext.model import MCN
+from mcn_ext.objective import Objective
+from tests.conftest import load_script
+from tests.test_model import SIZES
+from tests.test_model import batch as small_batch
+
+shapes = sys.modules["shapes"] = load_script("benchmarks/shapes.py")
+memory = load_script("benchmarks/memory.py")
+
+
+def arguments(**changed):
+    parser = flags.Parser()
+    flags.add_training_flags(parser, stage=1)
+    return argparse.Namespace(**(vars(parser.parse_args([])) | flags.PRESETS["demo"] | dict(
+        embd_dim=16, recon_dim=8, audio_width=0.0625, audio_frames=200, cluster_size=4,
+        clean_first=0.0, joint_pairs=False) | changed))
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("pair, added, micro_batch, changed", [
+    ("AVT", "", 0, {"joint_pairs": True}), ("AV", "T", 0, {"similarity": "dot"}),
+    pytest.param("AT", "", 3, {}, marks=slow),
+    pytest.param("VT", "A", 3, {"clean_first": 0.5, "recon_weight": 0.0}, marks=slow)])
+def test_a_step_waits_once(pair, added, micro_batch, changed):
+    found = memory.measure(arguments(**changed), pair, added, 8, 16, micro_batch)
+    assert found["waits"] == 1
+    assert found["peak_gib"] > found["before_gib"] > found["weights_gib"] > 0
+
+
+def test_a_wait_more_is_found(monkeypatch):
+    """Lengths on the device, of which the host makes the layout of convolutions."""
+    to_device = batch.to_device
+
+    def everything(flat, device, table):
+        return to_device(flat, device, table) | {"n_frames": flat["n_frames"].to(device)}
+
+    monkeypatch.setattr(memory, "to_device", everything)
+    with pytest.raises(shapes.Waits, match="waits for the device"):
+        memory.measure(arguments(), "AV", "", 8, 16, 0)
+
+
+def test_what_a_gpu_would_refuse():
+    waits = (lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: bool(x.sum() > 0),
+             lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0])
+    with shapes.pretend() as gpu:
+        x = torch.zeros(4, 3, device="cuda")
+        assert gpu.held.live == 512
+        for wait in waits:
+            with pytest.raises(shapes.Waits, match="waits for the device"):
+                wait(x)
+        with pytest.raises(Exception, match="same device"):
+            x + torch.zeros(4, 3)
+        y = x @ x.t()
+        assert y.device.type == "cuda" and gpu.held.live == 1024
+        del x, y
+        assert gpu.held.live == 0 and gpu.held.peak == 1536
+
+
+def test_the_graph_is_walked_as_torch_does_and_holds_as_much():
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.held = shapes.Held()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.held.show(x)
+            return out
+
+    found = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model, data = MCN("AVT", **SIZES), small_batch(64)
+        objective = Objective(model.modalities, model.modalities, cluster_weight=0.0)
+        saved = shapes._Saved()
+        with Watch() as watch:
+            if ours:
+                with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+                    total = objective(*model(data), data)["total"]
+                shapes._backward(saved)(total)
+            else:
+                objective(*model(data), data)["total"].backward()
+        found.append(({name: p.grad for name, p in model.named_parameters()}, watch.held.peak))
+    (grads, peak), (same, near) = found
+    for name, grad in grads.items():
+        torch.testing.assert_close(same[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert near == pytest.approx(peak, rel=0.05)
