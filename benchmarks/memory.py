@@ -4,8 +4,9 @@
     python benchmarks/memory.py --pair AVT --clips 2048 --micro_batch 256
 
 The training code runs as it is, on tensors that have no numbers; every tensor that the device would
-hold is counted, and what the compiled losses take inside. Not counted: CUDA's own context (some 0.5
-GiB), cuDNN's workspaces, and what the caching allocator cannot use again.
+hold is counted, with what the compiled losses take inside, and the operators that it is given. Not
+counted: CUDA's own context (some 0.5 GiB), cuDNN's workspaces, and what the caching allocator
+cannot use again.
 """
 
 import argparse
@@ -32,9 +33,9 @@ from mcn_ext.training import objective_of  # noqa: E402
 DEVICE = torch.device("cuda")
 # (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --micro_batch)
 PAPER = [("AV", "", 1024, 4096, 0), ("AV", "", 2048, 4096, 0), ("AV", "", 4096, 4096, 0),
-         ("AV", "", 4096, 4096, 1024), ("AV", "", 4096, 4096, 256), ("AV", "", 16384, 16384, 1024),
-         ("AV", "", 16384, 16384, 256), ("VT", "", 4096, 4096, 0), ("AVT", "", 4096, 4096, 1024),
-         ("AV", "T", 4096, 4096, 0), ("VT", "A", 4096, 4096, 1024)]
+         ("AV", "", 4096, 4096, 1024), ("AV", "", 16384, 16384, 4096),
+         ("AV", "", 16384, 16384, 1024), ("VT", "", 4096, 4096, 0), ("AVT", "", 4096, 4096, 0),
+         ("AV", "T", 4096, 4096, 0), ("VT", "A", 4096, 4096, 0)]
 
 
 def clips(args, n: int, words: int) -> dict:
@@ -76,7 +77,7 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
         for _ in range(2):  # the first makes gradients and Adam's moments
             guard.before()
             batch = to_device(host, DEVICE, table)
-            before, held.peak = held.live, held.live
+            before, held.peak, gpu.operators = held.live, held.live, 0
             with autocast():
                 embeddings, errors = net(batch)
             total = objective(embeddings, errors, batch)["total"]
@@ -92,7 +93,8 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
                 "micro_batch": micro_batch, "peak_gib": held.peak / gib,
                 "weights_gib": sum(4 * x.numel() for x in (*model.parameters(),
                                                            *(3 * [p for p in learning]))) / gib,
-                "queue_gib": queue / gib, "before_gib": before / gib, "waits": gpu.waits / 2}
+                "queue_gib": queue / gib, "before_gib": before / gib, "waits": gpu.waits / 2,
+                "operators": gpu.operators}
 
 
 def main() -> None:
@@ -117,10 +119,12 @@ def main() -> None:
         body.append([f"{row['pair']}{', then ' + row['added'] if row['added'] else ''}",
                      f"{row['clips']:,}", f"{row['clips of all GPUs']:,}",
                      str(row["micro_batch"] or "-"),
-                     *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib"))])
+                     *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib")),
+                     f"{row['operators']:,}"])
         print(body[-1], file=sys.stderr, flush=True)
-    print(markdown(["stage", "clips on the GPU", "of all GPUs", "`--micro_batch`",
-                              "GiB at the peak", "weights, gradients, Adam", "queue"], body))
+    header = ["stage", "clips on the GPU", "of all GPUs", "`--micro_batch`", "GiB at the peak",
+              "weights, gradients, Adam", "queue", "operators"]
+    print(markdown(header, body))
     if own.out:
         own.out.write_text(json.dumps({"command": " ".join(sys.argv), "torch": torch.__version__,
                                        "rows": rows}, indent=1) + "\n")

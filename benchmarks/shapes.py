@@ -75,13 +75,14 @@ class Held:
 
 
 class Gpu(TorchDispatchMode):
-    """Within :func:`pretend`: what the device has ``held``; ``waits``, how often the host asked for
-    a number. Up to ``allowed_waits`` get 1.0, the next is an error."""
+    """Within :func:`pretend`: what the device has ``held``; ``operators`` that it was given, less
+    views; ``waits``, how often the host asked for a number. Up to ``allowed_waits`` get 1.0, the
+    next is an error."""
 
     def __init__(self, allowed_waits: int = 0):
         super().__init__()
         self.fake, self.held = FakeTensorMode(allow_non_fake_inputs=True), Held()
-        self.allowed, self.waits = allowed_waits, 0
+        self.allowed, self.waits, self.operators = allowed_waits, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,6 +98,7 @@ class Gpu(TorchDispatchMode):
             args, kwargs = tree_map(self._shape_of, (args, kwargs))
             try:
                 out = func(*args, **kwargs)
+                self.operators += not func.is_view
             except (DynamicOutputShapeException, DataDependentOutputException) as error:
                 raise Waits(f"{func} waits for the device: what it returns depends on numbers"
                             ) from error

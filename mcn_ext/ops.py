@@ -126,7 +126,7 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
     index = {name: i for i, name in enumerate(names)}
     flat = []
     for first, second in pairs:
-        if first == second:  # a pair's sides are distinct to csrc/loss.cpp
+        if first == second:  # a pair's sides are distinct to csrc/losses.h
             names.append(second)
         flat += [index[first], index[second] if first != second else len(names) - 1]
     rows = [embeddings[name] for name in names]
