@@ -4,9 +4,9 @@
     python benchmarks/memory.py --pair AVT --clips 2048 --micro_batch 256
 
 The training code runs as it is, on tensors that have no numbers; every tensor that the device would
-hold is counted, with what the compiled losses take inside, and the operators that it is given. Not
-counted: CUDA's own context (some 0.5 GiB), cuDNN's workspaces, and what the caching allocator
-cannot use again.
+hold is counted, with what the compiled losses take inside, and the operators that it is given, with
+the bytes that they read and write. Not counted: CUDA's own context (some 0.5 GiB), cuDNN's
+workspaces, and what the caching allocator cannot use again.
 """
 
 import argparse
@@ -77,7 +77,8 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
         for _ in range(2):  # the first makes gradients and Adam's moments
             guard.before()
             batch = to_device(host, DEVICE, table)
-            before, held.peak, gpu.operators = held.live, held.live, 0
+            before, held.peak = held.live, held.live
+            gpu.operators = gpu.moved = 0
             with autocast():
                 embeddings, errors = net(batch)
             total = objective(embeddings, errors, batch)["total"]
@@ -94,7 +95,7 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
                 "weights_gib": sum(4 * x.numel() for x in (*model.parameters(),
                                                            *(3 * [p for p in learning]))) / gib,
                 "queue_gib": queue / gib, "before_gib": before / gib, "waits": gpu.waits / 2,
-                "operators": gpu.operators}
+                "operators": gpu.operators, "moved_gb": gpu.moved / 1e9}
 
 
 def main() -> None:
@@ -120,10 +121,10 @@ def main() -> None:
                      f"{row['clips']:,}", f"{row['clips of all GPUs']:,}",
                      str(row["micro_batch"] or "-"),
                      *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib")),
-                     f"{row['operators']:,}"])
+                     f"{row['operators']:,}", f"{row['moved_gb']:.0f}"])
         print(body[-1], file=sys.stderr, flush=True)
     header = ["stage", "clips on the GPU", "of all GPUs", "`--micro_batch`", "GiB at the peak",
-              "weights, gradients, Adam", "queue", "operators"]
+              "weights, gradients, Adam", "queue", "operators", "GB moved"]
     print(markdown(header, body))
     if own.out:
         own.out.write_text(json.dumps({"command": " ".join(sys.argv), "torch": torch.__version__,

@@ -49,6 +49,17 @@ def _guard() -> None:
     _guarded = True
 
 
+aten = torch.ops.aten
+CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
+ONLY_WRITE = {aten.zeros_like.default, aten.new_zeros.default, aten.ones_like.default}
+NOTHING = {aten._unsafe_view.default}  # a view, but by its name
+
+
+def _as_cudnn(x):
+    """In the layout of a channels_last input, which a torch without cuDNN does not expect."""
+    return x.contiguous(memory_format=torch.channels_last) if x is not None and x.dim() == 4 else x
+
+
 class Waits(RuntimeError):
     """The host asked for what is on the device."""
 
@@ -76,13 +87,13 @@ class Held:
 
 class Gpu(TorchDispatchMode):
     """Within :func:`pretend`: what the device has ``held``; ``operators`` that it was given, less
-    views; ``waits``, how often the host asked for a number. Up to ``allowed_waits`` get 1.0, the
-    next is an error."""
+    views, and the bytes that they ``moved``, inputs and outputs; ``waits``, how often the host
+    asked for a number. Up to ``allowed_waits`` get 1.0, the next is an error."""
 
     def __init__(self, allowed_waits: int = 0):
         super().__init__()
         self.fake, self.held = FakeTensorMode(allow_non_fake_inputs=True), Held()
-        self.allowed, self.waits, self.operators = allowed_waits, 0, 0
+        self.allowed, self.waits, self.operators, self.moved = allowed_waits, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -92,19 +103,25 @@ class Gpu(TorchDispatchMode):
         to_host = target is not None and torch.device(target).type == "cpu"
         if not there and (target is None or to_host):
             return func(*args, **kwargs)
-        if there and (to_host or func is torch.ops.aten._local_scalar_dense.default):
+        if there and (to_host or func is aten._local_scalar_dense.default):
             return self._wait(func, inputs[0])
         with self.fake:
             args, kwargs = tree_map(self._shape_of, (args, kwargs))
             try:
                 out = func(*args, **kwargs)
-                self.operators += not func.is_view
             except (DynamicOutputShapeException, DataDependentOutputException) as error:
                 raise Waits(f"{func} waits for the device: what it returns depends on numbers"
                             ) from error
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.held.show(x)
+            if func in CONVOLUTIONS:
+                out = tree_map(_as_cudnn, out)
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for x in outputs:
+            self.held.show(x)
+        if outputs and not func.is_view and func not in NOTHING and "empty" not in str(func):
+            self.operators += 1
+            read = {id(x): x for x in inputs} if func not in ONLY_WRITE else {}
+            self.moved += sum(x.numel() * x.element_size() for x in (read | {
+                id(x): x for x in outputs}).values())
         if func is torch.ops.mcn.loss.default:
             self.held.peak = max(self.held.peak, self.held.live + _scratch(*args))
         return out
@@ -117,7 +134,7 @@ class Gpu(TorchDispatchMode):
         self.waits += 1
         if self.waits > self.allowed:
             raise Waits(f"{func} waits for the device")
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             return 1.0
         return torch.ones(x.shape, dtype=x.dtype)
 

@@ -210,7 +210,7 @@ class ResDAVEnet(nn.Module):
     def stem(self, mel: Tensor, frames: Frames) -> Tensor:
         """Log-mel (B, 40, T) -> packed rows (n, C) for bn1."""
         # A (40, 1) kernel over one channel is (1, 1) over 40: on packed frames, one matmul.
-        begin = np.arange(len(mel)) * mel.shape[-1]
+        begin = frames.order * mel.shape[-1]
         rows = mel.transpose(1, 2).reshape(-1, mel.shape[1])
         return F.linear(rows.index_select(0, frames.index(begin, frames.lengths)),
                         self.conv1.weight.flatten(1))
@@ -221,10 +221,11 @@ class ResDAVEnet(nn.Module):
         As published: over whole pooled frames, T // 16 of n_frames // 16, at least one.
         """
         longest = max(1, int(frames.lengths.max(initial=0)))
-        begin = np.arange(len(frames.lengths)) * longest
+        begin, counts = frames.order * longest, np.empty_like(frames.pooled)
         padded = x.new_zeros(len(begin) * longest, x.shape[1])
         padded = padded.index_copy(0, frames.index(begin, frames.lengths), x)
-        counts = frames.on_device(frames.pooled)[:, None]
+        counts[frames.order] = frames.pooled
+        counts = frames.on_device(counts)[:, None]
         pooled = (torch.arange(longest, device=x.device) < counts).float()
         padded = padded.view(len(begin), longest, x.shape[1]).float()
         return torch.einsum("btc,bt->bc", padded, pooled) / pooled.sum(dim=1, keepdim=True)

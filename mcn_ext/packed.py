@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,26 +17,47 @@ _GAP = 4  # silent frames between two clips of a line: half of a convolution's w
 _CLIPS, _WIDE = 4, 1024  # longest clips, frames, to a line or more: the end of one stays empty
 
 
+def n_whole(lengths: np.ndarray, device: torch.device) -> int:
+    """How many clips, all of the longest length, are convolved where they lie, as images: none, or
+    where they hold most of the frames. To lay those out in lines saves no work, and on a GPU, which
+    is short of memory's bandwidth first, takes a third of what DAVEnet moves."""
+    longest = lengths.max(initial=0)
+    n = int((lengths == longest).sum())
+    return n if device.type != "cpu" and 2 * n * longest > lengths.sum() else 0
+
+
 class Frames:
     """Where clips' real frames lie, at one of the network's frame rates.
 
     Packed, they are the rows (n, C) of all clips, end to end. For a convolution they are laid out
     in lines (R, width), several clips to a line, each followed by _GAP zero frames, so that it is
     as if each clip had been convolved alone: little of the work is done on padding. Clips begin at
-    even frames, for convolutions of stride 2.
+    even frames, for convolutions of stride 2. But the first ``whole``, see :func:`n_whole`.
+
+    Attributes: ``order`` (B,), which clips are first, second, ... of the packed ones; ``lengths``,
+    ``pooled`` and ``place`` are in that order.
     """
 
     def __init__(self, lengths: np.ndarray, device: torch.device,
-                 pooled: np.ndarray | None = None):
+                 pooled: np.ndarray | None = None, order: np.ndarray | None = None, whole: int = 0):
         """lengths (B,) int64: real frames of each clip, on the host, as all of the layout is.
-        ``pooled``: over how many frames :meth:`ResDAVEnet.mean` is; by default T // 16."""
-        self.lengths, self.device, self.n = lengths, device, int(lengths.sum())
-        self.pooled = (lengths // 16).clip(1) if pooled is None else pooled
+        ``pooled``: over how many frames :meth:`ResDAVEnet.mean` is; by default T // 16. ``order``
+        and ``whole``: found here, unless given with the other two in that order."""
+        pooled = (lengths // 16).clip(1) if pooled is None else pooled
+        if order is None:
+            order, whole = np.arange(len(lengths)), n_whole(lengths, device)
+            if whole:
+                order = np.argsort(lengths != lengths.max(), kind="stable")
+            lengths, pooled = lengths[order], pooled[order]
+        self.lengths, self.pooled, self.order, self.whole = lengths, pooled, order, whole
+        self.device, self.n = device, int(lengths.sum())
+        self.longest = int(lengths.max(initial=0))
         self.first = lengths.cumsum() - lengths
+        lengths = lengths[whole:]
         room = (lengths + _GAP + 1) // 2 * 2 * (lengths > 0)
-        longest, whole = int(room.max(initial=0)), int(room.sum())
-        lines = max(1, round(whole / max(_CLIPS * longest, _WIDE)))
-        share = -(-whole // (2 * lines)) * 2
+        longest, total = int(room.max(initial=0)), int(room.sum())
+        lines = max(1, round(total / max(_CLIPS * longest, _WIDE)))
+        share = -(-total // (2 * lines)) * 2
         self.width = max(share + (longest if lines > 1 else 0), _GAP + 2)
         # Line by line: as many of the next clips as there is room for.
         end, line, begin = room.cumsum(), 0, 0
@@ -61,18 +83,18 @@ class Frames:
 
     @cached_property
     def real(self) -> Tensor:
-        """Where in the lines each packed frame is, (n,)."""
-        return self.index(self.place, self.lengths)
+        """Where in the lines each packed frame is, (n,), less those of whole clips."""
+        return self.index(self.place, self.lengths[self.whole:])
 
     @cached_property
     def halved(self) -> Frames:
         """After a convolution of stride 2, whose frame i is centred on frame 2 i."""
-        return Frames((self.lengths + 1) // 2, self.device, self.pooled)
+        return Frames((self.lengths + 1) // 2, self.device, self.pooled, self.order, self.whole)
 
     @cached_property
     def strided(self) -> Tensor:
         """Where in a stride-2 convolution's lines each packed frame of ``halved`` is."""
-        return self.index(self.place // 2, self.halved.lengths)
+        return self.index(self.place // 2, self.halved.lengths[self.whole:])
 
     @cached_property
     def even(self) -> Tensor:
@@ -84,6 +106,13 @@ class Frames:
         size = self.n_lines * self.width + 2 * _GAP
         return rows.new_zeros(size, rows.shape[1]).index_copy_(0, self.real + _GAP, rows)
 
+    def divide(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Rows (n, C) as an image (B, C, 1, T) of the whole clips, and those of the others; None
+        where there are none."""
+        n = self.whole * self.longest
+        image = rows[:n].view(self.whole, 1, self.longest, rows.shape[1]).permute(0, 3, 1, 2)
+        return image if n else None, rows[n:] if n < len(rows) or not n else None
+
 
 class _Convolve(torch.autograd.Function):
     """Convolution in time, width 9, of packed rows (n, C_in): (n or half as many, C_out)."""
@@ -92,53 +121,81 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx, rows, weight, frames, stride):
         ctx.save_for_backward(rows, weight)
         ctx.frames, ctx.stride = frames, stride
-        if minimal.pays(rows, weight, stride):
+        if minimal.pays(rows, weight, stride) and not frames.whole:
             return minimal.convolve(frames.lines(rows), weight).index_select(0, frames.real)
-        out = F.conv2d(_image(frames.lines(rows), frames), weight, stride=(1, stride),
-                       padding=(0, _GAP))
-        index = frames.real if stride == 1 else frames.strided
-        return out.permute(0, 2, 3, 1).reshape(-1, len(weight)).index_select(0, index)
+        options, parts = dict(stride=(1, stride), padding=(0, _GAP)), []
+        whole, others = frames.divide(rows)
+        if whole is not None:
+            parts.append(_rows(F.conv2d(whole, weight, **options)))
+        if others is not None:
+            out = _rows(F.conv2d(_image(frames.lines(others), frames), weight, **options))
+            parts.append(out.index_select(0, frames.real if stride == 1 else frames.strided))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
         frames, stride, wanted = ctx.frames, ctx.stride, ctx.needs_input_grad[:2]
-        if minimal.pays(rows, weight, stride):
+        if minimal.pays(rows, weight, stride) and not frames.whole:
             spread, d_rows, d_weight = frames.lines(grad), None, None
             if wanted[0]:
                 d_rows = minimal.input_gradient(spread, weight).index_select(0, frames.real)
             if wanted[1]:
                 d_weight = minimal.weight_gradient(frames.lines(rows), spread[_GAP:-_GAP])
             return d_rows, d_weight, None, None
-        index = frames.real if stride == 1 else frames.strided
-        spread = grad.new_zeros(frames.n_lines * frames.width // stride, grad.shape[1])
-        spread.index_copy_(0, index, grad)
-        # As rows of a matrix the lines need laying out again: less than to have kept them.
-        lines, d_weight = frames.lines(rows), None
-        image = spread.view(frames.n_lines, 1, -1, grad.shape[1]).permute(0, 3, 1, 2)
-        products = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
-        if products and wanted[1]:
-            # oneDNN's weight gradient takes twice as long as nine matrix products.
-            taps = rows.new_empty(9, *weight.shape[:2])
-            last = stride * (len(spread) - 1) + 1
-            for i, tap in enumerate(taps):
-                torch.mm(spread.t(), lines[i:i + last:stride], out=tap)
-            d_weight = taps.permute(1, 2, 0)[:, :, None].contiguous()
-        d_lines, other, _ = torch.ops.aten.convolution_backward(
-            image, _image(lines, frames), weight, None, [1, stride], [0, _GAP], [1, 1], False,
-            [0, 0], 1, [wanted[0], wanted[1] and not products, False])
-        d_rows = None
-        if wanted[0]:
-            d_rows = d_lines.permute(0, 2, 3, 1).reshape(-1, rows.shape[1])
-            d_rows = d_rows.index_select(0, frames.real)
-        return d_rows, other if d_weight is None else d_weight, None, None
+        whole, others = frames.divide(rows)
+        upstream, rest = (frames.halved if stride == 2 else frames).divide(grad)
+        found = []
+        if whole is not None:
+            d_whole, d_weight = _convolution_backward(upstream, whole, weight, stride, wanted)
+            found.append((_rows(d_whole) if wanted[0] else None, d_weight))
+        if others is not None:
+            found.append(_of_lines(rest, others, weight, frames, stride, wanted))
+        d_rows, d_weight = zip(*found, strict=True)
+        return (torch.cat(d_rows) if wanted[0] and len(found) > 1 else d_rows[0],
+                sum(d_weight) if wanted[1] else None, None, None)
+
+
+def _of_lines(grad: Tensor, rows: Tensor, weight: Tensor, frames: Frames, stride: int,
+              wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows that lie in lines, and of the weight."""
+    index = frames.real if stride == 1 else frames.strided
+    spread = grad.new_zeros(frames.n_lines * frames.width // stride, grad.shape[1])
+    spread.index_copy_(0, index, grad)
+    # As rows of a matrix the lines need laying out again: less than to have kept them.
+    lines, d_weight = frames.lines(rows), None
+    image = spread.view(frames.n_lines, 1, -1, grad.shape[1]).permute(0, 3, 1, 2)
+    products = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
+    if products and wanted[1]:
+        # oneDNN's weight gradient takes twice as long as nine matrix products.
+        taps = rows.new_empty(9, *weight.shape[:2])
+        last = stride * (len(spread) - 1) + 1
+        for i, tap in enumerate(taps):
+            torch.mm(spread.t(), lines[i:i + last:stride], out=tap)
+        d_weight = taps.permute(1, 2, 0)[:, :, None].contiguous()
+    d_lines, other = _convolution_backward(image, _image(lines, frames), weight, stride,
+                                           (wanted[0], wanted[1] and not products))
+    d_rows = _rows(d_lines).index_select(0, frames.real) if wanted[0] else None
+    return d_rows, other if d_weight is None else d_weight
+
+
+def _convolution_backward(grad: Tensor, image: Tensor, weight: Tensor, stride: int,
+                          wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    return torch.ops.aten.convolution_backward(
+        grad, image, weight, None, [1, stride], [0, _GAP], [1, 1], False, [0, 0], 1,
+        [*wanted, False])[:2]
 
 
 def _image(lines: Tensor, frames: Frames) -> Tensor:
     """Lines as a batch of images (R, C, 1, width) in channels_last, the same memory."""
     image = lines[_GAP:-_GAP].view(frames.n_lines, 1, frames.width, lines.shape[1])
     return image.permute(0, 3, 1, 2)
+
+
+def _rows(image: Tensor) -> Tensor:
+    """Images (R, C, 1, width) -> rows (R * width, C), the same memory in channels_last."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
 class Convolution(nn.Conv2d):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mcn_ext import minimal
+from mcn_ext import minimal, packed
 from mcn_ext.encoders import ResDAVEnet
 from mcn_ext.packed import Convolution, Frames, Shortcut
 
@@ -35,16 +35,30 @@ def test_full_clips_leave_little_empty():
         assert frames.n_lines * frames.width <= 1.06 * n * (length + 6)
 
 
-@pytest.mark.parametrize("kind, stride, block", [
-    (Convolution, 1, 0), (Convolution, 2, 0), (Shortcut, 2, 0),
-    (Convolution, 1, 1), (Convolution, 1, 2**18)])
-def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, monkeypatch):
+def whole_where_long(monkeypatch):
+    """Clips of the longest length are convolved where they lie, as on a GPU."""
+    monkeypatch.setattr(packed, "n_whole", lambda lengths, _: int(
+        (lengths == lengths.max()).sum()))
+
+
+@pytest.mark.parametrize("lengths", [[7, 0, 300, 1, 24, 2, 151], [300, 0, 12, 300, 299, 300],
+                                     [31, 31], [2, 1]])
+@pytest.mark.parametrize("kind, stride, block, whole", [
+    (Convolution, 1, 0, False), (Convolution, 2, 0, False), (Shortcut, 2, 0, False),
+    (Convolution, 1, 1, False), (Convolution, 1, 2**18, False),
+    (Convolution, 1, 0, True), (Convolution, 2, 0, True), (Shortcut, 2, 0, True)])
+def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, whole, lengths,
+                                                  monkeypatch):
     """``block``: by :mod:`mcn_ext.minimal`, so many numbers at a time, 256 frames at least."""
     torch.manual_seed(0)
     monkeypatch.setattr(minimal, "pays", lambda *_: bool(block))
     monkeypatch.setattr(minimal, "_BLOCK", block)
-    lengths = np.array([7, 0, 300, 1, 24, 2, 151])
-    frames, layer = Frames(lengths, CPU), kind(5, 3, stride).double()
+    if whole:
+        whole_where_long(monkeypatch)
+    frames, layer = Frames(np.array(lengths), CPU), kind(5, 3, stride).double()
+    assert frames.whole == whole * lengths.count(max(lengths))
+    lengths = frames.lengths
+    assert len(frames.order) == len(lengths) == len(set(frames.order))
     rows = torch.randn(frames.n, 5, dtype=torch.float64, requires_grad=True)
     got = layer(rows, frames)
     want = torch.cat([F.conv2d(clip.t()[None, :, None], layer.weight, stride=(1, stride),
@@ -55,6 +69,23 @@ def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, monkeypat
     inputs = (rows, layer.weight)
     for g, w in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, want)), strict=True):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_clips_are_embedded_as_others(training, monkeypatch):
+    """DAVEnet's means and every gradient, in the clips' own order."""
+    torch.manual_seed(0)
+    net, found = ResDAVEnet(0.0625).double().train(training), []
+    n_frames = torch.tensor([97, 160, 0, 160, 160, 31, 160, 16])
+    mel = torch.randn(8, 40, 160, dtype=torch.float64, requires_grad=True)
+    for whole in (False, True):
+        if whole:
+            whole_where_long(monkeypatch)
+        out = net(mel, n_frames)
+        weights = torch.arange(out.numel(), dtype=out.dtype).view_as(out)
+        found.append([out, *torch.autograd.grad((out * weights).sum(), [mel, *net.parameters()])])
+    for apart, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dim_in, dim_out", [
