@@ -21,24 +21,33 @@ def on_gpu(data):
     return to_device(flat, torch.device("cuda"), None)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_step_on_a_gpu_equals_the_cpu(dtype):
+def test_step_on_a_gpu_equals_the_cpu(dtype, full):
+    """``full``: most clips are of the longest length, and convolved where they lie."""
     torch.manual_seed(0)
-    model, data = MCN("AVT", **SIZES).eval(), batch()
-    objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1,
-                          refit_every=1)
-    want = objective(*model(data), data)["total"]
-    model = model.cuda()
-    moved = on_gpu(data)
-    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-        embeddings, errors = model(moved)
-    objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1,
-                          refit_every=1)
-    got = objective(embeddings, errors, moved)["total"]
-    torch.testing.assert_close(got.cpu(), want, rtol=1e-3 if dtype == torch.float32 else 5e-2,
-                               atol=1e-3)
-    got.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    data, found = batch(), []
+    if full:
+        data["n_frames"][1:] = data["audio"].shape[2]
+    model = MCN("AVT", **SIZES).eval()
+    for moved in (data, on_gpu(data)):
+        device = moved["audio"].device.type
+        model = model.to(device)
+        model.zero_grad()
+        objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1,
+                              refit_every=1)
+        with torch.autocast(device, dtype=dtype, enabled=device == "cuda"
+                            and dtype != torch.float32):
+            embeddings, errors = model(moved)
+        total = objective(embeddings, errors, moved)["total"]
+        total.backward()
+        found.append((total.cpu(), [p.grad.cpu() for p in model.parameters()]))
+    (want, slopes), (got, near) = found
+    torch.testing.assert_close(got, want, rtol=1e-3 if dtype == torch.float32 else 5e-2, atol=1e-3)
+    for slope, other in zip(slopes, near, strict=True):
+        assert torch.isfinite(other).all()
+        if dtype == torch.float32:  # convolutions are in tf32
+            assert (other - slope).norm() <= 1e-2 * slope.norm() + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
