@@ -6,7 +6,9 @@ import argparse
 import difflib
 import importlib.util
 import math
+import os
 import sys
+import time
 from pathlib import Path
 
 DATA = Path("data/howto100m.h5")
@@ -83,7 +85,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Exit status 2 and one line: dozens of flags would push the reason off the screen."""
+        _after_the_first()
         self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
+def _after_the_first() -> None:
+    """What all ranks of a node have to say, the first one does, and torchrun or srun ends the
+    others meanwhile; what one alone has to say comes a little later."""
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))):
+        time.sleep(3)
+
+
+def run(main) -> None:
+    """A script's ``main``, whose last words are said once."""
+    try:
+        main()
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            _after_the_first()
+        raise
 
 
 def pair(text: str) -> str:

@@ -280,7 +280,10 @@ def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, rank
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
     if ranks == 2:
         done = run(*launch, "--out", "odd", "--batch_size", 5, cwd=tmp_path, check=False)
-        assert done.returncode and "do not divide by 2 ranks; use --batch_size 4" in done.stderr
+        assert done.returncode
+        assert done.stderr.count("do not divide by 2 ranks; use --batch_size 4") == 1
+        done = run(*launch, "--bach_size", 4, cwd=tmp_path, check=False)
+        assert done.returncode and done.stderr.count("did you mean --batch_size?") == 1
 
 
 @pytest.mark.slow
