@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -24,6 +25,7 @@ from shapes import pretend  # noqa: E402
 
 from mcn_ext import flags  # noqa: E402
 from mcn_ext.batch import to_device  # noqa: E402
+from mcn_ext.encoders import BatchNorm, _Normalize  # noqa: E402
 from mcn_ext.guard import Guard  # noqa: E402
 from mcn_ext.metrics import markdown  # noqa: E402
 from mcn_ext.microbatch import MicroBatched  # noqa: E402
@@ -49,9 +51,17 @@ def clips(args, n: int, words: int) -> dict:
     return batch | {f"valid.{name}": valid for name in MODALITIES.values()}
 
 
+def of_ranks(norm: BatchNorm, rows: torch.Tensor) -> torch.Tensor:
+    """What :class:`BatchNorm` does as one of several ranks."""
+    return _Normalize.apply(rows, norm.weight, norm.bias, *norm.fit([rows]), norm.eps)
+
+
 def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: int) -> dict:
-    """GiB at the peak of a step, and of what stays from step to step."""
-    with tempfile.TemporaryDirectory() as folder, pretend(allowed_waits=2) as gpu:
+    """GiB at the peak of a step, and of what stays from step to step. Fewer clips here than
+    everywhere: as one of several ranks, but for what they send each other."""
+    forward = of_ranks if n < everywhere else BatchNorm.forward
+    with (tempfile.TemporaryDirectory() as folder, patch.object(BatchNorm, "forward", forward),
+          pretend(allowed_waits=2) as gpu):
         host, held = clips(args, n, 1000), gpu.held
         table = torch.zeros(1000, 300).to(DEVICE)
         model = MCN(pair + added, embd_dim=args.embd_dim, recon_dim=args.recon_dim,

@@ -52,6 +52,13 @@ def normalize(rows: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Ten
     return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
 
 
+def line(rows: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """offset + slope * row of (n, C) rows, in their type; by batch norm, which takes one pass."""
+    eps = 1e-5
+    zero = torch.zeros_like(slope)
+    return normalize(rows, zero, zero + (1.0 - eps), slope, offset, eps)
+
+
 def through_statistics(d_weight: Tensor, d_bias: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
                        count: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(slope, offset) (C,): offset + slope * row is what a row's gradient loses through mean and
@@ -84,8 +91,7 @@ class _Normalize(torch.autograd.Function):
             d_rows, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
                 grad, rows, weight, mean, var, mean, invstd, False, ctx.eps, [True] * 3)
         slope, offset = through_statistics(d_weight, d_bias, weight, mean, var, count, ctx.eps)
-        d_rows = d_rows - (offset + slope * rows.to(slope.dtype)).to(d_rows.dtype)
-        return d_rows, d_weight, d_bias, None, None, None, None
+        return d_rows - line(rows, slope, offset), d_weight, d_bias, None, None, None, None
 
 
 def _merged(table: Tensor) -> Tensor:
@@ -116,14 +122,11 @@ class BatchNorm(nn.BatchNorm1d):
         """(mean (C,), variance (C,), number) of all ranks' rows, here in parts, of which the
         running statistics learn; the running ones and 0 if there are fewer than 2. Merged in the
         order of parts and ranks, so that ranks' buffers are equal to the bit."""
-        table = []
-        for rows in parts:
-            rows = rows.to(self.running_mean.dtype)
-            mean = rows.sum(dim=0) / max(len(rows), 1)
-            square = (rows - mean).square().sum(dim=0)
-            table.append(torch.cat([mean.new_full((1,), len(rows)), mean, square]))
-        whole = _merged(distributed.stack(_merged(torch.stack(table))))
-        count, mean, square = whole.to(mean.dtype).split([1, len(mean), len(mean)])
+        moments = [self._moments(rows) for rows in parts]
+        ours = _merged(torch.stack(moments)) if len(parts) > 1 else moments[0]
+        whole = _merged(distributed.stack(ours))
+        dim = self.num_features
+        count, mean, square = whole.to(self.running_mean.dtype).split([1, dim, dim])
         var, some = square / count.clamp_min(1), count[0] > 1  # nothing here waits for a GPU
         for running, now in ((self.running_mean, mean),
                              (self.running_var, square / (count - 1))):
@@ -132,6 +135,17 @@ class BatchNorm(nn.BatchNorm1d):
         mean, var = (torch.where(some, now, running) for now, running in (
             (mean, self.running_mean), (var, self.running_var)))
         return mean, var, count[0] * some
+
+    def _moments(self, rows: Tensor) -> Tensor:
+        """Number, means (C,) and sums of squares about them (C,) of one part's rows (n, C). By
+        batch norm, whose output is dropped: it reads 16-bit rows once and adds up in fp32."""
+        mean = square = torch.zeros_like(self.running_mean)
+        if len(rows):
+            _, mean, invstd = torch.native_batch_norm(rows, self.weight, self.bias, None, None,
+                                                      True, 0.0, 0.0)
+            # Without eps it is 0 where all rows are alike.
+            square = torch.where(invstd == 0, 0.0, len(rows) * invstd.square().reciprocal())
+        return torch.cat([mean.new_full((1,), len(rows)), mean, square])
 
 
 class _Block(nn.Module):

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcn_ext import distributed
-from mcn_ext.encoders import BatchNorm, ResDAVEnet, normalize, through_statistics
+from mcn_ext.encoders import BatchNorm, ResDAVEnet, line, normalize, through_statistics
 from mcn_ext.model import MCN
 from mcn_ext.packed import Frames
 
@@ -214,5 +214,4 @@ class _Tape:
             slope, offset = through_statistics(*sums, norm.weight.detach(), mean, var, count,
                                                norm.eps)
             for leaves, part in zip(self.leaves, grads, strict=True):
-                rows = leaves[i].detach()
-                part[i].sub_((offset + slope * rows.to(slope.dtype)).to(part[i].dtype))
+                part[i].sub_(line(leaves[i].detach(), slope, offset))
