@@ -11,6 +11,7 @@ workspaces, and what the caching allocator cannot use again.
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -40,15 +41,18 @@ PAPER = [("AV", "", 1024, 4096, 0), ("AV", "", 2048, 4096, 0), ("AV", "", 4096, 
          ("AV", "T", 4096, 4096, 0), ("VT", "A", 4096, 4096, 0)]
 
 
-def clips(args, n: int, words: int) -> dict:
-    """What the loader hands over for n clips of full length."""
+def clips(args, n: int, short: float, words: int) -> dict:
+    """What the loader hands over for n clips, of full length but for a share of ``short``."""
+    lengths = torch.full((n,), args.audio_frames)
+    some = torch.arange(n) < short * n
+    lengths[some] = torch.randint(args.audio_frames // 2, args.audio_frames, (int(some.sum()),))
     sound = torch.empty(n, args.audio_frames, 40, dtype=torch.float16)
-    batch = {"audio": sound.transpose(1, 2), "n_frames": torch.full((n,), args.audio_frames),
+    batch = {"audio": sound.transpose(1, 2), "n_frames": lengths,
              "words": torch.zeros(n, args.max_words, dtype=torch.int64).random_(words),
              "clip_id": torch.arange(n), "caption_id": torch.arange(n)}
     batch |= {f"video.{name}": torch.empty(n, 2048, dtype=torch.float16) for name in ("2d", "3d")}
-    valid = torch.ones(n, dtype=torch.bool)
-    return batch | {f"valid.{name}": valid for name in MODALITIES.values()}
+    batch |= {f"valid.{name}": torch.ones(n, dtype=torch.bool) for name in MODALITIES.values()}
+    return {name: x.pin_memory() for name, x in batch.items()}
 
 
 def of_ranks(norm: BatchNorm, rows: torch.Tensor) -> torch.Tensor:
@@ -56,13 +60,14 @@ def of_ranks(norm: BatchNorm, rows: torch.Tensor) -> torch.Tensor:
     return _Normalize.apply(rows, norm.weight, norm.bias, *norm.fit([rows]), norm.eps)
 
 
-def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: int) -> dict:
+def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: int,
+            short: float = 0.0) -> dict:
     """GiB at the peak of a step, and of what stays from step to step. Fewer clips here than
     everywhere: as one of several ranks, but for what they send each other."""
     forward = of_ranks if n < everywhere else BatchNorm.forward
     with (tempfile.TemporaryDirectory() as folder, patch.object(BatchNorm, "forward", forward),
-          pretend(allowed_waits=2) as gpu):
-        host, held = clips(args, n, 1000), gpu.held
+          pretend(allowed_waits=10**9) as gpu):
+        host, held = clips(args, n, short, 1000), gpu.held
         table = torch.zeros(1000, 300).to(DEVICE)
         model = MCN(pair + added, embd_dim=args.embd_dim, recon_dim=args.recon_dim,
                     audio_width=args.audio_width).to(DEVICE)
@@ -84,6 +89,7 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
             return torch.autocast("cuda", dtype=torch.bfloat16)
 
         net = MicroBatched(model, micro_batch, autocast) if micro_batch else model
+        gpu.waits, gpu.allowed = 0, 2
         for _ in range(2):  # the first makes gradients and Adam's moments
             guard.before()
             batch = to_device(host, DEVICE, table)
@@ -99,9 +105,10 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
             if guard.check(total):
                 raise AssertionError("a step that counts was expected")
             optimizer.step()
+            objective.enqueue()
         gib = 2**30
         return {"pair": pair, "added": added, "clips": n, "clips of all GPUs": everywhere,
-                "micro_batch": micro_batch, "peak_gib": held.peak / gib,
+                "micro_batch": micro_batch, "short": short, "peak_gib": held.peak / gib,
                 "weights_gib": sum(4 * x.numel() for x in (*model.parameters(),
                                                            *(3 * [p for p in learning]))) / gib,
                 "queue_gib": queue / gib, "before_gib": before / gib, "waits": gpu.waits / 2,
@@ -117,6 +124,8 @@ def main() -> None:
     parser.add_argument("--all_clips", type=int, default=None, help="on all GPUs (--clips)")
     parser.add_argument("--micro_batch", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--short", type=float, default=0.0, help="share of clips that are shorter, "
+                        "half to all of the length")
     own = parser.parse_args()
     training = flags.Parser()
     flags.add_training_flags(training, stage=1)
@@ -125,7 +134,7 @@ def main() -> None:
     cases = [(own.pair, own.add, own.clips, own.all_clips or own.clips, own.micro_batch)]
     rows, body = [], []
     for case in cases if own.pair else PAPER:
-        row = measure(args, *case)
+        row = measure(args, *case, own.short)
         rows.append(row)
         body.append([f"{row['pair']}{', then ' + row['added'] if row['added'] else ''}",
                      f"{row['clips']:,}", f"{row['clips of all GPUs']:,}",
@@ -137,8 +146,10 @@ def main() -> None:
               "weights, gradients, Adam", "queue", "operators", "GB moved"]
     print(markdown(header, body))
     if own.out:
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+                                capture_output=True, text=True).stdout.strip()
         own.out.write_text(json.dumps({"command": " ".join(sys.argv), "torch": torch.__version__,
-                                       "rows": rows}, indent=1) + "\n")
+                                       "commit": commit, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A GPU that is not there: tensors on "cuda" have shapes, types and devices, and no numbers.
 
 Code for a GPU runs on it as it stands. What would wait for the device, or mixes devices, is an
-error; what lives on it is counted. Nothing is computed, and nothing timed.
+error; what lives on it is counted. Nothing is computed, and nothing timed. Two things differ: norms
+of many tensors are taken one by one, and the device's guard stays for the process.
 """
 
 from __future__ import annotations
@@ -52,7 +53,21 @@ def _guard() -> None:
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 ONLY_WRITE = {aten.zeros_like.default, aten.new_zeros.default, aten.ones_like.default}
-NOTHING = {aten._unsafe_view.default}  # a view, but by its name
+NOTHING = {aten._unsafe_view.default, *(  # a view, but by its name, and memory alone
+    getattr(getattr(aten, name), overload) for name in (
+        "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    for overload in getattr(aten, name).overloads())}
+
+
+def _from_host(func, args, kwargs) -> bool:
+    """Whether numbers of the host's are copied while it waits: not pinned, or not non_blocking."""
+    x = args[1] if func is aten.copy_.default else args[0] if args else None
+    if func not in (aten.copy_.default, aten._to_copy.default) or not isinstance(x, Tensor):
+        return False
+    if isinstance(x, FakeTensor):
+        return False
+    free = kwargs.get("non_blocking", len(args) > 2 and args[2])
+    return not (free and getattr(x, "pinned", False))
 
 
 def _as_cudnn(x):
@@ -105,6 +120,8 @@ class Gpu(TorchDispatchMode):
             return func(*args, **kwargs)
         if there and (to_host or func is aten._local_scalar_dense.default):
             return self._wait(func, inputs[0])
+        if _from_host(func, args, kwargs):
+            self._wait(func, inputs[0])
         with self.fake:
             args, kwargs = tree_map(self._shape_of, (args, kwargs))
             try:
@@ -117,7 +134,7 @@ class Gpu(TorchDispatchMode):
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for x in outputs:
             self.held.show(x)
-        if outputs and not func.is_view and func not in NOTHING and "empty" not in str(func):
+        if not func.is_view and func not in NOTHING and func.namespace not in ("prim", "profiler"):
             self.operators += 1
             read = {id(x): x for x in inputs} if func not in ONLY_WRITE else {}
             self.moved += sum(x.numel() * x.element_size() for x in (read | {
@@ -247,9 +264,14 @@ def _run(node, given: dict) -> tuple:
     return out if isinstance(out, tuple) else (out,)
 
 
+def _pin(x: Tensor, *_) -> Tensor:
+    x.pinned = True
+    return x
+
+
 @contextmanager
 def pretend(allowed_waits: int = 0):
-    """Tensors on "cuda" without a GPU; yields the :class:`Gpu`. Undone at the end."""
+    """Tensors on "cuda" without a GPU; yields the :class:`Gpu`."""
     from mcn_ext import ops
 
     _guard()
@@ -260,7 +282,7 @@ def pretend(allowed_waits: int = 0):
                 (torch.cuda, "_lazy_init", lambda: None),
                 (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-                (torch.Tensor, "pin_memory", lambda self, *_: self),
+                (torch.Tensor, "pin_memory", _pin),
                 (FakeTensor, "tolist", lambda self: self.cpu().tolist()),  # not one by one
                 (torch.autograd, "backward", backward),
                 (torch.Tensor, "backward", lambda self, gradient=None, *_, **__:

@@ -4,6 +4,7 @@
 #include "losses.h"
 
 namespace mcn {
+namespace {
 
 // A term's row side is summed in a block of its own and then added to the modality's total, so
 // that a modality with this one term never has an fp32 gradient of full size beside its result.
@@ -120,4 +121,5 @@ void Losses<A>::gradients(Spec& spec, const Tensor& state, const Tensor& d_tempe
   if (y.wanted && y.terms == 0) project(y, 0, rows_, total(y), upstream);
 }
 
+}  // namespace
 }  // namespace mcn

@@ -14,6 +14,7 @@
 #endif
 
 namespace mcn {
+namespace {
 
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor> Losses<A>::forward() {
@@ -122,8 +123,6 @@ Term<A> Losses<A>::own_columns(Term<A> t, const Tensor& merged, const Tensor& fi
   t.col_sum = in, t.col_max = in + t.n, t.col_top = out, t.col_rest = out + t.n;
   return t;
 }
-
-namespace {
 
 // Autocast would round inside the matrix products: what they are given is already in the wanted
 // type.

@@ -34,6 +34,7 @@
 #endif
 
 namespace mcn {
+namespace {  // loss.cpp alone includes this
 
 using at::Tensor;
 
@@ -43,7 +44,7 @@ constexpr bool kEmulated = true;
 constexpr bool kEmulated = false;
 #endif
 
-inline Type type_of(at::ScalarType type) {
+Type type_of(at::ScalarType type) {
   switch (type) {
     case at::kFloat: return Type::kFloat;
     case at::kDouble: return Type::kDouble;
@@ -54,7 +55,7 @@ inline Type type_of(at::ScalarType type) {
 }
 
 // a b into out, which may be wider; added to it when `add`.
-inline void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
+void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
 #ifdef MCN_EMULATE
   if (a.scalar_type() != out.scalar_type())
     return multiply(out, a.to(out.scalar_type()), b.to(out.scalar_type()), add);
@@ -240,4 +241,5 @@ class Losses {
   Tensor kept_, scratch_;
 };
 
+}  // namespace
 }  // namespace mcn

@@ -8,6 +8,7 @@
 #endif
 
 namespace mcn {
+namespace {
 
 template <typename A>
 Losses<A>::Losses(const Problem& problem)
@@ -101,4 +102,5 @@ void Losses<A>::list_terms() {
   }
 }
 
+}  // namespace
 }  // namespace mcn

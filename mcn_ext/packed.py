@@ -19,8 +19,9 @@ _CLIPS, _WIDE = 4, 1024  # longest clips, frames, to a line or more: the end of 
 
 def n_whole(lengths: np.ndarray, device: torch.device) -> int:
     """How many clips, all of the longest length, are convolved where they lie, as images: none, or
-    where they hold most of the frames. To lay those out in lines saves no work, and on a GPU, which
-    is short of memory's bandwidth first, takes a third of what DAVEnet moves."""
+    where they hold most of the frames. To lay those out in lines saves no work, and moves their
+    rows once more; by count a third of a step's bytes where all clips are of one length, a fifth
+    where a tenth is shorter (benchmarks/memory.py). On CPUs lines serve :mod:`.minimal`."""
     longest = lengths.max(initial=0)
     n = int((lengths == longest).sum())
     return n if device.type != "cpu" and 2 * n * longest > lengths.sum() else 0
@@ -154,7 +155,8 @@ class _Convolve(torch.autograd.Function):
             found.append(_of_lines(rest, others, weight, frames, stride, wanted))
         d_rows, d_weight = zip(*found, strict=True)
         return (torch.cat(d_rows) if wanted[0] and len(found) > 1 else d_rows[0],
-                sum(d_weight) if wanted[1] else None, None, None)
+                d_weight[0] if len(found) == 1 or not wanted[1] else d_weight[0] + d_weight[1],
+                None, None)
 
 
 def _of_lines(grad: Tensor, rows: Tensor, weight: Tensor, frames: Frames, stride: int,

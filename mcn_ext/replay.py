@@ -119,6 +119,10 @@ def _joined(batches: list[Mapping], device: torch.device) -> dict:
     return out
 
 
+aten = torch.ops.aten
+OVERWRITE = {aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default}
+
+
 class FirstNotFinite(TorchDispatchMode):
     """Notes the first operation that yields NaN or inf, and, forward, its module."""
 
@@ -139,9 +143,9 @@ class FirstNotFinite(TorchDispatchMode):
         # Neither makes numbers: views share theirs, and memory just asked for holds any.
         if self.found != "all finite" or func.is_view or "empty" in str(func):
             return func(*args, **kwargs)
-        # Looked at before, for what is written in place; only where to write (out=) is not read.
+        # Looked at before, for what is written in place; what is only written to is not read.
         read = {name: value for name, value in kwargs.items() if name != "out"}
-        inputs = [x for x in tree_leaves((args, read)) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args[func in OVERWRITE:], read)) if isinstance(x, Tensor)]
         before = not_finite((str(i), x) for i, x in enumerate(inputs))
         out = func(*args, **kwargs)
         for x in tree_leaves(out):

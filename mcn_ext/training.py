@@ -297,7 +297,7 @@ class Training:
             for sign in signs_of_collapse(values):
                 if sign not in self.warned:
                     self.warned.add(sign)
-                    say(f"step {self.step}: collapse? {sign}; see curves.png and README")
+                    say(f"step {self.step}: collapse? {sign}; see curves.png and docs/nan.md")
         return values
 
     def detect(self) -> None:

@@ -71,6 +71,13 @@ def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, whole, le
         torch.testing.assert_close(g, w)
 
 
+def test_clips_are_convolved_where_they_lie_on_gpus_where_they_are_most():
+    for lengths, n in (([10, 10, 7, 0], 2), ([10, 7, 7], 0), ([10, 9], 1), ([0, 0], 0), ([], 0)):
+        lengths = np.array(lengths, np.int64)
+        assert packed.n_whole(lengths, torch.device("cuda")) == n
+        assert packed.n_whole(lengths, CPU) == 0
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_whole_clips_are_embedded_as_others(training, monkeypatch):
     """DAVEnet's means and every gradient, in the clips' own order."""

@@ -12,7 +12,7 @@ import torch
 from mcn_ext import checkpoint, data, guard, model
 from mcn_ext.log import read
 from mcn_ext.objective import Objective
-from mcn_ext.replay import replay
+from mcn_ext.replay import FirstNotFinite, replay
 from tests.conftest import ROOT, SMALL, call, run
 from tests.test_model import SIZES, batch
 
@@ -104,6 +104,23 @@ def test_a_fault_in_the_model_is_found_by_module(tmp_path, store_path, monkeypat
     again = call(*command, "--detect", cwd=tmp_path).stdout
     assert "first in MCN.GU_video: aten.sqrt.default yields" in again
     assert "from finite inputs" in again
+
+
+@pytest.mark.parametrize("do, found", [
+    (lambda x: x[1:].view(-1).mul_(math.inf), "aten.mul_.Tensor yields 9 of 9 entries not finite "
+     "in (9,) float32, from finite inputs"),
+    (lambda x: torch.empty_like(x).fill_(math.nan).add_(1), "aten.fill_.Scalar yields 12 of 12 "
+     "entries not finite in (4, 3) float32, from finite inputs"),
+    (lambda x: torch.div(x, 0, out=torch.empty_like(x)), "from finite inputs"),
+    (lambda x: torch.empty(4, 3, dtype=torch.half).copy_(x * 1e6), "aten.copy_.default yields 12 "
+     "of 12 entries not finite in (4, 3) float16, from finite inputs"),
+    (lambda x: torch.empty_like(x)[1:].view(-1)[:2], "all finite"),
+    (lambda x: torch.empty_like(x).copy_(x).mul(2), "all finite")])
+def test_the_first_operation_is_named_and_not_the_memory(do, found):
+    x = torch.ones(4, 3)
+    with unwritten_memory_as_nan(), FirstNotFinite() as first:
+        do(x)
+    assert str(first).endswith(found), str(first)
 
 
 def small_run(tmp_path, precision="fp32", scale=2.0**10, loss_impl="fused", **options):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from mcn_ext import batch, flags
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
+from mcn_ext.packed import Frames
 from tests.conftest import load_script
 from tests.test_model import SIZES
 from tests.test_model import batch as small_batch
@@ -31,31 +32,39 @@ def arguments(**changed):
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("pair, added, micro_batch, changed", [
-    ("AVT", "", 0, {"joint_pairs": True}), ("AV", "T", 0, {"similarity": "dot"}),
-    pytest.param("AT", "", 3, {}, marks=slow),
-    pytest.param("VT", "A", 3, {"clean_first": 0.5, "recon_weight": 0.0}, marks=slow)])
-def test_a_step_waits_once(pair, added, micro_batch, changed):
-    found = memory.measure(arguments(**changed), pair, added, 8, 16, micro_batch)
+@pytest.mark.parametrize("pair, added, micro_batch, short, changed", [
+    ("AVT", "", 0, 0.3, {"joint_pairs": True}), ("AV", "T", 0, 0.0, {"similarity": "dot"}),
+    pytest.param("AT", "", 3, 0.0, {}, marks=slow),
+    pytest.param("VT", "A", 3, 0.8, {"clean_first": 0.5, "recon_weight": 0.0}, marks=slow)])
+def test_a_step_waits_once(pair, added, micro_batch, short, changed):
+    found = memory.measure(arguments(**changed), pair, added, 8, 16, micro_batch, short)
     assert found["waits"] == 1
     assert found["peak_gib"] > found["before_gib"] > found["weights_gib"] > 0
 
 
-def test_a_wait_more_is_found(monkeypatch):
-    """Lengths on the device, of which the host makes the layout of convolutions."""
+@pytest.mark.parametrize("fault", ["lengths", "copy"])
+def test_a_wait_more_is_found(fault, monkeypatch):
+    """Lengths on the device, of which the host makes the layout of convolutions; that layout copied
+    from memory that is not pinned."""
     to_device = batch.to_device
 
     def everything(flat, device, table):
         return to_device(flat, device, table) | {"n_frames": flat["n_frames"].to(device)}
 
-    monkeypatch.setattr(memory, "to_device", everything)
+    if fault == "lengths":
+        monkeypatch.setattr(memory, "to_device", everything)
+    else:
+        monkeypatch.setattr(Frames, "on_device", lambda self, array: torch.from_numpy(array).to(
+            self.device, non_blocking=True))
     with pytest.raises(shapes.Waits, match="waits for the device"):
         memory.measure(arguments(), "AV", "", 8, 16, 0)
 
 
 def test_what_a_gpu_would_refuse():
     waits = (lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: bool(x.sum() > 0),
-             lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0])
+             lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0],
+             lambda x: torch.ones(3).pin_memory().to("cuda"), lambda x: x.copy_(torch.ones(3)),
+             lambda x: torch.ones(3).to("cuda", non_blocking=True))
     with shapes.pretend() as gpu:
         x = torch.zeros(4, 3, device="cuda")
         assert gpu.held.live == 512
@@ -66,6 +75,7 @@ def test_what_a_gpu_would_refuse():
             x + torch.zeros(4, 3)
         y = x @ x.t()
         assert y.device.type == "cuda" and gpu.held.live == 1024
+        assert torch.ones(3).pin_memory().to("cuda", non_blocking=True).device.type == "cuda"
         del x, y
         assert gpu.held.live == 0 and gpu.held.peak == 1536
 

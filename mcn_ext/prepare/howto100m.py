@@ -88,7 +88,7 @@ def load_array(path: Path, keys: Sequence[str] = ("features", "arr_0"),
                     raise Skipped(f"holds {names[:9]}, expected {' or '.join(map(repr, keys))}")
                 with archive.open(name) as file:
                     array = _read_npy(file, archive.getinfo(name).file_size, kinds)
-    except (Skipped, OSError) as error:
+    except (Skipped, FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise Skipped(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
         raise Skipped(f"{path}: damaged or cut off ({type(error).__name__}: {error})") from error
