@@ -109,8 +109,8 @@ def adversaries():
 
 
 @pytest.mark.parametrize("name", list(adversaries()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(
-    torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(
+    half, marks=pytest.mark.slow) for half in (torch.float16, torch.bfloat16))])
 def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
     rows, distinct = adversaries()[name]
     x = rows.to(dtype)

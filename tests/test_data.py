@@ -152,6 +152,7 @@ def test_words_from_every_format_agree(tmp_path, store_path, caplog):
         vectors_for(store, tmp_path / "broken.bin", None)
 
 
+@pytest.mark.slow
 def test_trained_vectors_repeat(store_path):
     pytest.importorskip("gensim")
     a, b = (train_vectors(Store(store_path), dim=20) for _ in range(2))

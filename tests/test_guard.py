@@ -50,7 +50,8 @@ def unwritten_memory_as_nan():
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("modality", [pytest.param("audio", marks=pytest.mark.slow), "video"])
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["audio", "video"])
 def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypatch, modality):
     break_reader(monkeypatch, modality)
     command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--epochs", 4)

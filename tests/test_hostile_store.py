@@ -54,6 +54,7 @@ def test_unused_bytes_are_sealed_too(tmp_path):
         validate(path)
 
 
+@pytest.mark.slow
 def test_a_flip_in_metadata_is_found_on_opening(tmp_path, small):
     data, path = small.read_bytes(), tmp_path / "s.h5"
     for at in (0, 20, SEAL_BYTES - 1, SEAL_BYTES, SEAL_BYTES + 700, data.index(b"GCOL") + 25):

@@ -29,19 +29,17 @@ def arguments(**changed):
         clean_first=0.0, joint_pairs=False) | changed))
 
 
-slow = pytest.mark.slow
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("pair, added, micro_batch, short, changed", [
-    ("AVT", "", 0, 0.3, {"joint_pairs": True}), ("AV", "T", 0, 0.0, {"similarity": "dot"}),
-    pytest.param("AT", "", 3, 0.0, {}, marks=slow),
-    pytest.param("VT", "A", 3, 0.8, {"clean_first": 0.5, "recon_weight": 0.0}, marks=slow)])
+    ("AV", "T", 0, 0.0, {"similarity": "dot"}), ("AVT", "", 0, 0.3, {"joint_pairs": True}),
+    ("AT", "", 3, 0.0, {}), ("VT", "A", 3, 0.8, {"clean_first": 0.5, "recon_weight": 0.0})])
 def test_a_step_waits_once(pair, added, micro_batch, short, changed):
     found = memory.measure(arguments(**changed), pair, added, 8, 16, micro_batch, short)
     assert found["waits"] == 1
     assert found["peak_gib"] > found["before_gib"] > found["weights_gib"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["lengths", "copy"])
 def test_a_wait_more_is_found(fault, monkeypatch):
     """Lengths on the device, of which the host makes the layout of convolutions; that layout copied

@@ -114,6 +114,7 @@ def test_a_result_of_other_settings_is_kept(work, eval_path):
     assert other.returncode and "does not lie in --run" in other.stderr
 
 
+@pytest.mark.slow
 def test_captions_of_which_no_word_is_known_are_said(work, tmp_path, eval_path):
     command = ("evaluate.py", "--run", work / "runs/stage2-AV_T", "--device", "cpu")
     strange = write_store(tmp_path / "other.h5", n_captions=1, caption="x{}x")

@@ -92,6 +92,7 @@ def test_flops_are_those_of_the_layers():
     assert training_flops(Args, dims, "AVT", "", w) > 10 * both
 
 
+@pytest.mark.slow
 def test_flops_do_not_depend_on_how_a_machine_convolves(monkeypatch):
     class Args:
         embd_dim, recon_dim, recon_weight, audio_width = 16, 8, 0.0, 0.5
@@ -219,8 +220,8 @@ with chains.only_one(out) as lock:
 """
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
-                                    signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_runs_save_when_the_study_is_killed_and_the_next_waits_for_them(tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
     try:
