@@ -141,9 +141,9 @@ def main(argv=None):
         args.run, file, content = run
         words = words_of(args.run, content)
     trained = content["args"]
-    if args.require_complete and not content["complete"]:
-        raise SystemExit(f"{file}: step {content['step']}, not the run's end; the command that "
-                         "trains it goes on")
+    unfinished = "" if content["complete"] else f"step {content['step']}, not the run's end"
+    if args.require_complete and unfinished:
+        raise SystemExit(f"{file}: {unfinished}; the command that trains it goes on")
     embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
     directions = retrieval.asked(modalities, args.fusion, args.all_directions)
@@ -174,7 +174,7 @@ def main(argv=None):
     def show(store, notices, *tables):
         demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
         print("; ".join([f"{args.run.name}: {store.path}{demo}, {similarity}",
-                         *filter(None, notices)]), *tables, sep="\n")
+                         *filter(None, [unfinished, *notices])]), *tables, sep="\n")
 
     # -------------------------------------------------------------------------------- retrieval
     def bank():
@@ -202,7 +202,7 @@ def main(argv=None):
             if not ranks:
                 continue
             rows, n = {d: summarize(r) for d, r in ranks.items()}, len(next(iter(ranks.values())))
-            show(store, [f"counted as misses or left out of sums: {missing}" if missing else "",
+            show(store, [*(f"{k} without {m}: misses, or out of sums" for m, k in missing.items()),
                          f"{absent} of {n} clips (--msrvtt_clips) are not in the store: misses"
                          if absent else ""], table(rows, n, what))
             write(key, store, {"n": n, "without": missing, "absent": absent} | rows)

@@ -26,7 +26,7 @@ read -r -d '' CHAIN < <(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<'CHAINS'
 {chains}
 CHAINS
 )
-srun bash -c "trap : USR1 TERM; $CHAIN"
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c "trap : USR1 TERM; $CHAIN"
 """
 
 

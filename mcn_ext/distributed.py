@@ -41,7 +41,7 @@ def init(device: str) -> torch.device:
         if missing:
             raise SystemExit(
                 f"srun with {env['SLURM_NTASKS']} tasks needs {' and '.join(missing)}: "
-                "see README, SLURM")
+                "see README, On 4 GPUs, on a cluster")
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"],
                    LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
     local = int(env.get("LOCAL_RANK", 0))
@@ -63,7 +63,7 @@ def init(device: str) -> torch.device:
         store, me, n_ranks = next(rendezvous("env://", timeout=timeout))
         if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
             # torchrun's store outlives a restart, and in it are the addresses of ranks that died.
-            # (On several nodes the count is each node's own: see README, SLURM.)
+            # (On several nodes the count is each node's own: see README, On 4 GPUs.)
             store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
                                 rank=me, world_size=n_ranks, timeout=timeout)

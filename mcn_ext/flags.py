@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
                 self)
             flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
             known = [*chosen._option_string_actions, *self.also]
-            near = {flag: difflib.get_close_matches(flag, known, 1) for flag in flags}
+            near = {flag: difflib.get_close_matches(flag, known, 1, 0.7) for flag in flags}
             chosen.error("; ".join(
                 [f"{flag}: no such flag" + (f", did you mean {match[0]}?" if match else "")
                  for flag, match in near.items()]

@@ -56,12 +56,14 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
 
 def keep(metrics: dict, name: str, entry: dict) -> None:
     """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
-    moves to the list ``replaced``, its newest 20."""
-    old = metrics.get(name)
-    if old and any(old.get(key) != entry.get(key)
-                   for key in ("data", "checkpoint", "step", "similarity")):
-        metrics["replaced"] = [*metrics.get("replaced", []), {"set": name} | old][-20:]
-    metrics[name] = entry
+    moves to the list ``replaced``, its newest 20; of the same, rows that ``entry`` lacks stay."""
+    old = metrics.get(name, {})
+    if any(old.get(key) != entry.get(key)
+           for key in ("n", "data", "checkpoint", "step", "similarity")):
+        if old:
+            metrics["replaced"] = [*metrics.get("replaced", []), {"set": name} | old][-20:]
+        old = {}
+    metrics[name] = old | entry
 
 
 def table_rows(rows: dict[str, dict], n: int,

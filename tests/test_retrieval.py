@@ -4,6 +4,7 @@ import torch
 
 from mcn_ext import retrieval
 from mcn_ext.data import ClipReader
+from mcn_ext.metrics import keep
 from mcn_ext.store import Store
 
 
@@ -22,6 +23,20 @@ def test_every_direction_once_the_customary_ones_first():
     assert tuple(found[:4]) == retrieval.MAIN and len(found) == len(set(found)) == 12
     assert {"video+audio->text", "audio->video+text", "audio+text->video"} < set(found)
     assert retrieval.directions(["audio", "video"]) == ["audio->video", "video->audio"]
+
+
+def test_results_of_the_same_settings_add_up_and_of_others_are_kept():
+    metrics, about = {}, {"n": 4, "data": "a.h5", "checkpoint": "c.pt", "step": 8,
+                          "similarity": "cosine"}
+    keep(metrics, "youcook2", about | {"text->video": 1, "text->audio": 2})
+    keep(metrics, "youcook2", about | {"text->video+audio (mean)": 3, "text->audio": 4})
+    whole = about | {"text->video": 1, "text->audio": 4, "text->video+audio (mean)": 3}
+    assert metrics == {"youcook2": whole}
+    for key, value in (("similarity", "dot"), ("step", 9), ("n", 5)):
+        about[key] = value
+        keep(metrics, "youcook2", about | {"text->video": 5})
+        assert metrics["youcook2"] == about | {"text->video": 5}
+    assert metrics["replaced"][0] == {"set": "youcook2"} | whole and len(metrics["replaced"]) == 3
 
 
 def test_the_sum_adds_cosines_over_all_pairs_and_dot_does_not_normalise():

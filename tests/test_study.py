@@ -126,7 +126,8 @@ def test_printed_commands_are_complete(tmp_path, store_path, eval_path, capsys, 
     assert f"--array=1-{len(lines)} " in script and all(line in script for line in lines)
     assert "--gpus-per-node=4 --cpus-per-task=32" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-    third = subprocess.run(["bash", "-c", script.replace("srun bash -c", "echo")], check=True,
+    srun = 'srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c'
+    third = subprocess.run(["bash", "-c", script.replace(srun, "echo")], check=True,
                            capture_output=True, text=True,
                            env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"})
     assert third.stdout.strip() == "trap : USR1 TERM; " + lines[2]
