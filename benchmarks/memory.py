@@ -26,7 +26,7 @@ from shapes import pretend  # noqa: E402
 
 from mcn_ext import flags  # noqa: E402
 from mcn_ext.batch import to_device  # noqa: E402
-from mcn_ext.encoders import BatchNorm, _Normalize  # noqa: E402
+from mcn_ext.encoders import BatchNorm  # noqa: E402
 from mcn_ext.guard import Guard  # noqa: E402
 from mcn_ext.metrics import markdown  # noqa: E402
 from mcn_ext.microbatch import MicroBatched  # noqa: E402
@@ -55,16 +55,18 @@ def clips(args, n: int, short: float, words: int) -> dict:
     return {name: x.pin_memory() for name, x in batch.items()}
 
 
-def of_ranks(norm: BatchNorm, rows: torch.Tensor) -> torch.Tensor:
-    """What :class:`BatchNorm` does as one of several ranks."""
-    return _Normalize.apply(rows, norm.weight, norm.bias, *norm.fit([rows]), norm.eps)
+def arguments(preset: str = "paper", **changed) -> argparse.Namespace:
+    """A training run's flags: their defaults, the preset's and what is changed."""
+    training = flags.Parser()
+    flags.add_training_flags(training, stage=2)  # has --clean_first
+    return argparse.Namespace(**(vars(training.parse_args([])) | flags.PRESETS[preset] | changed))
 
 
 def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: int,
             short: float = 0.0) -> dict:
     """GiB at the peak of a step, and of what stays from step to step. Fewer clips here than
     everywhere: as one of several ranks, but for what they send each other."""
-    forward = of_ranks if n < everywhere else BatchNorm.forward
+    forward = BatchNorm.of_all_ranks if n < everywhere else BatchNorm.forward
     with (tempfile.TemporaryDirectory() as folder, patch.object(BatchNorm, "forward", forward),
           pretend(allowed_waits=10**9) as gpu):
         host, held = clips(args, n, short, 1000), gpu.held
@@ -127,10 +129,7 @@ def main() -> None:
     parser.add_argument("--short", type=float, default=0.0, help="share of clips that are shorter, "
                         "half to all of the length")
     own = parser.parse_args()
-    training = flags.Parser()
-    flags.add_training_flags(training, stage=1)
-    args = argparse.Namespace(**(vars(training.parse_args([])) | flags.PRESETS["paper"]))
-    args.clean_first, args.joint_pairs = 0.0, False
+    args = arguments()
     cases = [(own.pair, own.add, own.clips, own.all_clips or own.clips, own.micro_batch)]
     rows, body = [], []
     for case in cases if own.pair else PAPER:

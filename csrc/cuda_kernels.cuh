@@ -79,6 +79,20 @@ __device__ __forceinline__ A logit(const Row<A>& row, A s, A col_inverse, int32_
   return skip ? lowest<A>() : s * row.scale * col_inverse;
 }
 
+// A lane's columns of a block: their keys and inverse norms, -1 and 0 beyond the tile.
+template <typename A>
+__device__ __forceinline__ void load_columns(const Term<A>& term, const Tile<A>& tile,
+                                             const A* col_inverse, int64_t first, int32_t* col_key,
+                                             A* col_scale) {
+#pragma unroll
+  for (int c = 0; c < kCols; ++c) {
+    const int64_t j = first + c * kWarp;
+    const bool there = j < tile.cols;
+    col_key[c] = there ? term.col_key[tile.col0 + j] : -1;
+    col_scale[c] = there ? col_inverse[tile.col0 + j] : A(0);
+  }
+}
+
 // partial: maxima and sums of the rows, (column blocks, rows) each, then of the columns, (row
 // blocks, cols) each.
 template <typename A>
@@ -92,14 +106,9 @@ __global__ void __launch_bounds__(kThreads)
   A z[kRows][kCols], col_scale[kCols], col_max[kCols];
   int32_t col_key[kCols];
   const A inverse_temperature = A(1) / term.temperature[0];
+  load_columns(term, tile, col_inverse, col_begin + lane, col_key, col_scale);
 #pragma unroll
-  for (int c = 0; c < kCols; ++c) {
-    const int64_t j = col_begin + c * kWarp + lane;
-    const bool there = j < tile.cols;
-    col_key[c] = there ? term.col_key[tile.col0 + j] : -1;
-    col_scale[c] = there ? col_inverse[tile.col0 + j] : A(0);
-    col_max[c] = lowest<A>();
-  }
+  for (int c = 0; c < kCols; ++c) col_max[c] = lowest<A>();
   const int64_t row_partials = gridDim.x * tile.rows;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -254,14 +263,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const A inverse_temperature = A(1) / term.temperature[0], boost = term.factor[1];
   A col_scale[kCols], col_top[kCols], col_rest[kCols];
   int32_t col_key[kCols];
+  load_columns(term, tile, col_inverse, col_begin + lane, col_key, col_scale);
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
     const int64_t j = col_begin + c * kWarp + lane;
-    const bool there = j < tile.cols;
-    col_key[c] = there ? term.col_key[tile.col0 + j] : -1;
-    col_scale[c] = there ? col_inverse[tile.col0 + j] : A(0);
-    col_top[c] = there && term.both ? term.col_top[tile.col0 + j] : -lowest<A>();
-    col_rest[c] = there && term.both ? term.col_rest[tile.col0 + j] : A(0);
+    const bool there = j < tile.cols && term.both;
+    col_top[c] = there ? term.col_top[tile.col0 + j] : -lowest<A>();
+    col_rest[c] = there ? term.col_rest[tile.col0 + j] : A(0);
   }
 #pragma unroll 1  // 4 loads in flight a thread are enough, and double would spill
   for (int r = 0; r < kRows; ++r) {

@@ -114,8 +114,11 @@ class BatchNorm(nn.BatchNorm1d):
                 return F.batch_norm(rows, self.running_mean, self.running_var, self.weight,
                                     self.bias, False, 0.0, self.eps)
             return super().forward(rows)
-        mean, var, count = self.fit([rows])
-        return _Normalize.apply(rows, self.weight, self.bias, mean, var, count, self.eps)
+        return self.of_all_ranks(rows)
+
+    def of_all_ranks(self, rows: Tensor) -> Tensor:
+        """In training, rows (n, C) by the statistics of all ranks' rows."""
+        return _Normalize.apply(rows, self.weight, self.bias, *self.fit([rows]), self.eps)
 
     @torch.no_grad()
     def fit(self, parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

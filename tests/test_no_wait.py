@@ -1,7 +1,6 @@
 """A training step on a GPU that is not there (benchmarks/shapes.py): nothing mixes devices, and the
 host waits once a step, to decide whether the step counts."""
 
-import argparse
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mcn_ext import batch, flags
+from mcn_ext import batch
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
 from mcn_ext.packed import Frames
@@ -22,11 +21,8 @@ memory = load_script("benchmarks/memory.py")
 
 
 def arguments(**changed):
-    parser = flags.Parser()
-    flags.add_training_flags(parser, stage=1)
-    return argparse.Namespace(**(vars(parser.parse_args([])) | flags.PRESETS["demo"] | dict(
-        embd_dim=16, recon_dim=8, audio_width=0.0625, audio_frames=200, cluster_size=4,
-        clean_first=0.0, joint_pairs=False) | changed))
+    return memory.arguments("demo", **dict(embd_dim=16, recon_dim=8, audio_width=0.0625,
+                                           audio_frames=200, cluster_size=4) | changed)
 
 
 @pytest.mark.slow
