@@ -1,8 +1,11 @@
-// Registers the operators of namespace mcn with torch; mcn_ext/ops.py adds fake tensors and
-// autograd.
+// Registers the operators of namespace mcn with torch, and their autograd; mcn_ext/ops.py adds fake
+// tensors.
 //
-// torch/library.h, not torch/extension.h: the latter pulls in all of torch and pybind11 and takes
-// ten times as long to compile.
+// Boxed: an operator's arguments arrive as one list, so that they are spelled out in the schema and
+// in loss.h's Problem, and nowhere else. torch/library.h, not torch/extension.h: the latter pulls
+// in all of torch and pybind11, takes ten times as long to compile and ties the library to a Python.
+#include <ATen/core/stack.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -10,12 +13,20 @@
 
 #include "loss.h"
 
+#ifndef MCN_LIBRARY  // the tests load a second one
+#define MCN_LIBRARY mcn
+#endif
+#define MCN_TEXT_OF(name) #name
+#define MCN_TEXT(name) MCN_TEXT_OF(name)
+
 namespace mcn {
 namespace {
 
 using at::Tensor;
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
+using c10::IValue;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
 
 // JSON, so that the schema need not change when there is more to say.
 std::string build_info() {
@@ -42,50 +53,155 @@ std::string build_info() {
   return info + "}";
 }
 
-#define MCN_PARAMETERS                                                                         \
-  Tensors embeddings, Ints pairs, Tensors ids, Tensors valid, Tensors columns,                 \
-      std::optional<Tensor> centroids, std::optional<Tensor> labels, Ints clustered,           \
-      Tensor temperature, double margin, bool normalize, double cluster_weight,                \
-      double cluster_scale, Ints wanted, bool wants_temperature, bool keep, int64_t tile,      \
-      Ints sizes, int64_t rank, std::string group
-#define MCN_PROBLEM                                                                         \
-  Problem {                                                                                 \
-    embeddings, pairs, ids, valid, columns, centroids.value_or(Tensor()),                   \
-        labels.value_or(Tensor()), clustered, temperature, margin, normalize,               \
-        cluster_weight, cluster_scale, wanted, wants_temperature, keep, tile, sizes, rank,  \
-        group                                                                               \
-  }
-#define MCN_SCHEMA                                                                               \
-  "Tensor[] embeddings, int[] pairs, Tensor[] ids, Tensor[] valid, Tensor[] columns, "           \
-  "Tensor? centroids, Tensor? labels, int[] clustered, Tensor temperature, float margin, "       \
-  "bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "                    \
+// Lists of tensors, then single ones, then the rest.
+#define MCN_ARGUMENTS                                                                             \
+  "Tensor[] embeddings, Tensor[] ids, Tensor[] valid, Tensor[] columns, Tensor? centroids, "      \
+  "Tensor? labels, Tensor? temperature, float fixed_temperature, float margin, int[] pairs, "     \
+  "int[] clustered, bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "    \
   "bool wants_temperature, bool keep, int tile, int[] sizes, int rank, str group"
+constexpr size_t kLists = 4, kTensors = 7, kArguments = 21, kTemperature = 6, kWanted = 14;
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> loss(MCN_PARAMETERS) { return forward(MCN_PROBLEM); }
+Problem problem_of(at::ArrayRef<IValue> a) {
+  const auto tensor = [&](size_t i) { return a[i].isNone() ? Tensor() : a[i].toTensor(); };
+  return {a[0].toTensorVector(), a[1].toTensorVector(), a[2].toTensorVector(),
+          a[3].toTensorVector(), tensor(4),             tensor(5),
+          tensor(6),             a[7].toDouble(),       a[8].toDouble(),
+          a[9].toIntVector(),    a[10].toIntVector(),   a[11].toBool(),
+          a[12].toDouble(),      a[13].toDouble(),      a[14].toIntVector(),
+          a[15].toBool(),        a[16].toBool(),        a[17].toInt(),
+          a[18].toIntVector(),   a[19].toInt(),         a[20].toStringRef()};
+}
 
-std::tuple<Tensor, Tensors> loss_backward(Tensor upstream, Tensor state, MCN_PARAMETERS) {
-  return backward(MCN_PROBLEM, upstream, state);
+// (arguments) -> total, parts, state, kept
+void loss(const c10::OperatorHandle&, Stack* stack) {
+  Forward found = forward(problem_of(torch::jit::last(*stack, kArguments)));
+  torch::jit::drop(*stack, kArguments);
+  torch::jit::push(*stack, found.total, found.parts, found.state, std::move(found.kept));
+}
+
+// (upstream, parts, state, kept, arguments) -> d temperature, gradients
+void loss_backward(const c10::OperatorHandle&, Stack* stack) {
+  const auto given = torch::jit::last(*stack, kArguments + 4);
+  Backward found = backward(problem_of(given.slice(4)), given[0].toTensor(),
+                            {Tensor(), given[1].toTensor(), given[2].toTensor(),
+                             given[3].toTensorVector()});
+  torch::jit::drop(*stack, kArguments + 4);
+  torch::jit::push(*stack, found.temperature, std::move(found.gradients));
+}
+
+c10::OperatorHandle operator_of(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+}
+
+// Gradients as they are, but an error for whoever differentiates them.
+struct Last : torch::autograd::Function<Last> {
+  static variable_list forward(AutogradContext*, const Tensor& /*upstream*/,
+                               at::TensorList gradients) {
+    variable_list out;
+    for (const Tensor& g : gradients) out.push_back(g.clone());
+    return out;
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "mcn_ext's compiled losses have no second derivative; "
+                                       "mcn_ext.reference's losses have");
+  }
+};
+
+struct Loss : torch::autograd::Function<Loss> {
+  static variable_list forward(AutogradContext* ctx, Stack* arguments,
+                               const std::optional<Tensor>& /*temperature*/,
+                               at::TensorList /*embeddings*/) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = operator_of(MCN_TEXT(MCN_LIBRARY) "::loss");
+    Stack stack = *arguments;
+    op.callBoxed(stack);  // total, parts, state, kept
+    const variable_list kept = stack[3].toTensorVector();
+    variable_list out{stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor()};
+    out.insert(out.end(), kept.begin(), kept.end());
+    // Tensors are saved apart from the other arguments: torch then finds out who changes one.
+    variable_list saved(out.begin() + 1, out.end());
+    for (size_t i = 0; i < kTensors; ++i) {
+      IValue& value = (*arguments)[i];
+      const variable_list tensors = i < kLists      ? value.toTensorVector()
+                                    : value.isNone() ? variable_list{}
+                                                     : variable_list{value.toTensor()};
+      saved.insert(saved.end(), tensors.begin(), tensors.end());
+      value = static_cast<int64_t>(tensors.size());
+    }
+    ctx->save_for_backward(saved);
+    ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(std::move(*arguments));
+    ctx->saved_data["kept"] = static_cast<int64_t>(kept.size());
+    ctx->mark_non_differentiable({out.begin() + 1, out.end()});
+    ctx->set_materialize_grads(false);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const Stack arguments = ctx->saved_data["arguments"].toTupleRef().elements().vec();
+    const std::vector<int64_t> wanted = arguments[kWanted].toIntVector();
+    // For each input of forward: the arguments, the temperature, each embedding.
+    variable_list gradients(2 + wanted.size());
+    if (!upstream[0].defined()) return gradients;
+    const variable_list saved = ctx->get_saved_variables();
+    auto next = saved.begin();
+    const auto some = [&](int64_t count) {
+      next += count;
+      return variable_list(next - count, next);
+    };
+    Stack stack{upstream[0]};
+    for (const Tensor& t : some(2)) stack.emplace_back(t);
+    stack.emplace_back(some(ctx->saved_data["kept"].toInt()));
+    for (size_t i = 0; i < kTensors; ++i) {
+      const variable_list tensors = some(arguments[i].toInt());
+      if (i < kLists)
+        stack.emplace_back(tensors);
+      else
+        stack.push_back(tensors.empty() ? IValue() : IValue(tensors[0]));
+    }
+    stack.insert(stack.end(), arguments.begin() + kTensors, arguments.end());
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      static const auto op = operator_of(MCN_TEXT(MCN_LIBRARY) "::loss_backward");
+      op.callBoxed(stack);
+    }
+    variable_list found = stack[1].toTensorVector();
+    if (arguments[kWanted + 1].toBool()) found.push_back(stack[0].toTensor());
+    if (at::GradMode::is_enabled()) found = Last::apply(upstream[0], at::TensorList(found));  // create_graph=True
+    if (arguments[kWanted + 1].toBool()) gradients[1] = found.back();
+    for (size_t i = 0, at = 0; i < wanted.size(); ++i)
+      if (wanted[i]) gradients[2 + i] = found[at++];
+    return gradients;
+  }
+};
+
+void loss_autograd(const c10::OperatorHandle&, Stack* stack) {
+  Stack arguments = torch::jit::pop(*stack, kArguments);
+  const std::optional<Tensor> temperature = arguments[kTemperature].toOptional<Tensor>();
+  const variable_list embeddings = arguments[0].toTensorVector();
+  variable_list out = Loss::apply(&arguments, temperature, at::TensorList(embeddings));
+  const variable_list kept(out.begin() + 3, out.end());
+  torch::jit::push(*stack, out[0], out[1], out[2], kept);
 }
 
 }  // namespace
 }  // namespace mcn
 
-#ifndef MCN_LIBRARY  // the tests load a second one
-#define MCN_LIBRARY mcn
-#endif
+#define MCN_BOXED(function) torch::CppFunction::makeFromBoxedFunction<&mcn::function>()
 
 TORCH_LIBRARY(MCN_LIBRARY, m) {
   m.def("build_info() -> str", &mcn::build_info);
-  m.def("loss(" MCN_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor[])");
-  m.def("loss_backward(Tensor upstream, Tensor state, " MCN_SCHEMA ") -> (Tensor, Tensor[])");
+  m.def("loss(" MCN_ARGUMENTS ") -> (Tensor total, Tensor parts, Tensor state, Tensor[] kept)");
+  m.def("loss_backward(Tensor upstream, Tensor parts, Tensor state, Tensor[] kept, " MCN_ARGUMENTS
+        ") -> (Tensor temperature, Tensor[] gradients)");
 }
 TORCH_LIBRARY_IMPL(MCN_LIBRARY, CPU, m) {
-  m.impl("loss", &mcn::loss);
-  m.impl("loss_backward", &mcn::loss_backward);
+  m.impl("loss", MCN_BOXED(loss));
+  m.impl("loss_backward", MCN_BOXED(loss_backward));
 }
 #ifdef MCN_WITH_CUDA
 TORCH_LIBRARY_IMPL(MCN_LIBRARY, CUDA, m) {
-  m.impl("loss", &mcn::loss);
-  m.impl("loss_backward", &mcn::loss_backward);
+  m.impl("loss", MCN_BOXED(loss));
+  m.impl("loss_backward", MCN_BOXED(loss_backward));
 }
 #endif
+TORCH_LIBRARY_IMPL(MCN_LIBRARY, Autograd, m) { m.impl("loss", MCN_BOXED(loss_autograd)); }

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "cpu_rows.h"
@@ -15,18 +16,9 @@ namespace {
 
 constexpr int64_t kGrain = 64;  // rows of d elements that are worth a thread's start
 
-}  // namespace
-
-int64_t first_outside(void*, const int64_t* labels, const bool* valid, int64_t n, int64_t k) {
-  for (int64_t i = 0; i < n; ++i)
-    if ((!valid || valid[i]) && (labels[i] < 0 || labels[i] >= k)) return i;
-  return -1;
-}
-
-int64_t partial_size(int64_t rows, int64_t cols) { return 2 * strips(rows) * cols; }
-
+// Fills scale and inverse; true if the matrix products must read working rows.
 template <typename A>
-bool measure(void*, const Rows<A>& x, bool normalize) {
+bool measure_one(const Rows<A>& x, bool normalize) {
   // Between these, products and squares of norms stay far inside fp32.
   constexpr double kLow = 1e-8, kHigh = 1e8;
   std::vector<char> extreme(x.n, 0);
@@ -56,6 +48,60 @@ bool measure(void*, const Rows<A>& x, bool normalize) {
   return copies;
 }
 
+// A row of add_gradients; g (d,): scratch.
+template <typename A>
+void add_row(const Term<A>& term, const GradientRows<A>& side, int64_t i, bool normalize,
+             const A* upstream, A* g) {
+  const Rows<A>&own = side.own, &other = side.other;
+  const int64_t d = own.d, at = (i - side.begin) * d;
+  const A factor = term.factor[0], unboost = A(1) / term.factor[1];
+  const bool there = term.row_top[i] != -lowest<A>();  // other rows' sums may hold anything
+  if (side.add)
+    std::copy(side.total + at, side.total + at + d, g);
+  else
+    std::fill(g, g + d, A(0));
+  if (there) {
+    const int64_t p = term.both ? i : term.labels[i];
+    const A pull = term.pull[i] * own.inverse[i] * other.inverse[p] * std::fabs(other.scale[p]);
+    const A *sum = side.sums + at, *partner = row(other, p);
+    for (int64_t k = 0; k < d; ++k) g[k] += factor * (sum[k] * unboost - pull * partner[k]);
+  } else if (std::isnan(factor)) {
+    std::fill(g, g + d, factor);  // a loss that is NaN has no gradient that is a number
+  }
+  if (!side.out) {
+    std::copy(g, g + d, side.total + at);
+    return;
+  }
+  A* out = static_cast<A*>(side.out) + at;
+  const A up = *upstream, scale = own.scale[i], inverse = own.inverse[i];
+  if (normalize && scale <= A(0)) {
+    std::fill(out, out + d, A(0));
+    return;
+  }
+  const A back =
+      normalize ? A(dot(g, row(own, i), d, 1, double(scale) * inverse)) * inverse * scale : A(0);
+  for (int64_t k = 0; k < d; ++k)
+    out[k] = normalize ? up * (scale * (g[k] - back * row(own, i)[k])) : up * g[k];
+}
+
+// The keys of a tile's columns, in a row for the loops to read.
+template <typename A>
+std::vector<int32_t> col_keys(const Term<A>& term, const Tile<A>& tile) {
+  std::vector<int32_t> keys(tile.cols);
+  for (int64_t j = 0; j < tile.cols; ++j) keys[j] = term.col_key(tile.col0 + j);
+  return keys;
+}
+
+}  // namespace
+
+int64_t partial_size(int64_t rows, int64_t cols) { return 2 * strips(rows) * cols; }
+int64_t temperature_size(int64_t rows, int64_t) { return rows; }
+
+template <typename A>
+void measure(void*, const Rows<A>* sides, int count, bool normalize, bool* copies) {
+  for (int i = 0; i < count; ++i) copies[i] = measure_one(sides[i], normalize);
+}
+
 template <typename A>
 void copy_rows(void*, const Rows<A>& x, int64_t begin, int64_t end, void* out) {
   at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
@@ -72,9 +118,10 @@ void tile_statistics(void*, const Term<A>& term, const Tile<A>& tile, const A* r
                      const A* col_inverse, A* partial) {
   const int64_t n_strips = strips(tile.rows);
   A *maxima = partial, *sums = partial + n_strips * tile.cols;
+  const std::vector<int32_t> keys = col_keys(term, tile);
   at::parallel_for(0, n_strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) {
-      strip_statistics_of(term, tile, row_inverse, col_inverse, strip * kStrip,
+      strip_statistics_of(term, tile, row_inverse, col_inverse, keys.data(), strip * kStrip,
                           std::min((strip + 1) * kStrip, tile.rows), maxima + strip * tile.cols,
                           sums + strip * tile.cols);
     }
@@ -82,7 +129,8 @@ void tile_statistics(void*, const Term<A>& term, const Tile<A>& tile, const A* r
   if (!term.both) return;
   at::parallel_for(0, tile.cols, 512, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      LogSum<A> total{term.col_max[tile.col0 + j], term.col_sum[tile.col0 + j]};
+      LogSum<A> total;
+      if (tile.row0 > 0) total = {term.col_max[tile.col0 + j], term.col_sum[tile.col0 + j]};
       for (int64_t strip = 0; strip < n_strips; ++strip) {
         const A sum = sums[strip * tile.cols + j];
         total.merge(sum == A(0) ? lowest<A>() : maxima[strip * tile.cols + j], sum);
@@ -94,51 +142,53 @@ void tile_statistics(void*, const Term<A>& term, const Tile<A>& tile, const A* r
 }
 
 template <typename A>
-void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,
-            double* sums) {
-  const double temperature = term.temperature[0];
+void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, double*, double* sums,
+            unsigned*, const Conclusion<A>& to) {
   at::parallel_for(0, term.n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (term.row_key[i] < 0) continue;
-      const int64_t p = term.both ? i : term.row_key[i];
+      term.positive[i] = 0;
+      if (!term.there(i)) continue;
+      const int64_t p = term.both ? i : term.labels[i];
       const double s = dot(row(x, i), row(y, p), x.d, std::fabs(x.scale[i]), std::fabs(y.scale[p]));
-      positive[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / temperature);
+      term.positive[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / term.tau());
     }
   });
   Sums all;
-  for (int64_t j = 0; j < term.m; ++j) {
-    if (term.col_key[j] >= 0 && std::isnan(y.inverse[j])) all.broken = 1;
-    if (term.both && term.col_key[j] < 0) term.col_top[j] = -lowest<A>();
-  }
+  for (int64_t j = 0; !term.both && j < term.m; ++j)  // every row reads every centroid
+    if (std::isnan(y.inverse[j])) all.broken = 1;
   for (int64_t i = 0; i < term.n; ++i) {
+    const bool there = term.there(i);
     term.pull[i] = 0;
-    term.row_top[i] = -lowest<A>();
-    if (term.row_key[i] < 0) continue;
-    ++all.count;
-    if (std::isnan(x.inverse[i])) all.broken = 1;
-    const auto add = [&](A max, A total, A* top, A* rest) {
-      const Direction<A> row(max, total, positive[i]);
+    const auto direction = [&](const A* max, const A* sum, A* top, A* rest) {
+      top[i] = -lowest<A>(), rest[i] = 0;
+      if (!there) return;
+      const Direction<A> row(max[i], sum[i], term.positive[i]);
       all.loss += row.loss;
       term.pull[i] += row.pull;
-      *top = row.top, *rest = row.rest;
-      all.bound = std::max(all.bound, double(std::exp(max - row.top - row.rest)));
+      top[i] = row.top, rest[i] = row.rest;
+      all.bound = std::max(all.bound, double(std::exp(max[i] - row.top - row.rest)));
     };
-    add(term.row_max[i], term.row_sum[i], term.row_top + i, term.row_rest + i);
-    if (term.both) add(term.col_max[i], term.col_sum[i], term.col_top + i, term.col_rest + i);
+    direction(term.row_max, term.row_sum, term.row_top, term.row_rest);
+    if (term.both) direction(term.col_max, term.col_sum, term.col_top, term.col_rest);
+    if (!there) continue;
+    ++all.count;
+    if (std::isnan(x.inverse[i]) || (term.both && std::isnan(y.inverse[i]))) all.broken = 1;
   }
   sums[0] = all.loss, sums[1] = all.count, sums[2] = all.bound, sums[3] = all.broken;
+  if (to.total) conclude_sums(sums, 1, term.tau(), term.factor, to);
 }
 
 template <typename A>
-void conclude(void*, const Term<A>& term, const double* sums, int64_t ranks, double weight,
-              double report, int slot, A* losses) {
-  conclude_sums(sums, ranks, term.temperature[0], weight, report, term.factor, losses + slot,
-                losses);
+void conclude(void*, const Term<A>& term, const double* sums, int64_t ranks,
+              const Conclusion<A>& to) {
+  conclude_sums(sums, ranks, term.tau(), term.factor, to);
 }
 
 template <typename A>
 void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                   const A* col_inverse, void* out, Type, int64_t ld_out) {
+                   const A* col_inverse, void* out, Type, int64_t ld_out, double* by_row,
+                   A* d_temperature) {
+  const std::vector<int32_t> keys = col_keys(term, tile);
   A top = lowest<A>(), bottom = -lowest<A>();
   const auto spread = [&](const A* tops, const A* rests, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
@@ -158,68 +208,27 @@ void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row
     }
   }
   at::parallel_for(0, tile.rows, kStrip, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      row_gradient_of(term, tile, row_inverse, col_inverse, i, (top + bottom) / 2,
-                      col_factor.empty() ? nullptr : col_factor.data(),
-                      static_cast<A*>(out) + i * ld_out);
-  });
-}
-
-template <typename A>
-void accumulate(void*, const Term<A>& term, const Rows<A>& own, const Rows<A>& other, int64_t begin,
-                int64_t end, const A* sums, A* total, bool add, A* dots) {
-  const A factor = term.factor[0], boost = term.factor[1];
-  at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const A* sum = sums + (i - begin) * own.d;
-      A* g = total + (i - begin) * own.d;
-      const int64_t p = term.both ? i : std::max(term.row_key[i], 0);
-      const bool there = term.row_key[i] >= 0;  // other rows may hold anything
-      const A pull =
-          there ? term.pull[i] * own.inverse[i] * other.inverse[p] * std::fabs(other.scale[p])
-                : A(0);
-      const A *w = row(own, i), *partner = row(other, p), scale = std::fabs(own.scale[i]);
-      double product = 0;
-      for (int64_t k = 0; k < own.d; ++k) {
-        const A value = there ? sum[k] / boost - pull * partner[k] : A(0);
-        if (dots && there) product += double(value) * (w[k] * scale);
-        g[k] = (add ? g[k] : A(0)) + factor * value;
-      }
-      if (dots) dots[i] = A(product);
+    for (int64_t i = begin; i < end; ++i) {
+      const double sum = row_gradient_of(term, tile, row_inverse, col_inverse, keys.data(), i,
+                                         (top + bottom) / 2,
+                                         col_factor.empty() ? nullptr : col_factor.data(), by_row,
+                                         static_cast<A*>(out) + i * ld_out);
+      if (by_row) by_row[i] = sum;
     }
   });
+  if (by_row)
+    *d_temperature -= A(term.factor[0] * std::accumulate(by_row, by_row + tile.rows, 0.0));
 }
 
 template <typename A>
-void temperature_gradient(void*, const Term<A>& term, const A* dots, A* d_temperature) {
-  double sum = 0;
-  for (int64_t i = 0; i < term.n; ++i) sum += dots[i] + term.margin * term.pull[i];
-  *d_temperature -= A(term.factor[0] * sum / term.temperature[0]);
-}
-
-template <typename A>
-void project(void*, const Rows<A>& x, bool normalize, int64_t begin, int64_t end, const A* total,
-             const A* upstream, void* out, Type) {
-  const A up = upstream ? *upstream : A(1);
-  at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const A* g = total + (i - begin) * x.d;
-      A* result = static_cast<A*>(out) + (i - begin) * x.d;
-      const A scale = x.scale[i], inverse = x.inverse[i];
-      if (normalize && scale <= A(0)) {
-        std::fill(result, result + x.d, A(0));
-        continue;
-      }
-      const A along = normalize
-                          ? A(dot(g, row(x, i), x.d, 1, double(scale) * inverse)) * inverse * scale
-                          : A(0);
-      if (!normalize) {
-        for (int64_t k = 0; k < x.d; ++k) result[k] = up * g[k];
-        continue;
-      }
-      for (int64_t k = 0; k < x.d; ++k) result[k] = up * (scale * (g[k] - along * row(x, i)[k]));
-    }
-  });
+void add_gradients(void*, const Term<A>& term, const GradientRows<A>* sides, int count,
+                   bool normalize, const A* upstream) {
+  for (const GradientRows<A>* side = sides; side < sides + count; ++side) {
+    at::parallel_for(side->begin, side->end, kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<A> g(side->own.d);
+      for (int64_t i = begin; i < end; ++i) add_row(term, *side, i, normalize, upstream, g.data());
+    });
+  }
 }
 
 MCN_INSTANTIATE_KERNELS(float);

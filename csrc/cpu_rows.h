@@ -65,18 +65,17 @@ template <typename A>
 MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                          int64_t i) {
   const int64_t row = tile.row0 + i;
-  return {tile.data + i * tile.ld, row_inverse[row] / term.temperature[0], term.row_key[row]};
+  return {tile.data + i * tile.ld, row_inverse[row] / term.tau(), term.row_key(row)};
 }
 
 // Rows [begin, end) of the tile: their statistics merged into the term's, the columns' over these
 // rows into col_max and col_sum. Twice over the strip, which stays in the cache: the largest, then
-// the sums.
+// the sums. col_key: of the tile's columns.
 template <typename A>
 MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                                 const A* col_inverse, int64_t begin, int64_t end, A* col_max,
-                                 A* col_sum) {
+                                 const A* col_inverse, const int32_t* col_key, int64_t begin,
+                                 int64_t end, A* col_max, A* col_sum) {
   const int64_t cols = tile.cols;
-  const int32_t* col_key = term.col_key + tile.col0;
   const A* inverse = col_inverse + tile.col0;
   A largest[kStrip];
   if (term.both) {
@@ -142,7 +141,8 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
         sum += exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
       }
     }
-    LogSum<A> total{term.row_max[tile.row0 + i], term.row_sum[tile.row0 + i]};
+    LogSum<A> total;
+    if (tile.col0 > 0) total = {term.row_max[tile.row0 + i], term.row_sum[tile.row0 + i]};
     total.merge(sum == A(0) ? lowest<A>() : shift, sum);
     term.row_max[tile.row0 + i] = total.max;
     term.row_sum[tile.row0 + i] = total.sum;
@@ -150,30 +150,42 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
 }
 #define MCN_STRIP_STATISTICS(A)                                                                  \
   MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,                  \
-                                      const A* row_inverse, const A* col_inverse, int64_t begin, \
-                                      int64_t end, A* col_max, A* col_sum) {                     \
-    strip_statistics(term, tile, row_inverse, col_inverse, begin, end, col_max, col_sum);        \
+                                      const A* row_inverse, const A* col_inverse,                \
+                                      const int32_t* col_key, int64_t begin, int64_t end,        \
+                                      A* col_max, A* col_sum) {                                  \
+    strip_statistics(term, tile, row_inverse, col_inverse, col_key, begin, end, col_max,         \
+                     col_sum);                                                                   \
   }
 MCN_STRIP_STATISTICS(float)
 MCN_STRIP_STATISTICS(double)
 
 // exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center -
 // lse_col)): one exponential an element where all log-sums of a tile lie close. col_factor: the
-// last term, or null if they do not.
+// last term, or null if they do not. Returns, if `temperature`, the row's sum of p (z - z of the
+// positive).
 template <typename A>
-MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                             const A* col_inverse, int64_t i, A center, const A* col_factor,
-                             A* out) {
+MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                               const A* col_inverse, const int32_t* col_key, int64_t i, A center,
+                               const A* col_factor, bool temperature, A* out) {
   const int64_t cols = tile.cols;
   const Row<A> row = row_of(term, tile, row_inverse, i);
   if (row.key < 0) {
     std::fill(out, out + cols, A(0));
-    return;
+    return 0;
   }
-  const int32_t* col_key = term.col_key + tile.col0;
   const A* inverse = col_inverse + tile.col0;
   const A row_top = term.row_top[tile.row0 + i], row_rest = term.row_rest[tile.row0 + i];
+  const A *col_top = term.col_top + tile.col0, *col_rest = term.col_rest + tile.col0;
   const A scale = row_inverse[tile.row0 + i] * term.factor[1];
+  double sum = 0;
+  for (int64_t j = 0; temperature && j < cols; ++j) {  // before out overwrites the tile
+    const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+    if (z == lowest<A>()) continue;  // 0 * inf would be NaN
+    sum += exp_shifted(z - row_top - row_rest) * double(z - term.positive[tile.row0 + i]);
+    if (term.both)
+      sum += exp_shifted(z - col_top[j] - col_rest[j]) *
+             double(z - term.col_positive[tile.col0 + j]);
+  }
   if (col_factor) {
     const A row_factor = exp_shifted(center - row_top - row_rest);
 #pragma omp simd
@@ -182,7 +194,6 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
       out[j] = e * (row_factor + col_factor[j]) * scale * inverse[j];
     }
   } else if (term.both) {
-    const A *col_top = term.col_top + tile.col0, *col_rest = term.col_rest + tile.col0;
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A z = logit(row, row.s[j], inverse[j], col_key[j]);
@@ -196,12 +207,15 @@ MCN_INLINE void row_gradient(const Term<A>& term, const Tile<A>& tile, const A* 
       out[j] = exp_shifted(z - row_top - row_rest) * scale * inverse[j];
     }
   }
+  return sum;
 }
-#define MCN_ROW_GRADIENT(A)                                                                       \
-  MCN_CLONES void row_gradient_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \
-                                  const A* col_inverse, int64_t i, A center, const A* col_factor, \
-                                  A* out) {                                                       \
-    row_gradient(term, tile, row_inverse, col_inverse, i, center, col_factor, out);               \
+#define MCN_ROW_GRADIENT(A)                                                                      \
+  MCN_CLONES double row_gradient_of(const Term<A>& term, const Tile<A>& tile,                    \
+                                    const A* row_inverse, const A* col_inverse,                  \
+                                    const int32_t* col_key, int64_t i, A center,                 \
+                                    const A* col_factor, bool temperature, A* out) {             \
+    return row_gradient(term, tile, row_inverse, col_inverse, col_key, i, center, col_factor,    \
+                        temperature, out);                                                       \
   }
 MCN_ROW_GRADIENT(float)
 MCN_ROW_GRADIENT(double)

@@ -1,5 +1,6 @@
 // The kernels on CUDA, for sm_80 and later: their launches. No torch header. Nothing waits for the
-// device, no atomics: every sum has one order, so that a run repeats bit for bit.
+// device, and every sum has one order, so that a run repeats bit for bit: the one atomic counts
+// which block is the last.
 //
 // The tests compile this file as C++ too (tests/simt.h) and run every kernel, thread by thread,
 // without a GPU.
@@ -9,6 +10,8 @@
   (kernel)<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #endif
 
+#include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -41,42 +44,68 @@ void with_rows(Type type, F f) {
 template <typename P>
 using Pointee = std::remove_pointer_t<P>;
 
+bool aligned(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
+
+// As with_rows, and W: 16 bytes of the rows, or 1 where a row does not begin at a multiple of them.
+template <typename A, typename F>
+void with_width(Type type, int64_t d, bool aligned, F f) {
+  with_rows<A>(type, [&](auto* rows) {
+    constexpr int kWide = 16 / sizeof(*rows);
+    if (aligned && d % kWide == 0) return f(rows, std::integral_constant<int, kWide>());
+    f(rows, std::integral_constant<int, 1>());
+  });
+}
+
 unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kWarps)); }
 
-}  // namespace
-
-int64_t first_outside(void* stream, const int64_t* labels, const bool* valid, int64_t n,
-                      int64_t k) {
-  if (n == 0) return -1;
-  MCN_LAUNCH(first_outside_kernel, static_cast<unsigned>(ceil_div(n, kThreads)), kThreads, stream,
-             labels, valid, n, k);
-  check("first_outside");
-  return -1;
+template <typename A>
+dim3 blocks_of(const Tile<A>& tile) {
+  return {static_cast<unsigned>(ceil_div(tile.cols, kBlockCols)),
+          static_cast<unsigned>(ceil_div(tile.rows, kBlockRows))};
 }
+
+}  // namespace
 
 int64_t partial_size(int64_t rows, int64_t cols) {
   return 2 * (rows * ceil_div(cols, kBlockCols) + cols * ceil_div(rows, kBlockRows));
 }
+int64_t temperature_size(int64_t rows, int64_t cols) {
+  return ceil_div(cols, kBlockCols) * ceil_div(rows, kBlockRows);
+}
 
 template <typename A>
-bool measure(void* stream, const Rows<A>& x, bool normalize) {
-  if (x.n > 0) {
-    with_rows<A>(x.type, [&](auto* type) {
+void measure(void* stream, const Rows<A>* sides, int count, bool normalize, bool* copies) {
+  for (int from = 0; from < count; from += kSides) {
+    const int some = std::min(count - from, kSides);
+    Sides<A> by_value{};
+    int64_t most = 0;
+    bool wide = true;
+    for (int i = 0; i < some; ++i) {
+      const Rows<A>& x = by_value.side[i] = sides[from + i];
+      copies[from + i] = normalize || x.valid;  // which rows are extreme, the device knows
+      most = std::max(most, x.n);
+      wide = wide && aligned({x.data, x.work});
+    }
+    if (most == 0) continue;
+    with_width<A>(sides->type, sides->d, wide, [&](auto* type, auto width) {
       using T = Pointee<decltype(type)>;
-      MCN_LAUNCH((measure_kernel<A, T>), row_blocks(x.n), kThreads, stream, x, normalize);
+      const dim3 grid(row_blocks(most), static_cast<unsigned>(some));
+      MCN_LAUNCH((measure_kernel<A, T, width()>), grid, kThreads, stream, by_value, normalize);
     });
     check("measure");
   }
-  return normalize || x.valid;  // whether rows are extreme is known on the device only
 }
 
 template <typename A>
 void copy_rows(void* stream, const Rows<A>& x, int64_t begin, int64_t end, void* out) {
   if (end == begin) return;
-  with_rows<A>(x.type, [&](auto* type) {
+  with_width<A>(x.type, x.d, aligned({x.data, out}), [&](auto* type, auto width) {
     using T = Pointee<decltype(type)>;
-    MCN_LAUNCH((copy_rows_kernel<A, T>), row_blocks(end - begin), kThreads, stream, x, begin, end,
-               static_cast<T*>(out));
+    MCN_LAUNCH((copy_rows_kernel<A, T, width()>), row_blocks(end - begin), kThreads, stream, x,
+               begin, end, static_cast<T*>(out));
   });
   check("copy_rows");
 }
@@ -84,15 +113,14 @@ void copy_rows(void* stream, const Rows<A>& x, int64_t begin, int64_t end, void*
 template <typename A>
 void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                      const A* col_inverse, A* partial) {
-  const int64_t across = ceil_div(tile.cols, kBlockCols), down = ceil_div(tile.rows, kBlockRows);
-  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
+  const dim3 grid = blocks_of(tile);
   MCN_LAUNCH((tile_statistics_kernel<A>), grid, kThreads, stream, term, tile, row_inverse,
-             col_inverse, partial);
+             col_inverse, tile.ld % kCols == 0 && aligned({tile.data}), partial);
   check("tile_statistics");
-  const Parts<A> rows{partial, across, tile.rows, term.row_max + tile.row0,
-                      term.row_sum + tile.row0};
-  const Parts<A> cols{partial + 2 * across * tile.rows, down, tile.cols, term.col_max + tile.col0,
-                      term.col_sum + tile.col0};
+  const Parts<A> rows{partial, grid.x, tile.rows, term.row_max + tile.row0,
+                      term.row_sum + tile.row0, tile.col0 == 0};
+  const Parts<A> cols{partial + 2 * rows.count * tile.rows, grid.y, tile.cols,
+                      term.col_max + tile.col0, term.col_sum + tile.col0, tile.row0 == 0};
   const auto blocks = [](const Parts<A>& parts) {
     return static_cast<unsigned>(ceil_div(parts.size, kWarp));
   };
@@ -102,72 +130,67 @@ void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, con
 }
 
 template <typename A>
-void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,
-            double* sums) {
-  if (term.n > 0) {
-    with_rows<A>(x.type, [&](auto* type) {
-      using T = Pointee<decltype(type)>;
-      MCN_LAUNCH((positive_kernel<A, T>), row_blocks(term.n), kThreads, stream, term, x, y,
-                 positive);
-    });
-    check("positive");
-  }
-  MCN_LAUNCH((finish_kernel<A>), 1, kOneBlock, stream, term, x.inverse, y.inverse, positive, sums);
+void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y,
+            double* sums_of_blocks, double* sums, unsigned* ticket, const Conclusion<A>& to) {
+  const auto blocks = static_cast<unsigned>(
+      std::clamp<int64_t>(ceil_div(term.n, kWarps), 1, kFinishBlocks));
+  with_width<A>(x.type, x.d, aligned({x.data, y.data}), [&](auto* type, auto width) {
+    using T = Pointee<decltype(type)>;
+    MCN_LAUNCH((finish_kernel<A, T, width()>), blocks, kThreads, stream, term, x, y, sums_of_blocks,
+               sums, ticket, to);
+  });
   check("finish");
 }
 
 template <typename A>
-void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks, double weight,
-              double report, int slot, A* losses) {
-  MCN_LAUNCH((conclude_kernel<A>), 1, 1, stream, term, sums, ranks, weight, report, slot, losses);
+void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks,
+              const Conclusion<A>& to) {
+  MCN_LAUNCH((conclude_kernel<A>), 1, 1, stream, term, sums, ranks, to);
   check("conclude");
 }
 
 template <typename A>
 void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                   const A* col_inverse, void* out, Type type, int64_t ld_out) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(tile.cols, kBlockCols)),
-                  static_cast<unsigned>(ceil_div(tile.rows, kBlockRows)));
+                   const A* col_inverse, void* out, Type type, int64_t ld_out, double* by_block,
+                   A* d_temperature) {
+  const dim3 grid = blocks_of(tile);
+  const bool wide = tile.ld % kCols == 0 && aligned({tile.data});
+  const bool out_wide = ld_out % kCols == 0 && aligned({out});
   with_rows<A>(type, [&](auto* kind) {
     using P = Pointee<decltype(kind)>;
-    MCN_LAUNCH((tile_gradient_kernel<A, P>), grid, kThreads, stream, term, tile, row_inverse,
-               col_inverse, static_cast<P*>(out), ld_out);
+    if (by_block)
+      MCN_LAUNCH((tile_gradient_kernel<true, A, P>), grid, kThreads, stream, term, tile,
+                 row_inverse, col_inverse, wide, static_cast<P*>(out), ld_out, out_wide, by_block);
+    else
+      MCN_LAUNCH((tile_gradient_kernel<false, A, P>), grid, kThreads, stream, term, tile,
+                 row_inverse, col_inverse, wide, static_cast<P*>(out), ld_out, out_wide, by_block);
   });
   check("tile_gradient");
+  if (!by_block) return;
+  MCN_LAUNCH((temperature_kernel<A>), 1, kThreads, stream, term, by_block,
+             static_cast<int64_t>(grid.x) * grid.y, d_temperature);
+  check("temperature");
 }
 
 template <typename A>
-void accumulate(void* stream, const Term<A>& term, const Rows<A>& own, const Rows<A>& other,
-                int64_t begin, int64_t end, const A* sums, A* total, bool add, A* dots) {
-  if (end == begin) return;
-  with_rows<A>(own.type, [&](auto* type) {
+void add_gradients(void* stream, const Term<A>& term, const GradientRows<A>* sides, int count,
+                   bool normalize, const A* upstream) {
+  Gradients<A> by_value{};
+  int64_t most = 0;
+  bool wide = true;
+  for (int i = 0; i < count; ++i) {
+    const GradientRows<A>& side = by_value.side[i] = sides[i];
+    most = std::max(most, side.end - side.begin);
+    wide = wide && aligned({side.own.data, side.other.data, side.sums, side.total, side.out});
+  }
+  if (most == 0) return;
+  with_width<A>(sides->own.type, sides->own.d, wide, [&](auto* type, auto width) {
     using T = Pointee<decltype(type)>;
-    MCN_LAUNCH((accumulate_kernel<A, T>), row_blocks(end - begin), kThreads, stream, term, own,
-               other, begin, end, sums, total, add, dots);
+    const dim3 grid(row_blocks(most), static_cast<unsigned>(count));
+    MCN_LAUNCH((add_gradients_kernel<A, T, width()>), grid, kThreads, stream, term, by_value,
+               normalize, upstream);
   });
-  check("accumulate");
-}
-
-template <typename A>
-void temperature_gradient(void* stream, const Term<A>& term, const A* dots, A* d_temperature) {
-  MCN_LAUNCH((temperature_kernel<A>), 1, kOneBlock, stream, term, dots, d_temperature);
-  check("temperature_gradient");
-}
-
-template <typename A>
-void project(void* stream, const Rows<A>& x, bool normalize, int64_t begin, int64_t end,
-             const A* total, const A* upstream, void* out, Type type) {
-  if (end == begin) return;
-  with_rows<A>(x.type, [&](auto* kind) {
-    using T = Pointee<decltype(kind)>;
-    if (type == x.type)
-      MCN_LAUNCH((project_kernel<A, T, T>), row_blocks(end - begin), kThreads, stream, x, normalize,
-                 begin, end, total, upstream, static_cast<T*>(out));
-    else  // keep mode's gradients of 16-bit rows
-      MCN_LAUNCH((project_kernel<A, T, A>), row_blocks(end - begin), kThreads, stream, x, normalize,
-                 begin, end, total, upstream, static_cast<A*>(out));
-  });
-  check("project");
+  check("add_gradients");
 }
 
 MCN_INSTANTIATE_KERNELS(float);

@@ -1,5 +1,5 @@
-// What the kernels of cuda_kernels.cuh share: how a block is laid out, numbers of each type, and
-// sums over a warp and a block in one order.
+// What the kernels of cuda_kernels.cuh share: how a block is laid out, numbers of each type, wide
+// loads, and sums over a warp and a block in one order.
 #pragma once
 
 #ifndef MCN_EMULATE
@@ -17,7 +17,6 @@ constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
 // A block reads 64 x 128 logits of a tile: a warp 8 rows, a lane 4 columns of each, 32 values in
 // registers.
 constexpr int kRows = 8, kCols = 4, kBlockRows = kWarps * kRows, kBlockCols = kWarp * kCols;
-constexpr int kOneBlock = 1024;  // threads of the kernels that end in one number
 constexpr unsigned kAll = 0xffffffffu;
 
 __device__ __forceinline__ float number(float x) { return x; }
@@ -44,8 +43,30 @@ __device__ __forceinline__ T rounded(double x) {
   return T(x);
 }
 
-// About one hardware exponential; its error is that of the logit's own last digit.
-__device__ __forceinline__ float exp_shifted(float x) { return exp2f(x * 1.44269504f); }
+// n neighbours in memory, read and written 16 bytes at a time where they have as many.
+template <typename T, int n>
+struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
+  T value[n];
+};
+template <int n, typename T>
+__device__ __forceinline__ Pack<T, n> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, n>*>(from);
+}
+template <int n, typename T>
+__device__ __forceinline__ void store(T* to, const Pack<T, n>& pack) {
+  *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+
+// exp in one instruction: its error is that of the logit's own last digit, and below 2^-126 it is 0.
+__device__ __forceinline__ float exp_shifted(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+#else
+  return exp2f(x * 1.44269504f);
+#endif
+}
 __device__ __forceinline__ double exp_shifted(double x) { return exp(x); }
 
 template <typename V>
@@ -66,12 +87,12 @@ __device__ __forceinline__ V warp_max(V value) {
 }
 
 // Sum or largest of a block's values, for thread 0; `shared` has one place per warp.
-template <typename V, typename F>
-__device__ __forceinline__ V block_reduce(V value, V* shared, F combine) {
+template <typename F>
+__device__ __forceinline__ double block_reduce(double value, double* shared, F combine) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
     value = combine(value, __shfl_xor_sync(kAll, value, offset));
-  __syncthreads();
+  __syncthreads();  // the values of the call before have been read
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = value;
   __syncthreads();
   if (threadIdx.x == 0)
@@ -79,11 +100,22 @@ __device__ __forceinline__ V block_reduce(V value, V* shared, F combine) {
       value = combine(value, shared[warp]);
   return value;
 }
+// A term's sums over a block, for thread 0.
+__device__ __forceinline__ Sums block_sums(const Sums& own, double* shared) {
+  const auto add = [](double a, double b) { return a + b; };
+  const auto larger = [](double a, double b) { return a > b ? a : b; };
+  Sums all;
+  all.loss = block_reduce(own.loss, shared, add);
+  all.count = block_reduce(own.count, shared, add);
+  all.bound = block_reduce(own.bound, shared, larger);
+  all.broken = block_reduce(own.broken, shared, larger);
+  return all;
+}
 
-// f(k) for a lane's share of a row of d elements.
-template <typename F>
+// f(k) for a lane's share of a row of d elements, n at a time.
+template <int n, typename F>
 __device__ __forceinline__ void for_lane(int64_t d, F f) {
-  for (int64_t k = threadIdx.x % kWarp; k < d; k += kWarp) f(k);
+  for (int64_t k = threadIdx.x % kWarp * n; k < d; k += kWarp * n) f(k);
 }
 
 __device__ __forceinline__ int64_t warp_row() {

@@ -85,10 +85,18 @@ struct Sums {
   double broken = 0;           // 1: a value is not finite
 };
 
-// All ranks' sums into a mean, and what every element of the gradient is multiplied by.
+// What becomes of a term's mean over all ranks' rows.
 template <typename A>
-MCN_INLINE void conclude_sums(const double* sums, int64_t ranks, double temperature, double weight,
-                              double report, A* factor, A* loss, A* total) {
+struct Conclusion {
+  double weight, report;  // of the mean in the total, and in the loss that is reported
+  A *total, *reported;    // scalars; `reported` is added to
+  bool first;             // of the terms: total is written, not added to
+};
+
+// All ranks' sums (ranks, 4) into a mean, and what every element of the gradient is multiplied by.
+template <typename A>
+MCN_INLINE void conclude_sums(const double* sums, int64_t ranks, double temperature, A* factor,
+                              const Conclusion<A>& to) {
   Sums all;
   for (int64_t r = 0; r < ranks; ++r) {
     const double* s = sums + 4 * r;
@@ -98,10 +106,10 @@ MCN_INLINE void conclude_sums(const double* sums, int64_t ranks, double temperat
   }
   const double mean = all.broken > 0 ? std::numeric_limits<double>::quiet_NaN()
                                      : 1.0 / (all.count > 1 ? all.count : 1.0);
-  factor[0] = A(weight * mean / temperature);
+  factor[0] = A(to.weight * mean / temperature);
   factor[1] = A(512 * power_below_one(all.bound));
-  *loss += A(report * (all.loss * mean));
-  *total += A(weight * (all.loss * mean));
+  *to.reported += A(to.report * (all.loss * mean));
+  *to.total = (to.first ? A(0) : *to.total) + A(to.weight * (all.loss * mean));
 }
 
 }  // namespace mcn

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "formulas.h"
+
 namespace mcn {
 
 enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
@@ -22,22 +24,43 @@ struct Rows {
   const bool* valid;  // (n,), or null: all are
   A* scale;           // (n,) 0: row not valid; negative: norm at most kEps, no gradient
   A* inverse;  // (n,) w * inverse is the unit row; 1 without normalize; NaN: a value not finite
+  void* work;  // (n, d) working rows, written by measure; null: not now
 };
 
-// One term: n rows x against m columns y; both directions for a pair of modalities, rows only for
-// centroids. A row's positive is the column of its own number, or of its key when rows only.
+// One term. A pair of modalities: n rows x against m columns y, in both directions; row i's
+// positive is column first + i. Or rows against m centroids; row i's positive is its label.
 template <typename A>
 struct Term {
   int64_t n, m;
-  const int32_t *row_key, *col_key;  // equal: not each other's negatives; below 0: not there
-  bool both;
-  const A* temperature;  // scalar on the device
+  bool both;                          // a pair
+  int64_t first;                      // the column of row 0: other ranks' rows lie before it
+  const int32_t* ids;                 // pair: (m,) equal: not negatives; null: all differ
+  const int64_t* labels;              // centroids: (n,)
+  const bool *valid, *partner_valid;  // pair: (m,) of x, of y; centroids: (n,); null: all are
+  const A* temperature;               // scalar on the device, or null: fixed_temperature
+  A fixed_temperature;
   double margin;
   A *row_max, *row_sum, *col_max, *col_sum;    // (n,) (n,) (m,) (m,) running, without positives
   A *row_top, *row_rest, *col_top, *col_rest;  // (n,) (n,) (m,) (m,) with them: lse = top + rest;
                                                // top is +inf where a row is not there
+  A *positive, *col_positive;                  // (n,) (m,) logits of the positives
   A* pull;                                     // (n,) -d(loss of row)/d(logit of its positive)
-  A* factor;  // {gradient per logit * 1/temperature, boost}, see finish
+  A* factor;  // {gradient per logit * 1/temperature, boost}, see conclude_sums
+
+  // Rows and columns with equal keys are not each other's negatives; -1: not there.
+  MCN_INLINE int32_t col_key(int64_t j) const {
+    if (!both) return static_cast<int32_t>(j);
+    if ((valid && !valid[j]) || (partner_valid && !partner_valid[j])) return -1;
+    return ids ? ids[j] : static_cast<int32_t>(j);
+  }
+  MCN_INLINE int32_t row_key(int64_t i) const {
+    if (both) return col_key(first + i);
+    return valid && !valid[i] ? -1 : static_cast<int32_t>(labels[i]);
+  }
+  MCN_INLINE bool there(int64_t i) const {
+    return both ? col_key(first + i) >= 0 : !valid || valid[i];
+  }
+  MCN_INLINE A tau() const { return temperature ? *temperature : fixed_temperature; }
 };
 
 // A block of S = x y^T: rows from row0, columns from col0, leading dimension ld.
@@ -47,52 +70,64 @@ struct Tile {
   int64_t ld, row0, rows, col0, cols;
 };
 
+// A block of the gradient of one side of a term: rows [begin, end). What is not of all rows starts
+// at row begin; sums, total and out may be one.
+template <typename A>
+struct GradientRows {
+  Rows<A> own, other;  // other: the positives' side
+  int64_t begin, end;
+  const A* sums;  // (end - begin, d) P or P^T times the other side's working rows
+  A* total;       // (end - begin, d) over terms, before the normalisation's; null: no other term
+  bool add;       // total holds earlier terms
+  void* out;      // (end - begin, d) of own's type: the result, if this is its last term, or null
+};
+
+// Kernels take their sides by value, so many at a time.
+constexpr int kSides = 4, kGradientSides = 2;
+// Of doubles that `finish` writes: 4 of each block of the device's threads.
+constexpr int64_t kSums = 4, kFinishBlocks = 1024;
+
 #define MCN_DECLARE_KERNELS                                                                        \
-  /* The first valid row whose label is outside [0, k), or -1; CUDA, whose host does not wait,     \
-     prints it and ends the context, as torch's own indexing does. */                              \
-  int64_t first_outside(void* stream, const int64_t* labels, const bool* valid, int64_t n,         \
-                        int64_t k);                                                                \
-  /* Elements of A that tile_statistics needs as `partial`. */                                     \
+  /* Elements of A that tile_statistics needs as `partial`, of double that tile_gradient does. */  \
   int64_t partial_size(int64_t rows, int64_t cols);                                                \
-  /* Fill scale and inverse; true if the matrix products must read copies (copy_rows). */          \
+  int64_t temperature_size(int64_t rows, int64_t cols);                                                 \
+  /* Fill scale, inverse and work of some sides, of one type. copies[i]: the matrix products must  \
+     read working rows, not x. */                                                                  \
   template <typename A>                                                                            \
-  bool measure(void* stream, const Rows<A>& x, bool normalize);                                    \
+  void measure(void* stream, const Rows<A>* sides, int count, bool normalize, bool* copies);       \
   /* out (end - begin, d), of x's type: working rows, zero where not valid. */                     \
   template <typename A>                                                                            \
   void copy_rows(void* stream, const Rows<A>& x, int64_t begin, int64_t end, void* out);           \
-  /* Merge a tile into the running statistics, in an order that does not depend on threads. */     \
+  /* Merge a tile into the running statistics, in an order that does not depend on threads. The    \
+     first tile of a row or column starts them. */                                                 \
   template <typename A>                                                                            \
   void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile,                     \
                        const A* row_inverse, const A* col_inverse, A* partial);                    \
-  /* From the running statistics: top, rest, pull, and sums (4,), see Sums. rows: x; cols: y.      \
-     positive: (n,). */                                                                            \
+  /* From the running statistics: positive, top, rest and pull, and sums (4,), see Sums, with      \
+     `sums_of_blocks` (kFinishBlocks, 4) for scratch. rows: x; cols: y. ticket: a zero, left as    \
+     such. CUDA, whose host does not wait, prints the first label that is no column and ends the   \
+     context, as torch's own indexing does. Concludes, too, unless there are other ranks' sums to  \
+     wait for (to.total is null). */                                                               \
   template <typename A>                                                                            \
-  void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, A* positive,  \
-              double* sums);                                                                       \
-  /* From all ranks' sums (ranks, 4): factor = {weight / (valid rows * temperature), boost},       \
-     losses[slot] += report * mean, losses[0] += weight * mean. */                                 \
+  void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y,               \
+              double* sums_of_blocks, double* sums, unsigned* ticket, const Conclusion<A>& to);    \
+  /* conclude_sums of all ranks' sums (ranks, 4). */                                               \
   template <typename A>                                                                            \
   void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks,              \
-                double weight, double report, int slot, A* losses);                                \
+                const Conclusion<A>& to);                                                          \
   /* P = boost (exp(z - lse_row) + exp(z - lse_col)) inverse_i inverse_j, as `type`, leading       \
-     dimension ld_out; out may be the tile. */                                                     \
+     dimension ld_out; out may be the tile. by_block, unless null, for scratch:                    \
+     d_temperature -= factor / temperature * sum of P_ij (z_ij - z_positive), boost and inverses   \
+     left out: what S and its positives add, before anything is rounded. */                        \
   template <typename A>                                                                            \
   void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \
-                     const A* col_inverse, void* out, Type type, int64_t ld_out);                  \
-  /* total_i (+)= factor (sums_i / boost - pull_i inverse_i inverse_p w_p), p the positive, for    \
-     rows [begin, end); sums and total start at row begin and may be one. dots_i, unless null: the \
-     bracket times w_i. */                                                                         \
+                     const A* col_inverse, void* out, Type type, int64_t ld_out, double* by_block,   \
+                     A* d_temperature);                                                            \
+  /* g_i = [total_i] + factor (sums_i / boost - pull_i inverse_i inverse_p w_p), p the positive:   \
+     total, or through the normalisation and times upstream (a scalar on the device) out. */       \
   template <typename A>                                                                            \
-  void accumulate(void* stream, const Term<A>& term, const Rows<A>& own, const Rows<A>& other,     \
-                  int64_t begin, int64_t end, const A* sums, A* total, bool add, A* dots);         \
-  /* d_temperature -= factor / temperature (sum of dots + margin * sum of pull) */                 \
-  template <typename A>                                                                            \
-  void temperature_gradient(void* stream, const Term<A>& term, const A* dots, A* d_temperature);   \
-  /* Through the normalisation, times upstream (a scalar on the device; null: 1): out (end -       \
-     begin, d) of `type`; total and out start at row begin and may be one. */                      \
-  template <typename A>                                                                            \
-  void project(void* stream, const Rows<A>& x, bool normalize, int64_t begin, int64_t end,         \
-               const A* total, const A* upstream, void* out, Type type)
+  void add_gradients(void* stream, const Term<A>& term, const GradientRows<A>* sides, int count,             \
+                  bool normalize, const A* upstream)
 
 namespace cpu {
 MCN_DECLARE_KERNELS;
@@ -102,18 +137,14 @@ MCN_DECLARE_KERNELS;
 }
 
 #define MCN_INSTANTIATE_KERNELS(A)                                                                 \
-  template bool measure<A>(void*, const Rows<A>&, bool);                                           \
+  template void measure<A>(void*, const Rows<A>*, int, bool, bool*);                               \
   template void copy_rows<A>(void*, const Rows<A>&, int64_t, int64_t, void*);                      \
   template void tile_statistics<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, A*); \
-  template void finish<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, A*, double*);     \
-  template void conclude<A>(void*, const Term<A>&, const double*, int64_t, double, double, int,    \
-                            A*);                                                                   \
+  template void finish<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, double*, double*, \
+                          unsigned*, const Conclusion<A>&);                                        \
+  template void conclude<A>(void*, const Term<A>&, const double*, int64_t, const Conclusion<A>&);  \
   template void tile_gradient<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, void*, \
-                                 Type, int64_t);                                                   \
-  template void accumulate<A>(void*, const Term<A>&, const Rows<A>&, const Rows<A>&, int64_t,      \
-                              int64_t, const A*, A*, bool, A*);                                    \
-  template void temperature_gradient<A>(void*, const Term<A>&, const A*, A*);                      \
-  template void project<A>(void*, const Rows<A>&, bool, int64_t, int64_t, const A*, const A*,      \
-                           void*, Type)
+                                 Type, int64_t, double*, A*);                                      \
+  template void add_gradients<A>(void*, const Term<A>&, const GradientRows<A>*, int, bool, const A*)
 
 }  // namespace mcn

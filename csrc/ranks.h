@@ -23,6 +23,7 @@ class Ranks {
   explicit operator bool() const { return !sizes_.empty(); }  // is there a group
   int64_t count() const { return sizes_.empty() ? 1 : sizes_.size(); }
   int64_t rows() const { return rows_; }
+  int64_t begin() const { return begin_; }  // rows before this rank's
 
   // This rank's part of what all ranks know.
   at::Tensor own(const at::Tensor& all) const { return all.narrow(0, begin_, n_); }

@@ -11,6 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -67,15 +68,20 @@ def _compiled_for(x: Tensor) -> bool:
     return not _unavailable and (x.device.type == "cpu" or (x.is_cuda and _cuda))
 
 
+def _multiplies_16_bits(x: Tensor) -> bool:
+    return x.is_cuda  # few CPUs do that well
+
+
 def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
                      margin: float = 0.001, normalize: bool = True, ids: Tensor | None = None,
                      valid: Tensor | None = None, group=None, budget: int | None = None) -> Tensor:
     """Masked-margin softmax in both directions; arguments and values of
     :func:`mcn_ext.reference.contrastive_loss`.
 
-    budget: bytes that the similarity matrix may take (default: the environment variable
-    MCN_LOSS_BUDGET, else 2 GiB). Within it the matrix is computed once and gradients are taken in
-    forward, in fp32; above it, and always with 0, tiles stream and backward computes them again.
+    budget: bytes that the similarity matrices may take (default: the environment variable
+    MCN_LOSS_BUDGET, else 2 GiB). Within it each is computed once, turned into the gradient with
+    respect to it, and kept for backward, in the rows' type on a GPU; above it, and always with 0,
+    tiles stream and backward computes them again.
 
     group: each rank computes its own rows against all ranks' rows of one side: half of the traffic
     of gathering both with gradients, and 1/ranks of the products. All ranks must call with the same
@@ -170,8 +176,8 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
                              f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels")
         centroids = centroids.detach().to(rows[0].device)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    if not rows[0].is_cuda:
-        dtype = accumulate  # few CPUs multiply 16-bit matrices well
+    if not _multiplies_16_bits(rows[0]):
+        dtype = accumulate
     if budget is None:
         text = os.environ.get("MCN_LOSS_BUDGET", str(2**31))
         if not text.isdecimal():
@@ -199,19 +205,22 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
         found = iter(given)
         given = [distinct if i is None else next(found) for i in ids]
     rows = [x.to(dtype) for x in rows]
+    fixed = 0.0  # a number goes to the kernels as it is: copied to a GPU, it would wait for it
     if isinstance(temperature, Tensor):
         temperature = temperature.to(rows[0].device, accumulate, non_blocking=True).reshape(())
-    else:  # not torch.tensor: its copy to a GPU would wait for the device
-        temperature = torch.full((), temperature, dtype=accumulate, device=rows[0].device)
-    largest = (len(rows[0]) if ranks is None else max(ranks.sizes)) * max(
-        everything if pairs else 0, k)
-    values, _, _, _ = torch.ops.mcn.loss(
-        rows, pairs, given, valid, columns, centroids, labels, list(clustered), temperature, margin,
-        normalize, cluster_weight, cluster_scale, wanted, learn_temperature,
-        0 < budget >= largest * accumulate.itemsize, _tile, [] if ranks is None else ranks.sizes,
+    else:
+        temperature, fixed = None, float(temperature)
+    largest = len(rows[0]) if ranks is None else max(ranks.sizes)
+    kept = [everything] * (len(pairs) // 2) + [k] * (0 if centroids is None else len(clustered))
+    needed = largest * sum(kept) * dtype.itemsize
+    if dtype != accumulate and kept:  # one at a time becomes 16-bit
+        needed += largest * max(kept) * accumulate.itemsize
+    total, parts, _, _ = torch.ops.mcn.loss(
+        rows, given, valid, columns, centroids, labels, temperature, fixed, margin, pairs,
+        list(clustered), normalize, cluster_weight, cluster_scale, wanted, learn_temperature,
+        0 < budget >= needed, _tile, [] if ranks is None else ranks.sizes,
         0 if ranks is None else ranks.rank, "" if ranks is None else ranks.name)
-    total, contrastive, cluster = values.unbind()
-    return LossTerms(total, contrastive.detach(), cluster.detach())
+    return LossTerms(total, parts[0], parts[1])
 
 
 def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:
@@ -228,93 +237,26 @@ def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:
     return [i for a, b in both for i in ((a, b) if b in second else (b, a))], second
 
 
-def _shapes(inputs) -> tuple[int, list[int]]:
-    """Elements of ``state``, and indices of the embeddings whose gradient is wanted."""
-    rows, pairs, centroids, clustered, wanted = (inputs[i] for i in (0, 1, 5, 7, 13))
-    n, sizes = rows[0].shape[0], inputs[17]
-    size = len(pairs) // 2 * (2 + 3 * n + 2 * (sum(sizes) if sizes else n))
-    size += 0 if centroids is None else len(clustered) * (3 * n + 2)
-    return size, [i for i, want in enumerate(wanted) if want]
+def _fake_loss(rows, ids, valid, columns, centroids, labels, temperature, fixed, margin, pairs,
+               clustered, normalize, weight, scale, wanted, wants_temperature, keep, tile, sizes,
+               rank, group):
+    n, everything = len(rows[0]), sum(sizes) if sizes else len(rows[0])
+    clusters = 0 if centroids is None else len(clustered)
+    size = len(pairs) // 2 * (2 + 4 * n + (3 if sizes else 2) * everything) + clusters * (2 + 4 * n)
+    kept = [everything] * (len(pairs) // 2) + [0 if centroids is None else len(centroids)] * clusters
+    dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+    make = partial(rows[0].new_empty, dtype=dtype)
+    return make(()), make(4), make(size), [
+        rows[0].new_empty(n, m) for m in kept if keep and (any(wanted) or wants_temperature)]
 
 
-def _fake_loss(*inputs):
-    rows, temperature, keep = inputs[0], inputs[8], inputs[15]
-    size, wanted = _shapes(inputs)
-    return (temperature.new_empty(3), temperature.new_empty(size), temperature.new_empty(()),
-            [torch.empty_like(rows[i], dtype=temperature.dtype,
-                              memory_format=torch.contiguous_format) for i in wanted if keep])
-
-
-def _fake_backward(upstream, state, *inputs):
-    rows = inputs[0]
+def _fake_backward(upstream, parts, state, kept, rows, *rest):
+    wanted = rest[13]
     return upstream.new_empty(()), [
-        torch.empty_like(rows[i], memory_format=torch.contiguous_format)
-        for i in _shapes(inputs)[1]]
-
-
-def _setup(ctx, inputs, output):
-    values, state, d_temperature, gradients = output
-    rows, pairs, ids, valid, columns, centroids, labels, clustered, temperature = inputs[:9]
-    ctx.mark_non_differentiable(state, d_temperature, *gradients)
-    ctx.set_materialize_grads(False)
-    ctx.rest, ctx.ranks = inputs[9:], max(len(inputs[17]), 1)
-    ctx.lengths = [len(tensors) for tensors in (rows, ids, valid, columns)]
-    # One None for each input; a list for each list of tensors, to which torch counts empty lists.
-    ctx.none = [[None] * len(x) if isinstance(x, list | tuple)
-                and all(isinstance(t, Tensor) for t in x) else None for x in inputs]
-    ctx.pairs, ctx.clustered, ctx.keep = pairs, clustered, inputs[15]
-    ctx.wanted = _shapes(inputs)[1]
-    if ctx.keep:
-        ctx.dtype = rows[0].dtype
-        ctx.save_for_backward(d_temperature, *gradients)
-    else:
-        ctx.save_for_backward(state, temperature, centroids, labels, *rows, *ids, *valid, *columns)
-
-
-def _backward(ctx, upstream, *_):
-    """d total; contrastive and cluster, for the log only, carry no gradient."""
-    if upstream is None:
-        return tuple(ctx.none)
-    total = upstream[0].contiguous()
-    with torch.no_grad():
-        if ctx.keep:
-            d_temperature, *gradients = ctx.saved_tensors
-            # The upstream gradient once, in fp32, in the last cast: a loss scale of 2^16 never
-            # meets a gradient that fp16 has already rounded to nothing.
-            scale = total * ctx.ranks if ctx.ranks > 1 else total
-            gradients = [torch.mul(g, scale, out=torch.empty_like(g, dtype=ctx.dtype))
-                         for g in gradients]
-            d_temperature = d_temperature * total
-        else:
-            state, temperature, centroids, labels, *rest = ctx.saved_tensors
-            rest = iter(rest)
-            rows, ids, valid, columns = ([next(rest) for _ in range(n)] for n in ctx.lengths)
-            d_temperature, gradients = torch.ops.mcn.loss_backward(
-                total, state, rows, ctx.pairs, ids, valid, columns, centroids, labels,
-                ctx.clustered, temperature, *ctx.rest)
-    if torch.is_grad_enabled():  # create_graph=True
-        d_temperature, *gradients = _Last.apply(total, d_temperature, *gradients)
-    none = [list(x) if isinstance(x, list) else x for x in ctx.none]
-    for i, gradient in zip(ctx.wanted, gradients, strict=True):
-        none[0][i] = gradient
-    none[8] = d_temperature if ctx.needs_input_grad[8] else None
-    return tuple(none)
-
-
-class _Last(torch.autograd.Function):
-    """Gradients as they are, but an error for whoever differentiates them."""
-
-    @staticmethod
-    def forward(ctx, upstream, *gradients):
-        return tuple(g.clone() for g in gradients)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("mcn_ext's compiled losses have no second derivative; "
-                                  "mcn_ext.reference's losses have")
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, want in zip(rows, wanted, strict=True) if want]
 
 
 if not _unavailable:
     torch.library.register_fake("mcn::loss", _fake_loss)
     torch.library.register_fake("mcn::loss_backward", _fake_backward)
-    torch.library.register_autograd("mcn::loss", _backward, setup_context=_setup)

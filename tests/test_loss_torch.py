@@ -21,24 +21,29 @@ THREADS = test_loss.THREADS
 device, mode = test_loss.device, test_loss.mode  # fixtures: of this module, too
 
 
-def spy(monkeypatch, name="loss"):
+WANTED, KEEP = slice(14, 16), 16  # of the operator's arguments
+
+
+def spy(monkeypatch):
     """Arguments of every call of the operator from here on."""
-    calls, run = [], getattr(torch.ops.mcn, name)
-    monkeypatch.setattr(torch.ops.mcn, name, lambda *args: calls.append(args) or run(*args))
+    calls, run = [], torch.ops.mcn.loss
+    monkeypatch.setattr(torch.ops.mcn, "loss", lambda *args: calls.append(args) or run(*args))
     return calls
 
 
 @pytest.mark.slow
 def test_opcheck(device, mode, monkeypatch):
     rows, options = problem(9, 5, device)
-    forward, backward = spy(monkeypatch), spy(monkeypatch, "loss_backward")
+    calls = spy(monkeypatch)
     values(ops, everything(**options), rows)
     monkeypatch.undo()
-    assert forward[0][15] is (mode == "keep") and len(backward) == (mode == "stream")
-    torch.library.opcheck(torch.ops.mcn.loss.default, forward[0])
-    for args in backward:  # not test_aot_dispatch: it asks for second derivatives
-        torch.library.opcheck(torch.ops.mcn.loss_backward.default, args, test_utils=(
-            "test_schema", "test_autograd_registration", "test_faketensor"))
+    assert calls[0][KEEP] is (mode == "keep")
+    torch.library.opcheck(torch.ops.mcn.loss.default, calls[0])
+    with torch.no_grad():
+        total, *found = torch.ops.mcn.loss(*calls[0])
+    # Not test_aot_dispatch: it asks for second derivatives.
+    torch.library.opcheck(torch.ops.mcn.loss_backward.default, (total, *found, *calls[0]),
+                          test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow
@@ -78,7 +83,7 @@ def test_under_autocast_and_without_gradients(device, mode, monkeypatch):
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert torch.equal(ops.contrastive_loss(*rows, temperature=0.25), outside[0])
-    assert [args[13:15] for args in calls] == [([1, 1], True)] + 2 * [([0, 0], False)]
+    assert [args[WANTED] for args in calls] == [([1, 1], True)] + 2 * [([0, 0], False)]
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -101,7 +106,7 @@ def test_budget_comes_from_the_argument_or_the_environment(monkeypatch):
         if variable is not None:
             monkeypatch.setenv("MCN_LOSS_BUDGET", str(variable))
         ops.contrastive_loss(x, y, budget=budget)
-        assert calls[-1][15] is keep, (variable, budget)
+        assert calls[-1][KEEP] is keep, (variable, budget)
 
 
 def test_the_reference_runs_where_nothing_is_compiled(monkeypatch):
