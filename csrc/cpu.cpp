@@ -187,7 +187,7 @@ void conclude(void*, const Term<A>& term, const double* sums, int64_t ranks,
 template <typename A>
 void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                    const A* col_inverse, void* out, Type, int64_t ld_out, double* by_row,
-                   A* d_temperature) {
+                   double* d_temperature) {
   const std::vector<int32_t> keys = col_keys(term, tile);
   A top = lowest<A>(), bottom = -lowest<A>();
   const auto spread = [&](const A* tops, const A* rests, int64_t size) {
@@ -217,7 +217,7 @@ void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row
     }
   });
   if (by_row)
-    *d_temperature -= A(term.factor[0] * std::accumulate(by_row, by_row + tile.rows, 0.0));
+    *d_temperature -= term.factor[0] * std::accumulate(by_row, by_row + tile.rows, 0.0);
 }
 
 template <typename A>

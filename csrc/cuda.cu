@@ -152,7 +152,7 @@ void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ran
 template <typename A>
 void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                    const A* col_inverse, void* out, Type type, int64_t ld_out, double* by_block,
-                   A* d_temperature) {
+                   double* d_temperature) {
   const dim3 grid = blocks_of(tile);
   const bool wide = tile.ld % kCols == 0 && aligned({tile.data});
   const bool out_wide = ld_out % kCols == 0 && aligned({out});

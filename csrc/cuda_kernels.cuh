@@ -420,12 +420,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 // One block: the tile's blocks in order.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    temperature_kernel(Term<A> term, const double* by_block, int64_t blocks, A* d_temperature) {
+    temperature_kernel(Term<A> term, const double* by_block, int64_t blocks,
+                       double* d_temperature) {
   __shared__ double shared[kWarps];
   double sum = 0;
   for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) sum += by_block[b];
   sum = block_reduce(sum, shared, [](double a, double b) { return a + b; });
-  if (threadIdx.x == 0) *d_temperature -= A(term.factor[0] * sum);
+  if (threadIdx.x == 0) *d_temperature -= term.factor[0] * sum;
 }
 
 template <typename A>

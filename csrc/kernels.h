@@ -122,7 +122,7 @@ constexpr int64_t kSums = 4, kFinishBlocks = 1024;
   template <typename A>                                                                            \
   void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \
                      const A* col_inverse, void* out, Type type, int64_t ld_out, double* by_block,   \
-                     A* d_temperature);                                                            \
+                     double* d_temperature);                                                       \
   /* g_i = [total_i] + factor (sums_i / boost - pull_i inverse_i inverse_p w_p), p the positive:   \
      total, or through the normalisation and times upstream (a scalar on the device) out. */       \
   template <typename A>                                                                            \
@@ -144,7 +144,7 @@ MCN_DECLARE_KERNELS;
                           unsigned*, const Conclusion<A>&);                                        \
   template void conclude<A>(void*, const Term<A>&, const double*, int64_t, const Conclusion<A>&);  \
   template void tile_gradient<A>(void*, const Term<A>&, const Tile<A>&, const A*, const A*, void*, \
-                                 Type, int64_t, double*, A*);                                      \
+                                 Type, int64_t, double*, double*);                                 \
   template void add_gradients<A>(void*, const Term<A>&, const GradientRows<A>*, int, bool, const A*)
 
 }  // namespace mcn

@@ -173,15 +173,15 @@ class Losses {
 
   void statistics(const Spec& spec, const Tensor& state, const Tensor& matrix,
                   const Conclusion<A>& to, unsigned* ticket);
-  Tensor keep(const Spec& spec, const Term<A>& t, const Tensor& matrix, A* d_temperature);
+  Tensor keep(const Spec& spec, const Term<A>& t, const Tensor& matrix, double* d_temperature);
   Tensor merge_columns(const Tensor& running, const Term<A>& t) const;
-  Tensor of_all_ranks(const Tensor& scalar) const {
-    return ranks_ && p_.wants_temperature ? ranks_.to_all(scalar.view({1})).sum() : scalar;
+  static Tensor temperature_in(const Tensor& parts) {
+    return parts.narrow(0, 4, sizeof(double) / sizeof(A)).view(at::kDouble);
   }
 
   void prepare_results();
   void multiply_kept(Spec& spec, const Term<A>& t, const Tensor& p, const A* upstream);
-  void multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream, A* d_temperature);
+  void multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream, double* d_temperature);
   void add_owned(Spec& spec, const Term<A>& t, Tensor sums, const A* upstream);
 
   // ---------------------------------------------------------------- state
@@ -265,7 +265,7 @@ class Losses {
   }
   // P of a tile; of the temperature's gradient what lies in it, if that is wanted.
   void turn(const Spec& spec, const Term<A>& t, const Tile<A>& tile, const Tensor& p,
-            A* d_temperature) {
+            double* d_temperature) {
     double* by_block = nullptr;
     if (p_.wants_temperature)
       by_block = rows_of(by_block_, MCN_RUN(temperature_size, tile.rows, tile.cols), 1,
@@ -399,12 +399,13 @@ void Losses<A>::measure() {
 template <typename A>
 Forward Losses<A>::forward() {
   Forward out;
-  out.parts = at::zeros({4}, options_);
+  out.parts = at::zeros({6}, options_);
   out.total = specs_.empty() ? at::zeros({}, options_) : at::empty({}, options_);
   int64_t size = 0;
   for (const Spec& spec : specs_) size += state_size(spec);
   out.state = at::empty({size}, options_);
   A* parts = out.parts.template mutable_data_ptr<A>();
+  double* d_temperature = temperature_in(out.parts).template mutable_data_ptr<double>();
   Tensor scratch;
   for_terms(out.state, [&](size_t i, const Spec& spec, const Tensor& state) {
     const Term<A> t = term(spec, state);
@@ -414,8 +415,8 @@ Forward Losses<A>::forward() {
     statistics(spec, state, matrix,
                {spec.weight, spec.report, out.total.template mutable_data_ptr<A>(),
                 parts + spec.slot, i == 0},
-               reinterpret_cast<unsigned*>(parts + 3));
-    if (p_.keep && wants_any()) out.kept.push_back(keep(spec, t, matrix, parts + 2));
+               reinterpret_cast<unsigned*>(parts + 2));
+    if (p_.keep && wants_any()) out.kept.push_back(keep(spec, t, matrix, d_temperature));
   });
   return out;
 }
@@ -482,7 +483,7 @@ Tensor Losses<A>::merge_columns(const Tensor& running, const Term<A>& t) const {
 // P of a whole matrix, in its place where it is as wide.
 template <typename A>
 Tensor Losses<A>::keep(const Spec& spec, const Term<A>& t, const Tensor& matrix,
-                       A* d_temperature) {
+                       double* d_temperature) {
   const Tensor p = narrow_ ? at::empty({t.n, t.m}, first_.options()) : matrix;
   blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
     blocks(t.m, col_block(t), [&](int64_t col, int64_t n_cols) {
@@ -498,7 +499,8 @@ template <typename A>
 Backward Losses<A>::backward(const Tensor& upstream, const Forward& forward) {
   Backward out;
   prepare_results();
-  Tensor d_temperature = p_.keep ? forward.parts.select(0, 2) : at::zeros({}, options_);
+  const Tensor d_temperature = p_.keep ? temperature_in(forward.parts)
+                                       : at::zeros({1}, options_.dtype(at::kDouble));
   // The ranks' gradients will be averaged.
   const Tensor scaled = ranks_ ? upstream.mul(ranks_.count()) : upstream;
   const A* up = scaled.template const_data_ptr<A>();
@@ -507,11 +509,14 @@ Backward Losses<A>::backward(const Tensor& upstream, const Forward& forward) {
     if (p_.keep)
       multiply_kept(spec, t, forward.kept[i], up);
     else
-      multiply_tiles(spec, t, up, d_temperature.template mutable_data_ptr<A>());
+      multiply_tiles(spec, t, up, d_temperature.template mutable_data_ptr<double>());
     for (Side* side : {spec.x, spec.y}) side->started = true, --side->terms;
   });
-  out.temperature = p_.wants_temperature ? of_all_ranks(d_temperature).mul(upstream)
-                                         : at::empty({}, options_);
+  out.temperature = at::empty({}, options_);
+  if (p_.wants_temperature) {  // rounded once: the terms' gradients may cancel
+    const Tensor all = ranks_ ? ranks_.to_all(d_temperature).sum() : d_temperature.select(0, 0);
+    at::mul_out(out.temperature, all.to(options_.dtype()), upstream);
+  }
   for (const Side& side : sides_)
     if (side.wanted) out.gradients.push_back(side.result);
   return out;
@@ -556,7 +561,7 @@ void Losses<A>::multiply_kept(Spec& spec, const Term<A>& t, const Tensor& p, con
 }
 
 template <typename A>
-void Losses<A>::multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream, A* d_temperature) {
+void Losses<A>::multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream, double* d_temperature) {
   Side &x = *spec.x, &y = *spec.y;
   if (!x.wanted && !y.wanted && !p_.wants_temperature) return;
   Tensor y_copy, x_copy, p_tile, x_scratch, y_scratch, y_sums;

@@ -35,7 +35,7 @@ struct Problem {
 
 struct Forward {
   at::Tensor total;  // scalar
-  at::Tensor parts;  // (4,) contrastive, cluster, in keep mode d total / d temperature, scratch
+  at::Tensor parts;  // (6,) contrastive, cluster, scratch (2), a double: in keep mode d temperature
   at::Tensor state;  // statistics for backward
   std::vector<at::Tensor> kept;  // in keep mode, per term: P (n, columns), of the embeddings' dtype
 };

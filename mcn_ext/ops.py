@@ -243,14 +243,14 @@ def _fake_loss(rows, ids, valid, columns, centroids, labels, temperature, fixed,
     n, everything = len(rows[0]), sum(sizes) if sizes else len(rows[0])
     clusters = 0 if centroids is None else len(clustered)
     size = len(pairs) // 2 * (2 + 4 * n + (3 if sizes else 2) * everything) + clusters * (2 + 4 * n)
-    kept = [everything] * (len(pairs) // 2) + [0 if centroids is None else len(centroids)] * clusters
+    kept = [everything] * (len(pairs) // 2) + [0 if not clusters else len(centroids)] * clusters
     dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
     make = partial(rows[0].new_empty, dtype=dtype)
-    return make(()), make(4), make(size), [
+    return make(()), make(6), make(size), [
         rows[0].new_empty(n, m) for m in kept if keep and (any(wanted) or wants_temperature)]
 
 
-def _fake_backward(upstream, parts, state, kept, rows, *rest):
+def _fake_loss_backward(upstream, parts, state, kept, rows, *rest):
     wanted = rest[13]
     return upstream.new_empty(()), [
         torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -259,4 +259,4 @@ def _fake_backward(upstream, parts, state, kept, rows, *rest):
 
 if not _unavailable:
     torch.library.register_fake("mcn::loss", _fake_loss)
-    torch.library.register_fake("mcn::loss_backward", _fake_backward)
+    torch.library.register_fake("mcn::loss_backward", _fake_loss_backward)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -13,6 +14,7 @@
 #include <functional>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #undef __launch_bounds__
@@ -23,6 +25,8 @@
 #define __shared__ static  // one block at a time
 #define __syncthreads() simt::wait(simt::kBlock, __LINE__)
 #define __trap() simt::trap()
+#define __threadfence()  // one thread at a time
+#define atomicAdd(address, value) simt::add(address, value)
 #define MCN_LAUNCH(kernel, blocks, threads, stream, ...) \
   simt::launch(blocks, threads, [&] { (kernel)(__VA_ARGS__); })
 
@@ -33,14 +37,17 @@ namespace simt {
 
 enum State { kReady, kBlock, kWarp, kDone };
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // its start; from then on jumps, which make no system call
+  jmp_buf place;
+  bool started;
   std::vector<char> stack = std::vector<char>(128 << 10);
   State state;
   int line;
   double value;  // what it offers in a shuffle; 8 bytes of anything
 };
 inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
+inline ucontext_t scheduler_context;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline int current;
 inline bool trapped;
@@ -48,7 +55,7 @@ inline bool trapped;
 inline void wait(State state, int line) {
   Thread& me = threads[current];
   me.state = state, me.line = line;
-  swapcontext(&me.context, &scheduler);
+  if (!_setjmp(me.place)) _longjmp(scheduler, 1);
 }
 inline void trap() {
   trapped = true;
@@ -57,6 +64,14 @@ inline void trap() {
 inline void entry() {
   body();
   threads[current].state = kDone;
+  _longjmp(scheduler, 1);
+}
+// Run the current thread until it waits or is done.
+inline void resume() {
+  if (_setjmp(scheduler)) return;
+  Thread& me = threads[current];
+  if (std::exchange(me.started, true)) _longjmp(me.place, 1);
+  swapcontext(&scheduler_context, &me.context);
 }
 
 // All live threads of [begin, end) wait in `state` at one line: let them go. False if some wait
@@ -79,8 +94,8 @@ inline void run_block(int n) {
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
-    thread.context.uc_link = &scheduler;
-    thread.state = kReady;
+    thread.context.uc_link = &scheduler_context;
+    thread.state = kReady, thread.started = false;
     makecontext(&thread.context, entry, 0);
   }
   for (bool moved = true; moved;) {
@@ -91,7 +106,7 @@ inline void run_block(int n) {
           if (threads[i].state != kReady) continue;
           moved = true;
           current = i, threadIdx.x = i;
-          swapcontext(&scheduler, &threads[i].context);
+          resume();
           if (trapped) throw std::runtime_error("trap in a kernel");
         }
       } while (release(warp, std::min(warp + 32, n), kWarp));
@@ -112,6 +127,11 @@ inline void launch(dim3 blocks, unsigned n, std::function<void()> kernel) {
   gridDim = blocks, blockDim = dim3(n, 1, 1);
   for (blockIdx.y = 0; blockIdx.y < blocks.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < blocks.x; ++blockIdx.x) run_block(static_cast<int>(n));
+}
+
+template <typename V>
+V add(V* address, V value) {
+  return std::exchange(*address, *address + value);
 }
 
 template <typename V>

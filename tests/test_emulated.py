@@ -1,5 +1,9 @@
-"""csrc/cuda.cu without a GPU: compiled by nvcc for its architectures, and run thread by thread."""
+"""csrc/cuda.cu without a GPU: compiled by nvcc for its architectures, and run thread by thread.
 
+Every test of the losses that a GPU would run runs here on the CUDA kernels, 16-bit rows included.
+"""
+
+import inspect
 import os
 import re
 import shutil
@@ -9,17 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcn_ext import reference
+from mcn_ext import ops
+from tests import test_loss, test_loss_torch
+from tests.test_loss import check, contrastive, everything, mode, problem  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
-FEATURES = 24  # a run of 16 bytes in every dtype; 23 is none in any
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
+NOT_HERE = {  # threads of the CPU's kernels; the host's check of labels; minutes of emulation
+    "test_kernels_do_not_depend_on_the_number_of_threads",
+    "test_labels_outside_are_named_unless_invalid", "test_more_elements_than_32_bits_count"}
+for module in (test_loss, test_loss_torch):
+    for name, test in vars(module).items():
+        if name.startswith("test_") and callable(test) and name not in NOT_HERE:
+            if "device" in inspect.signature(test).parameters:
+                globals()[name] = test
 
 
-@needs_nvcc
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_kernels_compile_without_spills(architecture, tmp_path):
     """And print each kernel's registers: `pytest -s` shows the table."""
@@ -44,8 +55,8 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """torch.ops.mcn_emulated: the extension with the CUDA kernels, run on the CPU."""
+def device(tmp_path_factory):
+    """The CPU, on which torch.ops.mcn is now the extension with the CUDA kernels."""
     folder = tmp_path_factory.mktemp("emulated")
     toolkit = Path(os.path.realpath(NVCC)).parents[1] / "include"
     if not (toolkit / "cuda_fp16.h").exists():  # nvcc is a wrapper
@@ -68,77 +79,21 @@ def emulated(tmp_path_factory):
     subprocess.run(["g++", "-shared", *folder.glob("*.o"), f"-L{torch_root}/lib", "-lc10",
                     "-ltorch_cpu", "-o", library], check=True)
     torch.ops.load_library(str(library))
-    return torch.ops.mcn_emulated
+    for name in ("loss", "loss_backward"):
+        torch.library.register_fake(f"mcn_emulated::{name}", getattr(ops, f"_fake_{name}"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "mcn", torch.ops.mcn_emulated)
+        patch.setattr(ops, "_multiplies_16_bits", lambda x: True)
+        patch.setattr(test_loss, "REPEATS", 1)
+        yield "cpu"
 
 
-def problem(n, d, dtype, *, k=5, masks=False, seed=0):
-    """Three modalities and their ids, masks, centroids and labels."""
-    torch.manual_seed(seed)
-    base = torch.randn(n, d, dtype=torch.float64)
-    rows = [(base + torch.randn(n, d, dtype=torch.float64)).to(dtype) for _ in range(3)]
-    valid = [torch.rand(n) > 0.3 for _ in range(3)] if masks else []
-    if masks and n:
-        for x, mask in zip(rows, valid, strict=True):
-            x[~mask] = float("nan")
-        rows[0][0], valid[0][0] = 0, True
-    ids = [torch.randint(-n, n, (n,)) for _ in range(3)] if masks and n else []
-    labels = torch.randint(0, k, (n,))
-    return rows, ids, valid, torch.randn(k, d, dtype=torch.float64).to(dtype), labels
-
-
-def run(operators, rows, ids, valid, centroids, labels, *, keep, tile, normalize=True,
-        temperature=0.07):
-    """Loss, gradient of each modality and of the temperature from the kernels."""
-    dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-    arguments = (rows, [0, 1, 2, 0, 1, 2], ids, valid, [], centroids, labels, [0, 2],
-                 torch.tensor(temperature, dtype=dtype), 0.001, normalize, 0.5, 0.7, [1, 1, 1],
-                 True, keep, tile, [], 0, "")
-    values, state, d_temperature, gradients = operators.loss(*arguments)
-    if not keep:
-        d_temperature, gradients = operators.loss_backward(torch.ones((), dtype=dtype), state,
-                                                           *arguments)
-    return [values[0], d_temperature, *gradients]
-
-
-def expected(rows, ids, valid, centroids, labels, *, normalize=True, temperature=0.07,
-             dtype=torch.float64):
-    """The same from the reference, in float64 (or `dtype`, for what rounding costs)."""
-    leaves = [x.to(dtype).requires_grad_() for x in rows]
-    t = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
-    names = ["a", "b", "c"]
-    pairs = [("a", "b"), ("c", "a"), ("b", "c")]
-    common = dict(temperature=t, margin=0.001, normalize=normalize)
-    mask = dict(zip(names, valid, strict=False))
-    x = dict(zip(names, leaves, strict=True))
-    total = 0.0
-    for i, (first, second) in enumerate(pairs):
-        total = total + reference.contrastive_loss(
-            x[first], x[second], ids=ids[i] if ids else None,
-            valid=mask[first] & mask[second] if valid else None, **common) / 3
-    for name in ("a", "c"):
-        total = total + 0.5 * 0.7 / 2 * reference.cluster_loss(
-            x[name], centroids.to(dtype), labels, valid=mask.get(name), **common)
-    total.backward()
-    return [total.detach(), t.grad, *(leaf.grad for leaf in leaves)]
-
-
-@needs_nvcc
-@pytest.mark.slow
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("n, tile, masks, d, dtype", [
-    (70, 0, True, FEATURES, torch.bfloat16), (131, 0, True, FEATURES - 1, torch.float16),
-    (131, 129, False, FEATURES, torch.float32), (33, 20, True, FEATURES - 1, torch.float64),
-    (2, 0, False, 1, torch.float32), (1, 0, False, 3, torch.bfloat16),
-    (0, 0, False, 3, torch.float32)])
-def test_kernels_agree_with_the_reference(emulated, n, tile, masks, d, dtype, keep):
-    """A block is 64 x 128: the sizes cross both, and tiles do not divide them."""
-    given = problem(n, d, dtype, masks=masks)
-    got = run(emulated, *given, keep=keep, tile=tile)
-    # P and, when streaming, the result are rounded to 16 bits once each.
-    tolerance = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2**-9,
-                 torch.bfloat16: 2**-6}[dtype]
-    for value, want in zip(got, expected(*given), strict=True):
-        size = want.abs().max() if want.numel() else 0
-        assert torch.isfinite(value).all()
-        torch.testing.assert_close(value.double(), want.double(), rtol=0,
-                                   atol=float(tolerance * max(size, 1)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("n, d, tile", [(131, 24, 0), (70, 24, 33), (196, 23, 129)])
+def test_blocks_and_tiles_of_every_kind(device, mode, monkeypatch, dtype, n, d, tile):  # noqa: F811
+    """A block is 64 x 128, a run of 16 bytes 2 to 8 numbers: sizes cross and miss both, so that
+    some blocks compare no keys, and some rows are read one number at a time."""
+    monkeypatch.setattr(ops, "_tile", tile)
+    rows, options = problem(n, d, device, dtype)
+    check(contrastive(), rows[:2])
+    check(everything(**options), rows)

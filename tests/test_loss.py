@@ -21,6 +21,7 @@ except ImportError:
 
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-11}  # of a gradient that leaves in 16 bit
 BITS = {"rtol": 0, "atol": 0}
+REPEATS = 9
 THREADS = 2  # of this process: equal bits are to be equal with several
 NAMES = ("video", "audio", "text")
 PAIRS = [("audio", "text"), ("video", "audio"), ("text", "video")]
@@ -112,7 +113,7 @@ def test_errors_in_budget_and_equal_bits(device, mode, monkeypatch, dtype, n, d,
     check(contrastive(), rows[:2])
     check(everything(normalize=False, **options), rows, temperature=4.0)
     got = check(everything(**options), rows)
-    for _ in range(9):
+    for _ in range(REPEATS):
         assert_close(values(ops, everything(**options), rows), got, **BITS)
 
 
