@@ -391,7 +391,7 @@ __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A
     }
     P* to = out + i * ld_out + columns.j;
     if (columns.wide && aligned) {
-      store(to, p);
+      store_at_once(to, p);
     } else {
 #pragma unroll
       for (int c = 0; c < kCols; ++c)

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace mcn::cuda {
 namespace {
@@ -55,6 +56,25 @@ __device__ __forceinline__ Pack<T, n> load(const T* from) {
 template <int n, typename T>
 __device__ __forceinline__ void store(T* to, const Pack<T, n>& pack) {
   *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+// The same beside a branch that stores the numbers one by one: of both, the compiler would make the
+// second. Said in assembler, it stays.
+template <typename T>
+__device__ __forceinline__ void store_at_once(T* to, const Pack<T, 4>& pack) {
+#ifdef __CUDA_ARCH__
+  unsigned word[sizeof(pack) / 4];
+  memcpy(word, &pack, sizeof(pack));
+  auto* at = reinterpret_cast<unsigned*>(to);
+  if constexpr (sizeof(pack) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]));
+  else
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(pack) / 4; i += 4)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at + i), "r"(word[i]),
+                   "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3]));
+#else
+  store(to, pack);
+#endif
 }
 
 // exp in one instruction: its error is that of the logit's own last digit, and below 2^-126 it is 0.

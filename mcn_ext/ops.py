@@ -24,7 +24,7 @@ from mcn_ext.reference import LossTerms
 
 __all__ = ["LossTerms", "build_info", "cluster_loss", "contrastive_loss", "has_cuda", "mcn_loss"]
 
-_tile = 0  # rows and columns of a tile; 0 lets csrc/losses.h choose (tests try ragged ones)
+_tile = 0  # rows and columns of a tile; 0 lets csrc/loss.cpp choose (tests try ragged ones)
 
 
 def _load() -> str | None:
@@ -132,7 +132,7 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
     index = {name: i for i, name in enumerate(names)}
     flat = []
     for first, second in pairs:
-        if first == second:  # a pair's sides are distinct to csrc/losses.h
+        if first == second:  # a pair's sides are distinct to csrc/loss.cpp
             names.append(second)
         flat += [index[first], index[second] if first != second else len(names) - 1]
     rows = [embeddings[name] for name in names]

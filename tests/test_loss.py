@@ -36,7 +36,7 @@ def device(request):
 
 @pytest.fixture(params=["keep", "stream"])
 def mode(request, monkeypatch):
-    """Both ways through csrc/losses.h: the matrix kept within its budget, or tiles streaming."""
+    """Both ways through csrc/loss.cpp: the matrix kept within its budget, or tiles streaming."""
     monkeypatch.setenv("MCN_LOSS_BUDGET", str(2**31 if request.param == "keep" else 0))
     return request.param
 
