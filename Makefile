@@ -1,9 +1,9 @@
-# make demo | test | setup | bench | nan | study | gpu | lint. Everything but gpu runs in ./.venv and leaves the system alone.
+# make demo | test | setup | bench | nan | study | gpu | gpu-profile | lint. Everything but gpu runs in ./.venv and leaves the system alone.
 PYTHON ?= python3
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test setup bench nan study gpu lint clean
+.PHONY: demo test setup bench nan study gpu gpu-profile lint clean
 
 demo: setup
 	$(PY) train_stage1.py --pair AV --preset demo
@@ -42,17 +42,12 @@ study: setup
 	$(PY) -m mcn_ext.study --noise 0.5 2 --videos 128 --n_pair 4 --seeds 0 --jobs 2 --baselines steps \
 		--stage1_encoders frozen --out runs/study-noise
 
-# With the python3 at hand and its own CUDA torch; nothing is installed.
+# With the python3 at hand and its own CUDA torch; nothing is installed. Results: OUT, else runs/gpu.
 gpu:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m mcn_ext
-	$(PYTHON) -m pytest -q -m cuda tests/test_cuda.py tests/test_loss.py tests/test_loss_torch.py
-	$(PYTHON) benchmarks/loss.py
-	$(PYTHON) benchmarks/accuracy.py
-	$(PYTHON) benchmarks/loader.py --videos 16 --readers store npz
-	$(PYTHON) benchmarks/kmeans.py --repeats 2
-	$(PYTHON) benchmarks/step.py --preset paper --repeats 5
-	$(PYTHON) benchmarks/step.py --preset paper --batch_size 512 --micro_batch 1024 --memory ours
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh main
+
+gpu-profile:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh profile
 
 lint: setup
 	$(PY) -m ruff check --fix .

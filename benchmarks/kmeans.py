@@ -33,16 +33,17 @@ from mcn_ext.clustering import spherical_kmeans  # noqa: E402
 from mcn_ext.reference import unit_rows  # noqa: E402
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
+def generator(seed, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
 
 
 def mixture(n, d, k, noise, seed, device="cpu"):
     """Unit rows around k directions that are the same for every seed."""
-    centres = unit_rows(torch.randn(k, d, generator=generator(0)))
-    g = generator(seed)
-    rows = centres[torch.randint(k, (n,), generator=g)] + noise * torch.randn(n, d, generator=g)
-    return unit_rows(rows).to(device)
+    g = {"generator": generator(0, device), "device": device}
+    centres = unit_rows(torch.randn(k, d, **g))
+    g["generator"].manual_seed(seed)
+    rows = centres[torch.randint(k, (n,), **g)] + noise * torch.randn(n, d, **g)
+    return unit_rows(rows)
 
 
 def inertia(x, centroids, labels):
@@ -173,8 +174,9 @@ def main():
         print(f"| {row['rows']} | {row['kind']} | {row['n']} | {row['d']} | {row['k']} | "
               f"{row['name']} | {row['ms']:.0f} | {mine / row['ms']:.2f} | {row['inertia']:.1f} | "
               f"{row['live']} |")
-    sets = [("blobs", mixture(8192, 64, 64, 0.1, 1), 64),
-            ("no clusters", mixture(8192, 64, 1, 1.0, 1), 64)]
+    sets = [] if device == "cuda" else [  # a question of the algorithm, answered on a CPU
+        ("blobs", mixture(8192, 64, 64, 0.1, 1), 64),
+        ("no clusters", mixture(8192, 64, 1, 1.0, 1), 64)]
     if args.run:
         from mcn_ext import checkpoint
 

@@ -9,6 +9,7 @@
 Sizes are the preset's, each changed by its flag; --json adds the result to a file. Without --data,
 demo is the demo data, others made-up clips of full length. Loading is the same, not compared.
 Encoders run in --precision, the plain step in --plain_precision (a GPU: bf16 and fp16; else fp32).
+--strong: beside them, in a row, the plain step in bf16, then channels_last, then compiled as well.
 
 Time: median of the repeats, in each of which the implementations take turns; wall, and processor
 time, which the machine's other work changes less (of a GPU: the host's, until all is launched).
@@ -18,6 +19,7 @@ an add are 2). The ceiling is a matrix product of 1536 cubed in fp32, on a GPU o
 --precision, in the same repeats and threads; fractions of it are by processor time, on a GPU wall.
 Memory: what a step takes above weights, optimiser and batch, in a process of its own after a
 warm-up step: growth of VmHWM over VmRSS (Linux); on a GPU, with the batch, of allocated memory.
+--no-peaks leaves them out: each reads the clips again.
 """
 
 import argparse
@@ -124,8 +126,8 @@ class Clips:
             from mcn_ext.prepare import demo
             demo.prepare(folder)
             args.data = folder / "train.h5"
-        path = args.data or make_store(folder / "train.h5", args, 2 * args.n_pair)
-        store = Store(path)
+        args.data = args.data or make_store(folder / "train.h5", args, 2 * args.n_pair)
+        store = Store(args.data)
         args.dims = {name: dim for name, dim in store.dims.items() if name != "mel"}
         texts = sorted({word for video in range(len(store)) for text in store.caption_texts(video)
                         for word in text.split()})
@@ -259,7 +261,7 @@ def measure(args, folder: Path) -> dict:
             del queue
             for taken in (clocks[name].wall, clocks[name].cpu):
                 taken["k-means"][-1] /= args.refit_every
-            if device.type == "cuda":
+            if device.type == "cuda" or args.strong:
                 row[name].append(in_a_row(step, batch, device))
         fill.append(float(batch["n_frames"].sum()) / len(batch["n_frames"]) / args.audio_frames)
         with clocks["matmul"]("matmul"):
@@ -271,8 +273,32 @@ def measure(args, folder: Path) -> dict:
     rows = {name: {part: {"ms": median(clock.wall[part]), "cpu_ms": median(clock.cpu[part]),
                           "gflop": clock.flops.get(part, 0) / 1e9}
                    for part in clock.wall} for name, clock in clocks.items() if name in steps}
-    return {"rows": rows, "ceiling_gflops": ceiling, "fill": median(fill),
-            "in_a_row_ms": {name: median(ms) for name, ms in row.items() if ms}}
+    found = {name: median(ms) for name, ms in row.items() if ms}
+    if args.strong:
+        del steps, step  # their weights and optimisers' states
+        found |= strong(args, clips, batch)
+    return {"rows": rows, "ceiling_gflops": ceiling, "fill": median(fill), "in_a_row_ms": found}
+
+
+def strong(args, clips: Clips, batch: dict) -> dict:
+    """Milliseconds in a row of plain steps that use more of what PyTorch offers, or an error. On a
+    CPU nothing is compiled: that takes minutes."""
+    device, found = args.device, {}
+    bf16 = partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    for name in ("plain bf16", "plain bf16 channels_last", "plain bf16 channels_last compiled")[
+            :3 if device.type == "cuda" else 2]:
+        plain = Plain(args, clips.table.to(device), device, bf16)
+        if "channels_last" in name:
+            plain.davenet.to(memory_format=torch.channels_last)
+        if "compiled" in name:
+            plain.davenet.compile()
+        try:
+            in_a_row(plain, batch, device, 2)
+            found[name] = in_a_row(plain, batch, device)
+        except Exception as error:  # a compiler's, or out of memory: a result
+            print(f"{name} is left out: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        del plain
+    return found
 
 
 def peak(args, folder: Path) -> float:
@@ -304,7 +330,8 @@ def peaks_of(args) -> dict[str, float | None]:
     found, ways = {}, {"plain": ("plain", 0), "ours": ("ours", 0),
                        f"ours, --micro_batch {parts}": ("ours", parts)}
     for way, (name, n) in ways.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--memory", name, "--micro_batch", n]
+        command = [sys.executable, __file__, *sys.argv[1:], "--data", args.data, "--memory", name,
+                   "--micro_batch", n]
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
         found[way] = None if done.returncode else float(done.stdout)
         if done.returncode:
@@ -335,7 +362,7 @@ def table(result: dict) -> list[str]:
     return lines
 
 
-def main():
+def arguments(words=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="demo")
@@ -350,8 +377,10 @@ def main():
     parser.add_argument("--micro_batch", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", choices=("plain", "ours"), help="print a step's peak, MiB")
+    parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--strong", action="store_true")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     args = argparse.Namespace(**PRESETS[given.preset])
     for name, value in vars(given).items():
         if value is not None or not hasattr(args, name):
@@ -360,10 +389,17 @@ def main():
     args.precision = args.precision or ("bf16" if on_gpu else "fp32")
     args.plain_precision = args.plain_precision or ("fp16" if on_gpu else "fp32")
     args.dims = dict(zip(("2d", "3d"), args.video_dims, strict=True))
+    return args
+
+
+def main():
+    args = arguments()
+    on_gpu = args.device.type == "cuda"
     with tempfile.TemporaryDirectory() as tmp:
         if args.memory:
             return print(f"{peak(args, Path(tmp)):.0f}")
-        peaks = peaks_of(args)  # first: the card is empty
+        Clips(args, Path(tmp))  # makes the store that all processes read, if none is given
+        peaks = peaks_of(args) if args.peaks else {}  # first: the card is empty
         load = [os.getloadavg()[0]]
         result = measure(args, Path(tmp)) | {"peak_mib": peaks}
     load, lines = [*load, os.getloadavg()[0]], table(result)
@@ -381,14 +417,16 @@ def main():
           f"{load[0]:.1f} to {load[1]:.1f}, median of {args.repeats}; matrix product "
           f"{top['wall']:.0f} GFLOP/s by wall, {top['cpu']:.0f} by processor time\n")
     print("\n".join(lines))
-    print("\npeak memory above weights and batch, MiB: "
-          + ", ".join(f"{way} {'failed' if mib is None else round(mib)}"
-                      for way, mib in peaks.items()))
+    if peaks:
+        print("\npeak memory above weights and batch, MiB: "
+              + ", ".join(f"{way} {'failed' if mib is None else round(mib)}"
+                          for way, mib in peaks.items()))
     if row := result["in_a_row_ms"]:
         n = args.batch_size * args.n_pair
         print("in a row: " + ", ".join(f"{name} {ms:.1f} ms a step, {1e3 * n / ms:.0f} clips a s"
                                        for name, ms in row.items())
-              + f"; ratio {row['ours'] / row['plain']:.2f}")
+              + f"; ours / plain {row['ours'] / row['plain']:.2f}, / the fastest other "
+              f"{row['ours'] / min(ms for name, ms in row.items() if name != 'ours'):.2f}")
     if args.json:
         everything = json.loads(args.json.read_text()) if args.json.exists() else {}
         name = f"{args.preset}, " + (facts["gpu"] or f"{facts['threads']} threads")
