@@ -22,7 +22,7 @@ from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
 from mcn_ext.replay import replay
 from mcn_ext.store import Store, StoreError
-from mcn_ext.words import WordVectors, train_vectors, vectors_for
+from mcn_ext.words import WordVectors, require_gensim, train_vectors, vectors_for
 
 DEMO_BANNER = "\n".join(["=" * 78, "  DEMO DATA (made up): these numbers say that it runs, nothing "
                          "about real data", "=" * 78])
@@ -66,6 +66,21 @@ def check_widths(store: Store, sizes: dict, flag: str) -> None:
                          "the run was trained on, or use another run")
 
 
+def check_gensim(args: argparse.Namespace, init: Path | None, folder: Path) -> None:
+    """SystemExit if :func:`open_words` will need gensim and it is not installed, before a store or
+    a run folder is made or moved."""
+    kept = [run / WORDS for run in (init, folder if args.resume else None) if run is not None]
+    if args.word2vec is not None:
+        kept.append(_words_beside(args.data))
+    if not any(path.exists() for path in kept):
+        require_gensim(args.word2vec)
+
+
+def _words_beside(store: Path) -> Path:
+    """Where the words of a store's captions are kept, as --word2vec has them."""
+    return store.with_name(store.name + ".words.npz")
+
+
 def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder: Path,
                resumed: bool) -> WordVectors:
     """Word vectors, kept in the run folder: the start run's, or --word2vec's, or trained here."""
@@ -77,8 +92,7 @@ def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder
         if init is not None and (init / WORDS).exists():
             words = WordVectors.load(init / WORDS)
         elif args.word2vec is not None:
-            words = vectors_for(store, args.word2vec,
-                                store.path.with_name(store.path.name + ".words.npz"))
+            words = vectors_for(store, args.word2vec, _words_beside(store.path))
         else:
             say(f"no --word2vec: training word vectors on {store.n_captions} captions")
             words = train_vectors(store, seed=args.seed)
