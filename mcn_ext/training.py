@@ -11,7 +11,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mcn_ext import checkpoint, distributed, dry_run, flags
-from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
+from mcn_ext.data import (
+    ClipReader,
+    Loader,
+    TrainingClips,
+    default_workers,
+    lack_of_shared_memory,
+    to_device,
+)
 from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
 from mcn_ext.heartbeat import Heartbeat
@@ -192,6 +199,8 @@ class Training:
             f"{world} rank(s), {n_clips // world} each; {precision}, {device}; "
             f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters learn, {fixed / 1e6:.1f} M "
             "are fixed")
+        if lack := lack_of_shared_memory(reader, n_clips // world, workers):
+            say(f"  WARNING: {lack}")
         clusters = objective.clusters
         if clusters and n_clips * clusters.queue_size < clusters.k:
             say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps of "
