@@ -4,12 +4,37 @@ MCN_CUDA=0|1 forces CUDA off or on; TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=1 a
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
+
+def is_toolkit(folder: str | None) -> bool:
+    """Whether nvcc and CUDA's headers (conda's lie in targets) are in a folder."""
+    return bool(folder and shutil.which("nvcc", path=os.path.join(folder, "bin")) and any(
+        any(Path(folder).glob(f"{include}/cuda_runtime_api.h"))
+        for include in ("include", "targets/*/include")))
+
+
+def find_cuda_home() -> str | None:
+    """CUDA_HOME if a toolkit is there, else the toolkit of the nvcc on the PATH.
+
+    torch guesses the folder above nvcc's, which is wrong where that nvcc is a wrapper script.
+    """
+    given, nvcc = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc")
+    if is_toolkit(given) or nvcc is None:
+        return given
+    said = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ _?TOP=(\S+)", said.stderr, re.M)
+    return os.path.realpath(top[1]) if top and is_toolkit(top[1]) else given
+
+
+if home := find_cuda_home():  # before torch's import below, which reads it
+    os.environ["CUDA_HOME"] = home
 try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -24,14 +49,14 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
 # Not torch.cuda.is_available(): login and build machines have nvcc and no GPU.
 sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 kernels = sorted(str(path) for path in Path("csrc").glob("*.cu"))
-possible = bool(torch.version.cuda and CUDA_HOME
-                and (shutil.which("nvcc") or Path(CUDA_HOME, "bin/nvcc").exists()))
+possible = bool(torch.version.cuda and is_toolkit(CUDA_HOME))
 wanted = os.environ.get("MCN_CUDA")
 if torch.version.cuda is None:
     missing = f"torch {torch.__version__} is a build without CUDA; install one with it"
 elif not possible:
-    missing = (f"torch has CUDA {torch.version.cuda}, but there is no nvcc under CUDA_HOME="
-               f"{CUDA_HOME}; install the CUDA toolkit, or set CUDA_HOME to where it is")
+    missing = (f"torch has CUDA {torch.version.cuda}, but there is no bin/nvcc or no "
+               f"include/cuda_runtime_api.h under CUDA_HOME={CUDA_HOME}; install the CUDA toolkit, "
+               "or set CUDA_HOME to where it is")
 if wanted == "1" and not possible:
     raise SystemExit(f"MCN_CUDA=1: {missing}")
 if torch.version.cuda and not possible and wanted != "0":

@@ -33,6 +33,8 @@ def main(argv=None):
     folder = args.out or Path("runs") / f"stage1-{args.pair}{'-demo' if args.demo else ''}"
     if args.dry_run:
         folder = dry_run.begin(args, folder)
+    if "T" in args.pair:
+        training.check_gensim(args, None, folder)
     store = training.open_store(args, args.pair)
     start = published.start(args, args.pair, store, folder) if args.init_published else None
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)

@@ -70,6 +70,7 @@ def main(argv=None):
     folder = args.out or Path("runs") / f"stage2-{first}_{args.add}{demo}"
     if args.dry_run:
         folder = dry_run.begin(args, folder)
+    training.check_gensim(args, args.init, folder)
     store = training.open_store(args, modalities)
     if args.init_published:
         start = published.start(args, first, store, folder)

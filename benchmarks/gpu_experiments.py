@@ -107,7 +107,7 @@ def k_means(note):
     start, x, first = clustering.spherical_kmeans(queue(), k)[0], queue(), None
     chosen = clustering.BLOCK
     for block in (1024, 4096, 16384, 65536):
-        clustering.BLOCK = {DEVICE: block}
+        clustering.BLOCK = dict.fromkeys(chosen, block)
         labels = clustering.spherical_kmeans(x, k, init=start)[1]
         first = labels if first is None else first
         note(f"k-means refit, {n} x {d}, K {k}, block {block}", {

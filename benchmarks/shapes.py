@@ -28,11 +28,12 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# Without a device's guard torch asks CUDA's runtime for its current device, before any operator.
+# Without a device's guard torch asks CUDA's runtime for its current device, before any operator;
+# a torch with CUDA has one, which fails where there is no GPU.
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
 """
-_guarded = torch.version.cuda is not None  # a torch with CUDA has its own
+_guarded = torch.cuda.is_available()
 
 
 def _guard() -> None:

@@ -15,11 +15,18 @@ from torch.nn import functional as F
 from mcn_ext import distributed
 from mcn_ext.reference import unit_rows
 
-BLOCK = 1024  # rows compared at once: their (BLOCK, k) similarities stay in a CPU's cache
+# Rows compared at once, by device: their similarities to k centroids stay in a CPU's cache; a GPU
+# is not filled by less.
+BLOCK = {"cpu": 1024, "cuda": 16384}
+COPIED = 1024  # rows copied at once, of full width: little memory beside that of all
 SAME = 1e-12  # |x - mu|^2 at or below it, an angle of 1e-6, is one direction
 ROUNDING = 1e-6  # of |x|^2 + |y|^2 - 2 x.y, relative to |x|^2
 TRIES = 16  # rows tried for each draw: all cost one pass over the points
 FARTHEST = 4.0  # the largest |x - y|^2 on the unit sphere
+
+
+def _block(x: Tensor) -> int:
+    return BLOCK.get(x.device.type, BLOCK["cuda"])
 
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,11 +34,11 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return x.float(), x.new_zeros(len(x), dtype=torch.bool)
     # NaN or inf if any entry is.
-    largest = torch.cat([block.abs().amax(dim=1) for block in x.split(BLOCK)]).float()
+    largest = torch.cat([block.abs().amax(dim=1) for block in x.split(COPIED)]).float()
     usable = torch.isfinite(largest) & (largest > 0)
     index = usable.nonzero().flatten()
     unit = x.new_empty((len(index), x.shape[1]), dtype=torch.float32)
-    for rows, at in zip(unit.split(BLOCK), index.split(BLOCK), strict=True):
+    for rows, at in zip(unit.split(COPIED), index.split(COPIED), strict=True):
         rows.copy_(x.index_select(0, at))
         rows /= largest[at, None]  # first: 1e-20 and 1e30 have a direction too, and no square
         rows /= rows.norm(dim=1, keepdim=True)
@@ -52,7 +59,8 @@ class _Sphere:
         self.generator = generator
         self.shared, self.part = shared, slice(None)
         if shared:  # whole blocks: their products do not depend on the number of ranks
-            self.n_part = -(-len(unit) // (BLOCK * distributed.world())) * BLOCK
+            block = _block(unit)
+            self.n_part = -(-len(unit) // (block * distributed.world())) * block
             begin = distributed.rank() * self.n_part
             self.part = slice(begin, begin + self.n_part)
 
@@ -93,7 +101,7 @@ class _Sphere:
             points, square = points[doubt], square[doubt]
         offset = -0.5 * centroids.square().sum(dim=1)
         label, best, second = [], [], []
-        for block in points.split(BLOCK):
+        for block in points.split(_block(points)):
             score = torch.addmm(offset, block, centroids.t())
             top, at = score.max(dim=1)
             label.append(at)
@@ -111,7 +119,7 @@ class _Sphere:
     def distance(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """|point - its centroid|^2 (n,), from the differences: exact where they are small."""
         square = torch.cat([(block - centroids[label]).square().sum(dim=1) for block, label
-                            in zip(self.points.split(BLOCK), labels.split(BLOCK), strict=True)])
+                            in zip(self.points.split(COPIED), labels.split(COPIED), strict=True)])
         return torch.where(square > SAME, square, torch.zeros_like(square))
 
     def draw(self, distance: Tensor, n: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -311,6 +312,30 @@ class Loader:
         self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
         with born_deaf():  # map() starts the iterator at once
             return iter(self.loader) if self.copied else map(own, self.loader)
+
+
+def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str:
+    """A warning if the batches of all workers of this machine may not fit into /dev/shm, else "".
+
+    ``n_clips``: of a batch on a rank. Each worker fills PREFETCH + 1 batches, of clips as long as
+    the longest, in turn. One that finds no memory there ends with a bus error, which names nothing.
+    """
+    if not workers or not os.path.isdir("/dev/shm"):
+        return ""
+    n_bytes = 2 * sum(reader.store.dims[name] for name in reader.video_streams)  # float16
+    if reader.audio:
+        frames = -(-reader.audio_frames // 16) * 16
+        n_bytes += (4 if reader.audio_augment else 2) * frames * N_MELS
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    for_one = ranks * (PREFETCH + 1) * n_clips * n_bytes
+    needed, free = workers * for_one, shutil.disk_usage("/dev/shm").free
+    if needed <= free:
+        return ""
+    return (f"--workers {workers}: {f'on {ranks} ranks ' if ranks > 1 else ''}they keep up to "
+            f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has "
+            f"{free / 1e9:.2f} GB free: a worker may end with a bus error. Use --workers "
+            f"{free // for_one}, or, in a container, docker run --shm-size "
+            f"{needed // 2**30 + 1}g")
 
 
 def _start_worker(_worker: int) -> None:

@@ -148,8 +148,9 @@ def add_training_flags(parser: Parser, stage: int) -> None:
 
     group = parser.add_argument_group("data")
     add("data", Path, "PATH", f"store or folder of shards (default {DATA}, else the demo data)")
-    add("word2vec", Path, "FILE", "word vectors: word2vec .bin, gensim .kv, or text .txt/.vec "
-        f"(default {WORD2VEC}; without one, vectors are trained on the captions)")
+    add("word2vec", Path, "FILE", "word vectors: word2vec .bin, text .txt/.vec, gensim .kv, or a "
+        f"run's words.npz; the last two without gensim (default {WORD2VEC}; without one, vectors "
+        "are trained on the captions)")
     add("preset", str, None, "paper: the published experiment; demo: small, for a CPU (default: "
         "paper when there is data)", choices=("paper", "demo"))
     add("n_pair", positive(int), "N", "clips per video and step; lower it for few captions a video")

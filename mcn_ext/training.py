@@ -11,7 +11,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mcn_ext import checkpoint, distributed, dry_run, flags
-from mcn_ext.data import ClipReader, Loader, TrainingClips, default_workers, to_device
+from mcn_ext.data import (
+    ClipReader,
+    Loader,
+    TrainingClips,
+    default_workers,
+    lack_of_shared_memory,
+    to_device,
+)
 from mcn_ext.diagnostics import diagnose, signs_of_collapse
 from mcn_ext.guard import Guard
 from mcn_ext.heartbeat import Heartbeat
@@ -22,7 +29,7 @@ from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
 from mcn_ext.replay import replay
 from mcn_ext.store import Store, StoreError
-from mcn_ext.words import WordVectors, train_vectors, vectors_for
+from mcn_ext.words import WordVectors, require_gensim, train_vectors, vectors_for
 
 DEMO_BANNER = "\n".join(["=" * 78, "  DEMO DATA (made up): these numbers say that it runs, nothing "
                          "about real data", "=" * 78])
@@ -66,6 +73,21 @@ def check_widths(store: Store, sizes: dict, flag: str) -> None:
                          "the run was trained on, or use another run")
 
 
+def check_gensim(args: argparse.Namespace, init: Path | None, folder: Path) -> None:
+    """SystemExit if :func:`open_words` will need gensim and it is not installed, before a store or
+    a run folder is made or moved."""
+    kept = [run / WORDS for run in (init, folder if args.resume else None) if run is not None]
+    if args.word2vec is not None:
+        kept.append(_words_beside(args.data))
+    if not any(path.exists() for path in kept):
+        require_gensim(args.word2vec)
+
+
+def _words_beside(store: Path) -> Path:
+    """Where the words of a store's captions are kept, as --word2vec has them."""
+    return store.with_name(store.name + ".words.npz")
+
+
 def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder: Path,
                resumed: bool) -> WordVectors:
     """Word vectors, kept in the run folder: the start run's, or --word2vec's, or trained here."""
@@ -77,8 +99,7 @@ def open_words(args: argparse.Namespace, store: Store, init: Path | None, folder
         if init is not None and (init / WORDS).exists():
             words = WordVectors.load(init / WORDS)
         elif args.word2vec is not None:
-            words = vectors_for(store, args.word2vec,
-                                store.path.with_name(store.path.name + ".words.npz"))
+            words = vectors_for(store, args.word2vec, _words_beside(store.path))
         else:
             say(f"no --word2vec: training word vectors on {store.n_captions} captions")
             words = train_vectors(store, seed=args.seed)
@@ -178,6 +199,8 @@ class Training:
             f"{world} rank(s), {n_clips // world} each; {precision}, {device}; "
             f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters learn, {fixed / 1e6:.1f} M "
             "are fixed")
+        if lack := lack_of_shared_memory(reader, n_clips // world, workers):
+            say(f"  WARNING: {lack}")
         clusters = objective.clusters
         if clusters and n_clips * clusters.queue_size < clusters.k:
             say(f"  NO clustering will take place: --queue_size {clusters.queue_size} steps of "

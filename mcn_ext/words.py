@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import re
 from collections.abc import Iterable, Set
@@ -65,9 +66,29 @@ class WordVectors:
             return cls(words, vectors, file["source"].tobytes().decode(), absent.split())
 
 
+def require_gensim(word2vec: Path | None) -> None:
+    """SystemExit if gensim is not installed and needed: for all of --word2vec but .npz and .kv, and
+    to train vectors where it is not given."""
+    if word2vec is not None and word2vec.suffix in (".npz", ".kv"):
+        return
+    if importlib.util.find_spec("gensim") is None:
+        what = ("without --word2vec, word vectors are trained on the captions, which" if
+                word2vec is None else f"--word2vec {word2vec}: a file that is not .npz or .kv")
+        raise SystemExit(f"{what} needs gensim, and it is not installed: pip install gensim, or "
+                         "give --word2vec FILE.npz (words.npz of another run), which does not "
+                         "need it")
+
+
 def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
-    """({word: row}, vectors) of a file: gensim .kv, text (.txt, .vec), else word2vec binary."""
+    """({word: row}, vectors) of a file: .npz of :meth:`WordVectors.save`, gensim .kv, text (.txt,
+    .vec), else word2vec binary."""
+    require_gensim(path)
     try:
+        if path.suffix == ".npz":
+            words = WordVectors.load(path)
+            if not words.dim:
+                raise ValueError("its vectors have no numbers")
+            return words.index, words.vectors
         if path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
             from mcn_ext.prepare.unpickle import load_key_vectors
 
@@ -80,12 +101,12 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
         if not keyed.vector_size:
             raise ValueError("its vectors have no numbers")
         return keyed.key_to_index, keyed.vectors
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):  # a gensim that is broken is not the file's fault
         raise
     except Exception as error:  # gensim checks little: damage surfaces as a dozen types
         raise SystemExit(
-            f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, or a "
-            "text file ending in .txt or .vec") from error
+            f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, a text "
+            "file ending in .txt or .vec, or a run's words.npz") from error
 
 
 def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> WordVectors:
@@ -144,6 +165,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None,
 
 def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     """Skip-gram vectors of the store's own captions, for when there is no word2vec file."""
+    require_gensim(None)
     from gensim.models import Word2Vec
 
     # Enough for good vectors; all 136 million captions of HowTo100M would take days and 100 GB.

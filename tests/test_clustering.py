@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcn_ext.clustering import OnlineClusters, _Sphere, spherical_kmeans
+from mcn_ext.clustering import BLOCK, OnlineClusters, _Sphere, spherical_kmeans
 from mcn_ext.reference import unit_rows
 from tests.conftest import ROOT, run
 
@@ -170,6 +170,16 @@ def test_points_left_out_of_a_comparison_would_not_have_moved(k, step):
         centroids = before + move * (torch.arange(k)[:, None] % 3 == i % 3)
 
 
+def test_blocks_of_a_gpu_give_what_blocks_of_a_cpu_give(monkeypatch):
+    x, found = blobs(32, 700)[0], []  # more rows than the larger block has
+    for size in (BLOCK["cpu"], BLOCK["cuda"]):
+        assert len(x) % size and len(x) > size
+        monkeypatch.setitem(BLOCK, "cpu", size)
+        found.append(spherical_kmeans(x, 40))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_a_start_is_mended_not_believed():
     x, _ = blobs()
     good, _ = spherical_kmeans(x, 8)
@@ -276,7 +286,8 @@ from mcn_ext.distributed import default_group, gather, rank, world
 torch.set_num_threads(1)
 distributed.init("cpu")
 found = []
-for clustering.BLOCK in (1024, 8, 50):  # of 144 rows rank 0 has all; all have some; one has none
+for block in (1024, 8, 50):  # of 144 rows rank 0 has all; all have some; one has none
+    clustering.BLOCK["cpu"] = block
     clusters = OnlineClusters(16, queue_size=3, refit_every=2)
     for step in range(8):
         rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5

@@ -282,6 +282,7 @@ def test_the_replay_finds_a_fault_in_backward(tmp_path, loss_impl):
 
 
 def test_skipped_steps_do_not_move_the_schedule(tmp_path, store_path, monkeypatch):
+    pytest.importorskip("gensim")
     command = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--epochs", 4)
     call(*command, "--out", "whole", cwd=tmp_path)
     break_reader(monkeypatch, "video")

@@ -1,13 +1,17 @@
 """The batches are those of a simple loader, bit by bit, whatever is in the store."""
 
 import os
+import shutil
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from mcn_ext.batch import SharedRooms
 from mcn_ext.data import (
+    PREFETCH,
     ClipReader,
     Loader,
     TrainingClips,
@@ -15,13 +19,14 @@ from mcn_ext.data import (
     caption_span,
     collate,
     is_silent,
+    lack_of_shared_memory,
     maxima,
     perturb_voice,
     to_device,
 )
 from mcn_ext.store import Store, StoreError, StoreWriter
 from mcn_ext.words import WordVectors, tokenize
-from tests.conftest import STREAMS, WORDS
+from tests.conftest import SMALL, STREAMS, WORDS, call
 
 VECTORS = WordVectors(WORDS, np.arange(8.0 * 8).reshape(8, 8), "test")
 FRAMES, N_WORDS = 150, 3
@@ -184,6 +189,38 @@ def test_collate_grows_with_longer_and_more_clips_than_the_first_item_has():
         np.testing.assert_array_equal(audio[begin:begin + n, :, :t], item["audio"])
         assert not audio[begin:begin + n, :, t:].any()
         begin += n
+
+
+@pytest.mark.parametrize("augment", [0.0, 1.0])
+def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
+    """By the bytes that a worker's batch has: clips of 190 frames, of which 120 are used."""
+    reader = ClipReader(Store(store_path), video_streams=("2d", "3d"), audio=True,
+                        audio_frames=120, audio_augment=augment)
+    clips, rooms = TrainingClips(reader, n_pair=4, min_time=1.0, seed=0), SharedRooms(1)
+    rooms([clips[0, i] for i in range(3)])
+    held = sum(room.nbytes() for room in rooms.rooms[0].values())
+
+    def say(free, workers=2):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        return lack_of_shared_memory(reader, 12, workers)
+
+    needed = 2 * (PREFETCH + 1) * held
+    assert say(needed) == say(0, workers=0) == ""
+    text = say(needed - 1)
+    assert text.startswith("--workers 2: they keep up to 0.00 GB of batches in shared memory")
+    assert text.endswith("Use --workers 1, or, in a container, docker run --shm-size 1g")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "on 2 ranks" in say(needed) and "Use --workers 1" in say(needed)
+    monkeypatch.setattr(reader, "audio_frames", 10**6)
+    assert "--workers 0, or, in a container, docker run --shm-size" in say(10**6)
+
+
+def test_training_goes_on_with_little_shared_memory(tmp_path, store_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps", 1)
+    done = call(*command, "--workers", 1, cwd=tmp_path)
+    assert "WARNING: --workers 1: they keep up to" in done.stdout and "step 1 of 4" in done.stdout
+    assert "WARNING" not in call(*command, "--out", "alone", cwd=tmp_path).stdout
 
 
 def test_a_store_that_is_cut_while_it_is_read_is_named(tmp_path):

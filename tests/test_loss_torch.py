@@ -112,6 +112,7 @@ def test_budget_comes_from_the_argument_or_the_environment(monkeypatch):
 def test_the_reference_runs_where_nothing_is_compiled(monkeypatch):
     rows, options = problem(9, 5, "cpu")
     monkeypatch.setattr(ops, "_unavailable", "not built")
+    monkeypatch.setattr(ops, "_cuda", False)  # as it is then, also where the kernels are built
     calls = spy(monkeypatch)
     assert ops.build_info() == {"error": "not built"} and not ops.has_cuda()
     for call, some in ((contrastive(), rows[:2]), (everything(**options), rows),

@@ -36,6 +36,7 @@ def losses(run_folder):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory, store_path):
     """A folder with a finished stage 1 (AV) and stage 2 (T) run on the small store."""
+    pytest.importorskip("gensim")  # vectors are trained on the captions
     folder = tmp_path_factory.mktemp("work")
     call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=folder, pictures=True)
     call("train_stage2.py", "--add", "T", "--device", "cpu", "--epochs", 2, "--log_every", 1,
@@ -136,6 +137,7 @@ def test_clean_clips_first(work, eval_path):
 
 
 def test_where_a_run_was_told_to_go_is_in_what_comes_next(tmp_path, store_path, capsys):
+    pytest.importorskip("gensim")
     args = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--out",
             tmp_path / "mine", "--max_steps", 1)
     assert (f"train_stage2.py --add A --init {tmp_path / 'mine'}"
