@@ -29,7 +29,7 @@ from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
 from mcn_ext.replay import replay
 from mcn_ext.store import Store, StoreError
-from mcn_ext.words import WordVectors, require_gensim, train_vectors, vectors_for
+from mcn_ext.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
 
 DEMO_BANNER = "\n".join(["=" * 78, "  DEMO DATA (made up): these numbers say that it runs, nothing "
                          "about real data", "=" * 78])
@@ -77,9 +77,8 @@ def check_gensim(args: argparse.Namespace, init: Path | None, folder: Path) -> N
     """SystemExit if :func:`open_words` will need gensim and it is not installed, before a store or
     a run folder is made or moved."""
     kept = [run / WORDS for run in (init, folder if args.resume else None) if run is not None]
-    if args.word2vec is not None:
-        kept.append(_words_beside(args.data))
-    if not any(path.exists() for path in kept):
+    if not any(path.exists() for path in kept) and not (
+            args.word2vec and is_kept(args.word2vec, _words_beside(args.data))):
         require_gensim(args.word2vec)
 
 

@@ -128,6 +128,14 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
                        source or str(word2vec))
 
 
+def is_kept(word2vec: Path, cache: Path) -> bool:
+    """Whether ``cache`` has vectors of ``word2vec``, kept by :func:`vectors_for`."""
+    try:
+        return WordVectors.load(cache).source.startswith(f"{word2vec} #")
+    except Exception:  # not there, or damaged: a dozen types
+        return False
+
+
 def vectors_for(store, word2vec: Path, cache: Path | None,
                 more: Iterable[str] = ()) -> WordVectors:
     """The vectors of ``word2vec`` for the words of the store's captions, and of ``more`` texts.

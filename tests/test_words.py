@@ -49,11 +49,13 @@ def test_what_needs_gensim_says_so_before_anything_is_done(tmp_path, store_path,
     if name:
         path.write_text("1 2\nchop 1 2\n")
     (tmp_path / "runs/stage1-VT").mkdir(parents=True)
-    call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps", 1,
-         cwd=tmp_path)
+    own = tmp_path / "own.h5"  # beside it lie words of another file
+    own.write_bytes(store_path.read_bytes())
+    WordVectors(["chop"], np.eye(1, 10), "other.bin #0").save(tmp_path / "own.h5.words.npz")
+    call("train_stage1.py", "--pair", "AV", "--data", own, *SMALL, "--max_steps", 1, cwd=tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for command in (("train_stage1.py", "--pair", "VT", *flag),
-                    ("train_stage1.py", "--pair", "VT", "--data", store_path, *flag, "--no-resume"),
+                    ("train_stage1.py", "--pair", "VT", "--data", own, *flag, "--no-resume"),
                     ("train_stage2.py", "--add", "T", *flag)):
         done = call(*command, "--device", "cpu", cwd=tmp_path, check=False)
         assert done.returncode == 1 and done.stderr.strip().startswith(said), done.stderr
