@@ -93,9 +93,9 @@ c10::OperatorHandle operator_of(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
 }
 
-// Gradients as they are, but an error for whoever differentiates them.
+// Gradients as they are, but an error for whoever differentiates them by what they depend on.
 struct Last : torch::autograd::Function<Last> {
-  static variable_list forward(AutogradContext*, const Tensor& /*upstream*/,
+  static variable_list forward(AutogradContext*, at::TensorList /*inputs*/,
                                at::TensorList gradients) {
     variable_list out;
     for (const Tensor& g : gradients) out.push_back(g.clone());
@@ -106,6 +106,15 @@ struct Last : torch::autograd::Function<Last> {
                                        "mcn_ext.reference's losses have");
   }
 };
+
+IValue tuple_of(const std::vector<int64_t>& numbers) {
+  return c10::ivalue::Tuple::create(std::vector<IValue>(numbers.begin(), numbers.end()));
+}
+std::vector<int64_t> ints_of(const IValue& tuple) {
+  std::vector<int64_t> numbers;
+  for (const IValue& number : tuple.toTupleRef().elements()) numbers.push_back(number.toInt());
+  return numbers;
+}
 
 struct Loss : torch::autograd::Function<Loss> {
   static variable_list forward(AutogradContext* ctx, Stack* arguments,
@@ -129,15 +138,18 @@ struct Loss : torch::autograd::Function<Loss> {
       value = static_cast<int64_t>(tensors.size());
     }
     ctx->save_for_backward(saved);
+    for (IValue& value : *arguments)  // compiled autograd hashes them, which lists are not made for
+      if (value.isIntList()) value = tuple_of(value.toIntVector());
     ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(std::move(*arguments));
     ctx->saved_data["kept"] = static_cast<int64_t>(kept.size());
-    ctx->mark_non_differentiable({out.begin() + 1, out.end()});
     ctx->set_materialize_grads(false);
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    const Stack arguments = ctx->saved_data["arguments"].toTupleRef().elements().vec();
+    Stack arguments = ctx->saved_data["arguments"].toTupleRef().elements().vec();
+    for (IValue& value : arguments)
+      if (value.isTuple()) value = ints_of(value);
     const std::vector<int64_t> wanted = arguments[kWanted].toIntVector();
     // For each input of forward: the arguments, the temperature, each embedding.
     variable_list gradients(2 + wanted.size());
@@ -159,6 +171,9 @@ struct Loss : torch::autograd::Function<Loss> {
         stack.push_back(tensors.empty() ? IValue() : IValue(tensors[0]));
     }
     stack.insert(stack.end(), arguments.begin() + kTensors, arguments.end());
+    variable_list inputs = stack[4].toTensorVector();
+    inputs.push_back(upstream[0]);
+    if (!stack[4 + kTemperature].isNone()) inputs.push_back(stack[4 + kTemperature].toTensor());
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       static const auto op = operator_of(MCN_TEXT(MCN_LIBRARY) "::loss_backward");
@@ -166,7 +181,8 @@ struct Loss : torch::autograd::Function<Loss> {
     }
     variable_list found = stack[1].toTensorVector();
     if (arguments[kWanted + 1].toBool()) found.push_back(stack[0].toTensor());
-    if (at::GradMode::is_enabled()) found = Last::apply(upstream[0], at::TensorList(found));  // create_graph=True
+    if (at::GradMode::is_enabled())  // create_graph=True
+      found = Last::apply(at::TensorList(inputs), at::TensorList(found));
     if (arguments[kWanted + 1].toBool()) gradients[1] = found.back();
     for (size_t i = 0, at = 0; i < wanted.size(); ++i)
       if (wanted[i]) gradients[2 + i] = found[at++];
@@ -179,6 +195,9 @@ void loss_autograd(const c10::OperatorHandle&, Stack* stack) {
   const std::optional<Tensor> temperature = arguments[kTemperature].toOptional<Tensor>();
   const variable_list embeddings = arguments[0].toTensorVector();
   variable_list out = Loss::apply(&arguments, temperature, at::TensorList(embeddings));
+  // The others have no gradients. (Marked so, compiled autograd would refuse them.) Terms are the
+  // user's to change: this tensor has a version of its own.
+  for (size_t i = 1; i < out.size(); ++i) out[i] = out[i].variable_data();
   const variable_list kept(out.begin() + 3, out.end());
   torch::jit::push(*stack, out[0], out[1], out[2], kept);
 }

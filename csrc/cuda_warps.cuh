@@ -66,12 +66,14 @@ __device__ __forceinline__ void store_at_once(T* to, const Pack<T, 4>& pack) {
   memcpy(word, &pack, sizeof(pack));
   auto* at = reinterpret_cast<unsigned*>(to);
   if constexpr (sizeof(pack) == 8)
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1]));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(word[0]), "r"(word[1])
+                 : "memory");
   else
 #pragma unroll
     for (unsigned i = 0; i < sizeof(pack) / 4; i += 4)
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at + i), "r"(word[i]),
-                   "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3]));
+                   "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3])
+                   : "memory");
 #else
   store(to, pack);
 #endif

@@ -104,8 +104,10 @@ MCN_INLINE void conclude_sums(const double* sums, int64_t ranks, double temperat
     all.bound = s[2] > all.bound ? s[2] : all.bound;
     all.broken = s[3] > all.broken ? s[3] : all.broken;
   }
-  const double mean = all.broken > 0 ? std::numeric_limits<double>::quiet_NaN()
-                                     : 1.0 / (all.count > 1 ? all.count : 1.0);
+  // NaN for all, in the gradients as well, also where a dot product of finite rows overflowed.
+  const double mean = all.broken > 0 || all.loss != all.loss
+                          ? std::numeric_limits<double>::quiet_NaN()
+                          : 1.0 / (all.count > 1 ? all.count : 1.0);
   factor[0] = A(to.weight * mean / temperature);
   factor[1] = A(512 * power_below_one(all.bound));
   *to.reported += A(to.report * (all.loss * mean));

@@ -88,8 +88,10 @@ void blocks(int64_t size, int64_t block, F f) {
 
 // The first `rows` rows of `scratch`, made or made larger when it is too small.
 Tensor rows_of(Tensor& scratch, int64_t rows, int64_t cols, const at::TensorOptions& options) {
-  if (!scratch.defined() || scratch.numel() < rows * cols)
+  if (!scratch.defined() || scratch.numel() < rows * cols) {
+    scratch.reset();  // first: not both at once
     scratch = at::empty({rows * cols}, options);
+  }
   return scratch.narrow(0, 0, rows * cols).view({rows, cols});
 }
 
@@ -139,6 +141,8 @@ class Losses {
 #ifdef MCN_WITH_CUDA
     if (cuda_) stream_ = c10::cuda::getCurrentCUDAStream(first_.get_device()).stream();
 #endif
+    TORCH_CHECK_TYPE(cuda_ || !narrow_, "mcn: on a CPU embeddings must be float32 or float64, got ",
+                     first_.scalar_type());
     // The kernels read vectors without strides.
     for (auto* vectors : {&p_.ids, &p_.valid})
       for (Tensor& vector : *vectors) vector = vector.contiguous();

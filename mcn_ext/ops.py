@@ -193,7 +193,7 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
             "width": rows[0].shape[1], "dtypes": [str(x.dtype) for x in rows], "pairs": pairs,
             "clustered": list(clustered), "centroids": k, "ids": len(given), "masks": len(valid),
             "margin": margin, "normalize": normalize, "gradients": wanted, "budget": budget,
-            "temperature": learn_temperature or isinstance(temperature, Tensor) or temperature})
+            "temperature": [learn_temperature, isinstance(temperature, Tensor) or temperature]})
         vectors = ranks.gather_vectors([*given, *valid])
         given, valid = vectors[:len(given)], [v.bool() for v in vectors[len(given):]]
         pairs, second = _columns(pairs, wanted)
@@ -240,10 +240,11 @@ def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:
 def _fake_loss(rows, ids, valid, columns, centroids, labels, temperature, fixed, margin, pairs,
                clustered, normalize, weight, scale, wanted, wants_temperature, keep, tile, sizes,
                rank, group):
-    n, everything = len(rows[0]), sum(sizes) if sizes else len(rows[0])
+    n = rows[0].shape[0]  # not len(): a size that torch.compile leaves open stays open
+    everything = sum(sizes) if sizes else n
     clusters = 0 if centroids is None else len(clustered)
     size = len(pairs) // 2 * (2 + 4 * n + (3 if sizes else 2) * everything) + clusters * (2 + 4 * n)
-    kept = [everything] * (len(pairs) // 2) + [0 if not clusters else len(centroids)] * clusters
+    kept = [everything] * (len(pairs) // 2) + [0 if not clusters else centroids.shape[0]] * clusters
     dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
     make = partial(rows[0].new_empty, dtype=dtype)
     return make(()), make(6), make(size), [

@@ -100,7 +100,11 @@ inline void run_block(int n) {
   }
   for (bool moved = true; moved;) {
     moved = false;
-    for (int warp = 0; warp < n; warp += 32) {
+    // Other warps first each time: where a barrier is missing, some order shows it.
+    static int pass = 0;
+    const int warps = (n + 31) / 32, turn = warps & (warps - 1) ? 0 : (warps - 1 - pass++ % warps);
+    for (int i = 0; i < warps; ++i) {
+      const int warp = 32 * (i ^ turn);
       do {
         for (int i = warp; i < warp + 32 && i < n; ++i) {
           if (threads[i].state != kReady) continue;

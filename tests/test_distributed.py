@@ -144,6 +144,9 @@ def main(out):
     with pytest.raises(ValueError, match="ranks disagree about what to compute"):
         x = torch.ones(2, 3, requires_grad=rank == 0)
         ops.contrastive_loss(x, torch.ones(2, 3), group=group)
+    with pytest.raises(ValueError, match="ranks disagree about what to compute"):
+        t = torch.tensor(0.07, requires_grad=rank == 0)
+        ops.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=t, group=group)
 
     torch.manual_seed(0)
     net = DistributedDataParallel(encoders.ResDAVEnet(0.0625).double())

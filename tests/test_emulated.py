@@ -8,19 +8,23 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from mcn_ext import ops
-from tests import test_loss, test_loss_torch
+from tests import test_distributed, test_loss, test_loss_torch
+from tests.conftest import run
 from tests.test_loss import check, contrastive, everything, mode, problem  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
+# A load of 16 bytes from elsewhere ends the process, as it would end a GPU's context.
+ALIGNED = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")
 NOT_HERE = {  # threads of the CPU's kernels; the host's check of labels; minutes of emulation
     "test_kernels_do_not_depend_on_the_number_of_threads",
     "test_labels_outside_are_named_unless_invalid", "test_more_elements_than_32_bits_count"}
@@ -61,8 +65,8 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory):
-    """The CPU, on which torch.ops.mcn is now the extension with the CUDA kernels."""
+def library(tmp_path_factory):
+    """The extension with the CUDA kernels, for a CPU."""
     folder = tmp_path_factory.mktemp("emulated")
     toolkit = Path(os.path.realpath(NVCC)).parents[1] / "include"
     if not (toolkit / "cuda_fp16.h").exists():  # nvcc is a wrapper
@@ -71,7 +75,7 @@ def device(tmp_path_factory):
         toolkit = Path(re.search(r"^#\$ _?TOP=(\S+)|^#\$ TOP=(\S+)", text, re.M)[1]) / "include"
     torch_root = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-fno-math-errno", "-DMCN_EMULATE",
-             "-DMCN_LIBRARY=mcn_emulated", f"-I{torch_root}/include",
+             "-DMCN_LIBRARY=mcn_emulated", *ALIGNED, f"-I{torch_root}/include",
              f"-I{torch_root}/include/torch/csrc/api/include", f"-I{ROOT}/csrc"]
     builds = [subprocess.Popen(["g++", *flags, *extra, "-c", ROOT / "csrc" / source, "-o",
                                 folder / f"{source}.o"], stderr=subprocess.PIPE, text=True)
@@ -82,14 +86,24 @@ def device(tmp_path_factory):
         errors = build.communicate()[1]
         assert build.returncode == 0, errors
     library = folder / "emulated.so"
-    subprocess.run(["g++", "-shared", *folder.glob("*.o"), f"-L{torch_root}/lib", "-lc10",
+    subprocess.run(["g++", "-shared", *ALIGNED, *folder.glob("*.o"), f"-L{torch_root}/lib", "-lc10",
                     "-ltorch_cpu", "-o", library], check=True)
+    return library
+
+
+def emulate(library, patch):
+    """From here on torch.ops.mcn is that extension."""
     torch.ops.load_library(str(library))
     for name in ("loss", "loss_backward"):
         torch.library.register_fake(f"mcn_emulated::{name}", getattr(ops, f"_fake_{name}"))
+    patch.setattr(torch.ops, "mcn", torch.ops.mcn_emulated)
+    patch.setattr(ops, "_multiplies_16_bits", lambda x: True)
+
+
+@pytest.fixture(scope="module")
+def device(library):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops, "mcn", torch.ops.mcn_emulated)
-        patch.setattr(ops, "_multiplies_16_bits", lambda x: True)
+        emulate(library, patch)
         patch.setattr(test_loss, "REPEATS", 1)
         yield "cpu"
 
@@ -103,3 +117,15 @@ def test_blocks_and_tiles_of_every_kind(device, mode, monkeypatch, dtype, n, d, 
     rows, options = problem(n, d, device, dtype)
     check(contrastive(), rows[:2])
     check(everything(**options), rows)
+
+
+def test_two_ranks_are_one_process(library, tmp_path):
+    out = tmp_path / "found.pt"
+    run(*test_distributed.LAUNCH, 2, __file__, library, out, cwd=ROOT, env=test_distributed.ONE)
+    found = torch.load(out, weights_only=True)
+    test_distributed.test_losses_and_gradients_are_those_of_one_process((2, found))
+
+
+if __name__ == "__main__":  # a rank of the last test
+    emulate(sys.argv[1], pytest.MonkeyPatch())
+    test_distributed.main(Path(sys.argv[2]))

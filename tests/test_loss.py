@@ -117,9 +117,12 @@ def test_errors_in_budget_and_equal_bits(device, mode, monkeypatch, dtype, n, d,
         assert_close(values(ops, everything(**options), rows), got, **BITS)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "not aligned"])
 def test_any_memory_layout(device, mode, layout):
     def lay(x):
+        if layout == "not aligned":
+            whole = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)
+            return whole[1:].view(x.shape).copy_(x)
         if layout == "expanded":
             return x[:1].expand(x.shape)
         if layout == "transposed" and x.dim() == 2:
@@ -127,7 +130,8 @@ def test_any_memory_layout(device, mode, layout):
         whole = torch.full([2 * s for s in x.shape], 77, dtype=x.dtype, device=device)
         return whole[tuple(slice(None, None, 2) for _ in x.shape)].copy_(x)
 
-    x, y, mu = map(lay, embeddings(20, 5, device=device, count=3))
+    d = 24 if layout == "not aligned" else 5  # rows of 24 numbers are read 16 bytes at a time
+    x, y, mu = map(lay, embeddings(20, d, device=device, count=3))
     number = torch.arange(20, device=device)
     labels, ids, valid = map(lay, (number, number // 2, number % 3 != 1))
     for call, rows in ((lambda lay: contrastive(ids=lay(ids), valid=lay(valid)), [x, y]),

@@ -67,11 +67,46 @@ def test_a_loss_scale_meets_gradients_that_fp16_has_not_rounded_away(device, mod
     assert all(0 < g.abs().max() < 65536 * 2**-14 for g in got[1:3])
 
 
-def test_double_backward_is_refused(device, mode):
-    x, y = (t.requires_grad_() for t in embeddings(5, 3, device=device))
-    loss = ops.contrastive_loss(x, y).square()  # its first derivative holds the loss: no constant
+@pytest.mark.parametrize("wrt", ["rows", "temperature", "loss"])
+def test_double_backward_is_refused(device, mode, wrt):
+    x, y = embeddings(5, 3, device=device)
+    t = torch.tensor(0.25, device=device, requires_grad=wrt == "temperature")
+    x.requires_grad_(wrt != "temperature"), y.requires_grad_(wrt == "rows")
+    loss = ops.contrastive_loss(x, y, temperature=t)
+    loss = loss.square() if wrt == "loss" else loss
+    gradient, = torch.autograd.grad(loss, t if wrt == "temperature" else x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
-        torch.autograd.grad(loss, x, create_graph=True)[0].sum().backward()
+        (loss + gradient.square().sum()).backward()
+
+
+def test_terms_may_be_changed_in_place(device, mode):
+    rows, options = problem(9, 5, device)
+    want = values(ops, everything(**options), rows)
+    rows = [x.requires_grad_() for x in rows]
+    terms = everything(**options)(ops, rows, 0.25)
+    terms.contrastive.mul_(2)
+    assert_close(list(torch.autograd.grad(terms.total, rows)), want[3:6], **BITS)
+
+
+@pytest.mark.slow
+def test_a_compiled_call_takes_any_number_of_rows(device, mode):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(contrastive(), fullgraph=True, backend=counter)
+    for n in (5, 9, 17, 33):
+        rows = embeddings(n, 3, device=device)
+        for x in rows:
+            torch._dynamo.mark_dynamic(x, 0)
+        assert_close(compiled(ops, rows, 0.25), contrastive()(ops, rows, 0.25))
+    assert counter.frame_count == 1
+
+
+def test_backward_may_be_compiled(device, mode):
+    from torch._dynamo.compiled_autograd import _enable
+    rows = embeddings(9, 5, device=device)
+    want = values(ops, contrastive(), rows)
+    with _enable(lambda graph: graph):
+        assert_close(values(ops, contrastive(), rows), want, **BITS)
 
 
 def test_under_autocast_and_without_gradients(device, mode, monkeypatch):
