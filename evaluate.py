@@ -23,69 +23,153 @@ SETS = (*RETRIEVAL, *STEPS, "moments")
 def parse(argv):
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, what in {
-            "youcook2": "retrieval over the clips of STORE (default data/youcook2.h5, or the "
-                        "demo's for a demo run)",
-            "msrvtt": "the same over MSR-VTT's test clips; those without sound, and those that are "
-                      "not there, count as misses",
-            "crosstask": "an ordered list of steps found in each video: recall by task, IoU, IoD",
-            "miningyoutube": "the same, with a list of steps for each video",
-            "moments": "for each sentence, the windows of its video ranked: R@1 at IoU 0.3, 0.5, "
-                       "0.7. Sentences: STORE's captions, or --annotations"}.items():
-        parser.add_argument(f"--{name}", nargs="?", const="", metavar="STORE", help=what if name ==
-                            "youcook2" else f"{what} (default {flags.STORES[name]})")
-    parser.add_argument("--run", type=Path, metavar="DIR",
-                        help="run folder (default: the newest, stage 2 before stage 1)")
+        "youcook2": "retrieval over the clips of STORE (default data/youcook2.h5, or the "
+        "demo's for a demo run)",
+        "msrvtt": "the same over MSR-VTT's test clips; those without sound, and those that are "
+        "not there, count as misses",
+        "crosstask": "an ordered list of steps found in each video: recall by task, IoU, IoD",
+        "miningyoutube": "the same, with a list of steps for each video",
+        "moments": "for each sentence, the windows of its video ranked: R@1 at IoU 0.3, 0.5, "
+        "0.7. Sentences: STORE's captions, or --annotations",
+    }.items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="?",
+            const="",
+            metavar="STORE",
+            help=what if name == "youcook2" else f"{what} (default {flags.STORES[name]})",
+        )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="FILE",
-        help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)")
-    parser.add_argument("--init_published", type=Path, metavar="FILE", help="published weights in "
-                        "place of a run; results go to runs/published-NAME-HASH")
-    parser.add_argument("--word2vec", type=Path, metavar="FILE", help="for --init_published: its "
-                        f"text encoder's word vectors (default {flags.WORD2VEC})")
-    parser.add_argument("--similarity", choices=("cosine", "dot"),
-                        help="default: what the run was trained with, dot for --init_published")
-    parser.add_argument("--batch_size", type=flags.positive(int), default=64, metavar="N",
-                        help="clips embedded at a time (default 64)")
-    parser.add_argument("--device", default="auto", metavar="DEV",
-                        help="auto, cpu, cuda or cuda:N (default auto)")
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: the newest, stage 2 before stage 1)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)",
+    )
+    parser.add_argument(
+        "--init_published",
+        type=Path,
+        metavar="FILE",
+        help="published weights in place of a run; results go to runs/published-NAME-HASH",
+    )
+    parser.add_argument(
+        "--word2vec",
+        type=Path,
+        metavar="FILE",
+        help=f"for --init_published: its text encoder's word vectors (default {flags.WORD2VEC})",
+    )
+    parser.add_argument(
+        "--similarity",
+        choices=("cosine", "dot"),
+        help="default: what the run was trained with, dot for --init_published",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=flags.positive(int),
+        default=64,
+        metavar="N",
+        help="clips embedded at a time (default 64)",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)"
+    )
     group = parser.add_argument_group("retrieval")
-    group.add_argument("--all_directions", action="store_true", help="every query and candidate, "
-                       "pairs of modalities too, not only the four customary ones")
-    group.add_argument("--whole_videos", action="store_true", help="also retrieval of the videos "
-                       "that the clips are from (youcook2): best clip, mean over captions")
     group.add_argument(
-        "--fusion", nargs="+", choices=("sum", "mean", "bank"), default=["sum"], help="how several "
+        "--all_directions",
+        action="store_true",
+        help="every query and candidate, pairs of modalities too, not only the four customary ones",
+    )
+    group.add_argument(
+        "--whole_videos",
+        action="store_true",
+        help="also retrieval of the videos "
+        "that the clips are from (youcook2): best clip, mean over captions",
+    )
+    group.add_argument(
+        "--fusion",
+        nargs="+",
+        choices=("sum", "mean", "bank"),
+        default=["sum"],
+        help="how several "
         "modalities and candidates compare; several may be given (default sum). sum: of cosines, "
         "the published protocol; mean: cosine to the mean embedding; bank: sum, less what draws "
-        "training clips' queries to a candidate (no evaluation data used)")
-    group.add_argument("--bank_size", type=flags.positive(int), default=2000, metavar="N",
-                       help="training clips that --fusion bank embeds (default 2000)")
-    group.add_argument("--msrvtt_clips", type=flags.positive(int), metavar="N",
-                       help="clips of the whole test set (default 1000), for the misses")
-    group.add_argument("--keep_embeddings", action="store_true", help="write RUN/youcook2.npz (or "
-                       "msrvtt.npz): every query's rank by direction, and all embeddings (fp16)")
-    group.add_argument("--require_complete", action="store_true", help="an error, not a result, "
-                       "for a run that has not been trained to its end")
+        "training clips' queries to a candidate (no evaluation data used)",
+    )
+    group.add_argument(
+        "--bank_size",
+        type=flags.positive(int),
+        default=2000,
+        metavar="N",
+        help="training clips that --fusion bank embeds (default 2000)",
+    )
+    group.add_argument(
+        "--msrvtt_clips",
+        type=flags.positive(int),
+        metavar="N",
+        help="clips of the whole test set (default 1000), for the misses",
+    )
+    group.add_argument(
+        "--keep_embeddings",
+        action="store_true",
+        help="write RUN/youcook2.npz (or "
+        "msrvtt.npz): every query's rank by direction, and all embeddings (fp16)",
+    )
+    group.add_argument(
+        "--require_complete",
+        action="store_true",
+        help="an error, not a result, for a run that has not been trained to its end",
+    )
     group = parser.add_argument_group("steps and moments")
-    group.add_argument("--background", type=flags.number, metavar="Z", help="a second belongs to no"
-                       " step if it scores less than Z standard deviations above the step's mean "
-                       "in its video (default 0.5; for IoU, IoD and frame accuracy)")
-    group.add_argument("--annotations", type=Path, metavar="JSON",
-                       help="YouCook2's annotations, for --moments")
-    group.add_argument("--subset", choices=("validation", "training", "all"),
-                       help="of the annotations (default validation)")
-    group.add_argument("--windows", type=flags.positive(float), nargs="+", metavar="S",
-                       help="lengths of the windows ranked, in seconds (default 5 10 20 40)")
-    group.add_argument("--window_stride", type=flags.positive(float), metavar="X",
-                       help="between windows, as a part of their length (default 0.25)")
+    group.add_argument(
+        "--background",
+        type=flags.number,
+        metavar="Z",
+        help="a second belongs to no"
+        " step if it scores less than Z standard deviations above the step's mean "
+        "in its video (default 0.5; for IoU, IoD and frame accuracy)",
+    )
+    group.add_argument(
+        "--annotations", type=Path, metavar="JSON", help="YouCook2's annotations, for --moments"
+    )
+    group.add_argument(
+        "--subset",
+        choices=("validation", "training", "all"),
+        help="of the annotations (default validation)",
+    )
+    group.add_argument(
+        "--windows",
+        type=flags.positive(float),
+        nargs="+",
+        metavar="S",
+        help="lengths of the windows ranked, in seconds (default 5 10 20 40)",
+    )
+    group.add_argument(
+        "--window_stride",
+        type=flags.positive(float),
+        metavar="X",
+        help="between windows, as a part of their length (default 0.25)",
+    )
     args = parser.parse_args(argv)
     asked = {name for name in SETS if getattr(args, name) is not None}
     if not asked:
-        parser.error("say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
-                     "--miningyoutube or --moments")
-    for flag, sets in {"whole_videos": {"youcook2"}, "msrvtt_clips": {"msrvtt"}, "background":
-                       set(STEPS), "annotations": {"moments"}, "subset": {"moments"},
-                       "windows": {"moments"}, "window_stride": {"moments"}}.items():
+        parser.error(
+            "say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
+            "--miningyoutube or --moments"
+        )
+    for flag, sets in {
+        "whole_videos": {"youcook2"},
+        "msrvtt_clips": {"msrvtt"},
+        "background": set(STEPS),
+        "annotations": {"moments"},
+        "subset": {"moments"},
+        "windows": {"moments"},
+        "window_stride": {"moments"},
+    }.items():
         if getattr(args, flag) != parser.get_default(flag) and not asked & sets:
             parser.error(f"--{flag} is for {' and '.join(f'--{name}' for name in sorted(sets))}")
     if args.subset and not args.annotations:
@@ -115,11 +199,15 @@ def main(argv=None):
     run = None if args.init_published else open_run(args.run, args.checkpoint)
     demo = run is not None and run[2]["args"]["demo"]
     for name in (name for name in SETS if getattr(args, name) is not None):
-        path = Path(getattr(args, name) or (flags.DEMO / "eval.h5" if demo and name == "youcook2"
-                                            else flags.STORES[name]))
+        path = Path(
+            getattr(args, name)
+            or (flags.DEMO / "eval.h5" if demo and name == "youcook2" else flags.STORES[name])
+        )
         if not path.exists():
-            raise SystemExit(f"--{name} {path}: no such store; make it with: python -m "
-                             f"mcn_ext.prepare {flags.PREPARE[name]} --out {path}")
+            raise SystemExit(
+                f"--{name} {path}: no such store; make it with: python -m "
+                f"mcn_ext.prepare {flags.PREPARE[name]} --out {path}"
+            )
         try:
             store = stores[name] = Store(path)
             if name in STEPS:
@@ -127,16 +215,24 @@ def main(argv=None):
         except StoreError as error:
             raise SystemExit(f"--{name} {error}") from None
         if name == "moments":
-            sentences = (moments.read_annotations(args.annotations, args.subset or "validation")
-                         if args.annotations else moments.captions_of(store))
+            sentences = (
+                moments.read_annotations(args.annotations, args.subset or "validation")
+                if args.annotations
+                else moments.captions_of(store)
+            )
     if args.whole_videos:
         names = retrieval.videos_of(stores["youcook2"].ids())
-    texts = [text for table_ in steps.values() for video in table_["videos"].values()
-             for text in video["steps"]]
+    texts = [
+        text
+        for table_ in steps.values()
+        for video in table_["videos"].values()
+        for text in video["steps"]
+    ]
     texts += [text for _, _, said in sentences.values() for text in said]
     if args.init_published:
         args.run, file, content, words = published.for_evaluation(
-            args.init_published, args.word2vec, next(iter(stores.values())), texts)
+            args.init_published, args.word2vec, next(iter(stores.values())), texts
+        )
     else:
         args.run, file, content = run
         words = words_of(args.run, content)
@@ -151,14 +247,18 @@ def main(argv=None):
         embedder.check(store, f"--{name}")
         counts = store.caption_counts()
         if name in RETRIEVAL and (counts != 1).any():
-            raise SystemExit(f"--{name} {store.path}: {(counts != 1).sum()} of {len(store)} clips "
-                             "have not one caption each, first "
-                             f"{store.ids()[(counts != 1).argmax()]} (is it a training store?)")
+            raise SystemExit(
+                f"--{name} {store.path}: {(counts != 1).sum()} of {len(store)} clips "
+                "have not one caption each, first "
+                f"{store.ids()[(counts != 1).argmax()]} (is it a training store?)"
+            )
         if name not in RETRIEVAL and "text" not in modalities:
             raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
         if name in RETRIEVAL and not directions:
-            raise SystemExit(f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
-                             "direction joins several; use --fusion sum")
+            raise SystemExit(
+                f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
+                "direction joins several; use --fusion sum"
+            )
     metrics_file = args.run / "metrics.json"
     try:
         metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
@@ -166,15 +266,28 @@ def main(argv=None):
         raise SystemExit(f"{metrics_file}: damaged ({error}); move it away") from None
 
     def write(name, store, result):
-        about = {"data": str(store.path), "checkpoint": str(file), "step": content["step"],
-                 "complete": content["complete"], "similarity": similarity}
+        about = {
+            "data": str(store.path),
+            "checkpoint": str(file),
+            "step": content["step"],
+            "complete": content["complete"],
+            "similarity": similarity,
+        }
         keep(metrics, name, {"n": result.pop("n")} | about | result)
         write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
 
     def show(store, notices, *tables):
         demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
-        print("; ".join([f"{args.run.name}: {store.path}{demo}, {similarity}",
-                         *filter(None, [unfinished, *notices])]), *tables, sep="\n")
+        print(
+            "; ".join(
+                [
+                    f"{args.run.name}: {store.path}{demo}, {similarity}",
+                    *filter(None, [unfinished, *notices]),
+                ]
+            ),
+            *tables,
+            sep="\n",
+        )
 
     # -------------------------------------------------------------------------------- retrieval
     def bank():
@@ -183,8 +296,7 @@ def main(argv=None):
         except StoreError as error:
             raise SystemExit(f"--fusion bank needs the training store: {error}") from None
         clips = retrieval.some_clips(source, args.bank_size, trained["min_time"])
-        return embedder.clips(source, clips, audio_frames=trained["audio_frames"],
-                              known_words=True)
+        return embedder.clips(source, clips, audio_frames=trained["audio_frames"], known_words=True)
 
     banked = bank() if "bank" in args.fusion and stores.keys() & set(RETRIEVAL) else None
 
@@ -194,24 +306,43 @@ def main(argv=None):
         msrvtt = name == "msrvtt"
         absent = max((args.msrvtt_clips or 1000) - len(store), 0) if msrvtt else 0
         found = retrieval.evaluate(
-            clips, directions, kind=similarity, bank=banked, temperature=trained["temperature"],
-            strict=msrvtt, absent=absent, videos=None if msrvtt else names)
+            clips,
+            directions,
+            kind=similarity,
+            bank=banked,
+            temperature=trained["temperature"],
+            strict=msrvtt,
+            absent=absent,
+            videos=None if msrvtt else names,
+        )
         missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
-        for key, ranks, what in ((name, found.ranks, "direction"),
-                                 (f"{name}_videos", found.videos, "whole videos")):
+        for key, ranks, what in (
+            (name, found.ranks, "direction"),
+            (f"{name}_videos", found.videos, "whole videos"),
+        ):
             if not ranks:
                 continue
             rows, n = {d: summarize(r) for d, r in ranks.items()}, len(next(iter(ranks.values())))
-            show(store, [*(f"{k} without {m}: misses, or out of sums" for m, k in missing.items()),
-                         f"{absent} of {n} clips (--msrvtt_clips) are not in the store: misses"
-                         if absent else ""], table(rows, n, what))
+            show(
+                store,
+                [
+                    *(f"{k} without {m}: misses, or out of sums" for m, k in missing.items()),
+                    f"{absent} of {n} clips (--msrvtt_clips) are not in the store: misses"
+                    if absent
+                    else "",
+                ],
+                table(rows, n, what),
+            )
             write(key, store, {"n": n, "without": missing, "absent": absent} | rows)
         direction, rank = next(iter(found.ranks.items()))
-        similarity_picture(found.scores.numpy(), f"{name} {direction}", rank,
-                           args.run / "similarity.png")
+        similarity_picture(
+            found.scores.numpy(), f"{name} {direction}", rank, args.run / "similarity.png"
+        )
         if args.keep_embeddings:  # of any length, embeddings may lie beyond fp16
-            kept = {f"embedding:{m}": (e.half() if similarity == "cosine" else e).numpy()
-                    for m, e in clips[0].items()}
+            kept = {
+                f"embedding:{m}": (e.half() if similarity == "cosine" else e).numpy()
+                for m, e in clips[0].items()
+            }
             kept |= {f"valid:{m}": v.numpy() for m, v in clips[1].items()}
             kept |= {f"rank:{direction}": rank for direction, rank in found.ranks.items()}
             replace(args.run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
@@ -220,26 +351,45 @@ def main(argv=None):
     def find_steps(name, store):
         embedder.learn_words(store, texts)
         result = localization.localize(
-            steps[name], localization.scorer(embedder, store, similarity),
-            background=localization.LEVEL if args.background is None else args.background)
+            steps[name],
+            localization.scorer(embedder, store, similarity),
+            background=localization.LEVEL if args.background is None else args.background,
+        )
         show(store, [localization.notice(result)], markdown(*localization.table_rows(result)))
         write(name, store, {"n": result["steps"]} | result)
 
     def find_moments(name, store):
         embedder.learn_words(store, texts)
-        wanted = [d for d in retrieval.MAIN if d.startswith("text->")
-                  and set(d[6:].split("+")) <= set(modalities)]
-        result = moments.evaluate(embedder, store, sentences, wanted, similarity,
-                                  args.windows or moments.LENGTHS,
-                                  args.window_stride or moments.STRIDE)
+        wanted = [
+            d
+            for d in retrieval.MAIN
+            if d.startswith("text->") and set(d[6:].split("+")) <= set(modalities)
+        ]
+        result = moments.evaluate(
+            embedder,
+            store,
+            sentences,
+            wanted,
+            similarity,
+            args.windows or moments.LENGTHS,
+            args.window_stride or moments.STRIDE,
+        )
         show(store, [moments.notice(result)], markdown(*moments.table_rows(result)))
-        write(name, store, {"annotations": str(args.annotations or store.path), "subset":
-                            args.annotations and (args.subset or "validation")} | result)
+        write(
+            name,
+            store,
+            {
+                "annotations": str(args.annotations or store.path),
+                "subset": args.annotations and (args.subset or "validation"),
+            }
+            | result,
+        )
 
     for name, store in stores.items():
         try:
-            (retrieve if name in RETRIEVAL else find_steps if name in STEPS
-             else find_moments)(name, store)
+            (retrieve if name in RETRIEVAL else find_steps if name in STEPS else find_moments)(
+                name, store
+            )
         except (FloatingPointError, StoreError) as error:
             raise SystemExit(f"--{name} {store.path}, {file}: {error}") from None
     print(f"written: {metrics_file}")

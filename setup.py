@@ -15,9 +15,14 @@ from setuptools import setup
 
 def is_toolkit(folder: str | None) -> bool:
     """Whether nvcc and CUDA's headers (conda's lie in targets) are in a folder."""
-    return bool(folder and shutil.which("nvcc", path=os.path.join(folder, "bin")) and any(
-        any(Path(folder).glob(f"{include}/cuda_runtime_api.h"))
-        for include in ("include", "targets/*/include")))
+    return bool(
+        folder
+        and shutil.which("nvcc", path=os.path.join(folder, "bin"))
+        and any(
+            any(Path(folder).glob(f"{include}/cuda_runtime_api.h"))
+            for include in ("include", "targets/*/include")
+        )
+    )
 
 
 def find_cuda_home() -> str | None:
@@ -41,7 +46,8 @@ try:
 except ImportError:
     raise SystemExit(
         "mcn_ext is built against the torch you have: pip install torch==2.13.0 first, then "
-        "pip install -e . --no-build-isolation") from None
+        "pip install -e . --no-build-isolation"
+    ) from None
 
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise SystemExit(f"mcn_ext needs torch >= 2.11, found {torch.__version__}")
@@ -54,9 +60,11 @@ wanted = os.environ.get("MCN_CUDA")
 if torch.version.cuda is None:
     missing = f"torch {torch.__version__} is a build without CUDA; install one with it"
 elif not possible:
-    missing = (f"torch has CUDA {torch.version.cuda}, but there is no bin/nvcc or no "
-               f"include/cuda_runtime_api.h under CUDA_HOME={CUDA_HOME}; install the CUDA toolkit, "
-               "or set CUDA_HOME to where it is")
+    missing = (
+        f"torch has CUDA {torch.version.cuda}, but there is no bin/nvcc or no "
+        f"include/cuda_runtime_api.h under CUDA_HOME={CUDA_HOME}; install the CUDA toolkit, "
+        "or set CUDA_HOME to where it is"
+    )
 if wanted == "1" and not possible:
     raise SystemExit(f"MCN_CUDA=1: {missing}")
 if torch.version.cuda and not possible and wanted != "0":
@@ -74,6 +82,9 @@ extension = (CUDAExtension if cuda else CppExtension)(
     sources + (kernels if cuda else []),
     define_macros=[("MCN_WITH_CUDA", None)] if cuda else [],
     # No -std: torch 2.11 builds as C++17, 2.13 as C++20, and says so itself.
-    extra_compile_args={"cxx": host, "nvcc": level} if cuda else host)
-setup(ext_modules=[extension],
-      cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)})
+    extra_compile_args={"cxx": host, "nvcc": level} if cuda else host,
+)
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+)

@@ -17,8 +17,13 @@ from mcn_ext import flags
 def main(argv=None):
     # ------------------------------------------------------- flags (torch is not loaded yet)
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=flags.pair, required=True, metavar="|".join(flags.PAIRS),
-                        help="modalities to align: A audio, V video, T text")
+    parser.add_argument(
+        "--pair",
+        type=flags.pair,
+        required=True,
+        metavar="|".join(flags.PAIRS),
+        help="modalities to align: A audio, V video, T text",
+    )
     flags.add_training_flags(parser, stage=1)
     args = flags.complete(parser.parse_args(argv))
 
@@ -46,11 +51,14 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------ model, objective
     torch.manual_seed(args.seed)
-    model = MCN(args.pair,
-                video_dims=start["sizes"]["video_dims"] if start else training.video_dims(store),
-                word_dim=words.dim if words else 300, embd_dim=args.embd_dim,
-                recon_dim=args.recon_dim if args.recon_weight else 0,
-                audio_width=args.audio_width).to(device)
+    model = MCN(
+        args.pair,
+        video_dims=start["sizes"]["video_dims"] if start else training.video_dims(store),
+        word_dim=words.dim if words else 300,
+        embd_dim=args.embd_dim,
+        recon_dim=args.recon_dim if args.recon_weight else 0,
+        audio_width=args.audio_width,
+    ).to(device)
     if start:
         known = model.state_dict().keys() & start["model"].keys()  # heads as --recon_weight says
         model.load_state_dict({key: start["model"][key] for key in known}, strict=False)

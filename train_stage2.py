@@ -17,13 +17,25 @@ from mcn_ext import flags
 def main(argv=None):
     # ------------------------------------------------------- flags (torch is not loaded yet)
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", type=str.upper, choices=("A", "V", "T"), required=True,
-                        help="the modality to add: A audio, V video, T text")
-    parser.add_argument("--init", type=Path, metavar="RUN", help="stage-1 run folder to start from "
-                        "(default: the newest that lacks the modality)")
-    parser.add_argument("--stage1_encoders", choices=("frozen", "finetune"), default="frozen",
-                        help="frozen: only the new encoder learns (default); finetune: all three "
-                        "pairs train")
+    parser.add_argument(
+        "--add",
+        type=str.upper,
+        choices=("A", "V", "T"),
+        required=True,
+        help="the modality to add: A audio, V video, T text",
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="RUN",
+        help="stage-1 run folder to start from (default: the newest that lacks the modality)",
+    )
+    parser.add_argument(
+        "--stage1_encoders",
+        choices=("frozen", "finetune"),
+        default="frozen",
+        help="frozen: only the new encoder learns (default); finetune: all three pairs train",
+    )
     flags.add_training_flags(parser, stage=2)
     args = parser.parse_args(argv)
     if args.init and args.init_published:
@@ -44,24 +56,30 @@ def main(argv=None):
     else:
         args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
         if args.init is None:
-            raise SystemExit(f"no stage-1 run without {args.add} in runs/; train one (python "
-                             f"train_stage1.py --pair {first}) or name one with --init")
+            raise SystemExit(
+                f"no stage-1 run without {args.add} in runs/; train one (python "
+                f"train_stage1.py --pair {first}) or name one with --init"
+            )
         start = checkpoint.load(args.init / checkpoint.LATEST)
         first = start["sizes"]["modalities"]
         if args.add in first or len(first) != 2:
             fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
-            raise SystemExit(f"--add {args.add}: {args.init} was trained on {first}"
-                             + (", it has that modality already" if args.add in first else "")
-                             + f"; use {fits + ' or ' if fits else ''}another --init")
+            raise SystemExit(
+                f"--add {args.add}: {args.init} was trained on {first}"
+                + (", it has that modality already" if args.add in first else "")
+                + f"; use {fits + ' or ' if fits else ''}another --init"
+            )
         args = flags.complete(args, inherited=start["args"])
         # A retrained stage 1, or one that has gone on, is another start: not resumed from.
         args.init_run_id, args.init_step = start["run_id"], start["step"]
         args.first_epoch = start["args"]["epochs"]
         state = "complete" if start["complete"] else "NOT complete"
         if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
-            raise SystemExit(f"--word2vec {args.word2vec}: the text encoder of {args.init} was "
-                             f"trained on {start['args']['word2vec'] or 'vectors of its own'}; "
-                             "leave it out")
+            raise SystemExit(
+                f"--word2vec {args.word2vec}: the text encoder of {args.init} was "
+                f"trained on {start['args']['word2vec'] or 'vectors of its own'}; "
+                "leave it out"
+            )
         say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
 
     # ------------------------------------------------------------------------------- run, data
@@ -94,8 +112,9 @@ def main(argv=None):
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[m] for m in first)
-    objective = training.objective_of(args, modalities, trained=args.add if frozen else modalities,
-                                      first=first)
+    objective = training.objective_of(
+        args, modalities, trained=args.add if frozen else modalities, first=first
+    )
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     hint = "Next: python evaluate.py --youcook2" + (f" --run {folder}" if args.out else "")
     if run.done:

@@ -73,8 +73,9 @@ def batch(target: str, seed: int, first: int, folder: Path) -> tuple[list[str], 
 
 def main():
     store_file.PATIENCE = 3  # seconds are enough for small files
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=TARGETS, help="this one only")
@@ -82,8 +83,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fuzz.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = {t: {"outcomes": Counter(), "what": Counter(), "peak_mib": 0.0, "next": 0,
-                   "seconds": 0.0} for t in ([args.target] if args.target else TARGETS)}
+    results = {
+        t: {"outcomes": Counter(), "what": Counter(), "peak_mib": 0.0, "next": 0, "seconds": 0.0}
+        for t in ([args.target] if args.target else TARGETS)
+    }
     with tempfile.TemporaryDirectory() as tmp:
         make_base()
         begin = time.monotonic()
@@ -107,19 +110,35 @@ def main():
             row["seconds"] += time.monotonic() - start
         seconds = time.monotonic() - begin
     shutil.rmtree(BASE)
-    print(f"{seconds:.0f} s, seed {args.seed}, Python {platform.python_version()}, h5py "
-          f"{h5py.__version__}, HDF5 {h5py.version.hdf5_version}, numpy {np.__version__}, torch "
-          f"{torch.__version__}\n")
+    print(
+        f"{seconds:.0f} s, seed {args.seed}, Python {platform.python_version()}, h5py "
+        f"{h5py.__version__}, HDF5 {h5py.version.hdf5_version}, numpy {np.__version__}, torch "
+        f"{torch.__version__}\n"
+    )
     print("| target | inputs | fine | errors | skips | crashes | peak MiB |\n" + "|---" * 7 + "|")
     for target, row in results.items():
-        print(f"| {target} | {row['next']} | " + " | ".join(
-            str(row["outcomes"][k]) for k in ("fine", "error", "skip", "crash"))
-            + f" | {row['peak_mib']:.0f} |")
+        print(
+            f"| {target} | {row['next']} | "
+            + " | ".join(str(row["outcomes"][k]) for k in ("fine", "error", "skip", "crash"))
+            + f" | {row['peak_mib']:.0f} |"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(
-        {"seed": args.seed, "seconds": round(seconds), "python": platform.python_version(),
-         "h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version, "numpy": np.__version__,
-         "torch": torch.__version__, "targets": results}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps(
+            {
+                "seed": args.seed,
+                "seconds": round(seconds),
+                "python": platform.python_version(),
+                "h5py": h5py.__version__,
+                "hdf5": h5py.version.hdf5_version,
+                "numpy": np.__version__,
+                "torch": torch.__version__,
+                "targets": results,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

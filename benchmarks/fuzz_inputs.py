@@ -35,8 +35,13 @@ def make_base() -> None:
     rng = np.random.default_rng(0)
     writer = StoreWriter(BASE / "store.h5", STREAMS, "fuzz")
     for video in range(3):
-        writer.add(f"v{video}", {"2d": rng.random((8, 6)) + 1, "mel": rng.random((800, 40)) * -80},
-                   [0, 2, 5], [2, 4, 8], [" ".join(rng.choice(WORDS, 3)) for _ in range(3)])
+        writer.add(
+            f"v{video}",
+            {"2d": rng.random((8, 6)) + 1, "mel": rng.random((800, 40)) * -80},
+            [0, 2, 5],
+            [2, 4, 8],
+            [" ".join(rng.choice(WORDS, 3)) for _ in range(3)],
+        )
     writer.close()
     with h5py.File(BASE / "store.h5") as new, h5py.File(BASE / "older.h5", "w") as old:
         old.attrs.update(new.attrs)
@@ -57,9 +62,20 @@ def make_base() -> None:
     for place in (howto, BASE):
         (place / "captions.pickle").write_bytes(pickle.dumps(captions))
     (howto / "captions.json").write_text(json.dumps(captions))
-    (BASE / "youcook2.pkl").write_bytes(pickle.dumps([
-        {"id": f"c{i}", "caption": "fry", "2d": rng.random(6).astype(np.float32),
-         "3d": rng.random(6), "audio": torch.rand(40, 20 + i)} for i in range(4)]))
+    (BASE / "youcook2.pkl").write_bytes(
+        pickle.dumps(
+            [
+                {
+                    "id": f"c{i}",
+                    "caption": "fry",
+                    "2d": rng.random(6).astype(np.float32),
+                    "3d": rng.random(6),
+                    "audio": torch.rand(40, 20 + i),
+                }
+                for i in range(4)
+            ]
+        )
+    )
     keyed = KeyedVectors(5)
     keyed.add_vectors(WORDS, rng.normal(size=(8, 5)).astype(np.float32))
     keyed.save_word2vec_format(BASE / "v.bin", binary=True)
@@ -77,12 +93,12 @@ def mutate(data: bytes, rng) -> bytes:
             case 0:
                 del out[a:]
             case 1:
-                out[a:a + 64] = out[b:b + 64]
+                out[a : a + 64] = out[b : b + 64]
             case 2:
-                out[a:min(b, a + 256)] = bytes(min(b, a + 256) - a)
+                out[a : min(b, a + 256)] = bytes(min(b, a + 256) - a)
             case 3:  # a size, an address or a count
                 value = (0, 1, 2**31 - 1, 2**32 - 1, 2**62, 2**64 - 1)[int(rng.integers(0, 6))]
-                out[a:a + 8] = struct.pack("<Q", value)
+                out[a : a + 8] = struct.pack("<Q", value)
             case _:
                 if a < len(out):
                     out[a] ^= int(rng.integers(1, 256))
@@ -94,9 +110,13 @@ def mutate(data: bytes, rng) -> bytes:
 
 def read_all(path: Path) -> None:
     store = Store(path)
-    reader = ClipReader(store, video_streams=tuple(n for n in store.dims if n != "mel"),
-                        audio="mel" in store.dims, words=WordVectors(WORDS, np.eye(8), "fuzz"),
-                        audio_frames=100)
+    reader = ClipReader(
+        store,
+        video_streams=tuple(n for n in store.dims if n != "mel"),
+        audio="mel" in store.dims,
+        words=WordVectors(WORDS, np.eye(8), "fuzz"),
+        audio_frames=100,
+    )
     store.ids(), list(store.texts())
     clips = TrainingClips(reader, n_pair=3, min_time=2.0, seed=0)
     items = [clips[0, i] for i in range(len(clips))]
@@ -119,7 +139,7 @@ def use_store(path: Path) -> str:
 def reseal(data: bytes) -> bytes:
     """The seal that fits damaged bytes: malice, where the checksums agree."""
     begin, size = len(store_file._SEAL), store_file.SEAL_BYTES
-    facts = json.loads((BASE / "store.h5").read_bytes()[begin + 8:size])
+    facts = json.loads((BASE / "store.h5").read_bytes()[begin + 8 : size])
     facts["size"] = len(data)
     for part in ("head", "tail"):
         facts[f"{part}_crc32"] = zlib.crc32(b"".join(data[a:b] for a, b in facts[part]))
@@ -171,8 +191,12 @@ def store_structure(folder: Path, rng) -> str:
                     file.create_dataset(name, (n, 6), dtype)
                 case 3:
                     shape = (int(rng.choice([0, 1, n, 10**6, 2**40])), *values.shape[1:])
-                    how = [{}, {"chunks": True}, {"chunks": True, "compression": "gzip"},
-                           {"external": [("/etc/passwd", 0, h5py.h5f.UNLIMITED)]}]
+                    how = [
+                        {},
+                        {"chunks": True},
+                        {"chunks": True, "compression": "gzip"},
+                        {"external": [("/etc/passwd", 0, h5py.h5f.UNLIMITED)]},
+                    ]
                     how = how[int(rng.integers(0, 4))]
                     dtype = h5py.string_dtype() if values.dtype == object else values.dtype
                     file.create_dataset(name, shape, dtype, **how)
@@ -189,28 +213,62 @@ def store_structure(folder: Path, rng) -> str:
                 data[int(rng.integers(0, n))] = str(text).encode("utf-8", "surrogatepass")
         else:
             file.attrs[str(rng.choice(["format", "version", "source"]))] = [1, "x", [1, 2]][
-                int(rng.integers(0, 3))]
+                int(rng.integers(0, 3))
+            ]
     store_file.seal(path)
     return use_store(path)
 
 
 # -------------------------------------------------------------------------- pickles, converters
 
-HOSTILE = [None, "", "x\0y", "\ud83d", -1.0, float("nan"), float("inf"), 1e300, 10**400, [], [[]],
-           {}, {"a": 1}, b"\xff", True, np.ones(6), np.ones((2, 6), np.float32), np.float32(2),
-           np.full(6, np.nan), np.zeros(0), torch.ones(6), torch.ones(40, 9), torch.ones(40, 0),
-           np.full((40, 7), 1e30), np.arange(6), np.array(3.0), 36000.0, 10 * 3600.0]
+HOSTILE = [
+    None,
+    "",
+    "x\0y",
+    "\ud83d",
+    -1.0,
+    float("nan"),
+    float("inf"),
+    1e300,
+    10**400,
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    b"\xff",
+    True,
+    np.ones(6),
+    np.ones((2, 6), np.float32),
+    np.float32(2),
+    np.full(6, np.nan),
+    np.zeros(0),
+    torch.ones(6),
+    torch.ones(40, 9),
+    torch.ones(40, 0),
+    np.full((40, 7), 1e30),
+    np.arange(6),
+    np.array(3.0),
+    36000.0,
+    10 * 3600.0,
+]
 _bomb = [0.5]
 for _ in range(40):
     _bomb = [_bomb] * 10
 HOSTILE.append(_bomb)
 CODES = [op.code.encode("latin1") for op in pickletools.opcodes]
 CRAFTED = [
-    b"\x80\x04]r\xff\xff\xff\x7f.", b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
-    b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.", b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f]N.",
-    b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.", b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b".",
-    b"\x80\x02\x82\x01.", b"P1\n.", b"\x80\x02NQ.", b"cbuiltins\nlist\n(" + b"(" * 999 + b"l" * 9,
-    b"cnumpy\ndtype\n(S'O8'\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb."]
+    b"\x80\x04]r\xff\xff\xff\x7f.",
+    b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"x.",
+    b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
+    b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f]N.",
+    b"\x80\x02})" + b"\x85" * 300_000 + b"Ns.",
+    b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b".",
+    b"\x80\x02\x82\x01.",
+    b"P1\n.",
+    b"\x80\x02NQ.",
+    b"cbuiltins\nlist\n(" + b"(" * 999 + b"l" * 9,
+    b"cnumpy\ndtype\n(S'O8'\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb.",
+]
 
 
 def mutate_pickle(data: bytes, rng) -> bytes:
@@ -222,7 +280,7 @@ def mutate_pickle(data: bytes, rng) -> bytes:
             return data[:at] + CODES[int(rng.integers(0, len(CODES)))] + data[at:]
         case 2:  # a program of opcodes
             words = [CODES[int(i)] for i in rng.integers(0, len(CODES), 40)]
-            return data[:int(rng.integers(0, 300))] + b"\1".join(words) + b"."
+            return data[: int(rng.integers(0, 300))] + b"\1".join(words) + b"."
         case _:
             return mutate(data, rng)
 
@@ -247,7 +305,7 @@ def npz(rng) -> bytes:
     shape = rng.choice([b"(99999999999, 6)", b"(-1, 6)", b"(20, 6, 1)", b"(0, 6)", b"(((", b"20"])
     old = re.search(rb"\(20, 6\), }( *)", data)
     new = shape + b", }"
-    return data.replace(old[0], new.ljust(len(old[0]))[:len(old[0])])
+    return data.replace(old[0], new.ljust(len(old[0]))[: len(old[0])])
 
 
 def run_howto(folder: Path, rng) -> str:
@@ -261,23 +319,28 @@ def run_howto(folder: Path, rng) -> str:
         captions.write_bytes(mutate_pickle(captions.read_bytes(), rng))
     elif what == 2:
         captions = source / "captions.json"
-        captions.write_bytes(mutate(captions.read_bytes(), rng) if rng.random() < 0.9
-                             else b"[" * 10**5)
+        captions.write_bytes(
+            mutate(captions.read_bytes(), rng) if rng.random() < 0.9 else b"[" * 10**5
+        )
     elif what == 3:
         captions = source / "csv"
         file = captions / f"v{int(rng.integers(0, 3))}.csv"
         file.write_bytes(mutate(file.read_bytes(), rng))
     elif what == 4:
         file = source / "list.csv"
-        file.write_bytes(mutate(file.read_bytes(), rng) + [b"", b"\n" + b"n" * 5000, b"\n\xff\xfe",
-                                                           b"\nv1", b'\n"' + b"q" * 200_000][
-                                                               int(rng.integers(0, 5))])
+        file.write_bytes(
+            mutate(file.read_bytes(), rng)
+            + [b"", b"\n" + b"n" * 5000, b"\n\xff\xfe", b"\nv1", b'\n"' + b"q" * 200_000][
+                int(rng.integers(0, 5))
+            ]
+        )
     else:
         files = sorted(source.glob("v*.npz"))
         file = files[int(rng.integers(0, len(files)))]
         file.write_bytes(npz(rng) if rng.random() < 0.4 else mutate(file.read_bytes(), rng))
-    said = howto100m.prepare(source / "list.csv", source, None, captions, folder / "o.h5",
-                             rates=RATES, workers=1)
+    said = howto100m.prepare(
+        source / "list.csv", source, None, captions, folder / "o.h5", rates=RATES, workers=1
+    )
     validate(folder / "o.h5")
     return "fine" if "none skipped" in said else "skip"
 
@@ -287,7 +350,8 @@ def run_youcook2(folder: Path, rng) -> str:
     if rng.random() < 0.5:
         item = items[int(rng.integers(0, len(items)))]
         item[str(rng.choice(["2d", "3d", "audio", "caption", "id"]))] = HOSTILE[
-            int(rng.integers(0, len(HOSTILE)))]
+            int(rng.integers(0, len(HOSTILE)))
+        ]
         data = pickle.dumps(items, protocol=int(rng.integers(0, 6)))
     else:
         data = mutate_pickle(pickle.dumps(items, protocol=int(rng.integers(0, 6))), rng)
@@ -316,7 +380,13 @@ def run_words(folder: Path, rng) -> str:
     return "fine"
 
 
-TARGETS = {"store, damaged": store_damaged, "store, structure": store_structure,
-           "store, forged seal": store_forged, "store, older": store_older,
-           "howto100m": run_howto, "youcook2": run_youcook2, "load_pickle": run_pickle,
-           "word vectors": run_words}
+TARGETS = {
+    "store, damaged": store_damaged,
+    "store, structure": store_structure,
+    "store, forged seal": store_forged,
+    "store, older": store_older,
+    "howto100m": run_howto,
+    "youcook2": run_youcook2,
+    "load_pickle": run_pickle,
+    "word vectors": run_words,
+}

@@ -20,16 +20,29 @@ from mcn_ext import ops, reference  # noqa: E402
 from tests.test_loss import contrastive, everything, problem, values  # noqa: E402
 
 DEVICE, TINY = os.environ.get("DEVICE", "cuda"), "--tiny" in sys.argv
-SIZES = [(131, 23, 0), (70, 24, 33)] if TINY else [  # N, D, rows and columns of a tile (0: chosen)
-    (0, 3, 0), (1, 3, 0), (2, 1, 1), (129, 33, 0), (131, 23, 65), (300, 512, 128), (1000, 13, 0)]
+SIZES = (
+    [(131, 23, 0), (70, 24, 33)]
+    if TINY
+    else [  # N, D, rows and columns of a tile (0: chosen)
+        (0, 3, 0),
+        (1, 3, 0),
+        (2, 1, 1),
+        (129, 33, 0),
+        (131, 23, 65),
+        (300, 512, 128),
+        (1000, 13, 0),
+    ]
+)
 LIMITS = {torch.float64: 1e-11, torch.float32: 3e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 def cases(n, d, dtype):
     rows, options = problem(n, d, DEVICE, dtype)
-    return {"a pair": (contrastive(), rows[:2], 0.25),
-            "all terms": (everything(**options), rows, 0.25),
-            "all terms, dot products": (everything(normalize=False, **options), rows, 4.0)}
+    return {
+        "a pair": (contrastive(), rows[:2], 0.25),
+        "all terms": (everything(**options), rows, 0.25),
+        "all terms, dot products": (everything(normalize=False, **options), rows, 4.0),
+    }
 
 
 def without_waiting(call, *arguments):
@@ -92,6 +105,7 @@ def check_graph(budget):
     def call():
         loss = ops.contrastive_loss(x, y, budget=budget)
         return loss, *torch.autograd.grad(loss, (x, y))
+
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

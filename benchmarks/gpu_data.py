@@ -1,7 +1,7 @@
 """Stores of the published sizes without data, and word vectors without a file, for timing.
 
-    python benchmarks/gpu_data.py stores FOLDER             # paper.h5, paper-eval.h5; QUICK=1: tiny
-    python benchmarks/gpu_data.py words STORE.h5 WORDS.npz  # random vectors of the store's words
+python benchmarks/gpu_data.py stores FOLDER             # paper.h5, paper-eval.h5; QUICK=1: tiny
+python benchmarks/gpu_data.py words STORE.h5 WORDS.npz  # random vectors of the store's words
 """
 
 import os
@@ -19,8 +19,11 @@ VOCABULARY = [f"word{i}" for i in range(2000)]
 
 def made_up_store(path, n_videos, n_captions, dim, seconds):
     """One video's numbers, turned round for the next: 512 videos of 32 clips are made in 20 s."""
-    specs = {"2d": {"dim": dim, "rate_hz": 1.0}, "3d": {"dim": dim, "rate_hz": 1.5},
-             "mel": {"dim": 40, "rate_hz": 100.0}}
+    specs = {
+        "2d": {"dim": dim, "rate_hz": 1.0},
+        "3d": {"dim": dim, "rate_hz": 1.5},
+        "mel": {"dim": 40, "rate_hz": 100.0},
+    }
     rng, first = np.random.default_rng(0), {}
     for name, spec in specs.items():
         size = int(n_captions * seconds * spec["rate_hz"]) + 2, spec["dim"]
@@ -30,8 +33,13 @@ def made_up_store(path, n_videos, n_captions, dim, seconds):
     start = np.arange(n_captions) * seconds
     for video in range(n_videos):
         rows = {name: np.roll(x, 37 * video % len(x), axis=0) for name, x in first.items()}
-        writer.add(f"v{video:05d}", rows, start, start + seconds,
-                   [" ".join(rng.choice(VOCABULARY, 10)) for _ in range(n_captions)])
+        writer.add(
+            f"v{video:05d}",
+            rows,
+            start,
+            start + seconds,
+            [" ".join(rng.choice(VOCABULARY, 10)) for _ in range(n_captions)],
+        )
     writer.close()
     print(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB")
 

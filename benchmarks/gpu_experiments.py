@@ -50,9 +50,16 @@ def normal(*size, dtype=torch.bfloat16):
 def machine(note):
     """Its parts, a copy's bandwidth, and the losses' matrix products."""
     gib = 2.0**30
-    note("machine", {"torch": torch.__version__, "CUDA": torch.version.cuda,
-                     "python": sys.version.split()[0], "cpus": os.cpu_count(),
-                     "/dev/shm free, GiB": shutil.disk_usage("/dev/shm").free / gib})
+    note(
+        "machine",
+        {
+            "torch": torch.__version__,
+            "CUDA": torch.version.cuda,
+            "python": sys.version.split()[0],
+            "cpus": os.cpu_count(),
+            "/dev/shm free, GiB": shutil.disk_usage("/dev/shm").free / gib,
+        },
+    )
     if DEVICE == "cuda":
         p = torch.cuda.get_device_properties(0)
         note("gpu", {"name": p.name, "GiB": p.total_memory / gib, "SMs": p.multi_processor_count})
@@ -63,18 +70,27 @@ def machine(note):
     size = 256 if QUICK else 4096
     for d in (64,) if QUICK else (512, 1024, 6144):
         a, b, p = normal(size, d), normal(size, d), normal(size, size)
-        ms = {"S = x y^T, bf16": milliseconds(10, torch.mm, a, b.t()),
-              "P y, bf16": milliseconds(10, torch.mm, p, b)}
+        ms = {
+            "S = x y^T, bf16": milliseconds(10, torch.mm, a, b.t()),
+            "P y, bf16": milliseconds(10, torch.mm, p, b),
+        }
         if DEVICE == "cuda":  # CPUs lack these
             s, g = (torch.zeros(size, n, device=DEVICE) for n in (size, d))
-            for name, out, left, right in (("S", s, a, b.t()), ("P y", g, p, b),
-                                           ("P^T x", g, p.t(), a)):
+            for name, out, left, right in (
+                ("S", s, a, b.t()),
+                ("P y", g, p, b),
+                ("P^T x", g, p.t(), a),
+            ):
                 ms[f"{name}, fp32 out"] = milliseconds(
-                    10, torch.mm, left, right, out_dtype=torch.float32, out=out)
+                    10, torch.mm, left, right, out_dtype=torch.float32, out=out
+                )
             ms["P y, added to fp32"] = milliseconds(
-                10, torch.ops.aten.addmm.dtype_out, g, p, b, torch.float32, out=g)
-        note(f"N {size}, D {d}, TFLOP/s",
-             {name: 2 * size * size * d / t / 1e9 for name, t in ms.items()})
+                10, torch.ops.aten.addmm.dtype_out, g, p, b, torch.float32, out=g
+            )
+        note(
+            f"N {size}, D {d}, TFLOP/s",
+            {name: 2 * size * size * d / t / 1e9 for name, t in ms.items()},
+        )
 
 
 def nccl(note):
@@ -89,9 +105,15 @@ def nccl(note):
         for budget in (None, 0):
             loss = ops.contrastive_loss(x, y, group=dist.group.WORLD, budget=budget)
             found = torch.autograd.grad(loss, (x, y))
-            note(f"collectives over {dist.get_backend()}, budget {budget}: differences", {
-                "loss": abs(float((loss - alone).detach())), "gradients": max(
-                    float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))})
+            note(
+                f"collectives over {dist.get_backend()}, budget {budget}: differences",
+                {
+                    "loss": abs(float((loss - alone).detach())),
+                    "gradients": max(
+                        float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)
+                    ),
+                },
+            )
     finally:
         distributed.Ranks.of = of
         dist.destroy_process_group()
@@ -104,15 +126,20 @@ def k_means(note):
 
     def queue():
         return centres[torch.randint(2 * k, (n,), **g)] + torch.randn(n, d, **g) / d**0.5
+
     start, x, first = clustering.spherical_kmeans(queue(), k)[0], queue(), None
     chosen = clustering.BLOCK
     for block in (1024, 4096, 16384, 65536):
         clustering.BLOCK = dict.fromkeys(chosen, block)
         labels = clustering.spherical_kmeans(x, k, init=start)[1]
         first = labels if first is None else first
-        note(f"k-means refit, {n} x {d}, K {k}, block {block}", {
-            "ms": milliseconds(2, clustering.spherical_kmeans, x, k, init=start),
-            "labels of block 1024": bool(torch.equal(labels, first))})
+        note(
+            f"k-means refit, {n} x {d}, K {k}, block {block}",
+            {
+                "ms": milliseconds(2, clustering.spherical_kmeans, x, k, init=start),
+                "labels of block 1024": bool(torch.equal(labels, first)),
+            },
+        )
     clustering.BLOCK = chosen
 
 
@@ -124,25 +151,38 @@ def norms(note):
 
     def plain(x, z):
         return torch.relu(norm(x) + z)
+
     for name, call in {"eager": plain, "compiled": torch.compile(plain)}.items():
         if name == "compiled" and QUICK:
             continue
 
         def both_ways(call=call):
             return torch.autograd.grad(call(x, z), leaves, gradient)
+
         note(f"BatchNorm, addition, ReLU, {n} x {c}, {name}, ms", milliseconds(5, both_ways))
 
 
 def convolutions(note):
     clips = 2 if QUICK else 1024
-    for a, b, frames, stride in ((128, 128, 1000, 2), (128, 128, 500, 1), (128, 256, 500, 2),
-                                 (256, 256, 250, 1), (256, 512, 250, 2), (512, 512, 125, 1),
-                                 (512, 1024, 125, 2), (1024, 1024, 63, 1)):
+    for a, b, frames, stride in (
+        (128, 128, 1000, 2),
+        (128, 128, 500, 1),
+        (128, 256, 500, 2),
+        (256, 256, 250, 1),
+        (256, 512, 250, 2),
+        (512, 512, 125, 1),
+        (512, 1024, 125, 2),
+        (1024, 1024, 63, 1),
+    ):
         if QUICK:
             a, b, frames = a // 16, b // 16, frames // 10
         gflop = 2 * clips * -(-frames // stride) * a * b * 9 / 1e9
-        for layout in ("(B, C, 1, T) channels_last", "(B, C, 1, T) channels_last, benchmark",
-                       "(B, C, T, 1) channels_last", "(B, C, 1, T) contiguous"):
+        for layout in (
+            "(B, C, 1, T) channels_last",
+            "(B, C, 1, T) channels_last, benchmark",
+            "(B, C, T, 1) channels_last",
+            "(B, C, 1, T) contiguous",
+        ):
             torch.backends.cudnn.benchmark = "benchmark" in layout
             tall, memory = "T, 1" in layout, torch.channels_last
             if "contiguous" in layout:
@@ -156,20 +196,40 @@ def convolutions(note):
             ms = {"forward": milliseconds(3, F.conv2d, x, w, **options)}
             for name, mask in (("input", [True, False, False]), ("weight", [False, True, False])):
                 ms[f"gradient of the {name}"] = milliseconds(
-                    3, torch.ops.aten.convolution_backward, g, x, w, None, step, pad, [1, 1],
-                    False, [0, 0], 1, mask)
-            note(f"{a} -> {b}, {frames} frames, stride {stride}, {layout}, TFLOP/s",
-                 {name: gflop / t for name, t in ms.items()})
+                    3,
+                    torch.ops.aten.convolution_backward,
+                    g,
+                    x,
+                    w,
+                    None,
+                    step,
+                    pad,
+                    [1, 1],
+                    False,
+                    [0, 0],
+                    1,
+                    mask,
+                )
+            note(
+                f"{a} -> {b}, {frames} frames, stride {stride}, {layout}, TFLOP/s",
+                {name: gflop / t for name, t in ms.items()},
+            )
     torch.backends.cudnn.benchmark = False
 
 
-EXPERIMENTS = {"machine": machine, "nccl": nccl, "k-means": k_means, "norms": norms,
-               "convolutions": convolutions}
+EXPERIMENTS = {
+    "machine": machine,
+    "nccl": nccl,
+    "k-means": k_means,
+    "norms": norms,
+    "convolutions": convolutions,
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="+", choices=("all", *EXPERIMENTS))
     parser.add_argument("--out", type=Path, required=True)
     args, found, failed = parser.parse_args(), {}, False
@@ -180,6 +240,7 @@ def main():
         found[name] = value
         print(f"{name}: {value}", flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")  # the next may be stopped
+
     for name in list(EXPERIMENTS)[1:] if args.names == ["all"] else args.names:
         try:
             EXPERIMENTS[name](note)

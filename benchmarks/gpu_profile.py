@@ -1,7 +1,7 @@
 """Kernels by torch's profiler.
 
-    python benchmarks/gpu_profile.py loss step [flags of benchmarks/step.py]
-    python benchmarks/gpu_profile.py once 4096 512        # two calls of the loss, for ncu
+python benchmarks/gpu_profile.py loss step [flags of benchmarks/step.py]
+python benchmarks/gpu_profile.py once 4096 512        # two calls of the loss, for ncu
 """
 
 import os
@@ -30,6 +30,7 @@ def loss(n, d):
         for _ in range(times):
             mcn_ext.contrastive_loss(x, y).backward()
         wait()
+
     return call
 
 

@@ -62,30 +62,42 @@ def fast_pytorch(mode):
         fitted = KMeans(k, max_iter=rounds, mode=mode)
         labels = fitted.fit_predict(x, None if start is None else start.clone())
         return fitted.centroids, labels
+
     return fit
 
 
 def scikit_learn(x, k, start, rounds, seed):
     from sklearn.cluster import KMeans
 
-    fitted = KMeans(k, init="k-means++" if start is None else start.numpy(), n_init=1,
-                    max_iter=rounds, random_state=seed).fit(x.numpy())
+    fitted = KMeans(
+        k,
+        init="k-means++" if start is None else start.numpy(),
+        n_init=1,
+        max_iter=rounds,
+        random_state=seed,
+    ).fit(x.numpy())
     return torch.from_numpy(fitted.cluster_centers_), torch.from_numpy(fitted.labels_).long()
 
 
 def faiss(x, k, start, rounds, seed):
     import faiss
 
-    fitted = faiss.Kmeans(x.shape[1], k, niter=rounds, spherical=True, seed=seed + 1,
-                          max_points_per_centroid=len(x))
+    fitted = faiss.Kmeans(
+        x.shape[1], k, niter=rounds, spherical=True, seed=seed + 1, max_points_per_centroid=len(x)
+    )
     fitted.train(x.numpy(), init_centroids=None if start is None else start.numpy())
-    return torch.from_numpy(fitted.centroids), torch.from_numpy(fitted.index.search(
-        x.numpy(), 1)[1][:, 0])
+    return torch.from_numpy(fitted.centroids), torch.from_numpy(
+        fitted.index.search(x.numpy(), 1)[1][:, 0]
+    )
 
 
-FITS = {"ours": ours, "fast-pytorch-kmeans, cosine": fast_pytorch("cosine"),
-        "fast-pytorch-kmeans, euclidean": fast_pytorch("euclidean"), "scikit-learn": scikit_learn,
-        "faiss": faiss}
+FITS = {
+    "ours": ours,
+    "fast-pytorch-kmeans, cosine": fast_pytorch("cosine"),
+    "fast-pytorch-kmeans, euclidean": fast_pytorch("euclidean"),
+    "scikit-learn": scikit_learn,
+    "faiss": faiss,
+}
 
 
 def available(names, x):
@@ -105,8 +117,14 @@ def times(n, d, k, repeats, device):
     for title, noise in (("clusters", 0.5 / d**0.5), ("overlapping", 1.5 / d**0.5)):
         x, earlier = (mixture(n, d, k, noise, seed, device) for seed in (1, 2))
         start, _ = spherical_kmeans(earlier, k)
-        names = available([name for name in FITS if device == "cpu" or "faiss" not in name
-                           and "scikit" not in name], x)
+        names = available(
+            [
+                name
+                for name in FITS
+                if device == "cpu" or "faiss" not in name and "scikit" not in name
+            ],
+            x,
+        )
         for kind, init in (("refit", start), ("cold", None)):
             taken, result = {name: [] for name in names}, {}
             for _ in range(repeats + 1):  # the first warms up
@@ -117,17 +135,34 @@ def times(n, d, k, repeats, device):
                         torch.cuda.synchronize()
                     taken[name].append(1e3 * (time.perf_counter() - begin))
             for name in names:
-                rows.append({"rows": title, "kind": kind, "n": n, "d": d, "k": k, "name": name,
-                             "ms": median(taken[name][1:]), "inertia": inertia(x, *result[name]),
-                             "live": len(result[name][1].unique())})
+                rows.append(
+                    {
+                        "rows": title,
+                        "kind": kind,
+                        "n": n,
+                        "d": d,
+                        "k": k,
+                        "name": name,
+                        "ms": median(taken[name][1:]),
+                        "inertia": inertia(x, *result[name]),
+                        "live": len(result[name][1].unique()),
+                    }
+                )
     return rows
 
 
 def quality(name, x, k):
     names = available(["ours", "scikit-learn", "faiss"], x)
-    return {"rows": name, "n": len(x), "d": x.shape[1], "k": k, **{
-        fit: mean(inertia(x, *FITS[fit](x, k, None, 100, seed)) for seed in range(10))
-        for fit in names}}
+    return {
+        "rows": name,
+        "n": len(x),
+        "d": x.shape[1],
+        "k": k,
+        **{
+            fit: mean(inertia(x, *FITS[fit](x, k, None, 100, seed)) for seed in range(10))
+            for fit in names
+        },
+    }
 
 
 def shared(n, d, k, repeats):
@@ -145,15 +180,18 @@ def shared(n, d, k, repeats):
     assert torch.equal(*labels.values())
     if distributed.rank() == 0:
         alone, part = (median(ms[1:]) for ms in taken.values())
-        print(f"refit, N {n}, D {d}, K {k}, {distributed.world()} ranks on {device}, "
-              f"{torch.get_num_threads()} thread(s) each: the whole by each rank {alone:.0f} ms, "
-              f"shared {part:.0f} ms, ratio {part / alone:.2f}")
+        print(
+            f"refit, N {n}, D {d}, K {k}, {distributed.world()} ranks on {device}, "
+            f"{torch.get_num_threads()} thread(s) each: the whole by each rank {alone:.0f} ms, "
+            f"shared {part:.0f} ms, ratio {part / alone:.2f}"
+        )
     distributed.finish()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -161,38 +199,59 @@ def main():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return shared(20480, 1024, 256, args.repeats)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "device": device, "times": [], "quality": []}
+    result = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "times": [],
+        "quality": [],
+    }
     sizes = [(8192, 512, 256)] + ([(45056, 6144, 256)] if device == "cuda" else [])
     for n, d, k in sizes:
         result["times"] += times(n, d, k, args.repeats, device)
-    print("| rows | fit | N | D | K | | ms | ours / theirs | inertia | live |\n"
-          "|---|---|---:|---:|---:|---|---:|---:|---:|---:|")
+    print(
+        "| rows | fit | N | D | K | | ms | ours / theirs | inertia | live |\n"
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|"
+    )
     for row in result["times"]:
-        mine = next(r["ms"] for r in result["times"] if r["name"] == "ours" and all(
-            r[key] == row[key] for key in ("rows", "kind", "n")))
-        print(f"| {row['rows']} | {row['kind']} | {row['n']} | {row['d']} | {row['k']} | "
-              f"{row['name']} | {row['ms']:.0f} | {mine / row['ms']:.2f} | {row['inertia']:.1f} | "
-              f"{row['live']} |")
-    sets = [] if device == "cuda" else [  # a question of the algorithm, answered on a CPU
-        ("blobs", mixture(8192, 64, 64, 0.1, 1), 64),
-        ("no clusters", mixture(8192, 64, 1, 1.0, 1), 64)]
+        mine = next(
+            r["ms"]
+            for r in result["times"]
+            if r["name"] == "ours" and all(r[key] == row[key] for key in ("rows", "kind", "n"))
+        )
+        print(
+            f"| {row['rows']} | {row['kind']} | {row['n']} | {row['d']} | {row['k']} | "
+            f"{row['name']} | {row['ms']:.0f} | {mine / row['ms']:.2f} | {row['inertia']:.1f} | "
+            f"{row['live']} |"
+        )
+    sets = (
+        []
+        if device == "cuda"
+        else [  # a question of the algorithm, answered on a CPU
+            ("blobs", mixture(8192, 64, 64, 0.1, 1), 64),
+            ("no clusters", mixture(8192, 64, 1, 1.0, 1), 64),
+        ]
+    )
     if args.run:
         from mcn_ext import checkpoint
 
         state = checkpoint.load(args.run / checkpoint.LATEST)["training"]["clusters"]
         queue = torch.cat(state["queue"])
-        sets += [(f"queue of {args.run}", unit_rows(queue[queue.any(1)]),
-                  len(state["centroids"]))]
-    print("\n| rows | N | D | K | ours | scikit-learn | faiss | ours / best of the others |\n"
-          "|---|---:|---:|---:|---:|---:|---:|---:|")
+        sets += [(f"queue of {args.run}", unit_rows(queue[queue.any(1)]), len(state["centroids"]))]
+    print(
+        "\n| rows | N | D | K | ours | scikit-learn | faiss | ours / best of the others |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|"
+    )
     for name, x, k in sets:
         row = quality(name, x, k)
         result["quality"].append(row)
         others = [row[fit] for fit in ("scikit-learn", "faiss") if fit in row]
-        print(f"| {name} | {row['n']} | {row['d']} | {k} | {row['ours']:.2f} | "
-              f"{row.get('scikit-learn', float('nan')):.2f} | {row.get('faiss', float('nan')):.2f} "
-              f"| {row['ours'] / min(others, default=float('nan')):.4f} |")
+        print(
+            f"| {name} | {row['n']} | {row['d']} | {k} | {row['ours']:.2f} | "
+            f"{row.get('scikit-learn', float('nan')):.2f} | {row.get('faiss', float('nan')):.2f} "
+            f"| {row['ours'] / min(others, default=float('nan')):.4f} |"
+        )
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -51,8 +51,11 @@ def make(folder: Path, n_videos: int, kinds: list[str]) -> Path:
         rows = {}
         for name, (dim, rate) in STREAMS.items():
             shape = (int(SECONDS * rate), dim)
-            rows[name] = (rng.uniform(-80, 0, shape) if name == "mel" else
-                          np.maximum(rng.normal(0, 1, shape), 0)).astype(np.float16)
+            rows[name] = (
+                rng.uniform(-80, 0, shape)
+                if name == "mel"
+                else np.maximum(rng.normal(0, 1, shape), 0)
+            ).astype(np.float16)
             for kind in kinds:
                 (folder / kind).mkdir(exist_ok=True)
                 with open(folder / kind / f"v{video}_{name}.npz", "wb") as file:
@@ -63,8 +66,9 @@ def make(folder: Path, n_videos: int, kinds: list[str]) -> Path:
         start = np.sort(rng.uniform(0, SECONDS - 5, CAPTIONS)).astype(np.float32)
         end = start + rng.uniform(2, 5, CAPTIONS).astype(np.float32)
         words = rng.zipf(1.3, (CAPTIONS, 9)) % (len(VOCABULARY) + 500)  # some are not known
-        writer.add(f"v{video}", rows, start, end,
-                   [" ".join(f"word{i}" for i in line) for line in words])
+        writer.add(
+            f"v{video}", rows, start, end, [" ".join(f"word{i}" for i in line) for line in words]
+        )
     return writer.close()
 
 
@@ -73,8 +77,9 @@ class NpzClips(torch.utils.data.Dataset):
 
     def __init__(self, folder: Path, store: Store, words: WordVectors, n_pair: int):
         self.folder, self.words, self.n_pair = folder, words, n_pair
-        self.captions = [(*store.caption_times(i)[1:], store.caption_texts(i))
-                         for i in range(len(store))]
+        self.captions = [
+            (*store.caption_times(i)[1:], store.caption_texts(i)) for i in range(len(store))
+        ]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -82,8 +87,9 @@ class NpzClips(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, video = key
         start, end, texts = self.captions[video]
-        spans = data.draw_spans(start, end, self.n_pair, MIN_TIME,
-                                np.random.default_rng((0, epoch, video)))
+        spans = data.draw_spans(
+            start, end, self.n_pair, MIN_TIME, np.random.default_rng((0, epoch, video))
+        )
         begin = [float(start[first]) for first, _ in spans]
         stop = [float(end[last]) for _, last in spans]
         out = {}
@@ -91,19 +97,22 @@ class NpzClips(torch.utils.data.Dataset):
             with np.load(self.folder / f"v{video}_{name}.npz") as file:
                 rows = torch.from_numpy(file["features"]).float()
             rate = STREAMS[name][1]
-            out[f"video.{name}"] = torch.stack([
-                rows[int(s * rate):int(e * rate) + 1].max(dim=0)[0]
-                for s, e in zip(begin, stop, strict=True)])
+            out[f"video.{name}"] = torch.stack(
+                [
+                    rows[int(s * rate) : int(e * rate) + 1].max(dim=0)[0]
+                    for s, e in zip(begin, stop, strict=True)
+                ]
+            )
         with np.load(self.folder / f"v{video}_mel.npz") as file:
             mel = file["arr_0"]
         out["audio"] = torch.zeros(self.n_pair, 40, FRAMES)
         for i, (s, e) in enumerate(zip(begin, stop, strict=True)):
-            clip = mel[:, int(s * 100):int(e * 100) + 1][:, :FRAMES]
-            out["audio"][i, :, :clip.shape[1]] = torch.from_numpy(clip)
+            clip = mel[:, int(s * 100) : int(e * 100) + 1][:, :FRAMES]
+            out["audio"][i, :, : clip.shape[1]] = torch.from_numpy(clip)
         out["words"] = torch.full((self.n_pair, MAX_WORDS), -1)
         for i, (first, last) in enumerate(spans):
-            rows = self.words.rows(" ".join(texts[first:last + 1]), MAX_WORDS)
-            out["words"][i, :len(rows)] = torch.from_numpy(rows)
+            rows = self.words.rows(" ".join(texts[first : last + 1]), MAX_WORDS)
+            out["words"][i, : len(rows)] = torch.from_numpy(rows)
         return out
 
 
@@ -111,14 +120,19 @@ def npz_loader(clips: NpzClips, batch_size: int, workers: int):
     """Epochs of :class:`NpzClips` in the order of ours."""
     sampler = data.ShardedBatches(len(clips), batch_size, 0)
     loader = torch.utils.data.DataLoader(
-        clips, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
+        clips,
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         prefetch_factor=2 if workers else None,
         worker_init_fn=data._start_worker,
-        collate_fn=lambda items: {k: torch.cat([item[k] for item in items]) for k in items[0]})
+        collate_fn=lambda items: {k: torch.cat([item[k] for item in items]) for k in items[0]},
+    )
 
     def epoch(number):
         sampler.epoch = number
         return iter(loader)
+
     return epoch, loader
 
 
@@ -148,8 +162,9 @@ def evict(files: list[Path]) -> float:
             with mmap.mmap(file.fileno(), 0) as mapped:
                 seen = (ctypes.c_ubyte * -(-len(mapped) // page))()
                 view = ctypes.c_char.from_buffer(mapped)
-                if libc.mincore(ctypes.c_void_p(ctypes.addressof(view)),
-                                ctypes.c_size_t(len(mapped)), seen):
+                if libc.mincore(
+                    ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), seen
+                ):
                     raise OSError(ctypes.get_errno(), "mincore")
                 del view
             stayed += int((np.frombuffer(seen, np.uint8) & 1).sum())
@@ -158,12 +173,20 @@ def evict(files: list[Path]) -> float:
 
 
 def machine() -> dict:
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-           if line.startswith("model name")]
-    return {"cpu": cpu[0] if cpu else platform.machine(), "cores": len(os.sched_getaffinity(0)),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "torch": torch.__version__, "numpy": np.__version__, "threads": torch.get_num_threads(),
-            "load_before": [round(x, 1) for x in os.getloadavg()]}
+    cpu = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": cpu[0] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "load_before": [round(x, 1) for x in os.getloadavg()],
+    }
 
 
 def measure(args, folder: Path) -> list[dict]:
@@ -171,8 +194,14 @@ def measure(args, folder: Path) -> list[dict]:
     store = Store(make(folder, args.videos, kinds))
     words = WordVectors(VOCABULARY, np.zeros((len(VOCABULARY), 1)), "benchmark")
     device = torch.device(args.device)
-    reader = data.ClipReader(store, video_streams=("2d", "3d"), audio=True, words=words,
-                             audio_frames=FRAMES, max_words=MAX_WORDS)
+    reader = data.ClipReader(
+        store,
+        video_streams=("2d", "3d"),
+        audio=True,
+        words=words,
+        audio_frames=FRAMES,
+        max_words=MAX_WORDS,
+    )
     ours = data.TrainingClips(reader, n_pair=args.n_pair, min_time=MIN_TIME, seed=0)
     places = {"store": store.files} | {kind: sorted((folder / kind).iterdir()) for kind in kinds}
     out = []
@@ -183,8 +212,9 @@ def measure(args, folder: Path) -> list[dict]:
                 loader = data.Loader(ours, args.batch_size, workers, device)
                 loaders[name] = loader.epoch, loader.loader
             else:
-                loaders[name] = npz_loader(NpzClips(folder / name, store, words, args.n_pair),
-                                           args.batch_size, workers)
+                loaders[name] = npz_loader(
+                    NpzClips(folder / name, store, words, args.n_pair), args.batch_size, workers
+                )
         first = {}
         for name, (epoch, _) in loaders.items():  # starts the workers, fills the page cache
             for i, batch in enumerate(epoch(0)):
@@ -199,8 +229,17 @@ def measure(args, folder: Path) -> list[dict]:
             assert same, f"{name} makes other batches"
         first.clear()
         for cache in args.cache:
-            rows = {name: {"reader": name, "workers": workers, "cache": cache, "seconds": [],
-                           "cpu_seconds": [], "stayed": []} for name in places}
+            rows = {
+                name: {
+                    "reader": name,
+                    "workers": workers,
+                    "cache": cache,
+                    "seconds": [],
+                    "cpu_seconds": [],
+                    "stayed": [],
+                }
+                for name in places
+            }
             for repeat in range(args.repeats):
                 for name, (epoch, loader) in loaders.items():
                     if cache == "cold":
@@ -224,28 +263,39 @@ def measure(args, folder: Path) -> list[dict]:
     return out
 
 
-HEAD = ("| reader | workers | page cache | clips per s | MB per s | CPU us per clip | store is so "
-        "many times faster | in CPU time |\n|---|---:|---|---:|---:|---:|---:|---:|")
+HEAD = (
+    "| reader | workers | page cache | clips per s | MB per s | CPU us per clip | store is so "
+    "many times faster | in CPU time |\n|---|---:|---|---:|---:|---:|---:|---:|"
+)
 
 
 def line(row: dict) -> str:
     cold = row["stayed"] and max(row["stayed"]) > 0.01
     cache = row["cache"] + (f" ({max(row['stayed']):.0%} stayed)" if cold else "")
-    return (f"| {row['reader']} | {row['workers']} | {cache} | {row['clips_per_s']:.0f} | "
-            f"{row['mb_per_s']:.0f} | {row['cpu_us_per_clip']:.0f} | {row['ratio']:.1f} | "
-            f"{row['cpu_ratio']:.1f} |")
+    return (
+        f"| {row['reader']} | {row['workers']} | {cache} | {row['clips_per_s']:.0f} | "
+        f"{row['mb_per_s']:.0f} | {row['cpu_us_per_clip']:.0f} | {row['ratio']:.1f} | "
+        f"{row['cpu_ratio']:.1f} |"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=8, help="videos (128 is the paper's)")
     parser.add_argument("--n_pair", type=int, default=32, help="clips per video")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", nargs="+", choices=("warm", "cold"), default=["warm", "cold"])
-    parser.add_argument("--readers", nargs="+", choices=("store", *KINDS), metavar="READER",
-                        default=["store", *KINDS], help="npz and 'npz, compressed'")
+    parser.add_argument(
+        "--readers",
+        nargs="+",
+        choices=("store", *KINDS),
+        metavar="READER",
+        default=["store", *KINDS],
+        help="npz and 'npz, compressed'",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="where to make the data: the disk to measure")
@@ -259,11 +309,24 @@ def main():
     facts["load_after"] = [round(x, 1) for x in os.getloadavg()]
     out = args.out or ROOT / "benchmarks" / "results" / f"loader-{args.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"command": " ".join(sys.argv), "machine": facts,
-                               "videos": args.videos, "batch_size": args.batch_size,
-                               "n_pair": args.n_pair, "rows": rows}, indent=1) + "\n")
-    print(f"\n{args.videos} videos of {SECONDS} s, {args.n_pair} clips each, medians of "
-          f"{args.repeats} epochs; MB: what the store holds of what was drawn from. {facts}")
+    out.write_text(
+        json.dumps(
+            {
+                "command": " ".join(sys.argv),
+                "machine": facts,
+                "videos": args.videos,
+                "batch_size": args.batch_size,
+                "n_pair": args.n_pair,
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    print(
+        f"\n{args.videos} videos of {SECONDS} s, {args.n_pair} clips each, medians of "
+        f"{args.repeats} epochs; MB: what the store holds of what was drawn from. {facts}"
+    )
 
 
 if __name__ == "__main__":

@@ -55,30 +55,45 @@ NO_MARGIN = ("open_clip", "inf_cl", "cut_cross_entropy")
 SWEEP = ("eager", "compile", "ours", "ours_stream")
 ALL = ("eager_published", "reference", *SWEEP, *NO_MARGIN)
 # (N, D, mcn_loss of three modalities?, implementations, repeats)
-ROWS = {"cpu": [(4096, 512, False, ALL, 5), (2048, 1024, False, ALL, 5),
-                (4096, 6144, False, ("eager", "ours"), 3), (16384, 256, False, SWEEP, 3),
-                (2048, 1024, True, ("reference", "eager", "ours", "ours_stream"), 5)],
-        "cuda": [(4096, 512, False, ALL, 20), (4096, 6144, False, ALL, 20),
-                 (65536, 1024, False, ("eager", "compile", "ours_stream", *NO_MARGIN), 3),
-                 (262144, 1024, False, ("ours_stream",), 2),
-                 (2048, 1024, True, ("reference", *SWEEP), 20),
-                 (65536, 768, False, ("ours_stream", *SIGLIP), 3)],
-        "quick": [(256, 64, False, tuple(name for name in ALL if name != "compile"), 3),
-                  (128, 64, True, ("eager", "ours", "ours_stream"), 3)]}
+ROWS = {
+    "cpu": [
+        (4096, 512, False, ALL, 5),
+        (2048, 1024, False, ALL, 5),
+        (4096, 6144, False, ("eager", "ours"), 3),
+        (16384, 256, False, SWEEP, 3),
+        (2048, 1024, True, ("reference", "eager", "ours", "ours_stream"), 5),
+    ],
+    "cuda": [
+        (4096, 512, False, ALL, 20),
+        (4096, 6144, False, ALL, 20),
+        (65536, 1024, False, ("eager", "compile", "ours_stream", *NO_MARGIN), 3),
+        (262144, 1024, False, ("ours_stream",), 2),
+        (2048, 1024, True, ("reference", *SWEEP), 20),
+        (65536, 768, False, ("ours_stream", *SIGLIP), 3),
+    ],
+    "quick": [
+        (256, 64, False, tuple(name for name in ALL if name != "compile"), 3),
+        (128, 64, True, ("eager", "ours", "ours_stream"), 3),
+    ],
+}
 SWEEP_D, SWEEPS = 256, {"cpu": range(8, 15, 2), "cuda": range(10, 19, 2)}  # log2 N
 # (device, dtype, N, D) -> ratios of time and extra memory of ours to those of another, or ms, MiB
 HALF = [("in_a_row_ms", "eager", 0.5), ("in_a_row_ms", "open_clip", 0.5)]
-TARGETS = {("cpu", "fp32", 4096, 512): [("ms", "eager", 0.45), ("extra_mib", "eager", 0.3)],
-           ("cpu", "fp32", 4096, 6144): [("ms", "eager", 0.97)],
-           ("cpu", "fp32", 2048, 1024): [("ms", "eager", 0.85)],
-           ("cpu", "fp32", 2048, 1024, "terms"): [("ms", "eager", 0.8),
-                                                  ("extra_mib", "eager", 0.2)],
-           ("cpu", "fp32", 16384, 256): [("ms", "eager", 0.4), ("extra_mib", None, 128)],
-           ("cuda", "bf16", 4096, 512): [*HALF, ("in_a_row_ms", "compile", 0.9)],
-           ("cuda", "bf16", 4096, 6144): [*HALF, ("in_a_row_ms", "compile", 1.0)],
-           ("cuda", "bf16", 65536, 1024): [*HALF, ("in_a_row_ms", "compile", 1.3),
-                                           ("extra_mib", None, 512)],
-           ("cuda", "bf16", 262144, 1024): [("in_a_row_ms", None, 1400)]}
+TARGETS = {
+    ("cpu", "fp32", 4096, 512): [("ms", "eager", 0.45), ("extra_mib", "eager", 0.3)],
+    ("cpu", "fp32", 4096, 6144): [("ms", "eager", 0.97)],
+    ("cpu", "fp32", 2048, 1024): [("ms", "eager", 0.85)],
+    ("cpu", "fp32", 2048, 1024, "terms"): [("ms", "eager", 0.8), ("extra_mib", "eager", 0.2)],
+    ("cpu", "fp32", 16384, 256): [("ms", "eager", 0.4), ("extra_mib", None, 128)],
+    ("cuda", "bf16", 4096, 512): [*HALF, ("in_a_row_ms", "compile", 0.9)],
+    ("cuda", "bf16", 4096, 6144): [*HALF, ("in_a_row_ms", "compile", 1.0)],
+    ("cuda", "bf16", 65536, 1024): [
+        *HALF,
+        ("in_a_row_ms", "compile", 1.3),
+        ("extra_mib", None, 512),
+    ],
+    ("cuda", "bf16", 262144, 1024): [("in_a_row_ms", None, 1400)],
+}
 
 
 # ------------------------------------------------------------------------------ implementations
@@ -97,10 +112,14 @@ def eager_terms(video, audio, text, centroids, labels):
     video, audio, text, mu = (F.normalize(rows) for rows in (video, audio, text, centroids))
     eye = MARGIN * torch.eye(len(video), dtype=video.dtype, device=video.device)
     own = MARGIN * F.one_hot(labels, len(mu)).to(mu.dtype)
-    pairs = sum(symmetric((a @ b.t() - eye) / TEMPERATURE)
-                for a, b in ((video, audio), (video, text), (audio, text)))
-    clusters = sum(F.cross_entropy((rows @ mu.t() - own) / TEMPERATURE, labels)
-                   for rows in (video, audio, text))
+    pairs = sum(
+        symmetric((a @ b.t() - eye) / TEMPERATURE)
+        for a, b in ((video, audio), (video, text), (audio, text))
+    )
+    clusters = sum(
+        F.cross_entropy((rows @ mu.t() - own) / TEMPERATURE, labels)
+        for rows in (video, audio, text)
+    )
     return pairs / 3 + clusters / (3 * math.log(len(mu)))
 
 
@@ -109,6 +128,7 @@ def siglip(name, x, y):
     x, y, bias = F.normalize(x), F.normalize(y), -10.0
     if name == "siglip_kernel":
         from siglip_kernel import fused_siglip_loss
+
         log_scale = torch.tensor(math.log(10.0), device=x.device)
         return fused_siglip_loss(x, y, log_scale, torch.tensor(bias, device=x.device))
     logits = 10 * x @ y.t() + bias
@@ -126,9 +146,11 @@ def rival(name, x, y):
     sides = ((x / TEMPERATURE, y), (y / TEMPERATURE, x))
     if name == "inf_cl":  # cal_inf_loss in one process is this; it computes in fp32
         from inf_cl import cal_flash_loss
+
         width = math.gcd(x.shape[1], 256)
         return sum(cal_flash_loss(a, b, head_dim=width).mean() for a, b in sides)
     from cut_cross_entropy import linear_cross_entropy
+
     # filter_eps: by default small probabilities are left out of the gradient.
     return sum(linear_cross_entropy(a, b, target, filter_eps=None) for a, b in sides)
 
@@ -147,11 +169,13 @@ def implementation(name, terms):
     plain = eager_terms if terms else eager
     if name == "compile":
         return torch.compile(plain, dynamic=False)
-    return {"eager_published": lambda x, y: eager(x, y, eye_device="cpu"), "eager": plain,
-            "reference": lambda *inputs: fused(mcn_ext.reference, *inputs),
-            "ours": lambda *inputs: fused(mcn_ext, *inputs),
-            "ours_stream": lambda *inputs: fused(mcn_ext, *inputs, budget=0),
-            }.get(name) or (lambda x, y: rival(name, x, y))
+    return {
+        "eager_published": lambda x, y: eager(x, y, eye_device="cpu"),
+        "eager": plain,
+        "reference": lambda *inputs: fused(mcn_ext.reference, *inputs),
+        "ours": lambda *inputs: fused(mcn_ext, *inputs),
+        "ours_stream": lambda *inputs: fused(mcn_ext, *inputs, budget=0),
+    }.get(name) or (lambda x, y: rival(name, x, y))
 
 
 # ------------------------------------------------------------------------------ measuring
@@ -161,8 +185,11 @@ def make(n, d, terms, dtype, device):
     first = torch.randn(n, d, **options)
     rows = [first] + [first + 2 * torch.randn(n, d, **options) for _ in range(2 if terms else 1)]
     rows = [x.to(DTYPES[dtype]).requires_grad_() for x in rows]
-    return rows + [torch.randn(K, d, **options).to(DTYPES[dtype]),
-                   torch.randint(K, (n,), **options)] if terms else rows
+    return (
+        rows + [torch.randn(K, d, **options).to(DTYPES[dtype]), torch.randint(K, (n,), **options)]
+        if terms
+        else rows
+    )
 
 
 def take_gradients(inputs):
@@ -187,8 +214,11 @@ def peaks(call, inputs, reset, peak, base):
     loss.backward()
     backward = peak() - base
     returned = sum(g.nbytes for g in take_gradients(inputs))
-    return {"forward_mib": forward / 2**20, "backward_mib": backward / 2**20,
-            "extra_mib": max(forward - returned, backward - returned, 0) / 2**20}
+    return {
+        "forward_mib": forward / 2**20,
+        "backward_mib": backward / 2**20,
+        "extra_mib": max(forward - returned, backward - returned, 0) / 2**20,
+    }
 
 
 def proc(file, field):
@@ -203,14 +233,24 @@ def cpu_peaks(threads, name, *size):
     call, inputs = ready(name, *size), make(*size)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return peaks(call, inputs, lambda: Path("/proc/self/clear_refs").write_text("5"),
-                 lambda: proc("self/status", "VmHWM"), proc("self/status", "VmRSS"))
+    return peaks(
+        call,
+        inputs,
+        lambda: Path("/proc/self/clear_refs").write_text("5"),
+        lambda: proc("self/status", "VmHWM"),
+        proc("self/status", "VmRSS"),
+    )
 
 
 def memory(call, inputs, name, *size):
     if inputs[0].is_cuda:
-        return peaks(call, inputs, torch.cuda.reset_peak_memory_stats,
-                     torch.cuda.max_memory_allocated, torch.cuda.memory_allocated())
+        return peaks(
+            call,
+            inputs,
+            torch.cuda.reset_peak_memory_stats,
+            torch.cuda.max_memory_allocated,
+            torch.cuda.memory_allocated(),
+        )
     context = multiprocessing.get_context("forkserver")
     # Imported once, not yet used: the children are fresh.
     context.set_forkserver_preload(["torch", "torch._inductor.compile_fx"])
@@ -298,8 +338,11 @@ def measure(names, repeats, *size, row=0):
             loss = None  # a graph would hold its memory
     for name in [name for name in names if "error" not in results[name]]:
         forward, backward = zip(*times[name], strict=True)
-        results[name].update(forward_ms=median(forward), backward_ms=median(backward),
-                             ms=median(map(sum, times[name])))
+        results[name].update(
+            forward_ms=median(forward),
+            backward_ms=median(backward),
+            ms=median(map(sum, times[name])),
+        )
         if row:
             whole, host = zip(*rows[name], strict=True)
             results[name].update(in_a_row_ms=median(whole), host_ms=median(host))
@@ -320,8 +363,11 @@ def check(names, *size):
     limits, agreed = (1e-5, 1e-4) if "fp32" in size else (5e-2, 1e-1), []
     for name in dict.fromkeys(names):
         inputs = make(*size)
-        true = (siglip("siglip_eager", *(x.float() for x in inputs)) if name in SIGLIP else fused(
-            mcn_ext.reference, *inputs, margin=0 if name in NO_MARGIN else MARGIN))
+        true = (
+            siglip("siglip_eager", *(x.float() for x in inputs))
+            if name in SIGLIP
+            else fused(mcn_ext.reference, *inputs, margin=0 if name in NO_MARGIN else MARGIN)
+        )
         true.backward()
         true_gradients = take_gradients(inputs)
         try:
@@ -334,8 +380,11 @@ def check(names, *size):
             continue
         errors = relative([loss], [true]), relative(take_gradients(inputs), true_gradients)
         met = errors[0] <= limits[0] and errors[1] <= limits[1]
-        print(f"- {name}: loss {errors[0]:.1e}, gradients {errors[1]:.1e}"
-              + ("" if met else " LEFT OUT, above {}, {}".format(*limits)), flush=True)
+        print(
+            f"- {name}: loss {errors[0]:.1e}, gradients {errors[1]:.1e}"
+            + ("" if met else " LEFT OUT, above {}, {}".format(*limits)),
+            flush=True,
+        )
         if not met and name.startswith("ours"):
             sys.exit(f"{name} disagrees with mcn_ext.reference: there is nothing to time")
         agreed += [name] if met else []
@@ -352,22 +401,46 @@ def show(row, device):
     ours, row["targets"] = "ours" if n < 16384 else "ours_stream", []
     for what, other, limit in wanted:
         value, base = results.get(ours, {}).get(what), results.get(other, {}).get(what, not other)
-        verdict = "not measured" if not value or not base else (
-            f"{value / base:.3g}, {'met' if value <= limit * base else 'missed'}")
+        verdict = (
+            "not measured"
+            if not value or not base
+            else (f"{value / base:.3g}, {'met' if value <= limit * base else 'missed'}")
+        )
         whose = f" of {other}" if other else ""
         row["targets"].append(f"{what} <= {limit:.3g}{whose}: {verdict}")
-    keys = [key for key in ("forward_ms", "backward_ms", "ms", "in_a_row_ms", "host_ms", "graph_ms",
-                            "forward_mib", "backward_mib", "extra_mib")
-            if any(key in result for result in results.values())]
-    print(f"\n{f'mcn_loss, 3 modalities, K {K}' if terms else 'contrastive_loss'}, N {n}, D {d}, "
-          f"{dtype}, median of {row['repeats']}\n\n| loss | {' | '.join(keys)} | ms / eager "
-          "| extra / eager | target |\n|---|" + "---:|" * (len(keys) + 2) + "---|")
+    keys = [
+        key
+        for key in (
+            "forward_ms",
+            "backward_ms",
+            "ms",
+            "in_a_row_ms",
+            "host_ms",
+            "graph_ms",
+            "forward_mib",
+            "backward_mib",
+            "extra_mib",
+        )
+        if any(key in result for result in results.values())
+    ]
+    print(
+        f"\n{f'mcn_loss, 3 modalities, K {K}' if terms else 'contrastive_loss'}, N {n}, D {d}, "
+        f"{dtype}, median of {row['repeats']}\n\n| loss | {' | '.join(keys)} | ms / eager "
+        "| extra / eager | target |\n|---|" + "---:|" * (len(keys) + 2) + "---|"
+    )
     for name, result in results.items():
         base = results.get("eager", {})
-        cells = [result[key] if isinstance(result.get(key), str) else f"{result[key]:.4g}"
-                 if key in result else "" for key in keys] + [
+        cells = [
+            result[key]
+            if isinstance(result.get(key), str)
+            else f"{result[key]:.4g}"
+            if key in result
+            else ""
+            for key in keys
+        ] + [
             f"{result[key] / base[key]:.2f}" if result.get(key) and base.get(key) else ""
-            for key in ("ms", "extra_mib")]
+            for key in ("ms", "extra_mib")
+        ]
         note = result.get("error") or ("; ".join(row["targets"]) if name == ours else "")
         print(f"| {name} | {' | '.join(cells)} | {note} |", flush=True)
     return row
@@ -376,20 +449,27 @@ def show(row, device):
 def draw(report, path):
     """Time and extra memory over N."""
     from mcn_ext.report import _pyplot, _save
+
     plt, sweep = _pyplot(), report["sweep"]
     if plt is None:
         return
     plt.rcParams["font.size"] = 10
-    styles = {"eager": ("eager", "dimgray"), "compile": ("torch.compile", "tab:orange"),
-              "ours": ("ours, keeping S", "tab:blue"),
-              "ours_stream": ("ours, streaming", "tab:green")}
+    styles = {
+        "eager": ("eager", "dimgray"),
+        "compile": ("torch.compile", "tab:orange"),
+        "ours": ("ours, keeping S", "tab:blue"),
+        "ours_stream": ("ours, streaming", "tab:green"),
+    }
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     titles = ("time, ms", "memory beyond inputs and gradients, MiB")
     for axis, key, title in zip(axes, ("ms", "extra_mib"), titles, strict=True):
         ends = []
         for name, (label, color) in styles.items():
-            line = [(row["n"], row["results"].get(name, {}).get(key, 0)) for row in sweep
-                    if name != "ours" or row["n"] ** 2 * 4 <= 2**31]  # above, S exceeds the budget
+            line = [
+                (row["n"], row["results"].get(name, {}).get(key, 0))
+                for row in sweep
+                if name != "ours" or row["n"] ** 2 * 4 <= 2**31
+            ]  # above, S exceeds the budget
             line = [(n, value) for n, value in line if value > (1 if key == "extra_mib" else 0)]
             if len(line) < 2:
                 continue
@@ -400,15 +480,18 @@ def draw(report, path):
         floor = 0.0
         for value, n, label, color in sorted(ends):  # labels of lines that meet are moved apart
             floor = max(value, (high / low) ** 0.06 * floor)
-            axis.annotate(label, (n, floor), (6, 0), textcoords="offset points", color=color,
-                          va="center")
+            axis.annotate(
+                label, (n, floor), (6, 0), textcoords="offset points", color=color, va="center"
+            )
         axis.set(xscale="log", yscale="log", xlabel="N")
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xticks([row["n"] for row in sweep], [str(row["n"]) for row in sweep], minor=False)
         axis.minorticks_off()
         axis.yaxis.set_major_formatter("{x:,.0f}")
-    figure.suptitle(f"contrastive loss, forward and backward, D {sweep[0]['d']}, "
-                    f"{report['dtype']}, {report['machine']}")
+    figure.suptitle(
+        f"contrastive loss, forward and backward, D {sweep[0]['d']}, "
+        f"{report['dtype']}, {report['machine']}"
+    )
     print(f"figure: {_save(figure, Path(path))}")
 
 
@@ -417,30 +500,47 @@ def describe(device, dtype):
     if device == "cuda":
         name, size = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     else:
-        names = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.split(": ")[1]
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name, size = (names or ["CPU"])[0], proc("meminfo", "MemTotal")
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-                                capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     except FileNotFoundError:  # no git: a copy of the tree
         commit = ""
-    return {"machine": name, "memory_mib": size // 2**20, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": sys.version.split()[0], "dtype": dtype,
-            "commit": commit or "unknown"}
+    return {
+        "machine": name,
+        "memory_mib": size // 2**20,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "dtype": dtype,
+        "commit": commit or "unknown",
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     switch, cuda = argparse.BooleanOptionalAction, torch.cuda.is_available()
     parser.add_argument("--rows", choices=("all", "quick"), default="all")
     parser.add_argument("--repeats", type=int, help="of every row; default: 1 to 20, by its size")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--sweep", action=switch, help="over N, for the figure; default: not quick")
-    parser.add_argument("--out", type=Path,
-                        help="default: benchmarks/results/loss-cpu.json or -gpu.json; quick: none")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: benchmarks/results/loss-cpu.json or -gpu.json; quick: none",
+    )
     parser.add_argument("--figure", type=Path, help="default: docs/loss.png or docs/loss-gpu.png")
     parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw this run's figure")
     args = parser.parse_args()
@@ -451,11 +551,21 @@ def main():
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # measuring processes return what they free
     report = describe(device, dtype)
-    print(", ".join(f"{key} {value}" for key, value in report.items())
-          + "\n\nAgreement with mcn_ext.reference, relative, N 320, D 256\n")
+    print(
+        ", ".join(f"{key} {value}" for key, value in report.items())
+        + "\n\nAgreement with mcn_ext.reference, relative, N 320, D 256\n"
+    )
     rows = ROWS["quick" if quick else device]
-    names = {terms: [name for row in rows if row[2] == terms for name in row[3]
-                     if device == "cuda" or name not in GPU_ONLY] for terms in (False, True)}
+    names = {
+        terms: [
+            name
+            for row in rows
+            if row[2] == terms
+            for name in row[3]
+            if device == "cuda" or name not in GPU_ONLY
+        ]
+        for terms in (False, True)
+    }
     known = {terms: check(names[terms], 320, 256, terms, dtype, device) for terms in names}
 
     out = args.out or ROOT / f"benchmarks/results/loss-{'gpu' if device == 'cuda' else 'cpu'}.json"
@@ -463,16 +573,25 @@ def main():
     def run(n, d, terms, names, repeats, kind="rows"):
         names = [name for name in names if name in known[terms]]
         calls = 2 if quick or n > 8192 else 10
-        result = measure(names, args.repeats or repeats, n, d, terms, dtype, device,
-                         row=calls if quick or device == "cuda" else 0)
+        result = measure(
+            names,
+            args.repeats or repeats,
+            n,
+            d,
+            terms,
+            dtype,
+            device,
+            row=calls if quick or device == "cuda" else 0,
+        )
         report.setdefault(kind, []).append(show(result, device))
         if args.out or not quick:  # after each row: the next may be stopped
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, indent=1) + "\n")
+
     for row in rows:
         run(*row)
     if args.sweep or (args.sweep is None and not quick):
-        for i in SWEEPS[device][:2 if quick else None]:
+        for i in SWEEPS[device][: 2 if quick else None]:
             known_row = [row for row in report["rows"] if (row["n"], row["d"]) == (2**i, SWEEP_D)]
             if known_row:
                 report.setdefault("sweep", []).extend(known_row)

@@ -35,10 +35,18 @@ from mcn_ext.training import objective_of  # noqa: E402
 
 DEVICE = torch.device("cuda")
 # (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --micro_batch)
-PAPER = [("AV", "", 1024, 4096, 0), ("AV", "", 2048, 4096, 0), ("AV", "", 4096, 4096, 0),
-         ("AV", "", 4096, 4096, 1024), ("AV", "", 16384, 16384, 4096),
-         ("AV", "", 16384, 16384, 1024), ("VT", "", 4096, 4096, 0), ("AVT", "", 4096, 4096, 0),
-         ("AV", "T", 4096, 4096, 0), ("VT", "A", 4096, 4096, 0)]
+PAPER = [
+    ("AV", "", 1024, 4096, 0),
+    ("AV", "", 2048, 4096, 0),
+    ("AV", "", 4096, 4096, 0),
+    ("AV", "", 4096, 4096, 1024),
+    ("AV", "", 16384, 16384, 4096),
+    ("AV", "", 16384, 16384, 1024),
+    ("VT", "", 4096, 4096, 0),
+    ("AVT", "", 4096, 4096, 0),
+    ("AV", "T", 4096, 4096, 0),
+    ("VT", "A", 4096, 4096, 0),
+]
 
 
 def clips(args, n: int, short: float, words: int) -> dict:
@@ -47,9 +55,13 @@ def clips(args, n: int, short: float, words: int) -> dict:
     some = torch.arange(n) < short * n
     lengths[some] = torch.randint(args.audio_frames // 2, args.audio_frames, (int(some.sum()),))
     sound = torch.empty(n, args.audio_frames, 40, dtype=torch.float16)
-    batch = {"audio": sound.transpose(1, 2), "n_frames": lengths,
-             "words": torch.zeros(n, args.max_words, dtype=torch.int64).random_(words),
-             "clip_id": torch.arange(n), "caption_id": torch.arange(n)}
+    batch = {
+        "audio": sound.transpose(1, 2),
+        "n_frames": lengths,
+        "words": torch.zeros(n, args.max_words, dtype=torch.int64).random_(words),
+        "clip_id": torch.arange(n),
+        "caption_id": torch.arange(n),
+    }
     batch |= {f"video.{name}": torch.empty(n, 2048, dtype=torch.float16) for name in ("2d", "3d")}
     batch |= {f"valid.{name}": torch.ones(n, dtype=torch.bool) for name in MODALITIES.values()}
     return {name: x.pin_memory() for name, x in batch.items()}
@@ -62,30 +74,40 @@ def arguments(preset: str = "paper", **changed) -> argparse.Namespace:
     return argparse.Namespace(**(vars(training.parse_args([])) | flags.PRESETS[preset] | changed))
 
 
-def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: int,
-            short: float = 0.0) -> dict:
+def measure(
+    args, pair: str, added: str, n: int, everywhere: int, micro_batch: int, short: float = 0.0
+) -> dict:
     """GiB at the peak of a step, and of what stays from step to step. Fewer clips here than
     everywhere: as one of several ranks, but for what they send each other."""
     forward = BatchNorm.of_all_ranks if n < everywhere else BatchNorm.forward
-    with (tempfile.TemporaryDirectory() as folder, patch.object(BatchNorm, "forward", forward),
-          pretend(allowed_waits=10**9) as gpu):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(BatchNorm, "forward", forward),
+        pretend(allowed_waits=10**9) as gpu,
+    ):
         host, held = clips(args, n, short, 1000), gpu.held
         table = torch.zeros(1000, 300).to(DEVICE)
-        model = MCN(pair + added, embd_dim=args.embd_dim, recon_dim=args.recon_dim,
-                    audio_width=args.audio_width).to(DEVICE)
+        model = MCN(
+            pair + added,
+            embd_dim=args.embd_dim,
+            recon_dim=args.recon_dim,
+            audio_width=args.audio_width,
+        ).to(DEVICE)
         if added:
             model.freeze(MODALITIES[letter] for letter in pair)
         model.train()
         objective = objective_of(args, pair + added, added or pair, pair if added else None)
         clusters = objective.clusters
         clusters.centroids = torch.zeros(args.cluster_size, args.embd_dim, device=DEVICE)
-        clusters.queue = [torch.zeros(everywhere, args.embd_dim, device=DEVICE)
-                          for _ in range(args.queue_size)]
+        clusters.queue = [
+            torch.zeros(everywhere, args.embd_dim, device=DEVICE) for _ in range(args.queue_size)
+        ]
         queue = sum(rows.nbytes for rows in clusters.queue)
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(learning, lr=args.lr, fused=True)
-        guard = Guard(model, objective, optimizer, torch.amp.GradScaler("cuda", enabled=False),
-                      Path(folder))
+        guard = Guard(
+            model, objective, optimizer, torch.amp.GradScaler("cuda", enabled=False), Path(folder)
+        )
 
         def autocast():
             return torch.autocast("cuda", dtype=torch.bfloat16)
@@ -109,25 +131,42 @@ def measure(args, pair: str, added: str, n: int, everywhere: int, micro_batch: i
             optimizer.step()
             objective.enqueue()
         gib = 2**30
-        return {"pair": pair, "added": added, "clips": n, "clips of all GPUs": everywhere,
-                "micro_batch": micro_batch, "short": short, "peak_gib": held.peak / gib,
-                "weights_gib": sum(4 * x.numel() for x in (*model.parameters(),
-                                                           *(3 * [p for p in learning]))) / gib,
-                "queue_gib": queue / gib, "before_gib": before / gib, "waits": gpu.waits / 2,
-                "operators": gpu.operators, "moved_gb": gpu.moved / 1e9}
+        return {
+            "pair": pair,
+            "added": added,
+            "clips": n,
+            "clips of all GPUs": everywhere,
+            "micro_batch": micro_batch,
+            "short": short,
+            "peak_gib": held.peak / gib,
+            "weights_gib": sum(
+                4 * x.numel() for x in (*model.parameters(), *(3 * [p for p in learning]))
+            )
+            / gib,
+            "queue_gib": queue / gib,
+            "before_gib": before / gib,
+            "waits": gpu.waits / 2,
+            "operators": gpu.operators,
+            "moved_gb": gpu.moved / 1e9,
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", default=None, help="AV, VT, AT or AVT; default: the table")
     parser.add_argument("--add", default="", help="the modality that a second stage adds")
     parser.add_argument("--clips", type=int, default=4096, help="on the GPU")
     parser.add_argument("--all_clips", type=int, default=None, help="on all GPUs (--clips)")
     parser.add_argument("--micro_batch", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file")
-    parser.add_argument("--short", type=float, default=0.0, help="share of clips that are shorter, "
-                        "half to all of the length")
+    parser.add_argument(
+        "--short",
+        type=float,
+        default=0.0,
+        help="share of clips that are shorter, half to all of the length",
+    )
     own = parser.parse_args()
     args = arguments()
     cases = [(own.pair, own.add, own.clips, own.all_clips or own.clips, own.micro_batch)]
@@ -135,20 +174,46 @@ def main() -> None:
     for case in cases if own.pair else PAPER:
         row = measure(args, *case, own.short)
         rows.append(row)
-        body.append([f"{row['pair']}{', then ' + row['added'] if row['added'] else ''}",
-                     f"{row['clips']:,}", f"{row['clips of all GPUs']:,}",
-                     str(row["micro_batch"] or "-"),
-                     *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib")),
-                     f"{row['operators']:,}", f"{row['moved_gb']:.0f}"])
+        body.append(
+            [
+                f"{row['pair']}{', then ' + row['added'] if row['added'] else ''}",
+                f"{row['clips']:,}",
+                f"{row['clips of all GPUs']:,}",
+                str(row["micro_batch"] or "-"),
+                *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib")),
+                f"{row['operators']:,}",
+                f"{row['moved_gb']:.0f}",
+            ]
+        )
         print(body[-1], file=sys.stderr, flush=True)
-    header = ["stage", "clips on the GPU", "of all GPUs", "`--micro_batch`", "GiB at the peak",
-              "weights, gradients, Adam", "queue", "operators", "GB moved"]
+    header = [
+        "stage",
+        "clips on the GPU",
+        "of all GPUs",
+        "`--micro_batch`",
+        "GiB at the peak",
+        "weights, gradients, Adam",
+        "queue",
+        "operators",
+        "GB moved",
+    ]
     print(markdown(header, body))
     if own.out:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-                                capture_output=True, text=True).stdout.strip()
-        own.out.write_text(json.dumps({"command": " ".join(sys.argv), "torch": torch.__version__,
-                                       "commit": commit, "rows": rows}, indent=1) + "\n")
+        commit = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        own.out.write_text(
+            json.dumps(
+                {
+                    "command": " ".join(sys.argv),
+                    "torch": torch.__version__,
+                    "commit": commit,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -58,13 +58,22 @@ class Ours:
     """mcn_ext's objective, as train_stage1.py has it."""
 
     def __init__(self):
-        self.objective = Objective(["audio", "video"], ["audio", "video"], cluster_size=K,
-                                   queue_size=QUEUE, refit_every=REFIT, recon_weight=0.0)
+        self.objective = Objective(
+            ["audio", "video"],
+            ["audio", "video"],
+            cluster_size=K,
+            queue_size=QUEUE,
+            refit_every=REFIT,
+            recon_weight=0.0,
+        )
 
     def __call__(self, video, audio, clip):
         valid = torch.ones(len(video), dtype=torch.bool)
-        terms = self.objective({"audio": audio, "video": video}, {},
-                               {"valid": {"audio": valid, "video": valid}, "clip_id": clip})
+        terms = self.objective(
+            {"audio": audio, "video": video},
+            {},
+            {"valid": {"audio": valid, "video": valid}, "clip_id": clip},
+        )
         return terms["total"], terms["contrastive"], terms["cluster"]
 
     def after_step(self):
@@ -165,37 +174,53 @@ def train(name, objective, data, *, steps, lr, n_clips):
         objective.after_step()
         with torch.no_grad():
             joint = unit_rows((out["video"] + out["audio"]) / 2)
-            rows.append({
-                "step": len(rows) + 1, "total": float(total), "contrastive": float(contrastive),
-                "cluster": float(cluster), "loss_scale": scaler.get_scale(),
-                "cosine": float(joint.mean(0).square().sum()),  # mean over all pairs of clips
-                **{f"norm_{m}": float(e.norm(dim=1).mean()) for m, e in out.items()},
-                **objective.statistics})
+            rows.append(
+                {
+                    "step": len(rows) + 1,
+                    "total": float(total),
+                    "contrastive": float(contrastive),
+                    "cluster": float(cluster),
+                    "loss_scale": scaler.get_scale(),
+                    "cosine": float(joint.mean(0).square().sum()),  # mean over all pairs of clips
+                    **{f"norm_{m}": float(e.norm(dim=1).mean()) for m, e in out.items()},
+                    **objective.statistics,
+                }
+            )
         if objective.centroids is not None:
             rows[-1]["largest_entry"] = float(objective.centroids.abs().max())
         bar.update()
     bar.close()
     with torch.no_grad():
         x = data.held_out()
-        similarity = unit_rows(encoders["video"](x["video"])) @ unit_rows(
-            encoders["audio"](x["audio"])).t()
+        similarity = (
+            unit_rows(encoders["video"](x["video"])) @ unit_rows(encoders["audio"](x["audio"])).t()
+        )
     rank = ranks(similarity)
     last = next((row for row in reversed(rows) if row["total"] == row["total"]), rows[-1])
-    return {"name": name, "steps": len(rows), "seconds": time.perf_counter() - begin,
-            "nan_step": next((r["step"] for r in rows if r["total"] != r["total"]), None),
-            "r@10": float((rank <= 10).mean() * 100), "last": last, "rows": rows}
+    return {
+        "name": name,
+        "steps": len(rows),
+        "seconds": time.perf_counter() - begin,
+        "nan_step": next((r["step"] for r in rows if r["total"] != r["total"]), None),
+        "r@10": float((rank <= 10).mean() * 100),
+        "last": last,
+        "rows": rows,
+    }
 
 
 def table(runs):
     """Markdown: what became of each run."""
-    lines = ["| | NaN at step | of | live clusters | largest share | mean cosine | norm | R@10 |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| | NaN at step | of | live clusters | largest share | mean cosine | norm | R@10 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for run in runs:
         last = run["last"]
         lines.append(
             f"| {run['name']} | {run['nan_step'] or 'never'} | {run['steps']} | "
             f"{last.get('live_clusters', '')} of {K} | {100 * last.get('largest_share', 0):.1f} % "
-            f"| {last['cosine']:.2f} | {last['norm_video']:.3g} | {run['r@10']:.1f} % |")
+            f"| {last['cosine']:.2f} | {last['norm_video']:.3g} | {run['r@10']:.1f} % |"
+        )
     return "\n".join(lines)
 
 
@@ -207,11 +232,19 @@ def draw(results, path):
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, grid = plt.subplots(len(results), 4, figsize=(13, 2.7 * len(results) + 0.4),
-                                squeeze=False, layout="constrained", sharex=True)
+    figure, grid = plt.subplots(
+        len(results),
+        4,
+        figsize=(13, 2.7 * len(results) + 0.4),
+        squeeze=False,
+        layout="constrained",
+        sharex=True,
+    )
     for axes, (data, runs) in zip(grid, results.items(), strict=True):
-        for run, colour, label in ((runs[0], "tab:red", "published recipe"),
-                                   (runs[-1], "tab:blue", "ours")):
+        for run, colour, label in (
+            (runs[0], "tab:red", "published recipe"),
+            (runs[-1], "tab:blue", "ours"),
+        ):
             rows = run["rows"]
             step = [row["step"] for row in rows]
             share = [100 * row.get("largest_share", np.nan) for row in rows]
@@ -221,25 +254,41 @@ def draw(results, path):
             axes[2].plot(step, [row["norm_video"] for row in rows], color=colour)
             axes[2].plot(step, [row["norm_audio"] for row in rows], color=colour, linestyle=":")
             axes[3].plot(step, [row["contrastive"] for row in rows], color=colour)
-            axes[3].plot(step, [row["cluster"] if row["step"] > QUEUE else np.nan for row in rows],
-                         color=colour, linestyle=":")
+            axes[3].plot(
+                step,
+                [row["cluster"] if row["step"] > QUEUE else np.nan for row in rows],
+                color=colour,
+                linestyle=":",
+            )
         for axis in axes:
             axis.set_xscale("log")
             axis.grid(alpha=0.3)
             if runs[0]["nan_step"]:
                 axis.axvline(runs[0]["nan_step"], color="tab:red", linewidth=0.8, linestyle="--")
         if runs[0]["nan_step"]:
-            axes[3].annotate(f"NaN at step {runs[0]['nan_step']} ", (runs[0]["nan_step"], 0.3),
-                             xycoords=("data", "axes fraction"), ha="right", color="tab:red")
+            axes[3].annotate(
+                f"NaN at step {runs[0]['nan_step']} ",
+                (runs[0]["nan_step"], 0.3),
+                xycoords=("data", "axes fraction"),
+                ha="right",
+                color="tab:red",
+            )
         axes[1].set_yscale("log")
         axes[1].axhline(65504, color="grey", linewidth=0.8)
         axes[1].text(1.2, 65504 * 30, "fp16 ends: 65,504", color="grey", fontsize=8)
         axes[0].set_ylabel(data, fontweight="bold")
         axes[0].set_ylim(0, 105)
         axes[0].legend(frameon=False, loc="upper left")
-    for axis, name in zip(grid[0], ("largest cluster, % of all clips", "largest centroid entry",
-                                    "norm: video, audio (dotted)",
-                                    "loss: contrastive, clustering (dotted)"), strict=True):
+    for axis, name in zip(
+        grid[0],
+        (
+            "largest cluster, % of all clips",
+            "largest centroid entry",
+            "norm: video, audio (dotted)",
+            "loss: contrastive, clustering (dotted)",
+        ),
+        strict=True,
+    ):
         axis.set_title(name)
     for axis in grid[-1]:
         axis.set_xlabel("step (k-means every 20)")
@@ -253,14 +302,19 @@ def thinned(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--digits", type=Path, default=Path("digits/train.h5"))
     parser.add_argument("--only", choices=("synthetic", "digits"))
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--steps", type=int, default=400, help="at most, of all runs but ours")
-    parser.add_argument("--times", type=int, default=2,
-                        help="ours takes so many times the steps that the recipe took to NaN")
+    parser.add_argument(
+        "--times",
+        type=int,
+        default=2,
+        help="ours takes so many times the steps that the recipe took to NaN",
+    )
     parser.add_argument("--clips", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, help="JSON to write")
@@ -277,6 +331,7 @@ def main():
         print(f"no recordings at {args.digits}: synthetic rows only")
     results = {}
     for data in sets:
+
         def run(name, objective, steps, data=data):
             return train(name, objective, data, steps=steps, lr=args.lr, n_clips=args.clips)
 
@@ -287,16 +342,26 @@ def main():
         else:
             runs.append(run("ours", Ours(), args.times * (runs[0]["nan_step"] or args.steps)))
         results[data.name] = [thinned(run) for run in runs]
-        print(f"\n{data.name}: {args.clips} clips a step, {DIM} dimensions, K {K}, Adam {args.lr}, "
-              f"{torch.get_num_threads()} threads; recipe {runs[0]['seconds']:.0f} s, ours "
-              f"{runs[-1]['seconds']:.0f} s\n\n{table(runs)}\n")
-    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-               "threads": torch.get_num_threads(), "commit": subprocess.run(
-                   ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True,
-                   text=True, check=False).stdout.strip()}
+        print(
+            f"\n{data.name}: {args.clips} clips a step, {DIM} dimensions, K {K}, Adam {args.lr}, "
+            f"{torch.get_num_threads()} threads; recipe {runs[0]['seconds']:.0f} s, ours "
+            f"{runs[-1]['seconds']:.0f} s\n\n{table(runs)}\n"
+        )
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip(),
+    }
     if args.out:
-        args.out.write_text(json.dumps(machine | {"clips": args.clips, "lr": args.lr,
-                                                  "data": results}) + "\n")
+        args.out.write_text(
+            json.dumps(machine | {"clips": args.clips, "lr": args.lr, "data": results}) + "\n"
+        )
     if not args.ablation:
         draw(results, args.figure)
         print(args.figure)

@@ -32,14 +32,19 @@ def product(a, b):
 
 
 # ------------------------------------------------------------------------------------- the recipe
-CURES = {"divide": "clustering loss / number of its terms",
-         "log_k": "clustering loss / (number of its terms x log K)",
-         "temperature": "temperature 0.05", "fp32_kmeans": "k-means in fp32",
-         "reseed": "empty clusters reseeded", "unit": "unit length",
-         "no_clustering": "no clustering loss"}
+CURES = {
+    "divide": "clustering loss / number of its terms",
+    "log_k": "clustering loss / (number of its terms x log K)",
+    "temperature": "temperature 0.05",
+    "fp32_kmeans": "k-means in fp32",
+    "reseed": "empty clusters reseeded",
+    "unit": "unit length",
+    "no_clustering": "no clustering loss",
+}
 ALL = ("log_k", "temperature", "fp32_kmeans", "reseed", "unit")  # what ours has
-ABLATION = [(name,) for name in CURES] + [ALL] + [
-    tuple(c for c in ALL if c != name) for name in ALL]
+ABLATION = (
+    [(name,) for name in CURES] + [ALL] + [tuple(c for c in ALL if c != name) for name in ALL]
+)
 
 
 def title(cures):
@@ -67,15 +72,18 @@ class Recipe:
             video, audio = unit_rows(video), unit_rows(audio)
         target = torch.arange(len(video))
         logits = half(product(video, audio) - MARGIN * torch.eye(len(video))) * self.scale
-        contrastive = (F.nll_loss(F.log_softmax(logits, 1), target)
-                       + F.nll_loss(F.log_softmax(logits.t(), 1), target))
+        contrastive = F.nll_loss(F.log_softmax(logits, 1), target) + F.nll_loss(
+            F.log_softmax(logits.t(), 1), target
+        )
         cluster, joint = torch.zeros(()), half((video.detach() + audio.detach()) / 2)
         if self.centroids is not None and "no_clustering" not in self.cures:
             mu = unit_rows(self.centroids) if "unit" in self.cures else self.centroids
             label = self.cosines(joint, mu).argmax(dim=1)
             own = MARGIN * F.one_hot(label, K)
-            cluster = sum(F.cross_entropy(half(product(x, mu) - own) * self.scale, label)
-                          for x in (video, audio))
+            cluster = sum(
+                F.cross_entropy(half(product(x, mu) - own) * self.scale, label)
+                for x in (video, audio)
+            )
             if self.cures & {"divide", "log_k"}:
                 cluster = cluster / (2 * math.log(K) if "log_k" in self.cures else 2)
         self.queue, self.steps = [*self.queue, joint][-QUEUE:], self.steps + 1
@@ -98,15 +106,17 @@ class Recipe:
             new = sums / counts[:, None]
             empty = (counts == 0).nonzero().flatten()
             if "reseed" in self.cures:
-                new[empty] = x[score.argsort(stable=True)[:len(empty)]]
+                new[empty] = x[score.argsort(stable=True)[: len(empty)]]
             new = torch.nan_to_num(new)
             moved = (new - self.centroids).square().sum()
             self.centroids = new
             if moved <= 1e-4:
                 break
         counts = torch.bincount(self.cosines(x, self.centroids).argmax(dim=1), minlength=K)
-        self.statistics = {"largest_share": float(counts.max() / counts.sum()),
-                           "live_clusters": int((counts > 0).sum())}
+        self.statistics = {
+            "largest_share": float(counts.max() / counts.sum()),
+            "live_clusters": int((counts > 0).sum()),
+        }
 
     def cosines(self, x, mu):
         a, b = (rows / (rows.norm(dim=1, keepdim=True) + 1e-8) for rows in (x, mu))

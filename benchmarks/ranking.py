@@ -27,8 +27,9 @@ def peak_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=100_000)
     parser.add_argument("--d", type=int, default=256)
     parser.add_argument("--whole", action="store_true", help="one (n, n) matrix")
@@ -45,18 +46,26 @@ def main() -> None:
         scores = retrieval.Scores((rows, valid), "text->video")
         rank = scores.ranks()
     ranked = time.perf_counter()
-    result = {"n": args.n, "d": args.d, "how": "whole" if args.whole else "blocks",
-              "threads": torch.get_num_threads(), "seconds": round(ranked - begun, 1),
-              "embeddings_mib": round(2 * args.n * args.d * 4 / 2**20),
-              "more_mib": round(peak_mib() - before)}
+    result = {
+        "n": args.n,
+        "d": args.d,
+        "how": "whole" if args.whole else "blocks",
+        "threads": torch.get_num_threads(),
+        "seconds": round(ranked - begun, 1),
+        "embeddings_mib": round(2 * args.n * args.d * 4 / 2**20),
+        "more_mib": round(peak_mib() - before),
+    }
     if args.videos and not args.whole:
         scores.video_ranks([str(i // 8) for i in range(args.n)])
         result["whole_videos_seconds"] = round(time.perf_counter() - ranked, 1)
         result["more_mib"] = round(peak_mib() - before)
     begun = time.perf_counter()
     summary = metrics.summarize(rank)
-    result |= {"intervals_seconds": round(time.perf_counter() - begun, 1), "R@1": summary["R@1"],
-               "MedR": summary["MedR"]}
+    result |= {
+        "intervals_seconds": round(time.perf_counter() - begun, 1),
+        "R@1": summary["R@1"],
+        "MedR": summary["MedR"],
+    }
     print(json.dumps(result))
 
 

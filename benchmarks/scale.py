@@ -42,8 +42,9 @@ def refit(n: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--videos", type=int, default=1_200_000)
     parser.add_argument("--cpu_us", type=float, default=244)
     parser.add_argument("--share", type=float, default=0.3, help="of the peak, assumed")
@@ -53,32 +54,74 @@ def main() -> None:
     encoders = study.training_flops(paper, DIMS, "AV", "", 300)
     clip = sum(BYTES.values()) * (CLIP_SECONDS + 1)
     store = args.videos * SECONDS * sum(BYTES.values())
-    print(f"stage 1, AV: {encoders / 1e9:.1f} GFLOP a clip of {CLIP_SECONDS} s, forward and "
-          f"backward; a store of {args.videos:,} videos of {SECONDS} s: {store / 1e12:.1f} TB; a "
-          f"clip reads {clip / 1e6:.2f} MB\n")
+    print(
+        f"stage 1, AV: {encoders / 1e9:.1f} GFLOP a clip of {CLIP_SECONDS} s, forward and "
+        f"backward; a store of {args.videos:,} videos of {SECONDS} s: {store / 1e12:.1f} TB; a "
+        f"clip reads {clip / 1e6:.2f} MB\n"
+    )
     body = []
     for n in BATCHES:
-        body.append([f"{n:,}", f"{n * encoders / 1e12:.0f}", f"{losses(n) / 1e12:.1f}",
-                     f"{refit(n) / REFIT / 1e12:.1f}", f"{n * clip / 1e9:.1f}",
-                     f"{n * D * 4 / 2**30:.2f}", f"{QUEUE * n * D * 4 / 2**30:.1f}",
-                     f"{n * n * 4 / 2**30:.1f}"])
-    print(markdown(["clips a step", "encoders, TFLOP", "losses of a pair, TFLOP",
-                    "k-means a step, TFLOP", "read, GB", "rows of a modality, GiB", "queue, GiB",
-                    "N x N in fp32, GiB (never held)"], body), "\n")
+        body.append(
+            [
+                f"{n:,}",
+                f"{n * encoders / 1e12:.0f}",
+                f"{losses(n) / 1e12:.1f}",
+                f"{refit(n) / REFIT / 1e12:.1f}",
+                f"{n * clip / 1e9:.1f}",
+                f"{n * D * 4 / 2**30:.2f}",
+                f"{QUEUE * n * D * 4 / 2**30:.1f}",
+                f"{n * n * 4 / 2**30:.1f}",
+            ]
+        )
+    print(
+        markdown(
+            [
+                "clips a step",
+                "encoders, TFLOP",
+                "losses of a pair, TFLOP",
+                "k-means a step, TFLOP",
+                "read, GB",
+                "rows of a modality, GiB",
+                "queue, GiB",
+                "N x N in fp32, GiB (never held)",
+            ],
+            body,
+        ),
+        "\n",
+    )
     steps, body = args.videos // (4096 // PER_VIDEO), []
     for gpu, count in MACHINES:
         work = 4096 * encoders + losses(4096)
         kmeans = refit(4096) / REFIT / (FP32[gpu] * args.fp32_share * count)
         step = work / (PEAK[gpu] * args.share * count) + kmeans
-        body.append([f"{count} x {gpu}", f"{step:.3f}", f"{100 * kmeans / step:.1f}",
-                     f"{steps * step / 3600:.2f}",
-                     f"{4096 / step:,.0f}", f"{4096 * clip / step / 1e9:.1f}",
-                     f"{math.ceil(4096 / step * args.cpu_us / 1e6)}",
-                     f"{4096 * D * 4 * (count - 1) / count * 2 / 2**20:.0f}"])
-    print(markdown([f"4,096 clips, {100 * args.share:.0f} % of the peak, k-means "
-                    f"{100 * args.fp32_share:.0f} % of fp32's (assumed)", "s a step",
-                    "of which k-means, %", f"h an epoch of {steps:,} steps", "clips a second",
-                    "read, GB/s", "cores that read", "MiB a rank receives for a pair"], body))
+        body.append(
+            [
+                f"{count} x {gpu}",
+                f"{step:.3f}",
+                f"{100 * kmeans / step:.1f}",
+                f"{steps * step / 3600:.2f}",
+                f"{4096 / step:,.0f}",
+                f"{4096 * clip / step / 1e9:.1f}",
+                f"{math.ceil(4096 / step * args.cpu_us / 1e6)}",
+                f"{4096 * D * 4 * (count - 1) / count * 2 / 2**20:.0f}",
+            ]
+        )
+    print(
+        markdown(
+            [
+                f"4,096 clips, {100 * args.share:.0f} % of the peak, k-means "
+                f"{100 * args.fp32_share:.0f} % of fp32's (assumed)",
+                "s a step",
+                "of which k-means, %",
+                f"h an epoch of {steps:,} steps",
+                "clips a second",
+                "read, GB/s",
+                "cores that read",
+                "MiB a rank receives for a pair",
+            ],
+            body,
+        )
+    )
 
 
 if __name__ == "__main__":

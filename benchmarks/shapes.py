@@ -44,9 +44,21 @@ def _guard() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
         source.write_text(GUARD)
-        subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-shared", "-fPIC",
-                        f"-I{root}/include", source, "-o", library, f"-L{root}/lib", "-lc10"],
-                       check=True)
+        subprocess.run(
+            [
+                os.environ.get("CXX", "g++"),
+                "-std=c++20",
+                "-shared",
+                "-fPIC",
+                f"-I{root}/include",
+                source,
+                "-o",
+                library,
+                f"-L{root}/lib",
+                "-lc10",
+            ],
+            check=True,
+        )
         ctypes.CDLL(str(library))
     _guarded = True
 
@@ -54,10 +66,14 @@ def _guard() -> None:
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 ONLY_WRITE = {aten.zeros_like.default, aten.new_zeros.default, aten.ones_like.default}
-NOTHING = {aten._unsafe_view.default, *(  # a view, but by its name, and memory alone
-    getattr(getattr(aten, name), overload) for name in (
-        "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-    for overload in getattr(aten, name).overloads())}
+NOTHING = {
+    aten._unsafe_view.default,
+    *(  # a view, but by its name, and memory alone
+        getattr(getattr(aten, name), overload)
+        for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+        for overload in getattr(aten, name).overloads()
+    ),
+}
 
 
 def _from_host(func, args, kwargs) -> bool:
@@ -128,8 +144,9 @@ class Gpu(TorchDispatchMode):
             try:
                 out = func(*args, **kwargs)
             except (DynamicOutputShapeException, DataDependentOutputException) as error:
-                raise Waits(f"{func} waits for the device: what it returns depends on numbers"
-                            ) from error
+                raise Waits(
+                    f"{func} waits for the device: what it returns depends on numbers"
+                ) from error
             if func in CONVOLUTIONS:
                 out = tree_map(_as_cudnn, out)
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -138,8 +155,9 @@ class Gpu(TorchDispatchMode):
         if not func.is_view and func not in NOTHING and func.namespace not in ("prim", "profiler"):
             self.operators += 1
             read = {id(x): x for x in inputs} if func not in ONLY_WRITE else {}
-            self.moved += sum(x.numel() * x.element_size() for x in (read | {
-                id(x): x for x in outputs}).values())
+            self.moved += sum(
+                x.numel() * x.element_size() for x in (read | {id(x): x for x in outputs}).values()
+            )
         if func is torch.ops.mcn.loss.default:
             self.held.peak = max(self.held.peak, self.held.live + _scratch(*args))
         return out
@@ -259,9 +277,14 @@ def _run(node, given: dict) -> tuple:
     if not hasattr(node, "apply"):
         out = node(*grads)
     else:  # a torch.autograd.Function
-        out = node.apply(*(torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-                           if grad is None else grad
-                           for grad, like in zip(grads, node._input_metadata, strict=True)))
+        out = node.apply(
+            *(
+                torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+                if grad is None
+                else grad
+                for grad, like in zip(grads, node._input_metadata, strict=True)
+            )
+        )
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -280,15 +303,19 @@ def pretend(allowed_waits: int = 0):
     backward = _backward(saved)
     with ExitStack() as stack:
         for target, name, value in (
-                (torch.cuda, "_lazy_init", lambda: None),
-                (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-                (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-                (torch.Tensor, "pin_memory", _pin),
-                (FakeTensor, "tolist", lambda self: self.cpu().tolist()),  # not one by one
-                (torch.autograd, "backward", backward),
-                (torch.Tensor, "backward", lambda self, gradient=None, *_, **__:
-                    backward(self, gradient)),
-                (ops, "_cuda", True)):
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.Tensor, "pin_memory", _pin),
+            (FakeTensor, "tolist", lambda self: self.cpu().tolist()),  # not one by one
+            (torch.autograd, "backward", backward),
+            (
+                torch.Tensor,
+                "backward",
+                lambda self, gradient=None, *_, **__: backward(self, gradient),
+            ),
+            (ops, "_cuda", True),
+        ):
             stack.enter_context(patch.object(target, name, value))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack))
         stack.enter_context(gpu)

@@ -57,12 +57,27 @@ from mcn_ext.objective import Objective  # noqa: E402
 from mcn_ext.store import Store, StoreWriter  # noqa: E402
 from mcn_ext.words import WordVectors  # noqa: E402
 
-DIGITS = dict(batch_size=16, n_pair=6, lr=2e-3, embd_dim=256, recon_dim=1024, audio_width=0.25,
-              audio_frames=400, min_time=0.5, cluster_size=64, temperature=0.1, recon_weight=5.0,
-              cluster_weight=0.3)
+DIGITS = dict(
+    batch_size=16,
+    n_pair=6,
+    lr=2e-3,
+    embd_dim=256,
+    recon_dim=1024,
+    audio_width=0.25,
+    audio_frames=400,
+    min_time=0.5,
+    cluster_size=64,
+    temperature=0.1,
+    recon_weight=5.0,
+    cluster_weight=0.3,
+)
 PRESETS = flags.PRESETS | {"digits": flags.PRESETS["paper"] | DIGITS}  # the README's command
-SIZES = {**dict.fromkeys(("batch_size", "n_pair", "audio_frames", "embd_dim", "recon_dim",
-                          "cluster_size"), int), "audio_width": float}
+SIZES = {
+    **dict.fromkeys(
+        ("batch_size", "n_pair", "audio_frames", "embd_dim", "recon_dim", "cluster_size"), int
+    ),
+    "audio_width": float,
+}
 
 
 # What torch's counter leaves out.
@@ -90,8 +105,11 @@ class Clock:
             return
         wait(self.device)
         cpu, wall = time.process_time(), time.perf_counter()
-        with (FlopCounterMode(display=False, custom_mapping=IN_PLACE) if self.counting
-              else nullcontext()) as counter:
+        with (
+            FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+            if self.counting
+            else nullcontext()
+        ) as counter:
             yield
         self.cpu[part].append(1e3 * (time.process_time() - cpu))
         wait(self.device)
@@ -104,15 +122,21 @@ class Clock:
 def make_store(path: Path, args, n_captions: int) -> Path:
     """Videos, 64 at most, of clips that all are as long as the audio that is used of them."""
     seconds, rng = args.audio_frames / 100, np.random.default_rng(0)
-    specs = {name: {"dim": dim, "rate_hz": rate} for (name, dim), rate in
-             zip(args.dims.items(), (1.0, 1.5), strict=False)} | {"mel": {"dim": 40,
-                                                                          "rate_hz": 100.0}}
+    specs = {
+        name: {"dim": dim, "rate_hz": rate}
+        for (name, dim), rate in zip(args.dims.items(), (1.0, 1.5), strict=False)
+    } | {"mel": {"dim": 40, "rate_hz": 100.0}}
     writer = StoreWriter(path, specs, "benchmark data")
     start = np.arange(n_captions) * seconds
     for video in range(min(64, args.batch_size)):
-        rows = {name: rng.uniform(-80 * (name == "mel"), name != "mel", (
-            math.ceil(n_captions * seconds * spec["rate_hz"]) + 1, spec["dim"]))
-            for name, spec in specs.items()}
+        rows = {
+            name: rng.uniform(
+                -80 * (name == "mel"),
+                name != "mel",
+                (math.ceil(n_captions * seconds * spec["rate_hz"]) + 1, spec["dim"]),
+            )
+            for name, spec in specs.items()
+        }
         words = [" ".join(f"w{i}" for i in rng.integers(0, 999, args.max_words)) for _ in start]
         writer.add(f"v{video}", rows, start, start + seconds, words)
     return writer.close()
@@ -124,17 +148,30 @@ class Clips:
     def __init__(self, args, folder: Path):
         if args.data is None and args.preset == "demo":
             from mcn_ext.prepare import demo
+
             demo.prepare(folder)
             args.data = folder / "train.h5"
         args.data = args.data or make_store(folder / "train.h5", args, 2 * args.n_pair)
         store = Store(args.data)
         args.dims = {name: dim for name, dim in store.dims.items() if name != "mel"}
-        texts = sorted({word for video in range(len(store)) for text in store.caption_texts(video)
-                        for word in text.split()})
+        texts = sorted(
+            {
+                word
+                for video in range(len(store))
+                for text in store.caption_texts(video)
+                for word in text.split()
+            }
+        )
         vectors = np.random.default_rng(0).normal(size=(len(texts), 300)).astype(np.float32)
         self.words, self.store = WordVectors(texts, vectors, "random"), store
-        reader = ClipReader(store, video_streams=tuple(args.dims), audio=True, words=self.words,
-                            audio_frames=args.audio_frames, max_words=args.max_words)
+        reader = ClipReader(
+            store,
+            video_streams=tuple(args.dims),
+            audio=True,
+            words=self.words,
+            audio_frames=args.audio_frames,
+            max_words=args.max_words,
+        )
         self.clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=0)
         self.table, self.n, self.read_ = torch.from_numpy(vectors), args.batch_size, 0
 
@@ -153,15 +190,31 @@ class Ours:
         torch.manual_seed(0)
         self.table, self.device, self.autocast = table, device, autocast
         self.micro = args.micro_batch
-        self.model = MCN("AVT", video_dims=args.dims, embd_dim=args.embd_dim,
-                         recon_dim=args.recon_dim, audio_width=args.audio_width).to(device)
-        self.objective = Objective(list(NAMES), list(NAMES), cluster_size=args.cluster_size,
-                                   queue_size=args.queue_size, temperature=args.temperature,
-                                   cluster_weight=args.cluster_weight,
-                                   recon_weight=args.recon_weight, refit_every=10**9)
+        self.model = MCN(
+            "AVT",
+            video_dims=args.dims,
+            embd_dim=args.embd_dim,
+            recon_dim=args.recon_dim,
+            audio_width=args.audio_width,
+        ).to(device)
+        self.objective = Objective(
+            list(NAMES),
+            list(NAMES),
+            cluster_size=args.cluster_size,
+            queue_size=args.queue_size,
+            temperature=args.temperature,
+            cluster_weight=args.cluster_weight,
+            recon_weight=args.recon_weight,
+            refit_every=10**9,
+        )
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
-        self.guard = Guard(self.model, self.objective, self.optimizer,
-                           torch.amp.GradScaler(device.type, enabled=False), folder)
+        self.guard = Guard(
+            self.model,
+            self.objective,
+            self.optimizer,
+            torch.amp.GradScaler(device.type, enabled=False),
+            folder,
+        )
         self.net = MicroBatched(self.model, self.micro, autocast) if self.micro else None
         self.model.train()
 
@@ -177,8 +230,10 @@ class Ours:
             for name in NAMES:
                 with clock(f"{name} forward"), self.autocast():
                     found[name] = self.model.embed(name, batch)
-            embeddings, errors = ({name: ends[side].detach().requires_grad_()
-                                   for name, ends in found.items()} for side in (0, 1))
+            embeddings, errors = (
+                {name: ends[side].detach().requires_grad_() for name, ends in found.items()}
+                for side in (0, 1)
+            )
         with clock("losses"):
             total = self.objective(embeddings, errors, batch)["total"]
             total.backward()
@@ -214,10 +269,14 @@ def both(args, clips: Clips, folder: Path) -> dict:
     """The two steps, by name, as functions that make them."""
     table, device = clips.table.to(args.device), args.device
     types = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    casts = [partial(torch.autocast, device.type, dtype=types[name], enabled=name != "fp32")
-             for name in (args.plain_precision, args.precision)]
-    return {"plain": lambda: Plain(args, table, device, casts[0]),
-            "ours": lambda: Ours(args, table, device, casts[1], folder)}
+    casts = [
+        partial(torch.autocast, device.type, dtype=types[name], enabled=name != "fp32")
+        for name in (args.plain_precision, args.precision)
+    ]
+    return {
+        "plain": lambda: Plain(args, table, device, casts[0]),
+        "ours": lambda: Ours(args, table, device, casts[1], folder),
+    }
 
 
 def in_a_row(step, batch: dict, device: torch.device, n: int = 5) -> float:
@@ -268,11 +327,21 @@ def measure(args, folder: Path) -> dict:
             for _ in range(4):
                 a @ a
     matmul = 4 * 2 * side**3 / 1e6
-    ceiling = {kind: matmul / median(getattr(clocks["matmul"], kind)["matmul"])
-               for kind in ("wall", "cpu")}
-    rows = {name: {part: {"ms": median(clock.wall[part]), "cpu_ms": median(clock.cpu[part]),
-                          "gflop": clock.flops.get(part, 0) / 1e9}
-                   for part in clock.wall} for name, clock in clocks.items() if name in steps}
+    ceiling = {
+        kind: matmul / median(getattr(clocks["matmul"], kind)["matmul"]) for kind in ("wall", "cpu")
+    }
+    rows = {
+        name: {
+            part: {
+                "ms": median(clock.wall[part]),
+                "cpu_ms": median(clock.cpu[part]),
+                "gflop": clock.flops.get(part, 0) / 1e9,
+            }
+            for part in clock.wall
+        }
+        for name, clock in clocks.items()
+        if name in steps
+    }
     found = {name: median(ms) for name, ms in row.items() if ms}
     if args.strong:
         del steps, step  # their weights and optimisers' states
@@ -286,7 +355,8 @@ def strong(args, clips: Clips, batch: dict) -> dict:
     device, found = args.device, {}
     bf16 = partial(torch.autocast, device.type, dtype=torch.bfloat16)
     for name in ("plain bf16", "plain bf16 channels_last", "plain bf16 channels_last compiled")[
-            :3 if device.type == "cuda" else 2]:
+        : 3 if device.type == "cuda" else 2
+    ]:
         plain = Plain(args, clips.table.to(device), device, bf16)
         if "channels_last" in name:
             plain.davenet.to(memory_format=torch.channels_last)
@@ -303,6 +373,7 @@ def strong(args, clips: Clips, batch: dict) -> dict:
 
 def peak(args, folder: Path) -> float:
     """MiB that a step takes above what is there before: weights, optimiser, batch."""
+
     def status(field):
         return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0])
 
@@ -327,11 +398,26 @@ def peak(args, folder: Path) -> float:
 def peaks_of(args) -> dict[str, float | None]:
     """:func:`peak` of each way, in a process of its own; None, and why, if that fails."""
     parts = args.micro_batch or args.batch_size * args.n_pair // 4
-    found, ways = {}, {"plain": ("plain", 0), "ours": ("ours", 0),
-                       f"ours, --micro_batch {parts}": ("ours", parts)}
+    found, ways = (
+        {},
+        {
+            "plain": ("plain", 0),
+            "ours": ("ours", 0),
+            f"ours, --micro_batch {parts}": ("ours", parts),
+        },
+    )
     for way, (name, n) in ways.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--data", args.data, "--memory", name,
-                   "--micro_batch", n]
+        command = [
+            sys.executable,
+            __file__,
+            *sys.argv[1:],
+            "--data",
+            args.data,
+            "--memory",
+            name,
+            "--micro_batch",
+            n,
+        ]
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
         found[way] = None if done.returncode else float(done.stdout)
         if done.returncode:
@@ -343,32 +429,41 @@ def table(result: dict) -> list[str]:
     plain, ours = result["rows"]["plain"], result["rows"]["ours"]
     by = "ms" if result["in_a_row_ms"] else "cpu_ms"  # a GPU's, or the processor's
     top = result["ceiling_gflops"]["wall" if by == "ms" else "cpu"]
-    lines = ["| part | plain, ms | ours, ms | ratio | by processor time | ours, GFLOP | GFLOP/s | "
-             "of the ceiling |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| part | plain, ms | ours, ms | ratio | by processor time | ours, GFLOP | GFLOP/s | "
+        "of the ceiling |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     kinds = ("ms", "cpu_ms", "gflop")
-    whole = [{kind: sum(row[kind] for part, row in rows.items() if part != "load")
-              for kind in kinds} for rows in (plain, ours)]
+    whole = [
+        {kind: sum(row[kind] for part, row in rows.items() if part != "load") for kind in kinds}
+        for rows in (plain, ours)
+    ]
     for way in ("forward", "backward"):  # of --micro_batch
-        plain[f"encoders {way}"] = {kind: sum(plain[f"{name} {way}"][kind] for name in NAMES)
-                                    for kind in kinds}
+        plain[f"encoders {way}"] = {
+            kind: sum(plain[f"{name} {way}"][kind] for name in NAMES) for kind in kinds
+        }
     named = [(part, plain[part], ours[part]) for part in ours]
     for part, p, o in [*named, ("**step** without load", *whole)]:
         rate = o["gflop"] / max(o[by], 1e-9) * 1e3
-        work = (f"{o['gflop']:.2f} | {rate:.0f} | {rate / top:.2f}" if o["gflop"] > 0.01
-                else "| | ")
-        lines.append(f"| {part} | {p['ms']:.1f} | {o['ms']:.1f} | {o['ms'] / p['ms']:.2f} | "
-                     f"{o['cpu_ms'] / max(p['cpu_ms'], 1e-9):.2f} | {work} |")
+        work = f"{o['gflop']:.2f} | {rate:.0f} | {rate / top:.2f}" if o["gflop"] > 0.01 else "| | "
+        lines.append(
+            f"| {part} | {p['ms']:.1f} | {o['ms']:.1f} | {o['ms'] / p['ms']:.2f} | "
+            f"{o['cpu_ms'] / max(p['cpu_ms'], 1e-9):.2f} | {work} |"
+        )
     result["ratio"] = {kind: whole[1][kind] / whole[0][kind] for kind in kinds}
     return lines
 
 
 def arguments(words=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="demo")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--device", type=torch.device,
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     for name in ("precision", "plain_precision"):
         parser.add_argument(f"--{name}", choices=("fp32", "bf16", "fp16"))
     for name, kind in SIZES.items():
@@ -404,29 +499,46 @@ def main():
         result = measure(args, Path(tmp)) | {"peak_mib": peaks}
     load, lines = [*load, os.getloadavg()[0]], table(result)
     sizes = ", ".join(f"{name} {getattr(args, name)}" for name in SIZES)
-    facts = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-             "gpu": torch.cuda.get_device_name(args.device) if on_gpu else None,
-             "precision": args.precision, "plain_precision": args.plain_precision,
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "load": load,
-             "sizes": {name: getattr(args, name) for name in SIZES},
-             "video_dims": args.dims, "clips_real_frames": result["fill"]}
+    facts = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(args.device) if on_gpu else None,
+        "precision": args.precision,
+        "plain_precision": args.plain_precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": load,
+        "sizes": {name: getattr(args, name) for name in SIZES},
+        "video_dims": args.dims,
+        "clips_real_frames": result["fill"],
+    }
     top = result["ceiling_gflops"]
-    print(f"{args.preset}: {sizes}; {args.batch_size * args.n_pair} clips, real frames "
-          f"{100 * result['fill']:.0f} %\n{facts['gpu'] or args.device}, {args.precision}, plain "
-          f"{args.plain_precision}; {facts['threads']} of {facts['cores']} cores, load "
-          f"{load[0]:.1f} to {load[1]:.1f}, median of {args.repeats}; matrix product "
-          f"{top['wall']:.0f} GFLOP/s by wall, {top['cpu']:.0f} by processor time\n")
+    print(
+        f"{args.preset}: {sizes}; {args.batch_size * args.n_pair} clips, real frames "
+        f"{100 * result['fill']:.0f} %\n{facts['gpu'] or args.device}, {args.precision}, plain "
+        f"{args.plain_precision}; {facts['threads']} of {facts['cores']} cores, load "
+        f"{load[0]:.1f} to {load[1]:.1f}, median of {args.repeats}; matrix product "
+        f"{top['wall']:.0f} GFLOP/s by wall, {top['cpu']:.0f} by processor time\n"
+    )
     print("\n".join(lines))
     if peaks:
-        print("\npeak memory above weights and batch, MiB: "
-              + ", ".join(f"{way} {'failed' if mib is None else round(mib)}"
-                          for way, mib in peaks.items()))
+        print(
+            "\npeak memory above weights and batch, MiB: "
+            + ", ".join(
+                f"{way} {'failed' if mib is None else round(mib)}" for way, mib in peaks.items()
+            )
+        )
     if row := result["in_a_row_ms"]:
         n = args.batch_size * args.n_pair
-        print("in a row: " + ", ".join(f"{name} {ms:.1f} ms a step, {1e3 * n / ms:.0f} clips a s"
-                                       for name, ms in row.items())
-              + f"; ours / plain {row['ours'] / row['plain']:.2f}, / the fastest other "
-              f"{row['ours'] / min(ms for name, ms in row.items() if name != 'ours'):.2f}")
+        print(
+            "in a row: "
+            + ", ".join(
+                f"{name} {ms:.1f} ms a step, {1e3 * n / ms:.0f} clips a s"
+                for name, ms in row.items()
+            )
+            + f"; ours / plain {row['ours'] / row['plain']:.2f}, / the fastest other "
+            f"{row['ours'] / min(ms for name, ms in row.items() if name != 'ours'):.2f}"
+        )
     if args.json:
         everything = json.loads(args.json.read_text()) if args.json.exists() else {}
         name = f"{args.preset}, " + (facts["gpu"] or f"{facts['threads']} threads")

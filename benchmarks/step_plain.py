@@ -17,12 +17,15 @@ NAMES = ("video", "audio", "text")
 class Block(nn.Module):
     def __init__(self, dim_in, dim_out, stride):
         super().__init__()
+
         def conv(a, b, width, step):
             layer = nn.Conv2d(a, b, (1, width), (1, step), (0, width // 2), bias=False)
             return nn.Sequential(layer, nn.BatchNorm2d(b))
+
         self.first, self.second = conv(dim_in, dim_out, 9, stride), conv(dim_out, dim_out, 9, 1)
-        self.shortcut = (nn.Identity() if stride == 1 and dim_in == dim_out
-                         else conv(dim_in, dim_out, 1, stride))
+        self.shortcut = (
+            nn.Identity() if stride == 1 and dim_in == dim_out else conv(dim_in, dim_out, 1, stride)
+        )
 
     def forward(self, x):
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
@@ -37,18 +40,31 @@ class Plain:
         self.args, self.table, self.device, self.autocast = args, table, device, autocast
         d = args.embd_dim
         widths = [max(1, round(w * args.audio_width)) for w in (128, 128, 256, 512, 1024)]
-        blocks = [Block(a, b, s) for w, b in zip(widths, widths[1:], strict=False)
-                  for a, s in ((w, 2), (b, 1))]
-        self.davenet = nn.Sequential(nn.Conv2d(1, widths[0], (40, 1), bias=False),
-                                     nn.BatchNorm2d(widths[0]), nn.ReLU(), *blocks)
+        blocks = [
+            Block(a, b, s)
+            for w, b in zip(widths, widths[1:], strict=False)
+            for a, s in ((w, 2), (b, 1))
+        ]
+        self.davenet = nn.Sequential(
+            nn.Conv2d(1, widths[0], (40, 1), bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+            *blocks,
+        )
         last, dim = widths[-1], sum(args.dims.values())
-        self.gate = {"video": GatedUnit(dim, d), "audio": nn.Sequential(
-            GatedUnit(last, last), nn.Linear(last, d)), "text": GatedUnit(d, d)}
+        self.gate = {
+            "video": GatedUnit(dim, d),
+            "audio": nn.Sequential(GatedUnit(last, last), nn.Linear(last, d)),
+            "text": GatedUnit(d, d),
+        }
         self.word = nn.Linear(300, d)
-        self.heads = {name: reconstruction_head(d, args.recon_dim, width)
-                      for name, width in (("video", dim), ("audio", last), ("text", d))}
-        self.model = nn.ModuleList([self.davenet, self.word, *self.gate.values(),
-                                    *self.heads.values()]).to(device)
+        self.heads = {
+            name: reconstruction_head(d, args.recon_dim, width)
+            for name, width in (("video", dim), ("audio", last), ("text", d))
+        }
+        self.model = nn.ModuleList(
+            [self.davenet, self.word, *self.gate.values(), *self.heads.values()]
+        ).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4)
         self.centroids = None
 
@@ -77,19 +93,23 @@ class Plain:
             total.backward()
         for name, (x, error) in ends.items():
             with clock(f"{name} backward"):
-                torch.autograd.backward([x, self.args.recon_weight * error],
-                                        [leaves[name].grad, torch.ones_like(error)])
+                torch.autograd.backward(
+                    [x, self.args.recon_weight * error], [leaves[name].grad, torch.ones_like(error)]
+                )
         with clock("optimiser"):
             self.optimizer.step()
             self.optimizer.zero_grad()
 
     def losses(self, rows):
-        total = sum(self.contrastive(rows[a], rows[b])
-                    for a, b in (("video", "audio"), ("video", "text"), ("audio", "text")))
+        total = sum(
+            self.contrastive(rows[a], rows[b])
+            for a, b in (("video", "audio"), ("video", "text"), ("audio", "text"))
+        )
         if self.centroids is not None:
             labels = (sum(x.detach() for x in rows.values()) / 3 @ self.centroids.t()).argmax(1)
-            total = total + sum(F.cross_entropy(x @ self.centroids.t(), labels)
-                                for x in rows.values())
+            total = total + sum(
+                F.cross_entropy(x @ self.centroids.t(), labels) for x in rows.values()
+            )
         return total
 
     @staticmethod

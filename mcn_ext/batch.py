@@ -56,8 +56,8 @@ def collate(items: Items, room: Room = new_room) -> dict[str, Tensor]:
                 sound = room("audio", (n * len(items), frames, N_MELS), audio.dtype)
             elif n > len(sound) or frames > sound.shape[1]:
                 sound = _grown(sound, begin, n, frames)
-            sound[begin:n, :audio.shape[1]] = audio
-            sound[begin:n, audio.shape[1]:] = 0
+            sound[begin:n, : audio.shape[1]] = audio
+            sound[begin:n, audio.shape[1] :] = 0
     batch = {}
     for key, parts in arrays.items():
         if key == "audio":
@@ -74,8 +74,8 @@ def _grown(sound: Tensor, used: int, n: int, frames: int) -> Tensor:
     """The first ``used`` clips of ``sound`` (N, T, 40) in a larger tensor: N >= n, T >= frames."""
     clips, longest = len(sound) if n <= len(sound) else 2 * n, max(frames, sound.shape[1])
     larger = new_room("audio", (clips, longest, N_MELS), sound.dtype)
-    larger[:used, :sound.shape[1]] = sound[:used]
-    larger[:used, sound.shape[1]:] = 0
+    larger[:used, : sound.shape[1]] = sound[:used]
+    larger[:used, sound.shape[1] :] = 0
     return larger
 
 

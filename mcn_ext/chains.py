@@ -32,13 +32,17 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c "trap : USR1 TERM; $CHAIN"
 
 def finished(run: Path, store: str | None = None) -> bool:
     """Whether a run was trained to its end and evaluated since, on ``store``."""
-    metrics, kept, trained = (run / name for name in (
-        "metrics.json", "youcook2.npz", "checkpoint.pt"))
+    metrics, kept, trained = (
+        run / name for name in ("metrics.json", "youcook2.npz", "checkpoint.pt")
+    )
     try:
         result = json.loads(metrics.read_text())["youcook2"]
-        return (bool(result["complete"]) and store in (None, result["data"])
-                and kept.stat().st_size > 0
-                and (not trained.exists() or metrics.stat().st_mtime >= trained.stat().st_mtime))
+        return (
+            bool(result["complete"])
+            and store in (None, result["data"])
+            and kept.stat().st_size > 0
+            and (not trained.exists() or metrics.stat().st_mtime >= trained.stat().st_mtime)
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -66,8 +70,10 @@ def only_one(out: Path, patience: float = 60.0) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise SystemExit(f"{out}: another study, or a run of one, is at work in this "
-                                     "folder; wait for it, or give another --out") from None
+                    raise SystemExit(
+                        f"{out}: another study, or a run of one, is at work in this "
+                        "folder; wait for it, or give another --out"
+                    ) from None
                 time.sleep(0.5)
             except OSError:
                 break  # a disk without locks
@@ -103,19 +109,25 @@ class Progress:
         self.took += now - self.begun[folder]
         # Of runs that are under way, what they have done already does not count.
         rate = self.took / self.done
-        remaining = sum(max(0.0, self.work[f] * rate - now + self.begun.get(f, now))
-                        for f in self.left) / self.jobs
-        print(f"{self.all - len(self.left)} of {self.all} runs done, {folder}; "
-              f"{_clock(now - self.first)} so far"
-              + (f", about {_clock(remaining)} left" if self.left else ""), flush=True)
+        remaining = (
+            sum(max(0.0, self.work[f] * rate - now + self.begun.get(f, now)) for f in self.left)
+            / self.jobs
+        )
+        print(
+            f"{self.all - len(self.left)} of {self.all} runs done, {folder}; "
+            f"{_clock(now - self.first)} so far"
+            + (f", about {_clock(remaining)} left" if self.left else ""),
+            flush=True,
+        )
 
 
 def _clock(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
 
 
-def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
-        lock: int) -> list[str]:
+def run(
+    chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int, lock: int
+) -> list[str]:
     """Run what is not finished of the chains, ``jobs`` at a time; what has failed, in words.
 
     chains: lists of (run folder in ``out``, its commands), each run after the one before it. A
@@ -124,12 +136,19 @@ def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
     stop: list[int] = []
     units = [folder for chain in chains for folder, _ in chain]
     chains = [left for chain in chains if (left := _unfinished(chain))]
-    progress = Progress({folder: cost(folder) for folder in units},
-                        [folder for chain in chains for folder, _ in chain], jobs)
-    environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs)),
-                   **os.environ}
-    previous = {s: signal.signal(s, lambda number, _: stop.append(number))
-                for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    progress = Progress(
+        {folder: cost(folder) for folder in units},
+        [folder for chain in chains for folder, _ in chain],
+        jobs,
+    )
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs)),
+        **os.environ,
+    }
+    previous = {
+        s: signal.signal(s, lambda number, _: stop.append(number))
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     die_with_parent = _die_with_parent()
     running: list[tuple] = []  # process, the unit's commands left, chain, output
     failed: list[str] = []
@@ -139,9 +158,15 @@ def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
         output = out / "output" / f"{chain[0][0].relative_to(out)}.txt"
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as file:
-            process = subprocess.Popen(commands[0], stdout=file, stderr=subprocess.STDOUT,
-                                       env=environment, pass_fds=(lock,),
-                                       preexec_fn=die_with_parent, start_new_session=True)
+            process = subprocess.Popen(
+                commands[0],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(lock,),
+                preexec_fn=die_with_parent,
+                start_new_session=True,
+            )
         running.append((process, commands, chain, output))
 
     try:
@@ -159,9 +184,11 @@ def run(chains: list[list], cost: Callable[[Path], float], out: Path, jobs: int,
                 if stop and not (last and finished(folder)):
                     continue
                 if process.returncode or last and not finished(folder):
-                    failed.append(f"{shlex.join(commands[0])}\n  exit status "
-                                  f"{process.returncode}; its output is in {output}, the last "
-                                  f"line: {_last_line(output)}")
+                    failed.append(
+                        f"{shlex.join(commands[0])}\n  exit status "
+                        f"{process.returncode}; its output is in {output}, the last "
+                        f"line: {_last_line(output)}"
+                    )
                     print(f"FAILED: {failed[-1]}", flush=True)
                 elif not last:
                     start(chain, commands[1:])

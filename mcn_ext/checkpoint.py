@@ -22,10 +22,27 @@ DAMAGED = "checkpoint.damaged.pt"
 FORMAT = 1
 # Flags that change neither the model nor what it is shown, or are remedies: they may differ when a
 # run is resumed.
-FREE_FLAGS = {"workers", "device", "max_steps", "save_every", "log_every", "tensorboard", "resume",
-              "micro_batch", "dry_run", "out", "n_ranks", "init_run_id", "init_step",
-              "max_bad_steps", "grad_outliers", "grad_factor", "detect", "hang_minutes",
-              "keep_epochs"}
+FREE_FLAGS = {
+    "workers",
+    "device",
+    "max_steps",
+    "save_every",
+    "log_every",
+    "tensorboard",
+    "resume",
+    "micro_batch",
+    "dry_run",
+    "out",
+    "n_ranks",
+    "init_run_id",
+    "init_step",
+    "max_bad_steps",
+    "grad_outliers",
+    "grad_factor",
+    "detect",
+    "hang_minutes",
+    "keep_epochs",
+}
 
 
 class Damaged(SystemExit):
@@ -49,7 +66,8 @@ def load(path: Path, kind: str = "mcn_checkpoint") -> dict:
         raise SystemExit(
             f"{error}. There is {', '.join(others)}: evaluate.py --checkpoint takes each of them, "
             f"train_stage2.py --init one put in place of {LATEST}; the command that trained "
-            f"{path.parent} puts {PREVIOUS} there by itself") from error
+            f"{path.parent} puts {PREVIOUS} there by itself"
+        ) from error
 
 
 def _read(path: Path, kind: str = "mcn_checkpoint") -> dict:
@@ -62,27 +80,55 @@ def _read(path: Path, kind: str = "mcn_checkpoint") -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         runs = sorted(str(file.parent) for file in path.parent.parent.glob(f"*/{LATEST}"))
-        raise SystemExit(f"{path}: no such checkpoint; " + (
-            f"there is {', '.join(runs)}" if runs else "train a run first, or correct the path")
+        raise SystemExit(
+            f"{path}: no such checkpoint; "
+            + (f"there is {', '.join(runs)}" if runs else "train a run first, or correct the path")
         ) from None
     except (pickle.UnpicklingError, PermissionError) as error:
-        raise SystemExit(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
-                         ) from error
-    except (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError,
-            ValueError, KeyError) as error:
-        raise Damaged(f"{path}: damaged, not a readable checkpoint "
-                      f"({str(error).splitlines()[0]})") from error
+        raise SystemExit(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise Damaged(
+            f"{path}: damaged, not a readable checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(content, dict) or content.get(kind) != FORMAT:
         raise SystemExit(f"{path}: not a file of this program ({kind} {FORMAT})")
     return content
 
 
-def save(folder: Path, *, args: dict, sizes: dict, step: int, epoch_done: int | None,
-         complete: bool, run_id: str, model: dict, training: dict) -> None:
+def save(
+    folder: Path,
+    *,
+    args: dict,
+    sizes: dict,
+    step: int,
+    epoch_done: int | None,
+    complete: bool,
+    run_id: str,
+    model: dict,
+    training: dict,
+) -> None:
     """Write ``checkpoint.pt``, keep the one before as ``checkpoint.previous.pt``, and, after an
     epoch, write its weights as ``epoch-NN.pt``. SystemExit on a full disk."""
-    content = {"mcn_checkpoint": FORMAT, "args": args, "sizes": sizes, "step": step,
-               "complete": complete, "run_id": run_id, "model": model}
+    content = {
+        "mcn_checkpoint": FORMAT,
+        "args": args,
+        "sizes": sizes,
+        "step": step,
+        "complete": complete,
+        "run_id": run_id,
+        "model": model,
+    }
     if epoch_done is not None:  # first: a kill in between costs the epoch again, not its file
         write(folder / f"epoch-{epoch_done:02d}.pt", content)
     write(folder / LATEST, content | {"training": training}, previous=folder / PREVIOUS)
@@ -99,8 +145,10 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     command: it has made this folder. Flags unlike its run's are an error naming them. A damaged
     checkpoint is moved aside and the previous one used.
     """
-    restarted = any(int(os.environ.get(f"{launcher}_RESTART_COUNT", 0)) > 0
-                    for launcher in ("TORCHELASTIC", "SLURM"))
+    restarted = any(
+        int(os.environ.get(f"{launcher}_RESTART_COUNT", 0)) > 0
+        for launcher in ("TORCHELASTIC", "SLURM")
+    )
     resume = resume or any(distributed.gather_objects(restarted))  # the count is each node's own
     content = why = None
     if distributed.rank() == 0:
@@ -120,20 +168,26 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     if content is None:
         return None
     if "training" not in content:
-        raise SystemExit(f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
-                         "can go on; train anew with --no-resume or another --out")
+        raise SystemExit(
+            f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
+            "can go on; train anew with --no-resume or another --out"
+        )
     # A run from before there were these flags.
     old = {"init_published": None, "clean_first": 0.0} | content["args"]
     compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
-    changed = [f"--{name} {old[name]} (now {args[name]})" for name in compared
-               if old[name] != args[name]]
+    changed = [
+        f"--{name} {old[name]} (now {args[name]})" for name in compared if old[name] != args[name]
+    ]
     if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
-        changed.append("another start (its stage 1 has been retrained, or has gone on, since; or "
-                       "--init_published is another file)")
+        changed.append(
+            "another start (its stage 1 has been retrained, or has gone on, since; or "
+            "--init_published is another file)"
+        )
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "
-            "flags; to train anew, --no-resume (keeps the old folder) or another --out")
+            "flags; to train anew, --no-resume (keeps the old folder) or another --out"
+        )
     return content
 
 
@@ -160,9 +214,12 @@ def _recover(folder: Path) -> dict | None:
         return content
     if errors:
         epochs = ", ".join(str(path) for path in sorted(folder.glob("epoch-*.pt")))
-        raise SystemExit("; ".join(errors) + "; no run can go on from these. "
-                         + (f"Weights for evaluate.py --checkpoint: {epochs}. " if epochs else "")
-                         + "Train anew with --no-resume (keeps the folder)")
+        raise SystemExit(
+            "; ".join(errors)
+            + "; no run can go on from these. "
+            + (f"Weights for evaluate.py --checkpoint: {epochs}. " if epochs else "")
+            + "Train anew with --no-resume (keeps the folder)"
+        )
     return None
 
 

@@ -70,10 +70,11 @@ class _Sphere:
         if not self.shared:
             return labels
         labels = F.pad(labels, (0, self.n_part - len(labels)))  # the last ranks have less, or none
-        return distributed.stack(labels).flatten()[:len(self.points)]
+        return distributed.stack(labels).flatten()[: len(self.points)]
 
-    def _nearest(self, points: Tensor, square: Tensor, centroids: Tensor,
-                 before: Tensor | None) -> Tensor:
+    def _nearest(
+        self, points: Tensor, square: Tensor, centroids: Tensor, before: Tensor | None
+    ) -> Tensor:
         """The same for ``points`` (n, D) with squares (n,), always the same ones.
 
         ``before``: the centroids of the last call. Then all points are compared with the eighth of
@@ -84,9 +85,13 @@ class _Sphere:
         doubt = None
         if before is not None and len(centroids) >= 8:
             moved, order = (centroids - before).norm(dim=1).sort(descending=True)
-            far = order[:len(centroids) // 8]
-            to_far = torch.addmm(centroids[far].square().sum(dim=1), points,
-                                 centroids[far].t(), alpha=-2.0) + square[:, None]
+            far = order[: len(centroids) // 8]
+            to_far = (
+                torch.addmm(
+                    centroids[far].square().sum(dim=1), points, centroids[far].t(), alpha=-2.0
+                )
+                + square[:, None]
+            )
             to_far = to_far.clamp_min_(0.0).sqrt_()
             own = self.labels[:, None] == far
             self.upper += torch.empty_like(moved).index_copy_(0, order, moved)[self.labels]
@@ -107,8 +112,9 @@ class _Sphere:
             label.append(at)
             best.append(top)
             second.append(score.scatter_(1, at[:, None], -torch.inf).amax(dim=1))
-        upper, lower = ((square - 2.0 * torch.cat(score)).clamp_min(0.0).sqrt()
-                        for score in (best, second))
+        upper, lower = (
+            (square - 2.0 * torch.cat(score)).clamp_min(0.0).sqrt() for score in (best, second)
+        )
         if doubt is None:
             self.labels, self.upper, self.lower = torch.cat(label), upper, lower
         else:
@@ -118,8 +124,14 @@ class _Sphere:
 
     def distance(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """|point - its centroid|^2 (n,), from the differences: exact where they are small."""
-        square = torch.cat([(block - centroids[label]).square().sum(dim=1) for block, label
-                            in zip(self.points.split(COPIED), labels.split(COPIED), strict=True)])
+        square = torch.cat(
+            [
+                (block - centroids[label]).square().sum(dim=1)
+                for block, label in zip(
+                    self.points.split(COPIED), labels.split(COPIED), strict=True
+                )
+            ]
+        )
         return torch.where(square > SAME, square, torch.zeros_like(square))
 
     def draw(self, distance: Tensor, n: int) -> Tensor:
@@ -156,14 +168,14 @@ class _Sphere:
         """Each cluster's mean direction; a cluster whose rows cancel out keeps the one it has."""
         counts = torch.bincount(labels, minlength=len(centroids))
         # Sums in an order that never changes, on a GPU too: no atomics.
-        sums = F.embedding_bag(labels.argsort(stable=True), self.points, counts.cumsum(0) - counts,
-                               mode="sum")
+        sums = F.embedding_bag(
+            labels.argsort(stable=True), self.points, counts.cumsum(0) - counts, mode="sum"
+        )
         whole = self.mean + sums / counts.clamp_min(1)[:, None]
         keep = (counts == 0) | (whole.norm(dim=1) < 1e-6)
         return torch.where(keep[:, None], centroids, unit_rows(whole) - self.mean)
 
-    def revive(self, centroids: Tensor,
-               before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def revive(self, centroids: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(centroids, labels): empty clusters move onto rows far from every centroid.
 
         A cluster on a row keeps that row, so each pass leaves fewer empty, and one is the rule;
@@ -182,9 +194,15 @@ class _Sphere:
             centroids = before.index_copy(0, empty, self.draw(distance, len(empty)))
 
 
-def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter: int = 20,
-                     generator: torch.Generator | None = None,
-                     shared: bool = False) -> tuple[Tensor, Tensor]:
+def spherical_kmeans(
+    x: Tensor,
+    k: int,
+    *,
+    init: Tensor | None = None,
+    max_iter: int = 20,
+    generator: torch.Generator | None = None,
+    shared: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Cluster the directions of x's rows.
 
     Args:
@@ -202,23 +220,29 @@ def spherical_kmeans(x: Tensor, k: int, *, init: Tensor | None = None, max_iter:
     same result on one rank or several, and whatever autocast says. Takes one fp32 copy of x.
     ValueError when no row is usable, k < 1 or init has another shape.
     """
-    if k < 1 or x.dim() != 2 or (init is not None and (
-            init.dim() != 2 or len(init) > k or init.shape[1] != x.shape[1])):
+    if (
+        k < 1
+        or x.dim() != 2
+        or (init is not None and (init.dim() != 2 or len(init) > k or init.shape[1] != x.shape[1]))
+    ):
         raise ValueError(
             f"k = {k} and init {None if init is None else tuple(init.shape)} do not fit "
-            f"x {tuple(x.shape)}: k must be at least 1, x (N, D) and init (k, D) or less rows")
+            f"x {tuple(x.shape)}: k must be at least 1, x (N, D) and init (k, D) or less rows"
+        )
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         unit, usable = _directions(x)
         if len(unit) == 0:
             raise ValueError(
-                f"none of the {len(x)} rows is finite and non-zero: nothing to cluster")
-        sphere = _Sphere(unit, generator or torch.Generator().manual_seed(0),
-                         shared and distributed.world() > 1)
+                f"none of the {len(x)} rows is finite and non-zero: nothing to cluster"
+            )
+        sphere = _Sphere(
+            unit, generator or torch.Generator().manual_seed(0), shared and distributed.world() > 1
+        )
         start, alive = _directions(x[:0] if init is None else init.to(x.device))
         start -= sphere.mean
         centroids = sphere.points.new_empty(k, x.shape[1])
         slots = torch.zeros(k, dtype=torch.bool, device=x.device)
-        slots[:len(alive)] = alive
+        slots[: len(alive)] = alive
         centroids[slots] = start
         if len(start) < k:
             distance = sphere.square.new_full((len(unit),), FARTHEST)
@@ -262,9 +286,11 @@ class OnlineClusters:
         rows = joint.detach().float()
         rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
         if self.queue and self.queue[0].shape[1] != rows.shape[1]:
-            raise ValueError(f"features are {rows.shape[1]} wide, the queue holds "
-                             f"{self.queue[0].shape[1]}: start with an empty queue")
-        self.queue = [*self.queue, rows][-self.queue_size:]
+            raise ValueError(
+                f"features are {rows.shape[1]} wide, the queue holds "
+                f"{self.queue[0].shape[1]}: start with an empty queue"
+            )
+        self.queue = [*self.queue, rows][-self.queue_size :]
         self.steps += 1
         if len(self.queue) == self.queue_size and self.steps % self.refit_every == 0:
             self.refit()
@@ -276,12 +302,15 @@ class OnlineClusters:
         if n < self.k:
             return  # too little to tell k clusters apart; the contrastive terms go on alone
         generator = torch.Generator().manual_seed(self.seed + self.steps)
-        self.centroids, labels = spherical_kmeans(features, self.k, init=self.centroids,
-                                                  generator=generator, shared=True)
+        self.centroids, labels = spherical_kmeans(
+            features, self.k, init=self.centroids, generator=generator, shared=True
+        )
         distributed.broadcast(self.centroids)  # ranks on unlike hardware must not drift apart
         counts = torch.bincount(labels[usable], minlength=self.k)
-        self.statistics = {"live_clusters": int((counts > 0).sum()),
-                           "largest_share": float(counts.max() / n)}
+        self.statistics = {
+            "live_clusters": int((counts > 0).sum()),
+            "largest_share": float(counts.max() / n),
+        }
 
     def label(self, joint: Tensor) -> Tensor:
         """(B, D) -> (B,) int64, the nearest centroid of each row."""
@@ -291,16 +320,19 @@ class OnlineClusters:
             return (unit_rows(joint.float()) @ apart.t()).argmax(dim=1)
 
     def state_dict(self) -> dict:
-        return {"queue": [q.cpu() for q in self.queue], "steps": self.steps,
-                "statistics": self.statistics,
-                "centroids": None if self.centroids is None else self.centroids.cpu()}
+        return {
+            "queue": [q.cpu() for q in self.queue],
+            "steps": self.steps,
+            "statistics": self.statistics,
+            "centroids": None if self.centroids is None else self.centroids.cpu(),
+        }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
         """What was saved with another queue_size or k is cut; the next refit draws what lacks."""
-        self.queue = [q.to(device) for q in state["queue"]][-self.queue_size:]
+        self.queue = [q.to(device) for q in state["queue"]][-self.queue_size :]
         self.steps, self.statistics = state["steps"], state["statistics"]
         self.centroids = state["centroids"]
         if self.centroids is not None:
             finite = torch.isfinite(self.centroids).all(dim=1)
-            kept = self.centroids[finite][:self.k].to(device)
+            kept = self.centroids[finite][: self.k].to(device)
             self.centroids = kept if len(kept) else None

@@ -28,8 +28,9 @@ PREFETCH = 2  # batches of a worker read ahead
 SLAB_BYTES = 2**23  # 10 minutes of 3D rows or 17 of sound
 
 
-def caption_span(start: np.ndarray, end: np.ndarray, index: int,
-                 min_time: float) -> tuple[int, int]:
+def caption_span(
+    start: np.ndarray, end: np.ndarray, index: int, min_time: float
+) -> tuple[int, int]:
     """(first, last) caption of the clip around caption ``index``: grown by its nearer neighbour."""
     first = last = index
     while end[last] - start[first] < min_time and (first > 0 or last < len(start) - 1):
@@ -42,8 +43,9 @@ def caption_span(start: np.ndarray, end: np.ndarray, index: int,
     return first, last
 
 
-def draw_spans(start: np.ndarray, end: np.ndarray, n: int, min_time: float,
-               rng: np.random.Generator) -> list[tuple[int, int]]:
+def draw_spans(
+    start: np.ndarray, end: np.ndarray, n: int, min_time: float, rng: np.random.Generator
+) -> list[tuple[int, int]]:
     """n clips of a video as (first, last) captions: all different while there are enough."""
     spans: dict[tuple[int, int], None] = {}
     start, end = list(start), list(end)  # of the same numbers, which arrays would make each time
@@ -130,9 +132,17 @@ class ClipReader:
         audio_augment: strength of :func:`perturb_voice` when clips are read for training.
     """
 
-    def __init__(self, store: Store, *, video_streams: tuple[str, ...] = (), audio: bool = False,
-                 words: WordVectors | None = None, audio_frames: int = 1000, max_words: int = 20,
-                 audio_augment: float = 0.0):
+    def __init__(
+        self,
+        store: Store,
+        *,
+        video_streams: tuple[str, ...] = (),
+        audio: bool = False,
+        words: WordVectors | None = None,
+        audio_frames: int = 1000,
+        max_words: int = 20,
+        audio_augment: float = 0.0,
+    ):
         self.store, self.video_streams, self.audio = store, tuple(video_streams), audio
         self.words, self.audio_frames, self.max_words = words, audio_frames, max_words
         self.audio_augment = audio_augment
@@ -147,8 +157,9 @@ class ClipReader:
             self._slab = np.empty(SLAB_BYTES, np.uint8)
         return self._slab
 
-    def read(self, video: int, spans: list[tuple[int, int]],
-             rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    def read(
+        self, video: int, spans: list[tuple[int, int]], rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray]:
         """The clips that reach from caption ``first`` to ``last``; ``rng`` to perturb the sound.
 
         Features that are not finite, silent sound and captions without a known word are not valid.
@@ -156,15 +167,24 @@ class ClipReader:
         number, start, end = self.store.caption_times(video)
         ids = [((number + first) << 20) + last - first for first, last in spans]
         out = {"clip_id": np.array(ids, np.int64)}
-        out |= self.cut(video, np.array([start[first] for first, _ in spans]),
-                        np.array([end[last] for _, last in spans]), rng)
+        out |= self.cut(
+            video,
+            np.array([start[first] for first, _ in spans]),
+            np.array([end[last] for _, last in spans]),
+            rng,
+        )
         if self.words is not None:
             texts = self.store.caption_texts(video)
-            out |= self.look_up([" ".join(texts[first:last + 1]) for first, last in spans])
+            out |= self.look_up([" ".join(texts[first : last + 1]) for first, last in spans])
         return out
 
-    def cut(self, video: int, begin: np.ndarray, stop: np.ndarray,
-            rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    def cut(
+        self,
+        video: int,
+        begin: np.ndarray,
+        stop: np.ndarray,
+        rng: np.random.Generator | None = None,
+    ) -> dict[str, np.ndarray]:
         """What is seen and heard from ``begin`` to ``stop`` (n,) s; the same keys as ``read``.
 
         Features and sound stay float16 until :func:`to_device`, half the bytes to hand on; sound
@@ -174,8 +194,10 @@ class ClipReader:
         if self.video_streams:
             valid = np.ones(n, bool)
             for name in self.video_streams:
-                features = maxima(self.store.clips(video, name, begin, stop, self._memory()),
-                                  self.store.dims[name])
+                features = maxima(
+                    self.store.clips(video, name, begin, stop, self._memory()),
+                    self.store.dims[name],
+                )
                 magnitude = features.view(np.uint16) & 0x7FFF
                 usable = (magnitude < 0x7C00).all(axis=1) & magnitude.any(axis=1)  # finite, not 0
                 features[~usable] = 0
@@ -184,16 +206,21 @@ class ClipReader:
             out["valid.video"] = valid
         if self.audio:
             # A caption may last ten hours: 3.6 million frames, of which audio_frames are used.
-            clips = [c[:16 * self.audio_frames]
-                     for c in self.store.clips(video, "mel", begin, stop, self._memory())]
+            clips = [
+                c[: 16 * self.audio_frames]
+                for c in self.store.clips(video, "mel", begin, stop, self._memory())
+            ]
             silent = [is_silent(c) for c in clips]
             if rng is not None:
-                clips = [c if quiet else perturb_voice(c.astype(np.float32), rng,
-                                                       self.audio_augment)
-                         for c, quiet in zip(clips, silent, strict=True)]
+                clips = [
+                    c if quiet else perturb_voice(c.astype(np.float32), rng, self.audio_augment)
+                    for c, quiet in zip(clips, silent, strict=True)
+                ]
             out["n_frames"] = np.array([min(len(c), self.audio_frames) for c in clips], np.int64)
-            audio = np.empty((n, max(16, out["n_frames"].max()), N_MELS),
-                             np.float16 if rng is None else np.float32)
+            audio = np.empty(
+                (n, max(16, out["n_frames"].max()), N_MELS),
+                np.float16 if rng is None else np.float32,
+            )
             out["n_frames"][silent] = 0
             out["valid.audio"] = ~np.array(silent)
             for rows, frames, mel in zip(clips, out["n_frames"], audio, strict=True):
@@ -203,11 +230,13 @@ class ClipReader:
 
     def look_up(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Texts as rows of the word vectors, -1 after the last word."""
-        out = {"words": np.full((len(texts), self.max_words), -1, np.int64),
-               "caption_id": np.zeros(len(texts), np.int64)}
+        out = {
+            "words": np.full((len(texts), self.max_words), -1, np.int64),
+            "caption_id": np.zeros(len(texts), np.int64),
+        }
         for i, text in enumerate(texts):
             rows = self.words.rows(text, self.max_words)
-            out["words"][i, :len(rows)] = rows
+            out["words"][i, : len(rows)] = rows
             out["caption_id"][i] = caption_id(rows)
         out["valid.text"] = out["words"][:, 0] >= 0
         return out
@@ -221,9 +250,10 @@ class ClipReader:
             video = int(np.searchsorted(last, caption, side="right"))
             number, start, end = self.store.caption_times(video)
             first = caption - number
-            words = " ".join(self.store.caption_texts(video)[first:first + more + 1])
-            out.append(f"{names[video]} {start[first]:.1f} to {end[first + more]:.1f} s "
-                       f"\"{words[:60]}\"")
+            words = " ".join(self.store.caption_texts(video)[first : first + more + 1])
+            out.append(
+                f'{names[video]} {start[first]:.1f} to {end[first + more]:.1f} s "{words[:60]}"'
+            )
         return out
 
 
@@ -244,8 +274,11 @@ class TrainingClips(torch.utils.data.Dataset):
         video = int(self.videos[index])
         _, start, end = self.reader.store.caption_times(video)
         rng = np.random.default_rng((self.seed, epoch, video))
-        return self.reader.read(video, draw_spans(start, end, self.n_pair, self.min_time, rng),
-                                rng if self.reader.audio_augment else None)
+        return self.reader.read(
+            video,
+            draw_spans(start, end, self.n_pair, self.min_time, rng),
+            rng if self.reader.audio_augment else None,
+        )
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> _Lazily:
         """The items of a batch, each read when :func:`collate` comes to it."""
@@ -285,7 +318,7 @@ class ShardedBatches(torch.utils.data.Sampler):
         local = self.batch_size // distributed.world()
         for batch in range(self.start, self.n_batches):
             begin = batch * self.batch_size + distributed.rank() * local
-            yield [(self.epoch, int(i)) for i in order[begin:begin + local]]
+            yield [(self.epoch, int(i)) for i in order[begin : begin + local]]
 
 
 class Loader:
@@ -294,19 +327,30 @@ class Loader:
     Epochs count on from ``first_epoch``: a second stage draws clips its first has not drawn.
     """
 
-    def __init__(self, clips: TrainingClips, batch_size: int, workers: int, device: torch.device,
-                 first_epoch: int = 0):
+    def __init__(
+        self,
+        clips: TrainingClips,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        first_epoch: int = 0,
+    ):
         self.first_epoch = first_epoch
         self.batches = ShardedBatches(len(clips), batch_size, clips.seed)
         self.steps_per_epoch = self.batches.n_batches
         self.copied = not workers or device.type == "cuda"  # pinned memory is a copy
         self.loader = torch.utils.data.DataLoader(
-            clips, batch_sampler=self.batches, num_workers=workers,
+            clips,
+            batch_sampler=self.batches,
+            num_workers=workers,
             # One more than a worker may have under way: the one that is being copied here.
             collate_fn=SharedRooms(PREFETCH + 1) if workers else collate,
-            persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-            prefetch_factor=PREFETCH if workers else None, worker_init_fn=_start_worker,
-            generator=torch.Generator())  # a seed per iterator: not from the model's random numbers
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),
+        )  # a seed per iterator: not from the model's random numbers
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
@@ -331,11 +375,13 @@ def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str
     needed, free = workers * for_one, shutil.disk_usage("/dev/shm").free
     if needed <= free:
         return ""
-    return (f"--workers {workers}: {f'on {ranks} ranks ' if ranks > 1 else ''}they keep up to "
-            f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has "
-            f"{free / 1e9:.2f} GB free: a worker may end with a bus error. Use --workers "
-            f"{free // for_one}, or, in a container, docker run --shm-size "
-            f"{needed // 2**30 + 1}g")
+    return (
+        f"--workers {workers}: {f'on {ranks} ranks ' if ranks > 1 else ''}they keep up to "
+        f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has "
+        f"{free / 1e9:.2f} GB free: a worker may end with a bus error. Use --workers "
+        f"{free // for_one}, or, in a container, docker run --shm-size "
+        f"{needed // 2**30 + 1}g"
+    )
 
 
 def _start_worker(_worker: int) -> None:

@@ -86,6 +86,7 @@ def signs_of_collapse(values: dict[str, float]) -> list[str]:
         if kind == "rank" and 0.0 < value < 2.0:
             signs.append(f"the {name} embeddings lie on one line (effective rank below 2)")
         if kind == "negative" and value > 0.95:
-            signs.append(f"{name.replace('_', ' and ')} of different clips are alike (cosine above "
-                         "0.95)")
+            signs.append(
+                f"{name.replace('_', ' and ')} of different clips are alike (cosine above 0.95)"
+            )
     return signs

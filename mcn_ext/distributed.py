@@ -41,9 +41,13 @@ def init(device: str) -> torch.device:
         if missing:
             raise SystemExit(
                 f"srun with {env['SLURM_NTASKS']} tasks needs {' and '.join(missing)}: "
-                "see README, On 4 GPUs, on a cluster")
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"],
-                   LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+                "see README, On 4 GPUs, on a cluster"
+            )
+        env.update(
+            RANK=env["SLURM_PROCID"],
+            WORLD_SIZE=env["SLURM_NTASKS"],
+            LOCAL_RANK=env.get("SLURM_LOCALID", "0"),
+        )
     local = int(env.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +58,8 @@ def init(device: str) -> torch.device:
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise SystemExit(
-                f"--device {device}: torch {torch.__version__} sees no GPU; use --device cpu")
+                f"--device {device}: torch {torch.__version__} sees no GPU; use --device cpu"
+            )
         if device == "cuda":
             device = f"cuda:{local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
@@ -65,8 +70,13 @@ def init(device: str) -> torch.device:
             # torchrun's store outlives a restart, and in it are the addresses of ranks that died.
             # (On several nodes the count is each node's own: see README, On 4 GPUs.)
             store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
-                                rank=me, world_size=n_ranks, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo",
+            store=store,
+            rank=me,
+            world_size=n_ranks,
+            timeout=timeout,
+        )
     return torch.device(device)
 
 
@@ -151,7 +161,7 @@ def _mean_in_rank_order(flat: Tensor) -> Tensor:
     for part in others:
         first.add_(part)
     _all_gather(send, first.div_(n))
-    return flat.copy_(send[:len(flat)])
+    return flat.copy_(send[: len(flat)])
 
 
 def mean_in_rank_order(_, bucket):
@@ -212,8 +222,9 @@ class Ranks:
         self.sizes = [size for size, _ in table]
         others = [rank for rank, (_, code) in enumerate(table) if code != table[0][1]]
         if others:
-            raise ValueError(f"ranks disagree about what to compute: {others} and rank 0; this one "
-                             f"has {common}")
+            raise ValueError(
+                f"ranks disagree about what to compute: {others} and rank 0; this one has {common}"
+            )
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks (sum of sizes, ...), in rank order, without gradient."""
@@ -225,8 +236,9 @@ class Ranks:
         _all_gather(everything, mine, group=self.group)
         if min(self.sizes) == longest:
             return everything
-        return torch.cat([part[:size] for part, size in
-                          zip(everything.split(longest), self.sizes, strict=True)])
+        return torch.cat(
+            [part[:size] for part, size in zip(everything.split(longest), self.sizes, strict=True)]
+        )
 
     def gather_vectors(self, vectors: list[Tensor]) -> list[Tensor]:
         """Integer or bool vectors (n,) of all ranks' rows, int64, in one message."""
@@ -247,7 +259,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
-        begin = sum(ranks.sizes[:ranks.rank])
+        begin = sum(ranks.sizes[: ranks.rank])
         ctx.rows, ctx.n_ranks = slice(begin, begin + len(x)), ranks.n
         return ranks.gather(x)
 

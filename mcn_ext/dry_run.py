@@ -43,7 +43,7 @@ def _seconds_of_refit(clusters, width: int, device: torch.device, rows: int) -> 
 
     def seconds() -> float:
         begun = time.perf_counter()
-        spherical_kmeans(x, clusters.k, init=x[:clusters.k], max_iter=20, shared=True)[0].cpu()
+        spherical_kmeans(x, clusters.k, init=x[: clusters.k], max_iter=20, shared=True)[0].cpu()
         return time.perf_counter() - begun
 
     return min(seconds() for _ in range(2)) * rows / n
@@ -74,26 +74,39 @@ def plan(run, refit: float, queue: int) -> list[str]:
         f"  data        {len(run.loader.loader.dataset)} videos with captions, {steps} steps an "
         f"epoch, {args.epochs} epochs, {steps * args.epochs} steps",
         f"  a step      {step:.3g} s ({n_clips / step:.0f} clips a second), of which waiting for "
-        f"data {100 * waiting:.0f} %"]
+        f"data {100 * waiting:.0f} %",
+    ]
     if clusters:
-        lines.append(f"  k-means     about {refit:.2g} s a refit of {queue} rows, "
-                     f"{refits:.1f} an epoch: {100 * refits * refit / epoch:.0f} % of the time")
-    return [*lines,
-            f"  time        {_time(epoch)} an epoch, {_time(epoch * args.epochs)} in all",
-            f"  memory      {memory:.1f} GiB a rank at its peak"
-            + (f", and {later_memory:.1f} GiB when the clustering queue is full"
-               if later_memory > 0.05 else ""),
-            f"  disk        {latest / 2**30:.2f} GiB for checkpoint.pt, the same while it is "
-            "replaced and for the one before"
-            + (f", {kept / 2**30:.2f} GiB for the epochs' weights (--no-keep_epochs: none)"
-               if kept else ""),
-            f"  advice      {_advice(waiting, args)}"]
+        lines.append(
+            f"  k-means     about {refit:.2g} s a refit of {queue} rows, "
+            f"{refits:.1f} an epoch: {100 * refits * refit / epoch:.0f} % of the time"
+        )
+    return [
+        *lines,
+        f"  time        {_time(epoch)} an epoch, {_time(epoch * args.epochs)} in all",
+        f"  memory      {memory:.1f} GiB a rank at its peak"
+        + (
+            f", and {later_memory:.1f} GiB when the clustering queue is full"
+            if later_memory > 0.05
+            else ""
+        ),
+        f"  disk        {latest / 2**30:.2f} GiB for checkpoint.pt, the same while it is "
+        "replaced and for the one before"
+        + (
+            f", {kept / 2**30:.2f} GiB for the epochs' weights (--no-keep_epochs: none)"
+            if kept
+            else ""
+        ),
+        f"  advice      {_advice(waiting, args)}",
+    ]
 
 
 def _advice(waiting: float, args: argparse.Namespace) -> str:
     if waiting > 0.1:
-        return ("the step waits for its data: more --workers, a local disk, or nothing to do if "
-                "this was the first time that the store was read")
+        return (
+            "the step waits for its data: more --workers, a local disk, or nothing to do if "
+            "this was the first time that the store was read"
+        )
     less = f", less than {args.micro_batch}" if args.micro_batch else ""
     return f"the data keep up; out of memory on a GPU? --micro_batch{less}"
 

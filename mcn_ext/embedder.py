@@ -34,8 +34,9 @@ class Embedder:
     embeddings, not normalised, and which of them have content.
     """
 
-    def __init__(self, content: dict, words: WordVectors | None, device: torch.device,
-                 batch_size: int = 64):
+    def __init__(
+        self, content: dict, words: WordVectors | None, device: torch.device, batch_size: int = 64
+    ):
         self.sizes, self.args, self.device = content["sizes"], content["args"], device
         self.model = MCN(**self.sizes).to(device).eval()
         self.model.load_state_dict(content["model"])
@@ -58,23 +59,36 @@ class Embedder:
         was read is kept beside the store."""
         if self.word2vec is None:
             return
-        self.words = vectors_for(store, self.word2vec,
-                                 store.path.with_name(store.path.name + ".words.npz"), more)
+        self.words = vectors_for(
+            store, self.word2vec, store.path.with_name(store.path.name + ".words.npz"), more
+        )
         if not self.known.agrees(self.words):
-            raise SystemExit(f"{self.word2vec} is not the file the run was trained with; put that "
-                             "back, or move this one away")
+            raise SystemExit(
+                f"{self.word2vec} is not the file the run was trained with; put that "
+                "back, or move this one away"
+            )
 
-    def _reader(self, store: Store | None, words: WordVectors | None,
-                audio_frames: int = AUDIO_FRAMES) -> ClipReader:
+    def _reader(
+        self, store: Store | None, words: WordVectors | None, audio_frames: int = AUDIO_FRAMES
+    ) -> ClipReader:
         modalities = self.sizes["modalities"]
         return ClipReader(
-            store, video_streams=tuple(self.sizes["video_dims"]) if "V" in modalities else (),
-            audio="A" in modalities, words=words, max_words=self.args["max_words"],
-            audio_frames=audio_frames)
+            store,
+            video_streams=tuple(self.sizes["video_dims"]) if "V" in modalities else (),
+            audio="A" in modalities,
+            words=words,
+            max_words=self.args["max_words"],
+            audio_frames=audio_frames,
+        )
 
     @torch.inference_mode()
-    def _embed(self, batches: Iterable[list[dict]], names: list[str],
-               words: WordVectors | None = None, padding: dict | None = None) -> Clips:
+    def _embed(
+        self,
+        batches: Iterable[list[dict]],
+        names: list[str],
+        words: WordVectors | None = None,
+        padding: dict | None = None,
+    ) -> Clips:
         """Batches of lists of what a reader returns."""
         table = None if words is None else torch.from_numpy(words.vectors).to(self.device)
         embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
@@ -85,54 +99,81 @@ class Embedder:
             for name in names:
                 embeddings[name].append(self.model.encode(name, batch)[1].float().cpu())
                 valid[name].append(batch["valid"][name].cpu())
-        return ({m: torch.cat(e) for m, e in embeddings.items()},
-                {m: torch.cat(v) for m, v in valid.items()})
+        return (
+            {m: torch.cat(e) for m, e in embeddings.items()},
+            {m: torch.cat(v) for m, v in valid.items()},
+        )
 
-    def clips(self, store: Store, clips: Iterable[tuple[int, list[tuple[int, int]]]] | None = None,
-              *, audio_frames: int = AUDIO_FRAMES, known_words: bool = False) -> Clips:
+    def clips(
+        self,
+        store: Store,
+        clips: Iterable[tuple[int, list[tuple[int, int]]]] | None = None,
+        *,
+        audio_frames: int = AUDIO_FRAMES,
+        known_words: bool = False,
+    ) -> Clips:
         """Clips (video, spans) as :meth:`~mcn_ext.data.ClipReader.read` takes them; by default the
         first caption's of every video, which is an evaluation store's only one. ``known_words``:
         read with the words of training alone, whatever has been learnt since."""
         clips = [(i, [(0, 0)]) for i in range(len(store))] if clips is None else list(clips)
         words = self.known if known_words else self.words
         reader = self._reader(store, words, audio_frames)
-        starts = tqdm(range(0, len(clips), self.batch_size), desc="embed", unit="batch",
-                      mininterval=0.5)
+        starts = tqdm(
+            range(0, len(clips), self.batch_size), desc="embed", unit="batch", mininterval=0.5
+        )
         embeddings, valid = self._embed(
-            ([reader.read(*clip) for clip in clips[b:b + self.batch_size]] for b in starts),
-            self.model.modalities, words, self.padding)
+            ([reader.read(*clip) for clip in clips[b : b + self.batch_size]] for b in starts),
+            self.model.modalities,
+            words,
+            self.padding,
+        )
         if clips and "text" in valid and not valid["text"].any():
-            print(f"{store.path}: not one caption has a word that the run knows, so every text "
-                  f"query is a miss; it knows those of {self.word2vec or 'its training captions'}")
+            print(
+                f"{store.path}: not one caption has a word that the run knows, so every text "
+                f"query is a miss; it knows those of {self.word2vec or 'its training captions'}"
+            )
         return embeddings, valid
 
     def stretches(self, store: Store, video: int, begin: np.ndarray, stop: np.ndarray) -> Clips:
         """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text. Sound
         is never filled up: the published 51 s were for whole clips, and a window is seconds."""
         reader = self._reader(store, None)
-        return self._embed(([reader.cut(video, begin[b:b + self.batch_size],
-                                        stop[b:b + self.batch_size])]
-                            for b in range(0, len(begin), self.batch_size)),
-                           [m for m in self.model.modalities if m != "text"])
+        return self._embed(
+            (
+                [reader.cut(video, begin[b : b + self.batch_size], stop[b : b + self.batch_size])]
+                for b in range(0, len(begin), self.batch_size)
+            ),
+            [m for m in self.model.modalities if m != "text"],
+        )
 
     def texts(self, texts: list[str]) -> Clips:
         """Sentences; one without a known word is not valid."""
         reader = self._reader(None, self.words)
-        return self._embed(([reader.look_up(texts[b:b + self.batch_size])]
-                            for b in range(0, len(texts), self.batch_size)), ["text"], self.words,
-                           self.padding)
+        return self._embed(
+            (
+                [reader.look_up(texts[b : b + self.batch_size])]
+                for b in range(0, len(texts), self.batch_size)
+            ),
+            ["text"],
+            self.words,
+            self.padding,
+        )
 
 
 def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
     """(run folder, file, its content) of --run and --checkpoint, or of the newest run."""
     if run and file and run.resolve() != file.parent.resolve():
-        raise SystemExit(f"--checkpoint {file} does not lie in --run {run}, whose results it would "
-                         "replace; leave out one of them")
+        raise SystemExit(
+            f"--checkpoint {file} does not lie in --run {run}, whose results it would "
+            "replace; leave out one of them"
+        )
     if not run and not file:
         run = checkpoint.find_run(Path("runs"))
         if run is None:
-            raise SystemExit("no run in runs/; train one (python train_stage1.py --pair AV) or "
-                             "name one with --run")
+            raise SystemExit(
+                "no run in runs/; train one (python train_stage1.py --pair AV) or "
+                "name one with --run"
+            )
         print(f"the newest run, {run} (--run for another)")
     run = run or file.parent
     file = file or run / checkpoint.LATEST
@@ -144,6 +185,8 @@ def words_of(run: Path, content: dict) -> WordVectors | None:
     if "T" not in content["sizes"]["modalities"]:
         return None
     if not (run / training.WORDS).exists():
-        raise SystemExit(f"--run {run}: no {training.WORDS} in it, the words the text encoder was "
-                         "trained on; is it the run's own folder?")
+        raise SystemExit(
+            f"--run {run}: no {training.WORDS} in it, the words the text encoder was "
+            "trained on; is it the run's own folder?"
+        )
     return WordVectors.load(run / training.WORDS)

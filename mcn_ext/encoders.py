@@ -42,12 +42,17 @@ class SentenceMaxPool(nn.Module):
 
 def reconstruction_head(embd_dim: int, hidden: int, dim_out: int) -> nn.Sequential:
     """Embedding (B, embd_dim) -> the features before projection (B, dim_out), never negative."""
-    return nn.Sequential(nn.Linear(embd_dim, hidden), nn.ReLU(inplace=True),
-                         nn.Linear(hidden, dim_out), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Linear(embd_dim, hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, dim_out),
+        nn.ReLU(inplace=True),
+    )
 
 
-def normalize(rows: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
-              eps: float) -> Tensor:
+def normalize(
+    rows: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     """Rows (n, C) by statistics (C,) that are constants here."""
     return F.batch_norm(rows, mean, var, weight, bias, False, 0.0, eps) if len(rows) else rows
 
@@ -59,8 +64,15 @@ def line(rows: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     return normalize(rows, zero, zero + (1.0 - eps), slope, offset, eps)
 
 
-def through_statistics(d_weight: Tensor, d_bias: Tensor, weight: Tensor, mean: Tensor, var: Tensor,
-                       count: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def through_statistics(
+    d_weight: Tensor,
+    d_bias: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """(slope, offset) (C,): offset + slope * row is what a row's gradient loses through mean and
     variance. ``d_weight``, ``d_bias``: this rank's; ``count``: rows of all ranks, 0 for constants.
     """
@@ -89,7 +101,8 @@ class _Normalize(torch.autograd.Function):
         if len(rows):  # as if mean and var were constants
             invstd = (var + ctx.eps).rsqrt()
             d_rows, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, rows, weight, mean, var, mean, invstd, False, ctx.eps, [True] * 3)
+                grad, rows, weight, mean, var, mean, invstd, False, ctx.eps, [True] * 3
+            )
         slope, offset = through_statistics(d_weight, d_bias, weight, mean, var, count, ctx.eps)
         return d_rows - line(rows, slope, offset), d_weight, d_bias, None, None, None, None
 
@@ -111,8 +124,16 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, rows: Tensor) -> Tensor:
         if not self.training or distributed.world() == 1:
             if self.training and len(rows) < 2:
-                return F.batch_norm(rows, self.running_mean, self.running_var, self.weight,
-                                    self.bias, False, 0.0, self.eps)
+                return F.batch_norm(
+                    rows,
+                    self.running_mean,
+                    self.running_var,
+                    self.weight,
+                    self.bias,
+                    False,
+                    0.0,
+                    self.eps,
+                )
             return super().forward(rows)
         return self.of_all_ranks(rows)
 
@@ -131,12 +152,13 @@ class BatchNorm(nn.BatchNorm1d):
         dim = self.num_features
         count, mean, square = whole.to(self.running_mean.dtype).split([1, dim, dim])
         var, some = square / count.clamp_min(1), count[0] > 1  # nothing here waits for a GPU
-        for running, now in ((self.running_mean, mean),
-                             (self.running_var, square / (count - 1))):
+        for running, now in ((self.running_mean, mean), (self.running_var, square / (count - 1))):
             running.copy_(torch.where(some, running.lerp(now, self.momentum), running))
         self.num_batches_tracked += some
-        mean, var = (torch.where(some, now, running) for now, running in (
-            (mean, self.running_mean), (var, self.running_var)))
+        mean, var = (
+            torch.where(some, now, running)
+            for now, running in ((mean, self.running_mean), (var, self.running_var))
+        )
         return mean, var, count[0] * some
 
     def _moments(self, rows: Tensor) -> Tensor:
@@ -144,8 +166,9 @@ class BatchNorm(nn.BatchNorm1d):
         batch norm, whose output is dropped: it reads 16-bit rows once and adds up in fp32."""
         mean = square = torch.zeros_like(self.running_mean)
         if len(rows):
-            _, mean, invstd = torch.native_batch_norm(rows, self.weight, self.bias, None, None,
-                                                      True, 0.0, 0.0)
+            _, mean, invstd = torch.native_batch_norm(
+                rows, self.weight, self.bias, None, None, True, 0.0, 0.0
+            )
             # Without eps it is 0 where all rows are alike.
             square = torch.where(invstd == 0, 0.0, len(rows) * invstd.square().reciprocal())
         return torch.cat([mean.new_full((1,), len(rows)), mean, square])
@@ -167,8 +190,7 @@ class _Block(nn.Module):
         self.stride = stride
         self.downsample = None
         if stride != 1 or dim_in != dim_out:
-            self.downsample = nn.ModuleList([Shortcut(dim_in, dim_out, stride),
-                                             BatchNorm(dim_out)])
+            self.downsample = nn.ModuleList([Shortcut(dim_in, dim_out, stride), BatchNorm(dim_out)])
 
     def enter(self, frames: Frames, x: Tensor) -> tuple[Tensor, Tensor]:
         """The block's input -> (rows for bn1, the shortcut's, for its norm if there is one)."""
@@ -215,8 +237,12 @@ class ResDAVEnet(nn.Module):
         self.conv1 = nn.Conv2d(1, widths[0], (n_mels, 1), bias=False)
         self.bn1 = BatchNorm(widths[0])
         for i in range(1, 5):
-            self.add_module(f"layer{i}", nn.ModuleList([_Block(widths[i - 1], widths[i], 2),
-                                                        _Block(widths[i], widths[i], 1)]))
+            self.add_module(
+                f"layer{i}",
+                nn.ModuleList(
+                    [_Block(widths[i - 1], widths[i], 2), _Block(widths[i], widths[i], 1)]
+                ),
+            )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al. 2015, fan-out
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -229,8 +255,9 @@ class ResDAVEnet(nn.Module):
         # A (40, 1) kernel over one channel is (1, 1) over 40: on packed frames, one matmul.
         begin = frames.order * mel.shape[-1]
         rows = mel.transpose(1, 2).reshape(-1, mel.shape[1])
-        return F.linear(rows.index_select(0, frames.index(begin, frames.lengths)),
-                        self.conv1.weight.flatten(1))
+        return F.linear(
+            rows.index_select(0, frames.index(begin, frames.lengths)), self.conv1.weight.flatten(1)
+        )
 
     def mean(self, frames: Frames, x: Tensor) -> Tensor:
         """Packed rows after the last block -> means over time (B, C), fp32.
@@ -250,8 +277,9 @@ class ResDAVEnet(nn.Module):
     def forward(self, mel: Tensor, n_frames: Tensor, heard: Tensor | None = None) -> Tensor:
         """``heard`` (B,): how many frames are convolved, where that is more than there are."""
         real = n_frames.cpu().numpy()
-        frames = Frames(real if heard is None else heard.cpu().numpy(), mel.device,
-                        (real // 16).clip(1))
+        frames = Frames(
+            real if heard is None else heard.cpu().numpy(), mel.device, (real // 16).clip(1)
+        )
         x = F.relu(self.bn1(self.stem(mel, frames)))
         for block in self.blocks():
             x, frames = block(x, frames), block.after(frames)

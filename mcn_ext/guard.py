@@ -54,9 +54,15 @@ def find_clips(objective: Objective) -> list[dict]:
         for stage, x in stages:
             bad = bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
             if bad.any():
-                found.append({"modality": name, "stage": stage, "n_bad": int(bad.sum()),
-                              "n_clips": len(bad) * distributed.world(),  # ranks hold equal parts
-                              "clips": batch["clip_id"][bad][:LISTED].tolist()})
+                found.append(
+                    {
+                        "modality": name,
+                        "stage": stage,
+                        "n_bad": int(bad.sum()),
+                        "n_clips": len(bad) * distributed.world(),  # ranks hold equal parts
+                        "clips": batch["clip_id"][bad][:LISTED].tolist(),
+                    }
+                )
                 break
     return found
 
@@ -65,8 +71,9 @@ def merge(ranks: list[list[dict]]) -> list[dict]:
     """What the ranks found, one entry for each modality and stage."""
     merged: dict[tuple, dict] = {}
     for found in (entry for rank in ranks for entry in rank):
-        into = merged.setdefault((found["modality"], found["stage"]), found | {
-            "n_bad": 0, "clips": []})
+        into = merged.setdefault(
+            (found["modality"], found["stage"]), found | {"n_bad": 0, "clips": []}
+        )
         into["n_bad"] += found["n_bad"]
         into["clips"] = (into["clips"] + found["clips"])[:LISTED]
     inputs = [entry for entry in merged.values() if entry["stage"] == "input"]
@@ -90,13 +97,18 @@ def found_lines(clips: list[dict], terms: dict, describe) -> list[str]:
     lines = []
     for found in clips:
         n_bad, n_clips = found["n_bad"], found["n_clips"]
-        where = f"all {n_clips} clips" if n_bad == n_clips else (
-            f"{n_bad} of {n_clips} clips: {some(describe(found['clips'][:SHOWN]), n_bad)}")
+        where = (
+            f"all {n_clips} clips"
+            if n_bad == n_clips
+            else (f"{n_bad} of {n_clips} clips: {some(describe(found['clips'][:SHOWN]), n_bad)}")
+        )
         lines.append(f"  {found['modality']}: {found['stage']} not finite in {where}")
     bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
     good = [f"{name} {float(value):.4g}" for name, value in terms.items() if name not in bad]
-    return [*lines, f"  terms: not finite: {', '.join(bad) or 'none'}; "
-                    f"finite: {', '.join(good) or 'none'}"]
+    return [
+        *lines,
+        f"  terms: not finite: {', '.join(bad) or 'none'}; finite: {', '.join(good) or 'none'}",
+    ]
 
 
 class Guard:
@@ -112,10 +124,19 @@ class Guard:
         describe: clip ids -> texts that a person understands.
     """
 
-    def __init__(self, model: torch.nn.Module, objective: Objective,
-                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, folder: Path, *,
-                 max_bad_steps: int = 10, outliers: str = "off", factor: float = 10.0,
-                 describe: Callable[[list[int]], list[str]] = lambda ids: list(map(str, ids))):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        folder: Path,
+        *,
+        max_bad_steps: int = 10,
+        outliers: str = "off",
+        factor: float = 10.0,
+        describe: Callable[[list[int]], list[str]] = lambda ids: list(map(str, ids)),
+    ):
         self.model, self.objective = model, objective
         self.optimizer, self.scaler = optimizer, scaler
         self.folder, self.max_bad_steps, self.describe = folder, max_bad_steps, describe
@@ -141,11 +162,17 @@ class Guard:
         Gradients are unscaled, and clipped if that is the rule. This waits for the device, once.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
-                                              if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
         # Ranks hold their shares of the loss, and one decision must serve them all.
-        ours = torch.stack([total.detach().float(), norm.float().to(total.device),
-                            total.new_full((), float(stop), dtype=torch.float32)])
+        ours = torch.stack(
+            [
+                total.detach().float(),
+                norm.float().to(total.device),
+                total.new_full((), float(stop), dtype=torch.float32),
+            ]
+        )
         loss, self.norm, stops = (distributed.total(ours) / distributed.world()).tolist()
         self.stop = stops > 0
         if not math.isfinite(loss):
@@ -161,8 +188,10 @@ class Guard:
         if self.norm <= limit:
             return ""
         if self.outliers == "skip":
-            return (f"{OUTLIER}: norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} times "
-                    "the median")
+            return (
+                f"{OUTLIER}: norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} times "
+                "the median"
+            )
         torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         self.clipped += 1
         return ""
@@ -183,8 +212,10 @@ class Guard:
             if self.scaler.get_scale() < scale and self.overflows <= OVERFLOWS:
                 why = f"fp16 overflow: loss scale {scale:g} to {self.scaler.get_scale():g}"
                 if self.overflows == MANY:
-                    say(f"step {step}: {why}, the {MANY}th in a row; gradients not finite: "
-                        f"{gradients}")
+                    say(
+                        f"step {step}: {why}, the {MANY}th in a row; gradients not finite: "
+                        f"{gradients}"
+                    )
                 return {"skipped": why, "gradients": gradients}
         elif self.scaler.is_enabled():
             self.scaler.update(scale)  # a bad batch says nothing of the scale: it stays
@@ -192,11 +223,16 @@ class Guard:
             say(f"step {step} skipped: {why}")
             return {"skipped": why}
         self.in_a_row += 1
-        row = {"skipped": why, "in_a_row": self.in_a_row, "gradient_norm": str(self.norm),
-               "terms": {name: str(value) for name, value in self.objective.parts().items()},
-               "weights": some(not_finite(named)), "gradients": gradients,
-               "clips": merge(distributed.gather_objects(find_clips(self.objective))),
-               "file": self._dump(step, why, args, sizes, scale)}
+        row = {
+            "skipped": why,
+            "in_a_row": self.in_a_row,
+            "gradient_norm": str(self.norm),
+            "terms": {name: str(value) for name, value in self.objective.parts().items()},
+            "weights": some(not_finite(named)),
+            "gradients": gradients,
+            "clips": merge(distributed.gather_objects(find_clips(self.objective))),
+            "file": self._dump(step, why, args, sizes, scale),
+        }
         if distributed.rank() == 0:
             say(self.report(step, row))
         return row
@@ -209,12 +245,15 @@ class Guard:
                 f" They changed nothing: what is saved in {self.folder} is of before. The "
                 "reports above are in log.jsonl, too. If they name single clips, look at their "
                 "features; if weights, or all clips, go back to an earlier epoch or train anew "
-                "(--no-resume) with a lower --lr, --precision fp32 or --similarity cosine")
+                "(--no-resume) with a lower --lr, --precision fp32 or --similarity cosine"
+            )
 
     def report(self, step: int, row: dict) -> str:
         """What :meth:`skip` found, for people."""
-        lines = [f"step {step} skipped: {row['skipped']} ({row['in_a_row']} in a row, the run "
-                 f"stops at {self.max_bad_steps})"]
+        lines = [
+            f"step {step} skipped: {row['skipped']} ({row['in_a_row']} in a row, the run "
+            f"stops at {self.max_bad_steps})"
+        ]
         lines += found_lines(row["clips"], row["terms"], self.describe)
         for kind in ("weights", "gradients"):
             if row[kind]:
@@ -230,13 +269,23 @@ class Guard:
             return None
         rank, clusters = distributed.rank(), self.objective.clusters
         path = self.folder / f"bad-step-{step:06d}{f'.rank{rank}' if rank else ''}.pt"
-        content = {"mcn_bad_step": 1, "step": step, "why": why, "n_ranks": distributed.world(),
-                   "loss_scale": scale, "batch": self.objective.last[2]}
+        content = {
+            "mcn_bad_step": 1,
+            "step": step,
+            "why": why,
+            "n_ranks": distributed.world(),
+            "loss_scale": scale,
+            "batch": self.objective.last[2],
+        }
         if rank == 0:
-            content |= {"args": args, "sizes": sizes, "model": self.model.state_dict(),
-                        "centroids": clusters.centroids if clusters is not None else None}
+            content |= {
+                "args": args,
+                "sizes": sizes,
+                "model": self.model.state_dict(),
+                "centroids": clusters.centroids if clusters is not None else None,
+            }
         if rank == 0:
-            for old in find_dumps(self.folder)[:1 - MAX_DUMPS]:
+            for old in find_dumps(self.folder)[: 1 - MAX_DUMPS]:
                 for file in self.folder.glob(f"{old.stem}.*"):
                     file.unlink(missing_ok=True)
         try:

@@ -36,8 +36,12 @@ class Heartbeat:
         self.ended, self.beats, self.since = threading.Event(), 0, time.monotonic()
         if distributed.world() == 1:
             return
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                              is_master=False, timeout=timedelta(seconds=SILENT))
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=SILENT),
+        )
         # A restarted job finds the store of the first one.
         attempt = distributed.broadcast_object(secrets.token_hex(8))
         self.store = dist.PrefixStore(f"mcn_ext/heartbeat/{attempt}", store)
@@ -57,8 +61,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self.beats += 1
-        self.store.set(str(distributed.rank()),
-                       json.dumps([self.beats, socket.gethostname(), os.getpid(), *self.place]))
+        self.store.set(
+            str(distributed.rank()),
+            json.dumps([self.beats, socket.gethostname(), os.getpid(), *self.place]),
+        )
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -78,8 +84,11 @@ class Heartbeat:
                     continue  # it has come to an end while ranks were asked
                 if distributed.rank() in self.suspects:
                     step, doing = self.place
-                    print(f"rank {distributed.rank()} itself is {doing} step {step}, here:",
-                          file=sys.stderr, flush=True)
+                    print(
+                        f"rank {distributed.rank()} itself is {doing} step {step}, here:",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     faulthandler.dump_traceback(sys.stderr)
                 os._exit(1)
 
@@ -87,8 +96,12 @@ class Heartbeat:
         """sys.excepthook: an exception that ends this rank may be another rank's end."""
         traceback.print_exception(kind, error, trace)
         step, doing = self.place
-        print(f"rank {distributed.rank()} ({socket.gethostname()}) ended {doing} step {step}: "
-              f"{kind.__name__}", file=sys.stderr, flush=True)
+        print(
+            f"rank {distributed.rank()} ({socket.gethostname()}) ended {doing} step {step}: "
+            f"{kind.__name__}",
+            file=sys.stderr,
+            flush=True,
+        )
         if isinstance(error, RuntimeError):  # so does torch say that others do not answer
             self._say("communication failed, or this rank did")
         self.ended.set()
@@ -120,13 +133,22 @@ class Heartbeat:
         others = [r for r in ranks if r not in self.suspects]
         if distributed.rank() != min(others, default=0):
             return
-        lines = [what + ":" + ("" if self.suspects else " all ranks are at the same place; look at "
-                               "the network and the disks")]
+        lines = [
+            what
+            + ":"
+            + (
+                ""
+                if self.suspects
+                else " all ranks are at the same place; look at the network and the disks"
+            )
+        ]
         for r in self.suspects or ranks:
             _, host, pid, step, doing = last[r]
-            lines.append(f"  rank {r} (host {host}, process {pid}) "
-                         + ("has ended or is stopped, last seen " if r in silent else "is ")
-                         + f"{doing} step {step}")
+            lines.append(
+                f"  rank {r} (host {host}, process {pid}) "
+                + ("has ended or is stopped, last seen " if r in silent else "is ")
+                + f"{doing} step {step}"
+            )
         if self.suspects and others:
             lines.append(f"  the others are {last[others[0]][4]} step {last[others[0]][3]}")
         lines.append("the same command goes on from the last checkpoint")
@@ -134,14 +156,20 @@ class Heartbeat:
 
     @staticmethod
     def _keeper() -> str:
-        return ("the signs of life, kept by rank 0 or by torchrun on "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']},")
+        return (
+            "the signs of life, kept by rank 0 or by torchrun on "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']},"
+        )
 
     def _end(self) -> None:
         step, doing = self.place
-        print(f"rank {distributed.rank()}, {doing} step {step}: no progress, and {self._keeper()} "
-              "do not come: that process hangs or is stopped. The same command goes on from the "
-              "last checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"rank {distributed.rank()}, {doing} step {step}: no progress, and {self._keeper()} "
+            "do not come: that process hangs or is stopped. The same command goes on from the "
+            "last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
     def _read(self) -> list[list]:

@@ -23,8 +23,10 @@ class StopRequest:
 
     def __init__(self):
         self.came: dict[str, float] = {}
-        self.before = {number: signal.signal(number, self._note)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.before = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        }
 
     def _note(self, number: int, _frame) -> None:
         now, name, person = time.monotonic(), signal.Signals(number).name, number == signal.SIGINT

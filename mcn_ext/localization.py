@@ -43,12 +43,15 @@ def _array(scores: Tensor | np.ndarray) -> np.ndarray:
         scores = scores.detach().double().cpu().numpy()
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 2 or len(scores) < scores.shape[1]:
-        raise ValueError(f"scores of shape {scores.shape}: expected (seconds, steps), and a second "
-                         "for each step at least")
+        raise ValueError(
+            f"scores of shape {scores.shape}: expected (seconds, steps), and a second "
+            "for each step at least"
+        )
     if not np.isfinite(scores).all():
         raise FloatingPointError(
             f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite: the "
-            "embeddings are broken, there is nothing to compare")
+            "embeddings are broken, there is nothing to compare"
+        )
     return scores
 
 
@@ -133,7 +136,7 @@ def align(scores: Tensor | np.ndarray, background: float | Tensor | np.ndarray) 
     labels, first = np.full(n_seconds, BACKGROUND), 0
     for k in range(n_steps):
         start = first + int(starts[k, first:].argmax())
-        first = start + 1 + int(ends[k, start + 1:].argmax())
+        first = start + 1 + int(ends[k, start + 1 :].argmax())
         labels[start:first] = k
     return labels
 
@@ -189,12 +192,16 @@ def expected_hits(truth: np.ndarray) -> np.ndarray:
     def log_choose(n, k):
         possible = (k >= 0) & (k <= n)
         k = np.where(possible, k, 0)
-        return np.where(possible, log_factorial[n] - log_factorial[k] - log_factorial[n - k],
-                        -np.inf)
+        return np.where(
+            possible, log_factorial[n] - log_factorial[k] - log_factorial[n - k], -np.inf
+        )
 
     t, k = np.nonzero(truth)
-    log_p = (log_choose(t, k) + log_choose(n_seconds - 1 - t, n_steps - 1 - k)
-             - log_choose(n_seconds, n_steps))
+    log_p = (
+        log_choose(t, k)
+        + log_choose(n_seconds - 1 - t, n_steps - 1 - k)
+        - log_choose(n_seconds, n_steps)
+    )
     return np.bincount(k, np.exp(log_p), n_steps)
 
 
@@ -212,12 +219,21 @@ def recall_per_task(matched: np.ndarray, annotated: np.ndarray, tasks: list[str]
     """
     tasks = np.asarray(tasks)
     rows = {str(task): tasks == task for task in dict.fromkeys(tasks)}
-    return {task: float(matched[r].sum() / annotated[r].sum()) for task, r in rows.items()
-            if annotated[r].sum()}
+    return {
+        task: float(matched[r].sum() / annotated[r].sum())
+        for task, r in rows.items()
+        if annotated[r].sum()
+    }
 
 
-def recall_interval(matched: np.ndarray, annotated: np.ndarray, tasks: list[str], *,
-                    resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+def recall_interval(
+    matched: np.ndarray,
+    annotated: np.ndarray,
+    tasks: list[str],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean over tasks of :func:`recall_per_task`, a fraction.
 
     Videos are drawn anew within their task: the tasks are the benchmark's, not a sample.
@@ -250,16 +266,23 @@ def load_steps(store: str | os.PathLike) -> dict:
             raise ValueError(f"protocol {steps['protocol']!r}")
         for name, video in steps["videos"].items():
             n_seconds, n_steps = video["seconds"], len(video["steps"])
-            if not (n_steps and type(n_seconds) is int and 0 < n_seconds < 10**6
-                    and isinstance(video["task"], str)
-                    and all(isinstance(text, str) for text in video["steps"])
-                    and all(type(number) is int for row in video["segments"] for number in row)
-                    and all(0 <= k < n_steps and 0 <= first < last <= n_seconds
-                            for k, first, last in video["segments"])):
+            if not (
+                n_steps
+                and type(n_seconds) is int
+                and 0 < n_seconds < 10**6
+                and isinstance(video["task"], str)
+                and all(isinstance(text, str) for text in video["steps"])
+                and all(type(number) is int for row in video["segments"] for number in row)
+                and all(
+                    0 <= k < n_steps and 0 <= first < last <= n_seconds
+                    for k, first, last in video["segments"]
+                )
+            ):
                 raise ValueError(f"video {name}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path}: not the steps of a store ({type(error).__name__}: {error}); "
-                         f"{fix}") from error
+        raise StoreError(
+            f"{path}: not the steps of a store ({type(error).__name__}: {error}); {fix}"
+        ) from error
     return steps
 
 
@@ -298,9 +321,17 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
     for name, video in tqdm(steps["videos"].items(), desc="steps", unit="video", mininterval=0.5):
         shape = n_seconds, n_steps = video["seconds"], len(video["steps"])
         truth = inside(*shape, video["segments"])
-        row = {"task": video["task"] if steps["protocol"] == "crosstask" else ONE_TASK,
-               "annotated": int(truth.any(axis=0).sum()), "chance": expected_hits(truth).sum(),
-               "matched": 0, "evenly": 0, "iou": 0.0, "iod": 0.0, "right": 0.0, "right_steps": 0.0}
+        row = {
+            "task": video["task"] if steps["protocol"] == "crosstask" else ONE_TASK,
+            "annotated": int(truth.any(axis=0).sum()),
+            "chance": expected_hits(truth).sum(),
+            "matched": 0,
+            "evenly": 0,
+            "iou": 0.0,
+            "iod": 0.0,
+            "right": 0.0,
+            "right_steps": 0.0,
+        }
         rows.append(row)
         if n_seconds < n_steps:
             counts["too_short"] += 1
@@ -313,8 +344,10 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
         scores, asked = found if isinstance(found, tuple) else (found, np.ones(n_steps))
         asked = np.asarray(asked, bool)
         if tuple(scores.shape) != shape:
-            raise ValueError(f"video {name}: scores of shape {tuple(scores.shape)}, expected "
-                             f"{shape} (seconds, steps)")
+            raise ValueError(
+                f"video {name}: scores of shape {tuple(scores.shape)}, expected "
+                f"{shape} (seconds, steps)"
+            )
         try:
             labels = align(standardize(scores), background)
             row["matched"] = int((hits(assign(scores), truth) & asked).sum())
@@ -335,6 +368,7 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
 
 def _summary(column: dict[str, np.ndarray], background: float, seed: int) -> dict:
     """:func:`localize`'s numbers from those of each video, {name: (n,)}."""
+
     def percent(value) -> float:
         return round(100.0 * float(value), 3)
 
@@ -343,21 +377,27 @@ def _summary(column: dict[str, np.ndarray], background: float, seed: int) -> dic
 
     annotated, tasks = column["annotated"], column["task"]
     some = annotated > 0  # videos without an annotated step have neither recall nor IoU
-    recalls = {key: recall_per_task(column[key], annotated, tasks)
-               for key in ("matched", "chance", "evenly")}
+    recalls = {
+        key: recall_per_task(column[key], annotated, tasks)
+        for key in ("matched", "chance", "evenly")
+    }
     by_video = recall_per_task(column["matched"][some] / annotated[some], some[some], tasks[some])
     interval = recall_interval(column["matched"], annotated, tasks, seed=seed)
     return {
-        "steps": int(annotated.sum()), "tasks": len(recalls["matched"]),
+        "steps": int(annotated.sum()),
+        "tasks": len(recalls["matched"]),
         "recall": mean_over_tasks(recalls["matched"]),
         "recall_ci95": [percent(end) for end in interval],
         "recall_per_task": {task: percent(r) for task, r in recalls["matched"].items()},
         "recall_by_video": mean_over_tasks(by_video),
-        "IoU": percent(column["iou"][some].mean()), "IoD": percent(column["iod"][some].mean()),
+        "IoU": percent(column["iou"][some].mean()),
+        "IoD": percent(column["iod"][some].mean()),
         "frame_accuracy": percent(column["right"].mean()),
         "frame_accuracy_steps": percent(column["right_steps"][some].mean()),
         "background": background,
-        "chance": mean_over_tasks(recalls["chance"]), "evenly": mean_over_tasks(recalls["evenly"])}
+        "chance": mean_over_tasks(recalls["chance"]),
+        "evenly": mean_over_tasks(recalls["evenly"]),
+    }
 
 
 def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
@@ -385,16 +425,29 @@ def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of :func:`localize`'s result."""
     low, high = result["recall_ci95"]
     own = [f"{result[key]:.1f}" for key in ("IoU", "IoD", "frame_accuracy")]
-    return ([f"steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} tasks)",
-             "recall", "95 % interval", "IoU", "IoD", "seconds right"],
-            [["this run", f"{result['recall']:.1f}", f"{low:.1f} to {high:.1f}", *own],
-             ["spread evenly", f"{result['evenly']:.1f}", "", "", "", ""],
-             ["chance", f"{result['chance']:.1f}", "", "", "", ""]])
+    return (
+        [
+            f"steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} tasks)",
+            "recall",
+            "95 % interval",
+            "IoU",
+            "IoD",
+            "seconds right",
+        ],
+        [
+            ["this run", f"{result['recall']:.1f}", f"{low:.1f} to {high:.1f}", *own],
+            ["spread evenly", f"{result['evenly']:.1f}", "", "", "", ""],
+            ["chance", f"{result['chance']:.1f}", "", "", "", ""],
+        ],
+    )
 
 
 def notice(result: dict) -> str:
     """What is counted as missed, whatever the model, in words; empty if nothing."""
-    what = {"missing": "videos not in the store or without content",
-            "too_short": "videos shorter than their steps", "unknown": "steps without a known word"}
+    what = {
+        "missing": "videos not in the store or without content",
+        "too_short": "videos shorter than their steps",
+        "unknown": "steps without a known word",
+    }
     parts = [f"{result[key]} {text}" for key, text in what.items() if result[key]]
     return ", ".join(parts) + ": misses" if parts else ""

@@ -37,10 +37,15 @@ def writing(path: Path) -> Iterator[None]:
         if not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
             raise
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise SystemExit(f"{path}: could not be written ({cause.strerror or cause}); what was "
-                         "saved before is untouched. " + (
-                             "Make room and run the same command again" if full else
-                             "Is the place right, and may you write there?")) from error
+        raise SystemExit(
+            f"{path}: could not be written ({cause.strerror or cause}); what was "
+            "saved before is untouched. "
+            + (
+                "Make room and run the same command again"
+                if full
+                else "Is the place right, and may you write there?"
+            )
+        ) from error
 
 
 def replace(path: Path, fill: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
@@ -92,23 +97,35 @@ def append(path: Path, text: str) -> None:
 
 def environment(device: torch.device) -> str:
     """What a bug report or a paper needs to know of where this ran."""
+
     def git(*words):
         try:
-            return subprocess.run(["git", "-C", str(Path(__file__).parent), *words],
-                                  capture_output=True, text=True, timeout=10,
-                                  check=True).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
     sha = git("rev-parse", "HEAD")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    return "\n".join([
-        f"command: {shlex.join(sys.argv)}", f"mcn_ext: {__version__}",
-        f"git: {sha or 'unknown'}{' (dirty)' if sha and git('status', '--porcelain') else ''}",
-        f"torch: {torch.__version__}, CUDA {torch.version.cuda}", f"GPU: {gpu}",
-        f"ranks: {distributed.world()}", f"python: {platform.python_version()}",
-        f"host: {platform.node()} ({platform.platform()}, {os.cpu_count()} cores)",
-        f"started: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}", ""])
+    return "\n".join(
+        [
+            f"command: {shlex.join(sys.argv)}",
+            f"mcn_ext: {__version__}",
+            f"git: {sha or 'unknown'}{' (dirty)' if sha and git('status', '--porcelain') else ''}",
+            f"torch: {torch.__version__}, CUDA {torch.version.cuda}",
+            f"GPU: {gpu}",
+            f"ranks: {distributed.world()}",
+            f"python: {platform.python_version()}",
+            f"host: {platform.node()} ({platform.platform()}, {os.cpu_count()} cores)",
+            f"started: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
+            "",
+        ]
+    )
 
 
 class RunLog:
@@ -118,14 +135,28 @@ class RunLog:
     run goes on after the step it resumed from.
     """
 
-    def __init__(self, folder: Path, args: dict, device: torch.device, *, step: int,
-                 total_steps: int, last_step: int):
+    def __init__(
+        self,
+        folder: Path,
+        args: dict,
+        device: torch.device,
+        *,
+        step: int,
+        total_steps: int,
+        last_step: int,
+    ):
         self.folder, self.device, self.first = folder, device, distributed.rank() == 0
         self.last = last_step
         self.last_time, self.waited, self.clips = time.perf_counter(), 0.0, 0
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=not self.first,
-                        mininterval=0.5 if sys.stderr.isatty() else 15, desc=folder.name,
-                        dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            disable=not self.first,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            desc=folder.name,
+            dynamic_ncols=True,
+        )
         self.board = None
         if not self.first:
             return
@@ -135,15 +166,17 @@ class RunLog:
         append(folder / "env.txt", environment(device) + "\n")  # one block per start
         self.file = log = folder / "log.jsonl"
         if log.exists():  # drop what came after the checkpoint, and a line cut short by a kill
-            write_text(log, "".join(json.dumps(row) + "\n" for row in read(log)
-                                    if row["step"] <= step))
+            write_text(
+                log, "".join(json.dumps(row) + "\n" for row in read(log) if row["step"] <= step)
+            )
         if args.get("tensorboard"):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise SystemExit(
                     "--tensorboard needs: pip install tensorboard "
-                    "(or pip install -e '.[tensorboard]')") from None
+                    "(or pip install -e '.[tensorboard]')"
+                ) from None
             self.board = SummaryWriter(str(folder))
 
     def timed(self, batches):
@@ -165,8 +198,16 @@ class RunLog:
         if self.first:
             append(self.file, json.dumps({"step": step, "epoch": epoch, **why}) + "\n")
 
-    def step(self, step: int, epoch: int, lr: float, terms: dict[str, torch.Tensor], clips: int,
-             every: int, extra: Callable[[], dict]) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        lr: float,
+        terms: dict[str, torch.Tensor],
+        clips: int,
+        every: int,
+        extra: Callable[[], dict],
+    ) -> None:
         """Count a step of ``clips`` clips over all ranks; when it is due, write a row with what
         ``extra`` returns."""
         self.clips += clips
@@ -179,13 +220,20 @@ class RunLog:
         values = dict(zip(terms, mean.tolist(), strict=True))
         now = time.perf_counter()
         seconds = now - self.last_time
-        row = {"step": step, "epoch": epoch, "lr": lr, **values,
-               "clips_per_s": round(self.clips / seconds, 1),
-               "data_wait": round(self.waited / seconds, 4),
-               "peak_mib": round(self._peak_mib(), 1), **extra()}
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "lr": lr,
+            **values,
+            "clips_per_s": round(self.clips / seconds, 1),
+            "data_wait": round(self.waited / seconds, 4),
+            "peak_mib": round(self._peak_mib(), 1),
+            **extra(),
+        }
         self.last_time, self.waited, self.clips = now, 0.0, 0
         self.bar.set_postfix_str(
-            " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False)
+            " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False
+        )
         if self.first:
             append(self.file, json.dumps(row) + "\n")
             if self.board:
@@ -197,8 +245,9 @@ class RunLog:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource
 
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                / (2**10 if sys.platform != "darwin" else 2**20))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**10 if sys.platform != "darwin" else 2**20
+        )
 
     def close(self) -> None:
         self.bar.close()

@@ -17,7 +17,8 @@ def check_finite(similarity: Tensor) -> None:
     if similarity.numel() and not torch.stack(torch.aminmax(similarity)).isfinite().all():
         raise FloatingPointError(
             f"{int((~torch.isfinite(similarity)).sum())} of {similarity.numel()} similarities are "
-            "not finite: the embeddings are broken, there is nothing to rank")
+            "not finite: the embeddings are broken, there is nothing to rank"
+        )
 
 
 def ranks(similarity: Tensor, answers: Tensor | None = None, *, finite: bool = True) -> np.ndarray:
@@ -29,8 +30,9 @@ def ranks(similarity: Tensor, answers: Tensor | None = None, *, finite: bool = T
     """
     if finite:
         check_finite(similarity)
-    answers = (torch.arange(len(similarity), device=similarity.device) if answers is None
-               else answers)
+    answers = (
+        torch.arange(len(similarity), device=similarity.device) if answers is None else answers
+    )
     own = similarity.gather(1, answers[:, None])
     better = (similarity > own).sum(dim=1)
     ties = (similarity == own).sum(dim=1) - 1
@@ -58,29 +60,47 @@ def keep(metrics: dict, name: str, entry: dict) -> None:
     """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
     moves to the list ``replaced``, its newest 20; of the same, rows that ``entry`` lacks stay."""
     old = metrics.get(name, {})
-    if any(old.get(key) != entry.get(key)
-           for key in ("n", "data", "checkpoint", "step", "similarity")):
+    if any(
+        old.get(key) != entry.get(key) for key in ("n", "data", "checkpoint", "step", "similarity")
+    ):
         if old:
             metrics["replaced"] = [*metrics.get("replaced", []), {"set": name} | old][-20:]
         old = {}
     metrics[name] = old | entry
 
 
-def table_rows(rows: dict[str, dict], n: int,
-               what: str = "direction") -> tuple[list[str], list[list[str]]]:
+def table_rows(
+    rows: dict[str, dict], n: int, what: str = "direction"
+) -> tuple[list[str], list[list[str]]]:
     """Summaries {direction: summary} as (header, rows), with R@1's interval and chance's row."""
-    body = [[name, f"{s['R@1']:.1f}", "{:.1f} to {:.1f}".format(*s["R@1_ci95"]),
-             f"{s['R@5']:.1f}", f"{s['R@10']:.1f}", f"{s['MedR']:g}"] for name, s in rows.items()]
-    chance = ["chance", f"{100 / n:.1f}", "", f"{100 * min(5 / n, 1):.1f}",
-              f"{100 * min(10 / n, 1):.1f}", f"{(n + 1) / 2:g}"]
-    return ([f"{what} (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"],
-            [*body, chance])
+    body = [
+        [
+            name,
+            f"{s['R@1']:.1f}",
+            "{:.1f} to {:.1f}".format(*s["R@1_ci95"]),
+            f"{s['R@5']:.1f}",
+            f"{s['R@10']:.1f}",
+            f"{s['MedR']:g}",
+        ]
+        for name, s in rows.items()
+    ]
+    chance = [
+        "chance",
+        f"{100 / n:.1f}",
+        "",
+        f"{100 * min(5 / n, 1):.1f}",
+        f"{100 * min(10 / n, 1):.1f}",
+        f"{(n + 1) / 2:g}",
+    ]
+    return ([f"{what} (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"], [*body, chance])
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
     """A table, its first column to the left, the others to the right."""
-    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
-             for row in (header, *body)]
+    lines = [
+        "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
+        for row in (header, *body)
+    ]
     return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
 
 
@@ -112,8 +132,9 @@ def _crossed(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 def _times_drawn(n: int, resamples: int, seed: int) -> np.ndarray:
     """How often each of n queries is in each resample, (n, resamples) fp32."""
     rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)],
-                    axis=1).astype(np.float32)
+    return np.stack(
+        [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)], axis=1
+    ).astype(np.float32)
 
 
 # 97.5 % quantile of Student's t by degrees of freedom; between them, its logarithm over 1 / df.
@@ -130,19 +151,21 @@ def _interval95(values: np.ndarray, resamples: int, seed: int) -> tuple[float, f
     df = (n_seeds - 1) * max(1.0, variance / of_seeds) ** 2 if of_seeds else np.inf
     inverse = [1 / x for x in _T]
     t = np.exp(np.interp(1 / df, inverse[::-1], np.log(list(_T.values()))[::-1]))
-    half = float(t) * variance ** 0.5
+    half = float(t) * variance**0.5
     return float(values.mean()) - half, float(values.mean()) + half
 
 
-def recall_interval(rank: np.ndarray, k: int = 10, *, resamples: int = 2000,
-                    seed: int = 0) -> tuple[float, float]:
+def recall_interval(
+    rank: np.ndarray, k: int = 10, *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """95 % interval of R@k in percent, of ranks (seeds, queries), over both (:func:`_crossed`)."""
     low, high = _interval95(100.0 * (rank <= k), resamples, seed)
     return max(0.0, low), min(100.0, high)
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, k: int = 10, *, resamples: int = 2000,
-                     seed: int = 0) -> dict:
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, k: int = 10, *, resamples: int = 2000, seed: int = 0
+) -> dict:
     """Is R@k of ``a`` really above that of ``b``? Ranks (seeds, queries) of two methods, of the
     same seeds and the same queries in the same order -> {"difference", "ci95", "real"}.
 

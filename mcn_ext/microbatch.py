@@ -64,8 +64,9 @@ class MicroBatched:
             learns = name not in model.frozen
             if name == "audio" and learns and model.DAVEnet.training:
                 self.sound = Replayed(model.DAVEnet, self.autocast)
-                self.features = self.sound(batch["n_frames"],
-                                           [part["audio"] for part in self.parts])
+                self.features = self.sound(
+                    batch["n_frames"], [part["audio"] for part in self.parts]
+                )
             found = [self._encode(name, i) for i in range(len(self.parts))]
             embeddings[name] = torch.cat([x for x, _ in found]).requires_grad_(learns)
             if found[0][1] is not None:
@@ -93,8 +94,11 @@ class MicroBatched:
                 leaf = None
                 if name == "audio" and self.features is not None:
                     leaf = self.features[i].detach().requires_grad_()
-                ends = [(x, grad[i]) for x, grad in zip(self._encode(name, i, leaf), grads,
-                                                        strict=True) if grad is not None]
+                ends = [
+                    (x, grad[i])
+                    for x, grad in zip(self._encode(name, i, leaf), grads, strict=True)
+                    if grad is not None
+                ]
                 if ends:
                     torch.autograd.backward(*zip(*ends, strict=True))
                 if leaf is not None:
@@ -106,8 +110,10 @@ class MicroBatched:
 
 
 def _part(batch: Mapping, clips: slice) -> dict:
-    return {key: _part(value, clips) if isinstance(value, Mapping) else value[clips]
-            for key, value in batch.items()}
+    return {
+        key: _part(value, clips) if isinstance(value, Mapping) else value[clips]
+        for key, value in batch.items()
+    }
 
 
 @dataclass
@@ -134,13 +140,27 @@ class Replayed:
 
     def __init__(self, net: ResDAVEnet, autocast: Callable):
         self.autocast = autocast
-        self.blocks = [([_Step((None,), lambda frames, mel: (net.stem(mel, frames),)),
-                         _Step((net.bn1,), lambda _, rows: (F.relu(rows),))], None)]
+        self.blocks = [
+            (
+                [
+                    _Step((None,), lambda frames, mel: (net.stem(mel, frames),)),
+                    _Step((net.bn1,), lambda _, rows: (F.relu(rows),)),
+                ],
+                None,
+            )
+        ]
         for block in net.blocks():
             norm = None if block.downsample is None else block.downsample[1]
-            self.blocks.append(([_Step((None,), block.enter),
-                                 _Step((block.bn1, None), block.middle),
-                                 _Step((block.bn2, norm), block.leave)], block.after))
+            self.blocks.append(
+                (
+                    [
+                        _Step((None,), block.enter),
+                        _Step((block.bn1, None), block.middle),
+                        _Step((block.bn2, norm), block.leave),
+                    ],
+                    block.after,
+                )
+            )
         self.blocks.append(([_Step((None,), lambda frames, x: (net.mean(frames, x),))], None))
 
     @torch.no_grad()
@@ -153,12 +173,14 @@ class Replayed:
             self.kept.append((rows, frames))
             rows = list(rows)
             for step in steps:
-                step.statistics = [norm and norm.fit([inputs[i] for inputs in rows])
-                                   for i, norm in enumerate(step.norms)]
+                step.statistics = [
+                    norm and norm.fit([inputs[i] for inputs in rows])
+                    for i, norm in enumerate(step.norms)
+                ]
                 self._advance(step, frames, rows)
             if after is not None:
                 frames = [after(f) for f in frames]
-        return [x for x, in rows]
+        return [x for (x,) in rows]
 
     def _advance(self, step: _Step, frames: list[Frames], rows: list[Rows]) -> None:
         """All parts a step on, each in the place of the one before."""
@@ -175,8 +197,10 @@ class Replayed:
             for i, step in enumerate(steps):
                 tapes.append(_Tape(step, rows, onward=bool(self.kept or i)))
                 if step is not steps[-1]:  # of the last step a part at a time is enough
-                    rows = [tuple(x.detach() for x in tapes[-1].run(part, f, self.autocast))
-                            for part, f in enumerate(frames)]
+                    rows = [
+                        tuple(x.detach() for x in tapes[-1].run(part, f, self.autocast))
+                        for part, f in enumerate(frames)
+                    ]
             while tapes:
                 tapes.pop().backward(frames, grads, self.autocast)
 
@@ -188,8 +212,10 @@ class _Tape:
         self.step, self.ends = step, {}
         self.leaves = [tuple(x.detach().requires_grad_(onward) for x in inputs) for inputs in rows]
         # Copies, whose gradients are sums over the parts alone.
-        self.weights = [norm and (norm.weight.detach().requires_grad_(),
-                                  norm.bias.detach().requires_grad_()) for norm in step.norms]
+        self.weights = [
+            norm and (norm.weight.detach().requires_grad_(), norm.bias.detach().requires_grad_())
+            for norm in step.norms
+        ]
 
     @torch.enable_grad()
     def run(self, part: int, frames: Frames, autocast: Callable) -> Rows:
@@ -211,7 +237,8 @@ class _Tape:
             for own, grad in zip((norm.weight, norm.bias), sums, strict=True):
                 own.grad = grad.clone() if own.grad is None else own.grad + grad
             mean, var, count = self.step.statistics[i]
-            slope, offset = through_statistics(*sums, norm.weight.detach(), mean, var, count,
-                                               norm.eps)
+            slope, offset = through_statistics(
+                *sums, norm.weight.detach(), mean, var, count, norm.eps
+            )
             for leaves, part in zip(self.leaves, grads, strict=True):
                 part[i].sub_(line(leaves[i].detach(), slope, offset))

@@ -41,9 +41,14 @@ def direct():
 def pays(rows: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether :func:`convolve` is faster than a direct convolution, and as exact."""
     few, many = sorted(weight.shape[:2])
-    return (rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
-            and stride == 1 and few >= LEAST and not _direct
-            and 2 * len(rows) >= many)  # else the taps' sums cost what is saved
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype == weight.dtype == torch.float32
+        and stride == 1
+        and few >= LEAST
+        and not _direct
+        and 2 * len(rows) >= many
+    )  # else the taps' sums cost what is saved
 
 
 def _blocks(lines: Tensor):
@@ -52,7 +57,7 @@ def _blocks(lines: Tensor):
     step = max(_BLOCK // lines.shape[1], 256) // 2 * 2 * torch.get_num_threads()
     for lo in range(0, n, step):
         out = slice(lo, min(lo + step, n))
-        x = lines[lo:out.stop + 8]
+        x = lines[lo : out.stop + 8]
         # By m0, m1, m2, m3: which sum, from where on.
         outer, plus, minus = x[:-2] - x[2:], x[:-1] + x[1:], x[1:] - x[:-1]
         yield out, (out.stop - lo) // 2, ((outer, 0), (plus, 1), (minus, 1), (outer, 1))
@@ -60,7 +65,7 @@ def _blocks(lines: Tensor):
 
 def _rows(side: tuple[Tensor, int], group: int, n: int) -> Tensor:
     sums, begin = side
-    return sums[begin + 3 * group:begin + 3 * group + 2 * n - 1:2]
+    return sums[begin + 3 * group : begin + 3 * group + 2 * n - 1 : 2]
 
 
 def _taps(weight: Tensor) -> list[Tensor]:
@@ -91,7 +96,7 @@ def _convolve(lines: Tensor, taps: list[Tensor]) -> Tensor:
 def convolve(lines: Tensor, weight: Tensor) -> Tensor:
     """lines (4 + n + 4, C_in), n even, weight (C_out, C_in, 1, 9) -> (n, C_out)::
 
-        out[t] = sum_i lines[t + i] weight[:, :, 0, i]^T
+    out[t] = sum_i lines[t + i] weight[:, :, 0, i]^T
     """
     return _convolve(lines, [factor.transpose(1, 2) for factor in _taps(weight)])
 

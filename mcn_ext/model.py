@@ -12,9 +12,11 @@ from mcn_ext.encoders import GatedUnit, ResDAVEnet, SentenceMaxPool, reconstruct
 
 MODALITIES = {"A": "audio", "V": "video", "T": "text"}
 # What belongs to a modality, by the published names.
-MODULES = {"video": ("GU_video", "recon_v"),
-           "audio": ("DAVEnet", "GU_audio", "DAVEnet_projection", "recon_a"),
-           "text": ("text_pooling_caption", "GU_text_captions", "recon_t")}
+MODULES = {
+    "video": ("GU_video", "recon_v"),
+    "audio": ("DAVEnet", "GU_audio", "DAVEnet_projection", "recon_a"),
+    "text": ("text_pooling_caption", "GU_text_captions", "recon_t"),
+}
 
 
 class MCN(nn.Module):
@@ -27,13 +29,26 @@ class MCN(nn.Module):
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
     """
 
-    def __init__(self, modalities: str = "AVT", *, video_dims: Mapping[str, int] | None = None,
-                 word_dim: int = 300, embd_dim: int = 6144, recon_dim: int = 1024,
-                 audio_width: float = 1.0):
+    def __init__(
+        self,
+        modalities: str = "AVT",
+        *,
+        video_dims: Mapping[str, int] | None = None,
+        word_dim: int = 300,
+        embd_dim: int = 6144,
+        recon_dim: int = 1024,
+        audio_width: float = 1.0,
+    ):
         super().__init__()
         video_dims = dict(video_dims or {"2d": 2048, "3d": 2048})
-        self.sizes = dict(modalities=modalities, video_dims=video_dims, word_dim=word_dim,
-                          embd_dim=embd_dim, recon_dim=recon_dim, audio_width=audio_width)
+        self.sizes = dict(
+            modalities=modalities,
+            video_dims=video_dims,
+            word_dim=word_dim,
+            embd_dim=embd_dim,
+            recon_dim=recon_dim,
+            audio_width=audio_width,
+        )
         self.modalities = [MODALITIES[letter] for letter in modalities]
         self.frozen: list[str] = []
 
@@ -75,8 +90,10 @@ class MCN(nn.Module):
 
     def _video(self, batch) -> tuple[Tensor, Tensor]:
         # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.
-        streams = [F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
-                   for name in self.sizes["video_dims"]]
+        streams = [
+            F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
+            for name in self.sizes["video_dims"]
+        ]
         features = torch.cat(streams, dim=1)
         return features, self.GU_video(features)
 
@@ -93,8 +110,12 @@ class MCN(nn.Module):
         """(features before projection (B, F), embedding (B, embd_dim)) of one modality."""
         return getattr(self, f"_{modality}")(batch)
 
-    def embed(self, modality: str, batch: Mapping, sound: Tensor | None = None,
-              ) -> tuple[Tensor, Tensor | None]:
+    def embed(
+        self,
+        modality: str,
+        batch: Mapping,
+        sound: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality.
 
         ``sound``: DAVEnet's features (B, F) of the batch, where they are known.
@@ -104,8 +125,7 @@ class MCN(nn.Module):
         head = getattr(self, MODULES[modality][-1])
         if head is None or modality in self.frozen:
             return embedding, None
-        return embedding, (head(embedding).float()
-                           - features.detach().float()).square().mean(dim=1)
+        return embedding, (head(embedding).float() - features.detach().float()).square().mean(dim=1)
 
     def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embed a batch.

@@ -20,8 +20,9 @@ OVERLAPS = (0.3, 0.5, 0.7)
 Sentences = Mapping[str, tuple[np.ndarray, np.ndarray, list[str]]]
 
 
-def windows(seconds: float, lengths: Sequence[float] = LENGTHS,
-            stride: float = STRIDE) -> np.ndarray:
+def windows(
+    seconds: float, lengths: Sequence[float] = LENGTHS, stride: float = STRIDE
+) -> np.ndarray:
     """Start and end (n, 2) s of windows of each length, one every ``stride`` of its length, the
     last of a length at the video's end. A video shorter than a length is one window of its own."""
     found = []
@@ -48,8 +49,11 @@ def read_annotations(path: Path, subset: str) -> Sentences:
     SystemExit where it is something else."""
     try:
         database = json.loads(path.read_text())["database"]
-        chosen = {name: video["annotations"] for name, video in database.items()
-                  if subset in ("all", video["subset"])}
+        chosen = {
+            name: video["annotations"]
+            for name, video in database.items()
+            if subset in ("all", video["subset"])
+        }
         found = {}
         for name, rows in chosen.items():
             times = np.array([row["segment"] for row in rows], float).reshape(-1, 2)
@@ -59,8 +63,10 @@ def read_annotations(path: Path, subset: str) -> Sentences:
     except FileNotFoundError:
         raise SystemExit(f"--annotations {path}: no such file") from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise SystemExit(f"--annotations {path}: not annotations in YouCook2's format "
-                         f"({type(error).__name__}: {error})") from error
+        raise SystemExit(
+            f"--annotations {path}: not annotations in YouCook2's format "
+            f"({type(error).__name__}: {error})"
+        ) from error
     if not found:
         raise SystemExit(f"--annotations {path}: no video of subset {subset}")
     return found
@@ -75,11 +81,15 @@ def captions_of(store: Store) -> Sentences:
         long = np.flatnonzero(end > start)
         texts = store.caption_texts(video)
         if len(long):
-            found[name] = (start[long].astype(float), end[long].astype(float),
-                           [texts[i] for i in long])
+            found[name] = (
+                start[long].astype(float),
+                end[long].astype(float),
+                [texts[i] for i in long],
+            )
     if not found:
-        raise SystemExit(f"--moments {store.path}: no captions in it to look for; give "
-                         "--annotations JSON")
+        raise SystemExit(
+            f"--moments {store.path}: no captions in it to look for; give --annotations JSON"
+        )
     return found
 
 
@@ -96,9 +106,15 @@ def _hits(scores: torch.Tensor, reached: np.ndarray) -> np.ndarray:
     return np.einsum("wsk,sw->sk", reached, best) / np.maximum(best.sum(1), 1)[:, None]
 
 
-def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[str],
-             kind: str = "cosine", lengths: Sequence[float] = LENGTHS,
-             stride: float = STRIDE) -> dict:
+def evaluate(
+    embedder,
+    store: Store,
+    sentences: Sentences,
+    directions: Sequence[str],
+    kind: str = "cosine",
+    lengths: Sequence[float] = LENGTHS,
+    stride: float = STRIDE,
+) -> dict:
     """R@1 of each direction ("text->video+audio", ...) at each of OVERLAPS.
 
     For each sentence, the windows of its video are ranked by similarity; the first is right if its
@@ -112,9 +128,11 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
     number = {name: i for i, name in enumerate(store.ids())}
     there = [name for name in sentences if name in number and sentences[name][2]]
     if not there:
-        raise SystemExit(f"{store.path}: none of the {len(sentences)} annotated videos is in it "
-                         f"(ids like {next(iter(sentences))}; the store's like "
-                         f"{next(iter(number))})")
+        raise SystemExit(
+            f"{store.path}: none of the {len(sentences)} annotated videos is in it "
+            f"(ids like {next(iter(sentences))}; the store's like "
+            f"{next(iter(number))})"
+        )
     hits = {name: [] for name in [*directions, "chance", "ceiling"]}
     n_windows = unknown = 0
     for name in tqdm(there, desc="moments", unit="video", mininterval=0.5):
@@ -134,25 +152,32 @@ def evaluate(embedder, store: Store, sentences: Sentences, directions: Sequence[
             hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), reached))
         hits["chance"].append(reached.mean(axis=0))
         hits["ceiling"].append(reached.max(axis=0))
-    result = {"n": sum(map(len, hits["chance"])), "videos": len(there),
-              "missing_videos": len(sentences) - len(there), "unknown": unknown,
-              "windows": round(n_windows / len(there), 1), "lengths": list(map(float, lengths)),
-              "stride": stride}
+    result = {
+        "n": sum(map(len, hits["chance"])),
+        "videos": len(there),
+        "missing_videos": len(sentences) - len(there),
+        "unknown": unknown,
+        "windows": round(n_windows / len(there), 1),
+        "lengths": list(map(float, lengths)),
+        "stride": stride,
+    }
     return result | {name: _summary(values) for name, values in hits.items()}
 
 
 def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
     """Means over sentences in percent, 95 % intervals from resampled videos, if there are some."""
     sums, counts = np.stack([v.sum(axis=0) for v in values]), np.array([len(v) for v in values])
-    drawn = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)),
-                                                 resamples)
+    drawn = np.random.default_rng(0).multinomial(
+        len(values), np.full(len(values), 1 / len(values)), resamples
+    )
     draws = 100 * (drawn @ sums) / (drawn @ counts)[:, None]
     out = {}
     for i, name in enumerate(["mIoU", *(f"R@1 IoU {t}" for t in OVERLAPS)]):
         out[name] = round(float(100 * sums[:, i].sum() / counts.sum()), 3)
         if len(values) > 1:
-            out[f"{name}_ci95"] = [round(float(q), 3)
-                                   for q in np.percentile(draws[:, i], [2.5, 97.5])]
+            out[f"{name}_ci95"] = [
+                round(float(q), 3) for q in np.percentile(draws[:, i], [2.5, 97.5])
+            ]
     return out
 
 
@@ -162,8 +187,11 @@ def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
     body = []
     for name, row in result.items():
         if isinstance(row, dict):
-            cells = [f"{row[k]:.1f}" + (" ({:.1f} to {:.1f})".format(*row[f"{k}_ci95"])
-                                        if f"{k}_ci95" in row else "") for k in names]
+            cells = [
+                f"{row[k]:.1f}"
+                + (" ({:.1f} to {:.1f})".format(*row[f"{k}_ci95"]) if f"{k}_ci95" in row else "")
+                for k in names
+            ]
             body.append([name, *cells, f"{row['mIoU']:.1f}"])
     return [f"moments (n = {result['n']} in {result['videos']} videos)", *names, "mIoU"], body
 
@@ -171,8 +199,10 @@ def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
 def notice(result: dict) -> str:
     """What the table leaves out or counts as missed, in words; empty if nothing."""
     n = result["videos"] + result["missing_videos"]
-    parts = [f"{result['missing_videos']} of {n} annotated videos are not in the store: left out"
-             if result["missing_videos"] else "",
-             f"{result['unknown']} sentences without a known word: misses" if result["unknown"]
-             else ""]
+    parts = [
+        f"{result['missing_videos']} of {n} annotated videos are not in the store: left out"
+        if result["missing_videos"]
+        else "",
+        f"{result['unknown']} sentences without a known word: misses" if result["unknown"] else "",
+    ]
     return "; ".join(filter(None, parts))

@@ -37,27 +37,45 @@ class Objective:
 
     progress = 0.0
 
-    def __init__(self, modalities: list[str], trained: list[str], *, temperature: float = 0.05,
-                 margin: float = 0.001, similarity: str = "cosine", loss_impl: str = "fused",
-                 cluster_weight: float = 1.0, recon_weight: float = 50.0, cluster_size: int = 256,
-                 queue_size: int = 20, refit_every: int = 20, seed: int = 0,
-                 joint_pairs: bool = False, clean_first: float = 0.0,
-                 first: tuple[str, str] | None = None):
+    def __init__(
+        self,
+        modalities: list[str],
+        trained: list[str],
+        *,
+        temperature: float = 0.05,
+        margin: float = 0.001,
+        similarity: str = "cosine",
+        loss_impl: str = "fused",
+        cluster_weight: float = 1.0,
+        recon_weight: float = 50.0,
+        cluster_size: int = 256,
+        queue_size: int = 20,
+        refit_every: int = 20,
+        seed: int = 0,
+        joint_pairs: bool = False,
+        clean_first: float = 0.0,
+        first: tuple[str, str] | None = None,
+    ):
         self.clean_first, self.first = clean_first, first
         self.modalities, self.trained = list(modalities), list(trained)
         names = sorted(modalities)
         self.pairs = [p for p in combinations(names, 2) if set(p) & set(trained)]
-        self.joint_pairs = [("+".join(n for n in names if n != name), name) for name in names
-                            if joint_pairs and len(names) == 3 and trained]
+        self.joint_pairs = [
+            ("+".join(n for n in names if n != name), name)
+            for name in names
+            if joint_pairs and len(names) == 3 and trained
+        ]
         self.unit = similarity == "cosine"
         self.loss = dict(temperature=temperature, margin=margin, normalize=self.unit)
         self.mcn_loss = (ops if loss_impl == "fused" else reference).mcn_loss
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
-        self.clusters = (OnlineClusters(cluster_size, queue_size, refit_every, seed)
-                         if cluster_weight else None)
+        self.clusters = (
+            OnlineClusters(cluster_size, queue_size, refit_every, seed) if cluster_weight else None
+        )
 
-    def __call__(self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor],
-                 batch: Mapping) -> dict[str, Tensor]:
+    def __call__(
+        self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping
+    ) -> dict[str, Tensor]:
         """A step's ``total`` to differentiate, ``contrastive``, ``cluster`` and ``reconstruction``.
 
         batch: ``valid`` {modality: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64.
@@ -67,13 +85,19 @@ class Objective:
             self._joint = self.joint(embeddings, batch["valid"])
         if self.clean_first and self.progress < self.clean_first:
             batch = {**batch, "valid": self.clean(embeddings, batch["valid"])}
-        self.last = ({name: x.detach() for name, x in embeddings.items()},
-                     {name: x.detach() for name, x in errors.items()}, batch)
+        self.last = (
+            {name: x.detach() for name, x in embeddings.items()},
+            {name: x.detach() for name, x in errors.items()},
+            batch,
+        )
         terms = self._losses(embeddings, batch, self.pairs + self.joint_pairs, self.trained)
         reconstruction = self.reconstruction(errors, batch["valid"])
-        return {"total": terms.total + self.recon_weight * reconstruction,
-                "contrastive": terms.contrastive, "cluster": terms.cluster,
-                "reconstruction": reconstruction}
+        return {
+            "total": terms.total + self.recon_weight * reconstruction,
+            "contrastive": terms.contrastive,
+            "cluster": terms.cluster,
+            "reconstruction": reconstruction,
+        }
 
     def _losses(self, embeddings, batch, pairs, clustered) -> LossTerms:
         """The contrastive terms of ``pairs`` and the clustering terms of ``clustered``."""
@@ -90,9 +114,17 @@ class Objective:
             rows[joint] = self._mean(embeddings, valid, names, self.unit)
             valid[joint] = torch.stack([valid[name] for name in names]).any(dim=0)
         return self.mcn_loss(
-            rows, pairs, centroids, labels, clustered=clustered,
-            cluster_weight=self.cluster_weight, ids={p: self.ids(p, batch) for p in pairs},
-            valid=valid, group=distributed.default_group(), **self.loss)
+            rows,
+            pairs,
+            centroids,
+            labels,
+            clustered=clustered,
+            cluster_weight=self.cluster_weight,
+            ids={p: self.ids(p, batch) for p in pairs},
+            valid=valid,
+            group=distributed.default_group(),
+            **self.loss,
+        )
 
     @staticmethod
     def ids(pair: tuple[str, str], batch: Mapping) -> Tensor:
@@ -101,8 +133,11 @@ class Objective:
         return batch["caption_id" if "text" in pair else "clip_id"]
 
     @torch.no_grad()
-    def clean(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor],
-              ) -> dict[str, Tensor]:
+    def clean(
+        self,
+        embeddings: Mapping[str, Tensor],
+        valid: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
         """Masks (B,) that leave out the noisiest clips of the global batch, by the cosine of the
         first pair's embeddings: a share of (1 - progress / clean_first) / 2, half of them at the
         start. The pair was trained on clean and noisy clips alike, and agrees less on the noisy
@@ -127,15 +162,23 @@ class Objective:
     def parts(self) -> dict[str, float]:
         """Every term of the last batch by pair or modality, unweighted; all ranks call this."""
         embeddings, errors, batch = self.last
-        parts = {f"contrastive {a}-{b}": self._losses(embeddings, batch, [(a, b)], []).contrastive
-                 for a, b in self.pairs + self.joint_pairs}
+        parts = {
+            f"contrastive {a}-{b}": self._losses(embeddings, batch, [(a, b)], []).contrastive
+            for a, b in self.pairs + self.joint_pairs
+        }
         if self.clusters is not None and self.clusters.centroids is not None:
-            parts |= {f"cluster {name}": self._losses(embeddings, batch, [], [name]).cluster
-                      for name in self.trained}
-        parts |= {f"reconstruction {name}": self.reconstruction({name: error}, batch["valid"])
-                  for name, error in errors.items()}
-        return {name: float(distributed.total(value)) / distributed.world()
-                for name, value in parts.items()}
+            parts |= {
+                f"cluster {name}": self._losses(embeddings, batch, [], [name]).cluster
+                for name in self.trained
+            }
+        parts |= {
+            f"reconstruction {name}": self.reconstruction({name: error}, batch["valid"])
+            for name, error in errors.items()
+        }
+        return {
+            name: float(distributed.total(value)) / distributed.world()
+            for name, value in parts.items()
+        }
 
     def joint(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
         """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero for none."""
@@ -158,7 +201,13 @@ class Objective:
         terms = []
         for name, error in errors.items():
             n = distributed.total(valid[name].sum()).clamp_min(1)
-            terms.append(torch.where(valid[name], error, torch.zeros_like(error)).sum()
-                         * distributed.world() / n)
-        return (sum(terms) / len(terms) if terms
-                else torch.zeros((), device=next(iter(valid.values())).device))
+            terms.append(
+                torch.where(valid[name], error, torch.zeros_like(error)).sum()
+                * distributed.world()
+                / n
+            )
+        return (
+            sum(terms) / len(terms)
+            if terms
+            else torch.zeros((), device=next(iter(valid.values())).device)
+        )

@@ -37,12 +37,17 @@ def _load() -> str | None:
         torch.ops.load_library(str(libraries[0]))
         torch.ops.mcn.loss  # noqa: B018  (an older build has none)
     except (OSError, AttributeError) as error:
-        return (f"{libraries[0].name} does not load in torch {torch.__version__} "
-                f"({error.__cause__ or error}); rebuild it")
+        return (
+            f"{libraries[0].name} does not load in torch {torch.__version__} "
+            f"({error.__cause__ or error}); rebuild it"
+        )
     if torch.cuda.is_available() and not json.loads(torch.ops.mcn.build_info())["cuda"]:
-        warnings.warn("mcn_ext: the extension was built without CUDA; on GPUs the plain PyTorch "
-                      "losses run. `MCN_CUDA=1 pip install -e . --no-build-isolation` says what is "
-                      "missing.", stacklevel=3)
+        warnings.warn(
+            "mcn_ext: the extension was built without CUDA; on GPUs the plain PyTorch "
+            "losses run. `MCN_CUDA=1 pip install -e . --no-build-isolation` says what is "
+            "missing.",
+            stacklevel=3,
+        )
     return None
 
 
@@ -72,9 +77,18 @@ def _multiplies_16_bits(x: Tensor) -> bool:
     return x.is_cuda  # few CPUs do that well
 
 
-def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
-                     margin: float = 0.001, normalize: bool = True, ids: Tensor | None = None,
-                     valid: Tensor | None = None, group=None, budget: int | None = None) -> Tensor:
+def contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    margin: float = 0.001,
+    normalize: bool = True,
+    ids: Tensor | None = None,
+    valid: Tensor | None = None,
+    group=None,
+    budget: int | None = None,
+) -> Tensor:
     """Masked-margin softmax in both directions; arguments and values of
     :func:`mcn_ext.reference.contrastive_loss`.
 
@@ -89,46 +103,109 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
     them if they do not.
     """
     if not _compiled_for(x):
-        return reference.contrastive_loss(x, y, temperature=temperature, margin=margin,
-                                          normalize=normalize, ids=ids, valid=valid, group=group)
+        return reference.contrastive_loss(
+            x,
+            y,
+            temperature=temperature,
+            margin=margin,
+            normalize=normalize,
+            ids=ids,
+            valid=valid,
+            group=group,
+        )
     if x.shape != y.shape:
         raise ValueError(
-            f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs")
-    return _loss([x, y], [0, 1], [] if ids is None else [ids],
-                 [] if valid is None else [valid, valid], temperature=temperature, margin=margin,
-                 normalize=normalize, group=group, budget=budget).total
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs"
+        )
+    return _loss(
+        [x, y],
+        [0, 1],
+        [] if ids is None else [ids],
+        [] if valid is None else [valid, valid],
+        temperature=temperature,
+        margin=margin,
+        normalize=normalize,
+        group=group,
+        budget=budget,
+    ).total
 
 
-def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
-                 temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
-                 valid: Tensor | None = None, group=None) -> Tensor:
+def cluster_loss(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    margin: float = 0.001,
+    normalize: bool = True,
+    valid: Tensor | None = None,
+    group=None,
+) -> Tensor:
     """Cross entropy of each row against its centroid; arguments and values of
     :func:`mcn_ext.reference.cluster_loss`. On a GPU a label outside [0, K) is printed and ends the
     context, as in torch's own losses: the host does not wait for the device; and centroids are
     rounded to the rows' dtype, for one matrix product."""
     if not _compiled_for(x):
-        return reference.cluster_loss(x, centroids, labels, temperature=temperature, margin=margin,
-                                      normalize=normalize, valid=valid, group=group)
-    return _loss([x], [], [], [] if valid is None else [valid], centroids, labels, [0],
-                 temperature=temperature, margin=margin, normalize=normalize, group=group).total
+        return reference.cluster_loss(
+            x,
+            centroids,
+            labels,
+            temperature=temperature,
+            margin=margin,
+            normalize=normalize,
+            valid=valid,
+            group=group,
+        )
+    return _loss(
+        [x],
+        [],
+        [],
+        [] if valid is None else [valid],
+        centroids,
+        labels,
+        [0],
+        temperature=temperature,
+        margin=margin,
+        normalize=normalize,
+        group=group,
+    ).total
 
 
-def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
-             centroids: Tensor | None = None, labels: Tensor | None = None, *,
-             clustered: Sequence[str] | None = None, cluster_weight: float = 1.0,
-             temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
-             ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
-             valid: Mapping[str, Tensor] | None = None, group=None,
-             budget: int | None = None) -> LossTerms:
+def mcn_loss(
+    embeddings: Mapping[str, Tensor],
+    pairs: Sequence[tuple[str, str]],
+    centroids: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    clustered: Sequence[str] | None = None,
+    cluster_weight: float = 1.0,
+    temperature: float | Tensor = 0.05,
+    margin: float = 0.001,
+    normalize: bool = True,
+    ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
+    valid: Mapping[str, Tensor] | None = None,
+    group=None,
+    budget: int | None = None,
+) -> LossTerms:
     """All contrastive and clustering terms in one call that reuses one buffer; arguments and values
     of :func:`mcn_ext.reference.mcn_loss`, ``budget`` of :func:`contrastive_loss`."""
     names = list(embeddings)
     nothing = not names or not (pairs or centroids is not None)
     if nothing or not _compiled_for(embeddings[names[0]]):
-        return reference.mcn_loss(embeddings, pairs, centroids, labels, clustered=clustered,
-                                  cluster_weight=cluster_weight, temperature=temperature,
-                                  margin=margin, normalize=normalize, ids=ids, valid=valid,
-                                  group=group)
+        return reference.mcn_loss(
+            embeddings,
+            pairs,
+            centroids,
+            labels,
+            clustered=clustered,
+            cluster_weight=cluster_weight,
+            temperature=temperature,
+            margin=margin,
+            normalize=normalize,
+            ids=ids,
+            valid=valid,
+            group=group,
+        )
     index = {name: i for i, name in enumerate(names)}
     flat = []
     for first, second in pairs:
@@ -144,36 +221,73 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
         ids = [ids.get(tuple(p)) if isinstance(ids, Mapping) else ids for p in pairs]
     clusters = [index[name] for name in (embeddings if clustered is None else clustered)]
     k = 0 if centroids is None else len(centroids)
-    return _loss(rows, flat, ids or [], masks, centroids, labels, clusters, temperature=temperature,
-                 margin=margin, normalize=normalize, cluster_weight=cluster_weight, group=group,
-                 cluster_scale=1 / math.log(k) if normalize and k > 1 else 1.0, budget=budget)
+    return _loss(
+        rows,
+        flat,
+        ids or [],
+        masks,
+        centroids,
+        labels,
+        clusters,
+        temperature=temperature,
+        margin=margin,
+        normalize=normalize,
+        cluster_weight=cluster_weight,
+        group=group,
+        cluster_scale=1 / math.log(k) if normalize and k > 1 else 1.0,
+        budget=budget,
+    )
 
 
-def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid: list[Tensor],
-          centroids: Tensor | None = None, labels: Tensor | None = None,
-          clustered: Sequence[int] = (), *, temperature: float | Tensor, margin: float,
-          normalize: bool, cluster_weight: float = 1.0, cluster_scale: float = 1.0, group=None,
-          budget: int | None = None) -> LossTerms:
+def _loss(
+    rows: list[Tensor],
+    pairs: list[int],
+    ids: list[Tensor | None],
+    valid: list[Tensor],
+    centroids: Tensor | None = None,
+    labels: Tensor | None = None,
+    clustered: Sequence[int] = (),
+    *,
+    temperature: float | Tensor,
+    margin: float,
+    normalize: bool,
+    cluster_weight: float = 1.0,
+    cluster_scale: float = 1.0,
+    group=None,
+    budget: int | None = None,
+) -> LossTerms:
     """Arguments checked, gathered and in the types that ``torch.ops.mcn.loss`` takes."""
     reference.check_temperature(temperature)
     dtype = rows[0].dtype
     for x in rows:
         if x.dim() != 2 or x.shape != rows[0].shape or x.device != rows[0].device:
-            raise ValueError("embeddings must be (N, D), all of one shape, on one device, got "
-                             f"{', '.join(f'{tuple(x.shape)} {x.device}' for x in rows)}")
+            raise ValueError(
+                "embeddings must be (N, D), all of one shape, on one device, got "
+                f"{', '.join(f'{tuple(x.shape)} {x.device}' for x in rows)}"
+            )
         dtype = torch.promote_types(dtype, x.dtype)
     given = [i for i in ids if i is not None]
-    for name, vectors, kind in (("ids", given, torch.int64), ("valid", valid, torch.bool),
-                                ("labels", [] if labels is None else [labels], torch.int64)):
+    for name, vectors, kind in (
+        ("ids", given, torch.int64),
+        ("valid", valid, torch.bool),
+        ("labels", [] if labels is None else [labels], torch.int64),
+    ):
         for vector in vectors:
-            if (vector.shape != rows[0].shape[:1] or vector.dtype != kind
-                    or vector.device != rows[0].device):
-                raise ValueError(f"{name} must be ({len(rows[0])},) {kind} on {rows[0].device}, "
-                                 f"got {tuple(vector.shape)} {vector.dtype} on {vector.device}")
+            if (
+                vector.shape != rows[0].shape[:1]
+                or vector.dtype != kind
+                or vector.device != rows[0].device
+            ):
+                raise ValueError(
+                    f"{name} must be ({len(rows[0])},) {kind} on {rows[0].device}, "
+                    f"got {tuple(vector.shape)} {vector.dtype} on {vector.device}"
+                )
     if centroids is not None:
         if labels is None or centroids.dim() != 2 or centroids.shape[1] != rows[0].shape[1]:
-            raise ValueError(f"embeddings {tuple(rows[0].shape)} and centroids "
-                             f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels")
+            raise ValueError(
+                f"embeddings {tuple(rows[0].shape)} and centroids "
+                f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels"
+            )
         centroids = centroids.detach().to(rows[0].device)
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if not _multiplies_16_bits(rows[0]):
@@ -189,16 +303,30 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
     k = 0 if centroids is None else len(centroids)
     columns, ranks = [], Ranks.of(group)
     if ranks is not None:
-        ranks.share_sizes(rows[0], {
-            "width": rows[0].shape[1], "dtypes": [str(x.dtype) for x in rows], "pairs": pairs,
-            "clustered": list(clustered), "centroids": k, "ids": len(given), "masks": len(valid),
-            "margin": margin, "normalize": normalize, "gradients": wanted, "budget": budget,
-            "temperature": [learn_temperature, isinstance(temperature, Tensor) or temperature]})
+        ranks.share_sizes(
+            rows[0],
+            {
+                "width": rows[0].shape[1],
+                "dtypes": [str(x.dtype) for x in rows],
+                "pairs": pairs,
+                "clustered": list(clustered),
+                "centroids": k,
+                "ids": len(given),
+                "masks": len(valid),
+                "margin": margin,
+                "normalize": normalize,
+                "gradients": wanted,
+                "budget": budget,
+                "temperature": [learn_temperature, isinstance(temperature, Tensor) or temperature],
+            },
+        )
         vectors = ranks.gather_vectors([*given, *valid])
-        given, valid = vectors[:len(given)], [v.bool() for v in vectors[len(given):]]
+        given, valid = vectors[: len(given)], [v.bool() for v in vectors[len(given) :]]
         pairs, second = _columns(pairs, wanted)
-        columns = [ranks.gather(x.detach()).to(dtype) if i in second else x.detach().to(dtype)
-                   for i, x in enumerate(rows)]
+        columns = [
+            ranks.gather(x.detach()).to(dtype) if i in second else x.detach().to(dtype)
+            for i, x in enumerate(rows)
+        ]
     everything = len(rows[0]) if ranks is None else sum(ranks.sizes)
     if None in ids:
         distinct = torch.arange(everything, device=rows[0].device)
@@ -216,10 +344,28 @@ def _loss(rows: list[Tensor], pairs: list[int], ids: list[Tensor | None], valid:
     if dtype != accumulate and kept:  # one at a time becomes 16-bit
         needed += largest * max(kept) * accumulate.itemsize
     total, parts, _, _ = torch.ops.mcn.loss(
-        rows, given, valid, columns, centroids, labels, temperature, fixed, margin, pairs,
-        list(clustered), normalize, cluster_weight, cluster_scale, wanted, learn_temperature,
-        0 < budget >= needed, _tile, [] if ranks is None else ranks.sizes,
-        0 if ranks is None else ranks.rank, "" if ranks is None else ranks.name)
+        rows,
+        given,
+        valid,
+        columns,
+        centroids,
+        labels,
+        temperature,
+        fixed,
+        margin,
+        pairs,
+        list(clustered),
+        normalize,
+        cluster_weight,
+        cluster_scale,
+        wanted,
+        learn_temperature,
+        0 < budget >= needed,
+        _tile,
+        [] if ranks is None else ranks.sizes,
+        0 if ranks is None else ranks.rank,
+        "" if ranks is None else ranks.name,
+    )
     return LossTerms(total, parts[0], parts[1])
 
 
@@ -231,15 +377,39 @@ def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:
     """
     both = list(zip(pairs[::2], pairs[1::2], strict=True))
     modalities = sorted(set(pairs))
-    covers = [set(some) for size in range(len(modalities) + 1)
-              for some in combinations(modalities, size) if all(set(some) & {*p} for p in both)]
+    covers = [
+        set(some)
+        for size in range(len(modalities) + 1)
+        for some in combinations(modalities, size)
+        if all(set(some) & {*p} for p in both)
+    ]
     second = min(covers, key=lambda some: sum(1 + wanted[i] for i in some))
     return [i for a, b in both for i in ((a, b) if b in second else (b, a))], second
 
 
-def _fake_loss(rows, ids, valid, columns, centroids, labels, temperature, fixed, margin, pairs,
-               clustered, normalize, weight, scale, wanted, wants_temperature, keep, tile, sizes,
-               rank, group):
+def _fake_loss(
+    rows,
+    ids,
+    valid,
+    columns,
+    centroids,
+    labels,
+    temperature,
+    fixed,
+    margin,
+    pairs,
+    clustered,
+    normalize,
+    weight,
+    scale,
+    wanted,
+    wants_temperature,
+    keep,
+    tile,
+    sizes,
+    rank,
+    group,
+):
     n = rows[0].shape[0]  # not len(): a size that torch.compile leaves open stays open
     everything = sum(sizes) if sizes else n
     clusters = 0 if centroids is None else len(clustered)
@@ -247,15 +417,21 @@ def _fake_loss(rows, ids, valid, columns, centroids, labels, temperature, fixed,
     kept = [everything] * (len(pairs) // 2) + [0 if not clusters else centroids.shape[0]] * clusters
     dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
     make = partial(rows[0].new_empty, dtype=dtype)
-    return make(()), make(6), make(size), [
-        rows[0].new_empty(n, m) for m in kept if keep and (any(wanted) or wants_temperature)]
+    return (
+        make(()),
+        make(6),
+        make(size),
+        [rows[0].new_empty(n, m) for m in kept if keep and (any(wanted) or wants_temperature)],
+    )
 
 
 def _fake_loss_backward(upstream, parts, state, kept, rows, *rest):
     wanted = rest[13]
     return upstream.new_empty(()), [
         torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x, want in zip(rows, wanted, strict=True) if want]
+        for x, want in zip(rows, wanted, strict=True)
+        if want
+    ]
 
 
 if not _unavailable:

@@ -39,8 +39,14 @@ class Frames:
     ``pooled`` and ``place`` are in that order.
     """
 
-    def __init__(self, lengths: np.ndarray, device: torch.device,
-                 pooled: np.ndarray | None = None, order: np.ndarray | None = None, whole: int = 0):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        device: torch.device,
+        pooled: np.ndarray | None = None,
+        order: np.ndarray | None = None,
+        whole: int = 0,
+    ):
         """lengths (B,) int64: real frames of each clip, on the host, as all of the layout is.
         ``pooled``: over how many frames :meth:`ResDAVEnet.mean` is; by default T // 16. ``order``
         and ``whole``: found here, unless given with the other two in that order."""
@@ -85,7 +91,7 @@ class Frames:
     @cached_property
     def real(self) -> Tensor:
         """Where in the lines each packed frame is, (n,), less those of whole clips."""
-        return self.index(self.place, self.lengths[self.whole:])
+        return self.index(self.place, self.lengths[self.whole :])
 
     @cached_property
     def halved(self) -> Frames:
@@ -95,7 +101,7 @@ class Frames:
     @cached_property
     def strided(self) -> Tensor:
         """Where in a stride-2 convolution's lines each packed frame of ``halved`` is."""
-        return self.index(self.place // 2, self.halved.lengths[self.whole:])
+        return self.index(self.place // 2, self.halved.lengths[self.whole :])
 
     @cached_property
     def even(self) -> Tensor:
@@ -154,13 +160,17 @@ class _Convolve(torch.autograd.Function):
         if others is not None:
             found.append(_of_lines(rest, others, weight, frames, stride, wanted))
         d_rows, d_weight = zip(*found, strict=True)
-        return (torch.cat(d_rows) if wanted[0] and len(found) > 1 else d_rows[0],
-                d_weight[0] if len(found) == 1 or not wanted[1] else d_weight[0] + d_weight[1],
-                None, None)
+        return (
+            torch.cat(d_rows) if wanted[0] and len(found) > 1 else d_rows[0],
+            d_weight[0] if len(found) == 1 or not wanted[1] else d_weight[0] + d_weight[1],
+            None,
+            None,
+        )
 
 
-def _of_lines(grad: Tensor, rows: Tensor, weight: Tensor, frames: Frames, stride: int,
-              wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+def _of_lines(
+    grad: Tensor, rows: Tensor, weight: Tensor, frames: Frames, stride: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of rows that lie in lines, and of the weight."""
     index = frames.real if stride == 1 else frames.strided
     spread = grad.new_zeros(frames.n_lines * frames.width // stride, grad.shape[1])
@@ -174,19 +184,31 @@ def _of_lines(grad: Tensor, rows: Tensor, weight: Tensor, frames: Frames, stride
         taps = rows.new_empty(9, *weight.shape[:2])
         last = stride * (len(spread) - 1) + 1
         for i, tap in enumerate(taps):
-            torch.mm(spread.t(), lines[i:i + last:stride], out=tap)
+            torch.mm(spread.t(), lines[i : i + last : stride], out=tap)
         d_weight = taps.permute(1, 2, 0)[:, :, None].contiguous()
-    d_lines, other = _convolution_backward(image, _image(lines, frames), weight, stride,
-                                           (wanted[0], wanted[1] and not products))
+    d_lines, other = _convolution_backward(
+        image, _image(lines, frames), weight, stride, (wanted[0], wanted[1] and not products)
+    )
     d_rows = _rows(d_lines).index_select(0, frames.real) if wanted[0] else None
     return d_rows, other if d_weight is None else d_weight
 
 
-def _convolution_backward(grad: Tensor, image: Tensor, weight: Tensor, stride: int,
-                          wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+def _convolution_backward(
+    grad: Tensor, image: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
     return torch.ops.aten.convolution_backward(
-        grad, image, weight, None, [1, stride], [0, _GAP], [1, 1], False, [0, 0], 1,
-        [*wanted, False])[:2]
+        grad,
+        image,
+        weight,
+        None,
+        [1, stride],
+        [0, _GAP],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [*wanted, False],
+    )[:2]
 
 
 def _image(lines: Tensor, frames: Frames) -> Tensor:

@@ -92,8 +92,9 @@ class Page:
         if level == 2:
             self.headings.append(text)
             anchor = f' id="s{len(self.headings)}"'
-        self.blocks.append((f"{'#' * level} {_markdown(text)}",
-                            f"<h{level}{anchor}>{_html(text)}</h{level}>"))
+        self.blocks.append(
+            (f"{'#' * level} {_markdown(text)}", f"<h{level}{anchor}>{_html(text)}</h{level}>")
+        )
 
     def paragraph(self, *parts: Text, lead: bool = False) -> None:
         """``lead``: what the reader in a hurry is to see."""
@@ -101,34 +102,49 @@ class Page:
         self.blocks.append((_markdown(parts), f"<p{kind}>{_html(parts)}</p>"))
 
     def bullets(self, items: list[Text]) -> None:
-        self.blocks.append(("\n".join(f"- {_markdown(item)}" for item in items),
-                            "<ul>" + "".join(f"<li>{_html(i)}</li>" for i in items) + "</ul>"))
+        self.blocks.append(
+            (
+                "\n".join(f"- {_markdown(item)}" for item in items),
+                "<ul>" + "".join(f"<li>{_html(i)}</li>" for i in items) + "</ul>",
+            )
+        )
 
     def table(self, header: list[Text], rows: list[list[Text]], *, words: bool = False) -> None:
         """The first column to the left, the others to the right; ``words``: all to the left. A
         line break in a cell is kept."""
         rule = "|---" + ("|---" if words else "|---:") * (len(header) - 1) + "|"
-        lines = [[_markdown(text, cell=True).replace("\n", "<br>") for text in row]
-                 for row in [header, *rows]]
+        lines = [
+            [_markdown(text, cell=True).replace("\n", "<br>") for text in row]
+            for row in [header, *rows]
+        ]
         lines = ["| " + " | ".join(row) + " |" for row in lines]
-        head, *body = ["<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in row) + "</tr>"
-                       for tag, row in [("th", header), *(("td", row) for row in rows)]]
+        head, *body = [
+            "<tr>" + "".join(f"<{tag}>{_cell(cell)}</{tag}>" for cell in row) + "</tr>"
+            for tag, row in [("th", header), *(("td", row) for row in rows)]
+        ]
         kind = ' class="words"' if words else ""
-        self.blocks.append((
-            "\n".join([lines[0], rule, *lines[1:]]),
-            f'<div class="scroll"><table{kind}><thead>{head}</thead><tbody>\n'
-            + "\n".join(body) + "\n</tbody></table></div>"))
+        self.blocks.append(
+            (
+                "\n".join([lines[0], rule, *lines[1:]]),
+                f'<div class="scroll"><table{kind}><thead>{head}</thead><tbody>\n'
+                + "\n".join(body)
+                + "\n</tbody></table></div>",
+            )
+        )
 
     def picture(self, path: Path, caption: Text, name: str) -> None:
         """A PNG; ``name``: its path in the Markdown, relative to where that will lie."""
         data = path.read_bytes()
         width = int.from_bytes(data[16:20], "big") // 2  # as its header says; two pixels for one
         alt = html.escape(re.sub(r"<.*?>", "", _html(caption)), quote=True)
-        self.blocks.append((
-            f"![{path.stem}]({name})" + (f"\n\n{_markdown(caption)}" if caption else ""),
-            f'<figure><img width="{width}" alt="{alt or path.stem}" src="data:'
-            f'image/png;base64,{base64.b64encode(data).decode()}">'
-            f"<figcaption>{_html(caption)}</figcaption></figure>"))
+        self.blocks.append(
+            (
+                f"![{path.stem}]({name})" + (f"\n\n{_markdown(caption)}" if caption else ""),
+                f'<figure><img width="{width}" alt="{alt or path.stem}" src="data:'
+                f'image/png;base64,{base64.b64encode(data).decode()}">'
+                f"<figcaption>{_html(caption)}</figcaption></figure>",
+            )
+        )
 
     def contents(self) -> None:
         """Links to the headings, in HTML, at this place."""
@@ -139,15 +155,19 @@ class Page:
         return "\n\n".join([f"# {_markdown(self.title)}", *blocks]) + "\n"
 
     def html(self) -> str:
-        links = "\n".join(f'<a href="#s{i}">{_html(text)}</a>'
-                        for i, text in enumerate(self.headings, 1))
-        body = "\n".join(f"<nav>{links}</nav>" if block == "<nav></nav>" else block
-                         for _, block in self.blocks)
+        links = "\n".join(
+            f'<a href="#s{i}">{_html(text)}</a>' for i, text in enumerate(self.headings, 1)
+        )
+        body = "\n".join(
+            f"<nav>{links}</nav>" if block == "<nav></nav>" else block for _, block in self.blocks
+        )
         title = html.escape(self.title)
-        return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">'
-                f"<title>{title}</title><style>{_STYLE}</style></head><body>\n"
-                f"<h1>{title}</h1>\n{body}\n</body></html>\n")
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_STYLE}</style></head><body>\n"
+            f"<h1>{title}</h1>\n{body}\n</body></html>\n"
+        )
 
     def save(self, folder: Path, stem: str = "report") -> Path:
         """Writes both; the path of the HTML file."""

@@ -47,8 +47,9 @@ def unit_rows(x: Tensor) -> Tensor:
     norm = scaled.norm(dim=1, keepdim=True)
     alive = norm.detach() * largest > EPS
     # The inner where keeps the unused branch finite: autograd multiplies by 0, and 0 * inf is NaN.
-    return torch.where(alive, scaled / torch.where(alive, norm, torch.ones_like(norm)),
-                       (x / EPS).detach())
+    return torch.where(
+        alive, scaled / torch.where(alive, norm, torch.ones_like(norm)), (x / EPS).detach()
+    )
 
 
 def _working(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -90,16 +91,27 @@ def _softplus_mean(others: Tensor, positive: Tensor, valid: Tensor | None) -> Te
 def check_temperature(temperature: float | Tensor) -> None:
     """ValueError unless it is a number above 0, or a tensor of one element, whose value is not
     looked at: that would wait for the device."""
-    fits = (temperature.numel() == 1 if isinstance(temperature, Tensor)
-            else 0 < temperature < math.inf)
+    fits = (
+        temperature.numel() == 1 if isinstance(temperature, Tensor) else 0 < temperature < math.inf
+    )
     if not fits:
-        raise ValueError("temperature must be a number above 0, or a tensor of one element, got "
-                         f"{temperature}")
+        raise ValueError(
+            f"temperature must be a number above 0, or a tensor of one element, got {temperature}"
+        )
 
 
-def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05,
-                     margin: float = 0.001, normalize: bool = True, ids: Tensor | None = None,
-                     valid: Tensor | None = None, group=None, budget: int | None = None) -> Tensor:
+def contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    margin: float = 0.001,
+    normalize: bool = True,
+    ids: Tensor | None = None,
+    valid: Tensor | None = None,
+    group=None,
+    budget: int | None = None,
+) -> Tensor:
     """Masked-margin softmax in both directions; see the module's first lines for the equation.
 
     Args:
@@ -119,7 +131,8 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
     """
     if x.shape != y.shape:
         raise ValueError(
-            f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs")
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs"
+        )
     check_temperature(temperature)
     if group is not None:
         x, y = gather(x, group), gather(y, group)
@@ -138,9 +151,17 @@ def contrastive_loss(x: Tensor, y: Tensor, *, temperature: float | Tensor = 0.05
         return _poison(loss, x, y)
 
 
-def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
-                 temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
-                 valid: Tensor | None = None, group=None) -> Tensor:
+def cluster_loss(
+    x: Tensor,
+    centroids: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    margin: float = 0.001,
+    normalize: bool = True,
+    valid: Tensor | None = None,
+    group=None,
+) -> Tensor:
     """Cross entropy of each row of x (N, D) against its centroid among centroids (K, D).
 
     labels: (N,) int64 in [0, K); ``valid`` False rows are left out, whatever their label. Centroids
@@ -150,7 +171,8 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
     if labels.shape != x.shape[:1] or centroids.dim() != 2 or centroids.shape[1] != x.shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)}, centroids {tuple(centroids.shape)} and labels "
-            f"{tuple(labels.shape)} must be (N, D), (K, D) and (N,)")
+            f"{tuple(labels.shape)} must be (N, D), (K, D) and (N,)"
+        )
     check_temperature(temperature)
     centroids = centroids.detach()
     if group is not None:
@@ -171,13 +193,22 @@ def cluster_loss(x: Tensor, centroids: Tensor, labels: Tensor, *,
         return _poison(loss, x, mu)
 
 
-def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
-             centroids: Tensor | None = None, labels: Tensor | None = None, *,
-             clustered: Sequence[str] | None = None, cluster_weight: float = 1.0,
-             temperature: float | Tensor = 0.05, margin: float = 0.001, normalize: bool = True,
-             ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
-             valid: Mapping[str, Tensor] | None = None, group=None,
-             budget: int | None = None) -> LossTerms:
+def mcn_loss(
+    embeddings: Mapping[str, Tensor],
+    pairs: Sequence[tuple[str, str]],
+    centroids: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    clustered: Sequence[str] | None = None,
+    cluster_weight: float = 1.0,
+    temperature: float | Tensor = 0.05,
+    margin: float = 0.001,
+    normalize: bool = True,
+    ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
+    valid: Mapping[str, Tensor] | None = None,
+    group=None,
+    budget: int | None = None,
+) -> LossTerms:
     """All contrastive and clustering terms: ``total = contrastive + cluster_weight * cluster``.
 
     contrastive is the mean over ``pairs``; cluster the mean over the ``clustered`` modalities
@@ -194,21 +225,33 @@ def mcn_loss(embeddings: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]],
         embeddings = {name: gather(x, group) for name, x in embeddings.items()}
         valid = {name: gather(mask, group) for name, mask in valid.items()}
         labels = gather(labels, group)
-        ids = ({pair: gather(i, group) for pair, i in ids.items()} if isinstance(ids, Mapping)
-               else gather(ids, group))
+        ids = (
+            {pair: gather(i, group) for pair, i in ids.items()}
+            if isinstance(ids, Mapping)
+            else gather(ids, group)
+        )
     common = dict(temperature=temperature, margin=margin, normalize=normalize)
     contrastive = next(iter(embeddings.values())).new_zeros((), dtype=torch.float32)
     for first, second in pairs:
         masks = [valid[name] for name in (first, second) if name in valid]
         pair_ids = ids.get((first, second)) if isinstance(ids, Mapping) else ids
         contrastive = contrastive + contrastive_loss(
-            embeddings[first], embeddings[second], ids=pair_ids,
-            valid=masks[0] & masks[-1] if masks else None, **common) / len(pairs)
+            embeddings[first],
+            embeddings[second],
+            ids=pair_ids,
+            valid=masks[0] & masks[-1] if masks else None,
+            **common,
+        ) / len(pairs)
     if centroids is None:
         return LossTerms(contrastive, contrastive.detach(), torch.zeros_like(contrastive).detach())
     names = list(embeddings if clustered is None else clustered)
     scale = math.log(len(centroids)) if normalize and len(centroids) > 1 else 1.0
-    cluster = sum(cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)
-                  for name in names) / (max(len(names), 1) * scale)
-    return LossTerms(contrastive + cluster_weight * cluster, contrastive.detach(),
-                     torch.as_tensor(cluster).detach())
+    cluster = sum(
+        cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)
+        for name in names
+    ) / (max(len(names), 1) * scale)
+    return LossTerms(
+        contrastive + cluster_weight * cluster,
+        contrastive.detach(),
+        torch.as_tensor(cluster).detach(),
+    )

@@ -26,8 +26,15 @@ from mcn_ext.guard import (
 from mcn_ext.objective import Objective
 
 
-def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objective, autocast,
-           device: torch.device, describe) -> str:
+def replay(
+    file: Path,
+    folder: Path,
+    model: torch.nn.Module,
+    objective: Objective,
+    autocast,
+    device: torch.device,
+    describe,
+) -> str:
     """Run a kept bad step again, in one process, and say where it first goes wrong.
 
     ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``. The
@@ -36,15 +43,21 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     if file == Path():
         kept = find_dumps(folder)
         if not kept:
-            raise SystemExit(f"--detect: no bad-step-*.pt in {folder}; a run keeps its newest "
-                             f"{MAX_DUMPS} bad steps there")
+            raise SystemExit(
+                f"--detect: no bad-step-*.pt in {folder}; a run keeps its newest "
+                f"{MAX_DUMPS} bad steps there"
+            )
         file = kept[-1]
     dump = checkpoint.load(file, kind="mcn_bad_step")
-    parts = [dump] + [checkpoint.load(file.with_name(f"{file.stem}.rank{r}.pt"), "mcn_bad_step")
-                      for r in range(1, dump["n_ranks"])]
+    parts = [dump] + [
+        checkpoint.load(file.with_name(f"{file.stem}.rank{r}.pt"), "mcn_bad_step")
+        for r in range(1, dump["n_ranks"])
+    ]
     if dump["sizes"] != model.sizes:
-        raise SystemExit(f"--detect {file}: kept from a model of {dump['sizes']}, not "
-                         f"{model.sizes}; give the run's own flags")
+        raise SystemExit(
+            f"--detect {file}: kept from a model of {dump['sizes']}, not "
+            f"{model.sizes}; give the run's own flags"
+        )
     model.load_state_dict(dump["model"])
     model.train()
     if objective.clusters is not None:
@@ -65,14 +78,19 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
                 bad = batch["clip_id"][bad_rows(gradient)]
                 text += f", for {len(bad)} clips: {some(describe(bad[:SHOWN].tolist()), len(bad))}"
             first.append(text)
+
         tensor.register_hook(hook)
 
     def watch_outputs(name: str):
         def hook(_module, _inputs, output):
             for x in tree_leaves(output):
                 if isinstance(x, Tensor) and x.requires_grad:
-                    watch(x, f"the output of {name or 'the model'}",
-                          of_clips=len(x) == len(batch["clip_id"]))
+                    watch(
+                        x,
+                        f"the output of {name or 'the model'}",
+                        of_clips=len(x) == len(batch["clip_id"]),
+                    )
+
         return hook
 
     for name, module in model.named_modules():
@@ -85,18 +103,27 @@ def replay(file: Path, folder: Path, model: torch.nn.Module, objective: Objectiv
     # Cut between encoders and losses: what the losses do inside is their own affair (the reference
     # masks with -inf), what they send back is looked at.
     sides = {"embedding": embeddings, "reconstruction": errors}
-    leaves = {side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
-              for side, xs in sides.items()}
+    leaves = {
+        side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
+        for side, xs in sides.items()
+    }
     objective.progress = 1.0  # with all clips, also such as --clean_first has left out
     terms = objective(leaves["embedding"], leaves["reconstruction"], batch)
     lines += found_lines(merge([find_clips(objective)]), objective.parts(), describe)
     lines.append(f"  forward: {forward}")
     if torch.isfinite(terms["total"]):
         (terms["total"] * dump["loss_scale"]).backward()
-        ends = [(f"the {name} {side}", sides[side][name], leaf.grad) for side, xs in leaves.items()
-                for name, leaf in xs.items() if leaf.grad is not None]
-        lines += [f"  losses: the gradient of {name} is not finite"
-                  for name, _, grad in ends if not torch.isfinite(grad).all()]
+        ends = [
+            (f"the {name} {side}", sides[side][name], leaf.grad)
+            for side, xs in leaves.items()
+            for name, leaf in xs.items()
+            if leaf.grad is not None
+        ]
+        lines += [
+            f"  losses: the gradient of {name} is not finite"
+            for name, _, grad in ends
+            if not torch.isfinite(grad).all()
+        ]
         with FirstNotFinite() as backward:
             torch.autograd.backward([x for _, x, _ in ends], [grad for _, _, grad in ends])
         lines.append(f"  backward: {backward}")
@@ -145,7 +172,9 @@ class FirstNotFinite(TorchDispatchMode):
             return func(*args, **kwargs)
         # Looked at before, for what is written in place; what is only written to is not read.
         read = {name: value for name, value in kwargs.items() if name != "out"}
-        inputs = [x for x in tree_leaves((args[func in OVERWRITE:], read)) if isinstance(x, Tensor)]
+        inputs = [
+            x for x in tree_leaves((args[func in OVERWRITE :], read)) if isinstance(x, Tensor)
+        ]
         before = not_finite((str(i), x) for i, x in enumerate(inputs))
         out = func(*args, **kwargs)
         for x in tree_leaves(out):
@@ -155,7 +184,8 @@ class FirstNotFinite(TorchDispatchMode):
                     f"first {f'in {module}: ' if module else ''}{func} yields "
                     f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
                     f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
-                    + ("an input that was not finite" if before else "finite inputs"))
+                    + ("an input that was not finite" if before else "finite inputs")
+                )
                 break
         return out
 

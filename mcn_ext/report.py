@@ -25,9 +25,18 @@ def _pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "grid.alpha": 0.3, "lines.linewidth": 1.4, "savefig.dpi": 150, "legend.frameon": False})
+    pyplot.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "lines.linewidth": 1.4,
+            "savefig.dpi": 150,
+            "legend.frameon": False,
+        }
+    )
     return pyplot
 
 
@@ -44,9 +53,13 @@ def _lines(axis, rows: list[dict], prefix: str, title: str) -> None:
     names = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{prefix}_"))
     for key in names:
         name = key.removeprefix(f"{prefix}_")
-        axis.plot([row["step"] for row in rows], [row.get(key, nan) for row in rows],
-                  color=_COLOURS.get(name), label=name.replace("_", "-"),
-                  linestyle="--" if prefix == "negative" else "-")
+        axis.plot(
+            [row["step"] for row in rows],
+            [row.get(key, nan) for row in rows],
+            color=_COLOURS.get(name),
+            label=name.replace("_", "-"),
+            linestyle="--" if prefix == "negative" else "-",
+        )
     if names:
         axis.legend(fontsize=7)
 
@@ -66,27 +79,35 @@ def curves(run: Path) -> Path | None:
     figure, axes = plt.subplots(3, 4, figsize=(13, 7.4), layout="constrained", sharex=True)
     for axis, term in zip(axes[0], _TERMS, strict=True):
         # Before the first k-means fit there is no clustering loss: a gap, not a zero.
-        shown = [row[term] if term != "cluster" or "live_clusters" in row and row[term] else nan
-                 for row in rows]
+        shown = [
+            row[term] if term != "cluster" or "live_clusters" in row and row[term] else nan
+            for row in rows
+        ]
         axis.plot(step, shown, color="black")
         axis.set_title(term if term != "cluster" else "cluster (1 = no better than uniform)")
     axis = axes[1, 0]
     fitted = [row for row in rows if "live_clusters" in row]
     axis.set_title("clustering")
     if fitted:
-        axis.plot([r["step"] for r in fitted], [r["live_clusters"] for r in fitted],
-                  color="tab:blue", label="live clusters")
+        axis.plot(
+            [r["step"] for r in fitted],
+            [r["live_clusters"] for r in fitted],
+            color="tab:blue",
+            label="live clusters",
+        )
         axis.set_ylim(bottom=0)
         share = axis.twinx()
-        share.plot([r["step"] for r in fitted], [100 * r["largest_share"] for r in fitted],
-                   color="tab:red")
+        share.plot(
+            [r["step"] for r in fitted], [100 * r["largest_share"] for r in fitted], color="tab:red"
+        )
         share.set_ylabel("largest share, %", color="tab:red")
         share.set_ylim(bottom=0)
         share.grid(False)
         axis.set_ylabel("live clusters", color="tab:blue")
     else:
-        axis.text(0.5, 0.5, "no k-means fit yet", ha="center", va="center",
-                  transform=axis.transAxes)
+        axis.text(
+            0.5, 0.5, "no k-means fit yet", ha="center", va="center", transform=axis.transAxes
+        )
     _lines(axes[1, 1], rows, "negative", "")
     axes[1, 1].set_prop_cycle(None)
     _lines(axes[1, 1], rows, "positive", "cosine: positives, negatives (dashed)")
@@ -119,8 +140,9 @@ def similarity_picture(similarity, direction: str, rank, path: Path) -> Path | N
     if plt is None:
         return None
     n, shown = len(rank), len(similarity)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained",
-                                         width_ratios=[1.1, 1])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4.4), layout="constrained", width_ratios=[1.1, 1]
+    )
     image = left.imshow(np.ma.masked_invalid(similarity), cmap="viridis", interpolation="nearest")
     query, candidate = direction.split("->")
     left.set(title=f"similarity, first {shown} of {n}", xlabel=candidate, ylabel=query)
@@ -130,8 +152,14 @@ def similarity_picture(similarity, direction: str, rank, path: Path) -> Path | N
     right.step(ordered, 100 * np.arange(1, n + 1) / n, where="post", label="this model")
     line = np.arange(1, n + 1)
     right.plot(line, 100 * line / n, color="grey", linestyle="--", label="chance")
-    right.set(xscale="log", xlim=(0.9, n), ylim=(0, 100), xlabel="rank of the right clip",
-              ylabel="queries at or below it, %", title=f"{direction}, n = {n}")
+    right.set(
+        xscale="log",
+        xlim=(0.9, n),
+        ylim=(0, 100),
+        xlabel="rank of the right clip",
+        ylabel="queries at or below it, %",
+        title=f"{direction}, n = {n}",
+    )
     for k in (1, 5, 10):
         right.axvline(k, color="grey", linewidth=0.6)
     ticks = [k for k in (1, 5, 10, 50, 100, 500, 1000, 5000) if k <= n]
@@ -154,10 +182,13 @@ def report(run: Path) -> Path:
     args = json.loads((run / "args.json").read_text())
     page = Page(run.name)
     page.paragraph(
-        "Trained on ", Code(args["data"]), (" (demo data, made up)" if args.get("demo") else "")
+        "Trained on ",
+        Code(args["data"]),
+        (" (demo data, made up)" if args.get("demo") else "")
         + f", {args['epochs']} epochs, batch of {args['batch_size']} videos x {args['n_pair']} "
         f"clips, learning rate {args['lr']:g}, temperature {args['temperature']:g}, "
-        f"seed {args['seed']}.")
+        f"seed {args['seed']}.",
+    )
     metrics = run / "metrics.json"
     if metrics.exists():
         for name, result in json.loads(metrics.read_text()).items():
@@ -171,11 +202,16 @@ def report(run: Path) -> Path:
     log = run / "log.jsonl"
     skipped = [row for row in read(log) if "skipped" in row] if log.exists() else []
     if skipped:
-        page.paragraph(f"{len(skipped)} steps were skipped (log.jsonl says why), the last at step "
-                       f"{skipped[-1]['step']}: {skipped[-1]['skipped']}.")
+        page.paragraph(
+            f"{len(skipped)} steps were skipped (log.jsonl says why), the last at step "
+            f"{skipped[-1]['step']}: {skipped[-1]['skipped']}."
+        )
     curves(run)
-    for name, title in (("curves.png", "Training"), ("similarity.png", "Retrieval"),
-                        ("search.png", "The last search")):
+    for name, title in (
+        ("curves.png", "Training"),
+        ("similarity.png", "Retrieval"),
+        ("search.png", "The last search"),
+    ):
         if (run / name).exists():
             page.heading(title)
             page.picture(run / name, "", name)
@@ -184,11 +220,17 @@ def report(run: Path) -> Path:
 
 
 def main(argv=None) -> int:
-    parser = Parser(prog="python -m mcn_ext.report", description=__doc__,
-                    formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?",
-                        help="folder of a run or of a study (default: the newest run, stage 2 "
-                        "before stage 1)")
+    parser = Parser(
+        prog="python -m mcn_ext.report",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        help="folder of a run or of a study (default: the newest run, stage 2 before stage 1)",
+    )
     args = parser.parse_args(argv)
     if args.run is None:
         from mcn_ext.checkpoint import find_run

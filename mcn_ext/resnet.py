@@ -14,8 +14,10 @@ LAYERS = (3, 8, 36, 3)  # blocks in each of the four stages of the 152-layer net
 DIM = 2048
 SHORT_SIDE, CROP = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
-WHERE = ("torchvision publishes ResNet-152 trained on ImageNet as "
-         "https://download.pytorch.org/models/resnet152-394f9c45.pth (230 MiB)")
+WHERE = (
+    "torchvision publishes ResNet-152 trained on ImageNet as "
+    "https://download.pytorch.org/models/resnet152-394f9c45.pth (230 MiB)"
+)
 
 
 class Bottleneck(nn.Module):
@@ -31,8 +33,9 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.downsample = None
         if stride != 1 or inputs != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride, bias=False),
-                                            nn.BatchNorm2d(4 * width))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -77,12 +80,13 @@ def crop(frame: Tensor) -> Tensor:
     if max(height, width) > 4 * short:  # a banner: far from the centre nothing is used
         height, width = (min(side, 4 * short) for side in (height, width))
         top, left = (frame.shape[0] - height) // 2, (frame.shape[1] - width) // 2
-        frame = frame[top:top + height, left:left + width]
+        frame = frame[top : top + height, left : left + width]
     size = [SHORT_SIDE * side // short for side in (height, width)]
-    image = F.interpolate(frame.permute(2, 0, 1)[None].float(), size, mode="bilinear",
-                          antialias=True)[0]
+    image = F.interpolate(
+        frame.permute(2, 0, 1)[None].float(), size, mode="bilinear", antialias=True
+    )[0]
     top, left = (round((side - CROP) / 2) for side in size)
-    image = image[:, top:top + CROP, left:left + CROP]
+    image = image[:, top : top + CROP, left : left + CROP]
     return image.round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
@@ -113,14 +117,14 @@ class Frames2D:
 
 
 def load(net: ResNet, path: Path) -> str:
-    """Load a state dict of torchvision's names; the file's SHA-256. SystemExit names what is wrong.
-    """
+    """Load a state dict of torchvision's names; its SHA-256. SystemExit says what is wrong."""
     if not path.is_file():
         raise SystemExit(f"--weights {path}: no such file; {WHERE}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(state)
     except Exception as error:  # torch, zip and pickle raise a dozen types for damage
-        raise SystemExit(f"--weights {path}: not the weights of a ResNet-152 "
-                         f"({str(error)[:300]}); {WHERE}") from error
+        raise SystemExit(
+            f"--weights {path}: not the weights of a ResNet-152 ({str(error)[:300]}); {WHERE}"
+        ) from error
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -31,8 +31,11 @@ def directions(modalities: Iterable[str]) -> list[str]:
     """All "queries->candidates" of disjoint sets of modalities, the customary ones first."""
     names = [name for name in ORDER if name in set(modalities)]
     sets = [chosen for n in (1, 2) for chosen in combinations(names, n)]
-    found = [f"{'+'.join(queries)}->{'+'.join(candidates)}"
-             for queries, candidates in product(sets, sets) if not set(queries) & set(candidates)]
+    found = [
+        f"{'+'.join(queries)}->{'+'.join(candidates)}"
+        for queries, candidates in product(sets, sets)
+        if not set(queries) & set(candidates)
+    ]
     return sorted(found, key=lambda d: MAIN.index(d) if d in MAIN else len(MAIN))
 
 
@@ -42,8 +45,10 @@ def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tup
     chosen = videos[np.linspace(0, len(videos) - 1, min(n, len(videos))).astype(int)]
     rng = np.random.default_rng(seed)
     each = [n // len(chosen) + (i < n % len(chosen)) for i in range(len(chosen))]
-    return [(int(v), draw_spans(*store.caption_times(v)[1:], count, min_time, rng))
-            for v, count in zip(chosen, each, strict=True)]
+    return [
+        (int(v), draw_spans(*store.caption_times(v)[1:], count, min_time, rng))
+        for v, count in zip(chosen, each, strict=True)
+    ]
 
 
 def _side(clips: Clips, names: str, kind: str, fusion: str) -> Tensor:
@@ -57,8 +62,9 @@ def _side(clips: Clips, names: str, kind: str, fusion: str) -> Tensor:
     return unit_rows(rows) if fusion == "mean" else rows
 
 
-def similarity(queries: Clips, candidates: Clips, direction: str, kind: str = "cosine",
-               fusion: str = "sum") -> Tensor:
+def similarity(
+    queries: Clips, candidates: Clips, direction: str, kind: str = "cosine", fusion: str = "sum"
+) -> Tensor:
     """(queries, candidates) similarity for a direction "queries->candidates" of modalities, fp32.
 
     sum: over the pairs of modalities, the cosine (``kind`` "dot": the dot product), as published. A
@@ -66,7 +72,7 @@ def similarity(queries: Clips, candidates: Clips, direction: str, kind: str = "c
     does not favour clips whose modalities agree: the length of a mean is divided out.
     """
     query, candidate = direction.split("->")
-    return (_side(queries, query, kind, fusion) @ _side(candidates, candidate, kind, fusion).T)
+    return _side(queries, query, kind, fusion) @ _side(candidates, candidate, kind, fusion).T
 
 
 class Scores:
@@ -82,20 +88,34 @@ class Scores:
     needs all modalities of the direction for that, else any one.
     """
 
-    def __init__(self, clips: Clips, direction: str, kind: str = "cosine", fusion: str = "sum",
-                 bank: Clips | None = None, temperature: float = 0.05, strict: bool = False):
+    def __init__(
+        self,
+        clips: Clips,
+        direction: str,
+        kind: str = "cosine",
+        fusion: str = "sum",
+        bank: Clips | None = None,
+        temperature: float = 0.05,
+        strict: bool = False,
+    ):
         how = "mean" if fusion == "mean" else "sum"
         query, candidate = direction.split("->")
         self.queries = _side(clips, query, kind, how)
         self.candidates = _side(clips, candidate, kind, how)
         there = torch.all if strict else torch.any
-        self.asks, self.answers = (there(torch.stack([clips[1][m] for m in side.split("+")]), dim=0)
-                                   for side in (query, candidate))
+        self.asks, self.answers = (
+            there(torch.stack([clips[1][m] for m in side.split("+")]), dim=0)
+            for side in (query, candidate)
+        )
         self.scale, self.drawn = 1.0, None
         if fusion == "bank":
             self.scale, rows = temperature, _side(bank, query, kind, how)
-            self.drawn = torch.cat([(rows @ part.T / temperature).logsumexp(dim=0)
-                                    for part in self.candidates.split(_rows(len(rows)))])
+            self.drawn = torch.cat(
+                [
+                    (rows @ part.T / temperature).logsumexp(dim=0)
+                    for part in self.candidates.split(_rows(len(rows)))
+                ]
+            )
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -120,8 +140,10 @@ class Scores:
 
     def ranks(self) -> np.ndarray:
         """Rank of each query's own clip, (n,); one that cannot ask or be found is a miss, n."""
-        found = [ranks(block, torch.arange(lo, lo + len(block)), finite=False)
-                 for lo, block in self.blocks()]
+        found = [
+            ranks(block, torch.arange(lo, lo + len(block)), finite=False)
+            for lo, block in self.blocks()
+        ]
         rank = np.concatenate(found) if found else np.zeros(0)
         rank[self.missing()] = len(rank)
         return rank
@@ -148,14 +170,17 @@ class Scores:
         rank, begin, step = np.full(n, float(n)), 0, _rows(2 * len(self))
         while begin < len(asking):
             taken = max(1, int((counts[begin:].cumsum(0) <= step).sum()))
-            part = asking[begin:begin + taken]
+            part = asking[begin : begin + taken]
             lo = int(counts[:begin].sum())
-            rows = queries[lo:lo + int(counts[begin:begin + taken].sum())]
+            rows = queries[lo : lo + int(counts[begin : begin + taken].sum())]
             block = self.scores(rows)
             best = block.new_full((len(rows), n), -torch.inf).scatter_reduce_(
-                1, of.expand(len(rows), -1), block, "amax")
-            total = torch.zeros(taken, n).index_add_(
-                0, torch.searchsorted(part, of[rows]), best) / counts[begin:begin + taken, None]
+                1, of.expand(len(rows), -1), block, "amax"
+            )
+            total = (
+                torch.zeros(taken, n).index_add_(0, torch.searchsorted(part, of[rows]), best)
+                / counts[begin : begin + taken, None]
+            )
             found = ranks(torch.where(answers, total, -torch.inf), part, finite=False)
             rank[part.numpy()] = np.where(answers[part].numpy(), found, n)
             begin += taken
@@ -176,13 +201,17 @@ class Retrieval:
     scores: Tensor | None = None
 
 
-def asked(modalities: Iterable[str], fusions: Iterable[str] = ("sum",),
-          all_directions: bool = False) -> list[tuple[str, str]]:
+def asked(
+    modalities: Iterable[str], fusions: Iterable[str] = ("sum",), all_directions: bool = False
+) -> list[tuple[str, str]]:
     """(direction, fusion) of what to evaluate; without "mean" where it changes no rank, as a
     query's length does not."""
-    return [(direction, fusion) for direction, fusion in product(directions(modalities), fusions)
-            if (all_directions or direction in MAIN)
-            and (fusion != "mean" or "+" in direction.split("->")[1])]
+    return [
+        (direction, fusion)
+        for direction, fusion in product(directions(modalities), fusions)
+        if (all_directions or direction in MAIN)
+        and (fusion != "mean" or "+" in direction.split("->")[1])
+    ]
 
 
 def videos_of(ids: list[str]) -> list[str]:
@@ -191,15 +220,25 @@ def videos_of(ids: list[str]) -> list[str]:
     names = [name.split("#")[0] for name in ids]
     names = [name[:11] if re.fullmatch(r"[\w-]{11}([_.-]?\d+)+", name) else name for name in names]
     if len(set(names)) in (1, len(names)):
-        raise SystemExit(f"--whole_videos: {len(ids)} clips of {len(set(names))} videos, by ids "
-                         f"such as {ids[0]}; expected several videos of several clips, with ids "
-                         "like GLd3aX16zBg, GLd3aX16zBg#2 or GLd3aX16zBg_2")
+        raise SystemExit(
+            f"--whole_videos: {len(ids)} clips of {len(set(names))} videos, by ids "
+            f"such as {ids[0]}; expected several videos of several clips, with ids "
+            "like GLd3aX16zBg, GLd3aX16zBg#2 or GLd3aX16zBg_2"
+        )
     return names
 
 
-def evaluate(clips: Clips, wanted: Iterable[tuple[str, str]], *, kind: str = "cosine",
-             bank: Clips | None = None, temperature: float = 0.05, strict: bool = False,
-             absent: int = 0, videos: list[str] | None = None) -> Retrieval:
+def evaluate(
+    clips: Clips,
+    wanted: Iterable[tuple[str, str]],
+    *,
+    kind: str = "cosine",
+    bank: Clips | None = None,
+    temperature: float = 0.05,
+    strict: bool = False,
+    absent: int = 0,
+    videos: list[str] | None = None,
+) -> Retrieval:
     """Ranks of each (direction, fusion) ``wanted``, see :class:`Scores`.
 
     ``absent`` clips of the set, of which nothing is known, count as misses: they rank last, as do

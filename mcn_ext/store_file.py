@@ -60,8 +60,10 @@ def open_hdf5(path: Path) -> h5py.File:
     except Exception as error:  # libhdf5 reports damage as any of five types
         if getattr(error, "errno", None) == errno.EMFILE:
             raise StoreError(f"{path}: too many open files; raise the limit (ulimit -n)") from error
-        raise StoreError(f"{path}: not a readable HDF5 file ({error}); prepare it again with "
-                         "python -m mcn_ext.prepare") from error
+        raise StoreError(
+            f"{path}: not a readable HDF5 file ({error}); prepare it again with "
+            "python -m mcn_ext.prepare"
+        ) from error
 
 
 class Rows:
@@ -120,21 +122,28 @@ class Shard:
         except StoreError:
             raise
         except Exception as error:  # h5py passes on what libhdf5 says as a dozen types
-            raise StoreError(f"{path}: a dataset or attribute is missing or of another kind "
-                             f"({error}); prepare the store again") from error
+            raise StoreError(
+                f"{path}: a dataset or attribute is missing or of another kind "
+                f"({error}); prepare the store again"
+            ) from error
 
     def _describe(self, file: h5py.File) -> None:
         attrs = file.attrs
         if attrs.get("format") != "mcn-store":
-            raise StoreError(f"{self.path}: root attribute 'format' is {attrs.get('format')!r}, not"
-                             " 'mcn-store'; make a store with python -m mcn_ext.prepare")
+            raise StoreError(
+                f"{self.path}: root attribute 'format' is {attrs.get('format')!r}, not"
+                " 'mcn-store'; make a store with python -m mcn_ext.prepare"
+            )
         if attrs.get("version") != VERSION:
-            raise StoreError(f"{self.path}: store version {attrs.get('version')}, this code reads "
-                             f"version {VERSION}; update mcn_ext or prepare the store again")
+            raise StoreError(
+                f"{self.path}: store version {attrs.get('version')}, this code reads "
+                f"version {VERSION}; update mcn_ext or prepare the store again"
+            )
         self.source = str(attrs.get("source", ""))
         names = sorted(name for name in file if name not in _NOT_STREAMS)
-        shapes = {f"{name}/data": self._shape(file, f"{name}/data", np.float16, 2)
-                  for name in names}
+        shapes = {
+            f"{name}/data": self._shape(file, f"{name}/data", np.float16, 2) for name in names
+        }
         self.dims = {name: shapes[f"{name}/data"][1] for name in names}
         self.rows = {name: shapes[f"{name}/data"][0] for name in names}
         self.rates = {name: float(file[name].attrs["rate_hz"]) for name in names}
@@ -142,10 +151,14 @@ class Shard:
             if not 0 < rate < 1e6:
                 raise self.error(name, f"attribute rate_hz is {rate}")
         if self.dims.get("mel", N_MELS) != N_MELS:
-            raise StoreError(f"{self.path}: mel/data has {self.dims['mel']} columns, the audio "
-                             f"encoder takes {N_MELS}; prepare it from {N_MELS}-band spectrograms")
-        captions = {key: self._shape(file, f"caption/{key}", dtype, 1)[0]
-                    for key, dtype in (("start", np.float32), ("end", np.float32), ("text", str))}
+            raise StoreError(
+                f"{self.path}: mel/data has {self.dims['mel']} columns, the audio "
+                f"encoder takes {N_MELS}; prepare it from {N_MELS}-band spectrograms"
+            )
+        captions = {
+            key: self._shape(file, f"caption/{key}", dtype, 1)[0]
+            for key, dtype in (("start", np.float32), ("end", np.float32), ("text", str))
+        }
         if len(set(captions.values())) != 1:
             raise self.error("caption", f"start, end and text differ in length: {captions}")
         self.rows["caption"] = captions["text"]
@@ -153,8 +166,13 @@ class Shard:
         if self.n > MAX_VIDEOS:
             raise self.error("video/id", f"{self.n} videos, at most {MAX_VIDEOS} fit in a file")
         self.offsets = {name: self._offsets(file, name) for name in self.rows}
-        self.paths = [*TEXTS, "caption/start", "caption/end", *shapes,
-                      *(f"{name}/offset" for name in self.rows)]
+        self.paths = [
+            *TEXTS,
+            "caption/start",
+            "caption/end",
+            *shapes,
+            *(f"{name}/offset" for name in self.rows),
+        ]
 
     def error(self, dataset: str, problem: str) -> StoreError:
         return StoreError(f"{self.path}: {dataset}: {problem}; prepare the store again")
@@ -170,13 +188,20 @@ class Shard:
             raise self.error(name, "not a dataset")
         right = h5py.check_string_dtype(data.dtype) if dtype is str else data.dtype == dtype
         if not right or data.ndim != ndim or 0 in data.shape[1:]:
-            raise self.error(name, f"{data.dtype} of shape {data.shape}, expected "
-                             f"{np.dtype(dtype).name} in {ndim} dimensions")
+            raise self.error(
+                name,
+                f"{data.dtype} of shape {data.shape}, expected "
+                f"{np.dtype(dtype).name} in {ndim} dimensions",
+            )
         made = data.id.get_create_plist()
-        if (made.get_layout() != h5py.h5d.CONTIGUOUS or made.get_external_count()
-                or made.get_nfilters()):
-            raise self.error(name, "chunked, compressed, virtual or kept in another file, not "
-                             "contiguous")
+        if (
+            made.get_layout() != h5py.h5d.CONTIGUOUS
+            or made.get_external_count()
+            or made.get_nfilters()
+        ):
+            raise self.error(
+                name, "chunked, compressed, virtual or kept in another file, not contiguous"
+            )
         if data.size:
             # A dataset that was never written has no place in the file and reads as zeros.
             begin, size = data.id.get_offset(), data.size * data.id.get_type().get_size()
@@ -190,10 +215,16 @@ class Shard:
     def _offsets(self, file: h5py.File, group: str) -> np.ndarray:
         n = self._shape(file, f"{group}/offset", np.int64, 1)[0]
         offset = file[f"{group}/offset"][:] if n == self.n + 1 else np.zeros(0, np.int64)
-        if (not len(offset) or offset[0] != 0 or (offset[1:] < offset[:-1]).any()
-                or offset[-1] != self.rows[group]):
-            raise StoreError(f"{self.path}: {group}/offset does not run from 0 to its "
-                             f"{self.rows[group]} rows in {self.n} steps; prepare the store again")
+        if (
+            not len(offset)
+            or offset[0] != 0
+            or (offset[1:] < offset[:-1]).any()
+            or offset[-1] != self.rows[group]
+        ):
+            raise StoreError(
+                f"{self.path}: {group}/offset does not run from 0 to its "
+                f"{self.rows[group]} rows in {self.n} steps; prepare the store again"
+            )
         return offset
 
     def check_lengths(self, file: h5py.File, name: str) -> None:
@@ -243,10 +274,15 @@ def open_all(paths: list[Path]) -> list[Shard]:
         opened = len(pipe.read())
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
-        what = (f"does not return (in {PATIENCE} s, if its checksums are right)"
-                if code == -signal.SIGALRM else f"ends with signal {-code}")
-        raise StoreError(f"{paths[opened - 1]}: damaged, or on a disk that does not answer: "
-                         f"reading it {what}; copy it again or prepare it again")
+        what = (
+            f"does not return (in {PATIENCE} s, if its checksums are right)"
+            if code == -signal.SIGALRM
+            else f"ends with signal {-code}"
+        )
+        raise StoreError(
+            f"{paths[opened - 1]}: damaged, or on a disk that does not answer: "
+            f"reading it {what}; copy it again or prepare it again"
+        )
     return [Shard(path) for path in paths]
 
 
@@ -254,8 +290,9 @@ def checksum(values, crc: int = 0) -> int:
     """CRC-32 of numbers as they lie in the file, or of strings as UTF-8, each ended by NUL."""
     if isinstance(values, list):
         values = "".join(text + "\0" for text in values).encode("utf-8", "surrogateescape")
-    return zlib.crc32(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values,
-                      crc)
+    return zlib.crc32(
+        np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values, crc
+    )
 
 
 def blocks_of(data: h5py.Dataset) -> Iterator:
@@ -263,9 +300,12 @@ def blocks_of(data: h5py.Dataset) -> Iterator:
     texts = h5py.check_string_dtype(data.dtype)
     step = max(1, BLOCK_BYTES * max(1, len(data)) // max(1, data.size * data.dtype.itemsize))
     for lo in range(0, len(data), step):
-        block = data[lo:lo + step]
-        yield block if texts is None else [
-            t.decode("utf-8", "surrogateescape") for t in block.tolist()]
+        block = data[lo : lo + step]
+        yield (
+            block
+            if texts is None
+            else [t.decode("utf-8", "surrogateescape") for t in block.tolist()]
+        )
 
 
 def _crc(path: Path, ranges: list[list[int]]) -> int:
@@ -323,17 +363,23 @@ def check_seal(path: Path, *, whole: bool = False) -> bool:
         raise StoreError(f"{path}: cannot be opened ({error.strerror or error})") from error
     if block.startswith(_HDF5):
         return False
-    mark, digits, body = block[:len(_SEAL)], block[len(_SEAL):len(_SEAL) + 8], block[
-        len(_SEAL) + 8:]
+    mark, digits, body = (
+        block[: len(_SEAL)],
+        block[len(_SEAL) : len(_SEAL) + 8],
+        block[len(_SEAL) + 8 :],
+    )
     if mark != _SEAL or digits != b"%08x" % zlib.crc32(body) or len(block) != SEAL_BYTES:
-        raise StoreError(f"{path}: not a readable HDF5 file, or its first {SEAL_BYTES} bytes are "
-                         "damaged; prepare it again with python -m mcn_ext.prepare")
+        raise StoreError(
+            f"{path}: not a readable HDF5 file, or its first {SEAL_BYTES} bytes are "
+            "damaged; prepare it again with python -m mcn_ext.prepare"
+        )
     facts, size = json.loads(body), os.path.getsize(path)
     if size != facts["size"]:
         raise StoreError(f"{path}: {size} bytes, {facts['size']} were written; copy it again")
-    for part, what in (("head", "metadata"), ("tail", "caption/text"))[:1 + whole]:
+    for part, what in (("head", "metadata"), ("tail", "caption/text"))[: 1 + whole]:
         if _crc(path, facts[part]) != facts[f"{part}_crc32"]:
             raise _Broken(
                 f"{path}: {what} differs from what was written (damaged, or edited since); copy it "
-                "again or prepare it again. After an edit on purpose: mcn_ext.store_file.seal()")
+                "again or prepare it again. After an edit on purpose: mcn_ext.store_file.seal()"
+            )
     return True

@@ -45,21 +45,36 @@ class StoreWriter:
         source: what the data is, for people. settings: plain values a resumed run must share.
     """
 
-    def __init__(self, out: str | os.PathLike, streams: dict[str, dict], source: str, *,
-                 settings: dict | None = None, shard_mib: float = 512, overwrite: bool = False):
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        streams: dict[str, dict],
+        source: str,
+        *,
+        settings: dict | None = None,
+        shard_mib: float = 512,
+        overwrite: bool = False,
+    ):
         self.out, self.streams, self.source, self.shard_bytes = (
-            Path(out), streams, source, shard_mib * 2**20)
+            Path(out),
+            streams,
+            source,
+            shard_mib * 2**20,
+        )
         single = self.out.suffix in (".h5", ".hdf5")
         self.folder = self.out.with_name(self.out.name + ".parts") if single else self.out
-        self.settings = json.dumps({"source": source, "streams": streams, **(settings or {})},
-                                   sort_keys=True)
+        self.settings = json.dumps(
+            {"source": source, "streams": streams, **(settings or {})}, sort_keys=True
+        )
         if single and self.out.exists() and not overwrite:
             raise StoreError(f"{self.out} exists; pass --overwrite to replace it, or another --out")
         ours = re.compile(r"(shard-\d{5,}\.h5|prepare\.json)(\.tmp)?")
         for path in self.folder.glob("*"):
             if not ours.fullmatch(path.name):
-                raise StoreError(f"{self.folder} holds {path.name}, which is not part of a store; "
-                                 "give --out a folder of its own")
+                raise StoreError(
+                    f"{self.folder} holds {path.name}, which is not part of a store; "
+                    "give --out a folder of its own"
+                )
         if overwrite:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +83,8 @@ class StoreWriter:
             if self.settings_file.read_bytes() != self.settings.encode():
                 raise StoreError(
                     f"{self.folder} was begun from other inputs ({self.settings_file}); "
-                    "pass --overwrite to start again, or another --out")
+                    "pass --overwrite to start again, or another --out"
+                )
         else:
             _write_atomically(self.settings_file, lambda path: path.write_text(self.settings))
         for leftover in self.folder.glob("shard-*.tmp"):
@@ -89,16 +105,23 @@ class StoreWriter:
         name = mend(name)
         if name in self.done:
             raise StoreError(f"video id {name!r} twice in {self.out}")
-        arrays = {stream: np.empty((0, spec["dim"]), np.float16) if rows.get(stream) is None
-                  else np.asarray(rows[stream], np.float16)
-                  for stream, spec in self.streams.items()}
+        arrays = {
+            stream: np.empty((0, spec["dim"]), np.float16)
+            if rows.get(stream) is None
+            else np.asarray(rows[stream], np.float16)
+            for stream, spec in self.streams.items()
+        }
         for stream, array in arrays.items():
             if array.ndim != 2 or array.shape[1] != self.streams[stream]["dim"]:
-                raise StoreError(f"{name}: stream {stream} has shape {array.shape}, "
-                                 f"expected (rows, {self.streams[stream]['dim']})")
+                raise StoreError(
+                    f"{name}: stream {stream} has shape {array.shape}, "
+                    f"expected (rows, {self.streams[stream]['dim']})"
+                )
         start, end = (np.asarray(times, np.float32) for times in (start, end))
-        if not len(start) == len(end) == len(text) or not ((0 <= start) & (start <= end)
-                                                           & (end < np.inf)).all():
+        if (
+            not len(start) == len(end) == len(text)
+            or not ((0 <= start) & (start <= end) & (end < np.inf)).all()
+        ):
             raise StoreError(f"{name}: captions need as many texts as times, 0 <= start <= end s")
         text = [mend(t) for t in text]
         self.done.add(name)
@@ -115,8 +138,10 @@ class StoreWriter:
 
         def write(tmp: Path) -> None:
             names, videos, captions = zip(*self.videos, strict=True)
-            blocks = {"video/id": [list(names)],
-                      "caption/offset": [np.cumsum([0] + [len(c[2]) for c in captions])]}
+            blocks = {
+                "video/id": [list(names)],
+                "caption/offset": [np.cumsum([0] + [len(c[2]) for c in captions])],
+            }
             for stream in self.streams:
                 blocks[f"{stream}/data"] = [arrays[stream] for arrays in videos]
                 blocks[f"{stream}/offset"] = [np.cumsum([0] + [len(v[stream]) for v in videos])]
@@ -128,12 +153,14 @@ class StoreWriter:
         self.parts.append(path)
         self.videos, self.bytes = [], 0
 
-    def _write(self, path: Path, n: int, rows: dict[str, int], n_captions: int,
-               blocks: dict[str, Iterable]) -> None:
+    def _write(
+        self, path: Path, n: int, rows: dict[str, int], n_captions: int, blocks: dict[str, Iterable]
+    ) -> None:
         """A sealed file of n videos from the blocks of each dataset."""
         text = h5py.string_dtype("utf-8")
-        with h5py.File(path, "w", libver=("v110", "v110"), userblock_size=SEAL_BYTES,
-                       locking=False) as file:
+        with h5py.File(
+            path, "w", libver=("v110", "v110"), userblock_size=SEAL_BYTES, locking=False
+        ) as file:
             file.attrs.update(format="mcn-store", version=VERSION, source=mend(self.source))
 
             def create(name: str, shape: tuple[int, ...], dtype) -> None:
@@ -145,7 +172,8 @@ class StoreWriter:
                 create(f"{name}/offset", (n + 1,), np.int64)
                 file[name].attrs.update(
                     {key: spec.get(key, "unknown") for key in ("model", "weights_sha256", "tool")},
-                    rate_hz=spec["rate_hz"])
+                    rate_hz=spec["rate_hz"],
+                )
             create("caption/offset", (n + 1,), np.int64)
             for key, dtype in (("start", np.float32), ("end", np.float32), ("text", text)):
                 create(f"caption/{key}", (n_captions,), dtype)
@@ -189,8 +217,11 @@ def _stream(shards: list[Shard], path: str) -> Iterator:
                 crc = checksum(block, crc)
                 yield block
             if data.attrs.get("crc32", crc) != crc:
-                raise shard.error(path, f"its checksum is not {data.attrs['crc32']}, the part is "
-                                  "damaged; delete it to have it made again")
+                raise shard.error(
+                    path,
+                    f"its checksum is not {data.attrs['crc32']}, the part is "
+                    "damaged; delete it to have it made again",
+                )
 
 
 def _fill(file: h5py.File, path: str, blocks: Iterable) -> None:
@@ -200,7 +231,7 @@ def _fill(file: h5py.File, path: str, blocks: Iterable) -> None:
         if path not in TEXTS:
             block = np.asarray(block, data.dtype)
         if len(block):
-            data[position:position + len(block)] = block
+            data[position : position + len(block)] = block
         position, crc = position + len(block), checksum(block, crc)
     data.attrs.modify("crc32", np.uint32(crc))
 

@@ -25,55 +25,139 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
 # Flags that make another objective: a variant with one of them has a baseline of its own, too.
-OBJECTIVE = ("joint_pairs", "temperature", "margin", "similarity", "loss_impl", "cluster_weight",
-             "recon_weight", "cluster_size", "queue_size", "refit_every")
+OBJECTIVE = (
+    "joint_pairs",
+    "temperature",
+    "margin",
+    "similarity",
+    "loss_impl",
+    "cluster_weight",
+    "recon_weight",
+    "cluster_size",
+    "queue_size",
+    "refit_every",
+)
 STAGE1_ONLY = ("embd_dim", "recon_dim", "audio_width")
 OURS = ("data", "out", "seed", "resume", "detect", "max_steps")  # of no use within a study
 
 
 def parser() -> flags.Parser:
-    p = flags.Parser(prog="python -m mcn_ext.study", description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, metavar="PATH",
-                   help=f"training store (default {flags.DATA}, else the demo data)")
-    p.add_argument("--youcook2", type=Path, metavar="STORE",
-                   help=f"evaluation store (default {flags.STORES['youcook2']}, or the demo's)")
-    p.add_argument("--out", type=Path, default=Path("runs/study"), metavar="DIR",
-                   help="where runs and report go (default runs/study)")
-    p.add_argument("--orders", nargs="+", choices=(*ORDERS, BASELINE), default=[*ORDERS, BASELINE],
-                   help="default: all three, and the one-stage baseline AVT")
-    p.add_argument("--seeds", nargs="+", type=flags.not_negative(int), default=[0, 1, 2],
-                   metavar="N", help="each gives every order another start (default 0 1 2)")
-    p.add_argument("--stage1_encoders", nargs="+", choices=("frozen", "finetune"),
-                   default=["frozen", "finetune"], help="stage 2 with the first pair's encoders as "
-                   "they are, or trained on (default: both)")
-    p.add_argument("--variant", action="append", default=[], metavar="NAME=FLAGS", help="one more "
-                   "kind of stage 2, by train_stage2.py's flags, such as gentle='--stage1_encoders "
-                   "finetune --lr 1e-5'; with flags of the objective there is one more baseline, "
-                   "too; may be repeated")
-    p.add_argument("--baselines", nargs="+", choices=("steps", "compute"),
-                   default=["steps", "compute"], help="AVT for as many steps as an order, for the "
-                   "FLOPs of each order (default: both)")
-    p.add_argument("--epochs", nargs=2, type=flags.positive(int), metavar=("FIRST", "SECOND"),
-                   default=[flags.EPOCHS[1], flags.EPOCHS[2]],
-                   help="of stage 1 and stage 2 (default 20 10)")
-    p.add_argument("--noise", nargs="+", type=flags.not_negative(float), metavar="X", help="a grid "
-                   "on demo data instead of --data: each level of video noise with each of audio "
-                   "noise; 0 clean, 1 the demo's")
-    p.add_argument("--videos", type=flags.positive(int), default=256, metavar="N",
-                   help="training videos of a grid's data sets (default 256)")
-    p.add_argument("--jobs", type=flags.positive(int), default=1, metavar="N",
-                   help="chains of runs at a time (default 1); their threads share the cores")
-    p.add_argument("--launch", default="", metavar="WORDS", help="before the training scripts, "
-                   "such as 'torchrun --nproc_per_node 4' (default: this Python)")
-    p.add_argument("--print", nargs="?", const="lines", choices=("lines", "slurm"), dest="show",
-                   help="run nothing (but make --noise's data): print the commands, one "
-                   "independent chain a line, or an sbatch script for them")
+    p = flags.Parser(
+        prog="python -m mcn_ext.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help=f"training store (default {flags.DATA}, else the demo data)",
+    )
+    p.add_argument(
+        "--youcook2",
+        type=Path,
+        metavar="STORE",
+        help=f"evaluation store (default {flags.STORES['youcook2']}, or the demo's)",
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/study"),
+        metavar="DIR",
+        help="where runs and report go (default runs/study)",
+    )
+    p.add_argument(
+        "--orders",
+        nargs="+",
+        choices=(*ORDERS, BASELINE),
+        default=[*ORDERS, BASELINE],
+        help="default: all three, and the one-stage baseline AVT",
+    )
+    p.add_argument(
+        "--seeds",
+        nargs="+",
+        type=flags.not_negative(int),
+        default=[0, 1, 2],
+        metavar="N",
+        help="each gives every order another start (default 0 1 2)",
+    )
+    p.add_argument(
+        "--stage1_encoders",
+        nargs="+",
+        choices=("frozen", "finetune"),
+        default=["frozen", "finetune"],
+        help="stage 2 with the first pair's encoders as they are, or trained on (default: both)",
+    )
+    p.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help="one more "
+        "kind of stage 2, by train_stage2.py's flags, such as gentle='--stage1_encoders "
+        "finetune --lr 1e-5'; with flags of the objective there is one more baseline, "
+        "too; may be repeated",
+    )
+    p.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=("steps", "compute"),
+        default=["steps", "compute"],
+        help="AVT for as many steps as an order, for the FLOPs of each order (default: both)",
+    )
+    p.add_argument(
+        "--epochs",
+        nargs=2,
+        type=flags.positive(int),
+        metavar=("FIRST", "SECOND"),
+        default=[flags.EPOCHS[1], flags.EPOCHS[2]],
+        help="of stage 1 and stage 2 (default 20 10)",
+    )
+    p.add_argument(
+        "--noise",
+        nargs="+",
+        type=flags.not_negative(float),
+        metavar="X",
+        help="a grid "
+        "on demo data instead of --data: each level of video noise with each of audio "
+        "noise; 0 clean, 1 the demo's",
+    )
+    p.add_argument(
+        "--videos",
+        type=flags.positive(int),
+        default=256,
+        metavar="N",
+        help="training videos of a grid's data sets (default 256)",
+    )
+    p.add_argument(
+        "--jobs",
+        type=flags.positive(int),
+        default=1,
+        metavar="N",
+        help="chains of runs at a time (default 1); their threads share the cores",
+    )
+    p.add_argument(
+        "--launch",
+        default="",
+        metavar="WORDS",
+        help="before the training scripts, "
+        "such as 'torchrun --nproc_per_node 4' (default: this Python)",
+    )
+    p.add_argument(
+        "--print",
+        nargs="?",
+        const="lines",
+        choices=("lines", "slurm"),
+        dest="show",
+        help="run nothing (but make --noise's data): print the commands, one "
+        "independent chain a line, or an sbatch script for them",
+    )
     return p
 
 
-def training_flops(args: argparse.Namespace, dims: dict[str, int], modalities: str, frozen: str,
-                   word_dim: int) -> float:
+def training_flops(
+    args: argparse.Namespace, dims: dict[str, int], modalities: str, frozen: str, word_dim: int
+) -> float:
     """FLOPs (a multiply and an add count 2) of the encoders' forward and backward for one clip of
     full length. The losses' own are left out: small beside DAVEnet, but more with more pairs.
     Counted of direct convolutions, whatever takes fewer products on the machine at hand."""
@@ -83,16 +167,24 @@ def training_flops(args: argparse.Namespace, dims: dict[str, int], modalities: s
     from mcn_ext import minimal
     from mcn_ext.model import MCN, MODALITIES
 
-    model = MCN(modalities, video_dims=dims, word_dim=word_dim, embd_dim=args.embd_dim,
-                recon_dim=args.recon_dim if args.recon_weight else 0, audio_width=args.audio_width)
+    model = MCN(
+        modalities,
+        video_dims=dims,
+        word_dim=word_dim,
+        embd_dim=args.embd_dim,
+        recon_dim=args.recon_dim if args.recon_weight else 0,
+        audio_width=args.audio_width,
+    )
     model.freeze(MODALITIES[m] for m in frozen)
     model.train()
     n = 2  # BatchNorm wants more than one row
-    batch = {"video": {name: torch.rand(n, dim) for name, dim in dims.items()},
-             "audio": torch.rand(n, 40, args.audio_frames),
-             "n_frames": torch.full((n,), args.audio_frames),
-             "text": torch.rand(n, args.max_words, word_dim),
-             "text_mask": torch.ones(n, args.max_words, dtype=torch.bool)}
+    batch = {
+        "video": {name: torch.rand(n, dim) for name, dim in dims.items()},
+        "audio": torch.rand(n, 40, args.audio_frames),
+        "n_frames": torch.full((n,), args.audio_frames),
+        "text": torch.rand(n, args.max_words, word_dim),
+        "text_mask": torch.ones(n, args.max_words, dtype=torch.bool),
+    }
     with minimal.direct(), FlopCounterMode(display=False) as counter:
         embeddings, errors = model(batch)
         learning = [x for x in (*embeddings.values(), *errors.values()) if x.requires_grad]
@@ -144,14 +236,24 @@ class Study:
                 args.data = flags.DEMO / "train.h5"
             args.data = args.data or flags.DATA
             is_demo = args.data.resolve() == (flags.DEMO / "train.h5").resolve()
-            args.youcook2 = args.youcook2 or (flags.DEMO / "eval.h5" if is_demo
-                                              else flags.STORES["youcook2"])
+            args.youcook2 = args.youcook2 or (
+                flags.DEMO / "eval.h5" if is_demo else flags.STORES["youcook2"]
+            )
             for name in ("data", "youcook2"):
                 if not getattr(args, name).exists():
-                    raise SystemExit(f"--{name} {getattr(args, name)}: no such store; prepare one "
-                                     "with python -m mcn_ext.prepare, or check the path")
-            return [{"name": "", "data": args.data, "youcook2": args.youcook2, "video_noise": None,
-                     "audio_noise": None}]
+                    raise SystemExit(
+                        f"--{name} {getattr(args, name)}: no such store; prepare one "
+                        "with python -m mcn_ext.prepare, or check the path"
+                    )
+            return [
+                {
+                    "name": "",
+                    "data": args.data,
+                    "youcook2": args.youcook2,
+                    "video_noise": None,
+                    "audio_noise": None,
+                }
+            ]
         if args.data or args.youcook2:
             raise SystemExit("--noise makes data of its own: leave out --data and --youcook2")
         cells = []
@@ -160,13 +262,23 @@ class Study:
                 name = f"v{video:g}-a{audio:g}"
                 folder = out / "data" / name
                 try:
-                    print(demo.prepare(folder, video_noise=video, audio_noise=audio,
-                                       videos=args.videos), file=sys.stderr)
+                    print(
+                        demo.prepare(
+                            folder, video_noise=video, audio_noise=audio, videos=args.videos
+                        ),
+                        file=sys.stderr,
+                    )
                 except StoreError as error:
                     raise SystemExit(f"--noise {video:g} {audio:g}: {error}") from None
-                cells.append({"name": name, "data": folder / "train.h5",
-                              "youcook2": folder / "eval.h5", "video_noise": video,
-                              "audio_noise": audio})
+                cells.append(
+                    {
+                        "name": name,
+                        "data": folder / "train.h5",
+                        "youcook2": folder / "eval.h5",
+                        "video_noise": video,
+                        "audio_noise": audio,
+                    }
+                )
         return cells
 
     def _count(self) -> None:
@@ -183,17 +295,21 @@ class Study:
             raise SystemExit(str(error)) from None
         videos = int((store.caption_counts() > 0).sum())
         if videos < settings.batch_size:
-            raise SystemExit(f"--batch_size {settings.batch_size}: {store.path} has {videos} "
-                             f"videos with captions; use --batch_size {videos} or less")
+            raise SystemExit(
+                f"--batch_size {settings.batch_size}: {store.path} has {videos} "
+                f"videos with captions; use --batch_size {videos} or less"
+            )
         self.clips = videos // settings.batch_size * settings.batch_size * settings.n_pair
         word_dim = 300
         if settings.word2vec:
-            word_dim = vectors_for(store, settings.word2vec,
-                                   store.path.with_name(store.path.name + ".words.npz")).dim
+            word_dim = vectors_for(
+                store, settings.word2vec, store.path.with_name(store.path.name + ".words.npz")
+            ).dim
 
         def flops(modalities, frozen=""):
-            return training_flops(settings, training.video_dims(store), modalities, frozen,
-                                  word_dim)
+            return training_flops(
+                settings, training.video_dims(store), modalities, frozen, word_dim
+            )
 
         first, joint = args.epochs[0], flops(BASELINE)
         self.flops, self.baselines = {}, {}
@@ -213,17 +329,21 @@ class Study:
                     self.flops[BASELINE, epochs] = self.clips * epochs * joint
                     for name in ("", variant) if objective else ("",):
                         if equal in args.baselines:
-                            self.baselines.setdefault((epochs, name), {
-                                "flags": objective if name else [], "steps": [], "compute": []
-                            })[equal].append(_method(order, variant))
+                            self.baselines.setdefault(
+                                (epochs, name),
+                                {"flags": objective if name else [], "steps": [], "compute": []},
+                            )[equal].append(_method(order, variant))
 
     def _second(self, words: str) -> tuple[int, bool, list[str]]:
         """A variant's epochs in stage 2, whether it freezes stage 1's encoders, and what of its
         flags is of the objective."""
         words = shlex.split(words)
         epochs, encoders = (_given(words, name)[1:] for name in ("epochs", "stage1_encoders"))
-        return (int(epochs[0]) if epochs else self.args.epochs[1], encoders != ["finetune"],
-                [word for name in OBJECTIVE for word in _given(words, name)])
+        return (
+            int(epochs[0]) if epochs else self.args.epochs[1],
+            encoders != ["finetune"],
+            [word for name in OBJECTIVE for word in _given(words, name)],
+        )
 
     def _command(self, *words) -> list[str]:
         launch = shlex.split(self.args.launch) or [sys.executable]
@@ -231,43 +351,98 @@ class Study:
 
     def _unit(self, folder: Path, cell: dict, *train) -> tuple[Path, list[list[str]]]:
         """A run: train it, evaluate it."""
-        evaluate = [sys.executable, str(ROOT / "evaluate.py"), "--youcook2", cell["youcook2"],
-                    "--run", folder, "--all_directions", "--fusion", "sum", "mean",
-                    "bank", "--keep_embeddings", "--require_complete"]
+        evaluate = [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--youcook2",
+            cell["youcook2"],
+            "--run",
+            folder,
+            "--all_directions",
+            "--fusion",
+            "sum",
+            "mean",
+            "bank",
+            "--keep_embeddings",
+            "--require_complete",
+        ]
         if self.settings.device != "auto":
             evaluate += ["--device", self.settings.device]
-        return folder, [self._command(*train, "--no-keep_epochs", "--out", folder),
-                        list(map(str, evaluate))]
+        return folder, [
+            self._command(*train, "--no-keep_epochs", "--out", folder),
+            list(map(str, evaluate)),
+        ]
 
     def _folder(self, cell: dict, seed: int) -> Path:
         return self.args.out / cell["name"] / f"seed{seed}"
 
     def _stage1(self, folder: Path, cell: dict, seed: int, pair: str, epochs: int, *more: str):
-        return self._unit(folder, cell, "train_stage1.py", "--pair", pair, "--data", cell["data"],
-                          "--seed", seed, "--epochs", epochs, *self.rest, *more)
+        return self._unit(
+            folder,
+            cell,
+            "train_stage1.py",
+            "--pair",
+            pair,
+            "--data",
+            cell["data"],
+            "--seed",
+            seed,
+            "--epochs",
+            epochs,
+            *self.rest,
+            *more,
+        )
 
     def _add(self, cell: dict, seed: int, method: str, order: str, folder: Path, **more) -> None:
-        self.runs.append({"cell": cell["name"], "method": method, "order": order, "seed": seed,
-                          "run": str(folder.relative_to(self.args.out)), **more})
+        self.runs.append(
+            {
+                "cell": cell["name"],
+                "method": method,
+                "order": order,
+                "seed": seed,
+                "run": str(folder.relative_to(self.args.out)),
+                **more,
+            }
+        )
 
     def _order(self, cell: dict, seed: int, order: str) -> None:
         (pair, third), at = order.split("_"), self._folder(cell, seed)
         first, start = self.args.epochs[0], at / f"stage1-{pair}"
         chain = [self._stage1(start, cell, seed, pair, first)]
-        rest = [word for flag in _groups(self.rest) if _name(flag) not in STAGE1_ONLY
-                for word in flag]
+        rest = [
+            word for flag in _groups(self.rest) if _name(flag) not in STAGE1_ONLY for word in flag
+        ]
         for variant, words in self.variants.items():
             method = _method(order, variant)
             folder = at / f"stage2-{method}"
             second, frozen, _ = self._second(words)
-            chain.append(self._unit(
-                folder, cell, "train_stage2.py", "--add", third, "--init", start, *rest,
-                "--epochs", second, *shlex.split(words)))
-            self._add(cell, seed, method, order, folder, epochs=[first, second],
-                      encoders="frozen" if frozen else "finetune",
-                      stage1=str(start.relative_to(self.args.out)),
-                      label=f"{pair} then {third}, {variant or 'frozen'}",
-                      flops=self.flops[order, variant])
+            chain.append(
+                self._unit(
+                    folder,
+                    cell,
+                    "train_stage2.py",
+                    "--add",
+                    third,
+                    "--init",
+                    start,
+                    *rest,
+                    "--epochs",
+                    second,
+                    *shlex.split(words),
+                )
+            )
+            self._add(
+                cell,
+                seed,
+                method,
+                order,
+                folder,
+                epochs=[first, second],
+                encoders="frozen" if frozen else "finetune",
+                stage1=str(start.relative_to(self.args.out)),
+                label=f"{pair} then {third}, {variant or 'frozen'}",
+                flops=self.flops[order, variant],
+            )
         self.chains.append(chain)
 
     def _baselines(self, cell: dict, seed: int) -> None:
@@ -275,11 +450,22 @@ class Study:
             method = _method(f"{BASELINE}-{epochs}", variant)
             folder = self._folder(cell, seed) / method
             self.chains.append([self._stage1(folder, cell, seed, BASELINE, epochs, *made["flags"])])
-            self._add(cell, seed, method, BASELINE, folder, encoders=None, stage1=None,
-                      epochs=[epochs], steps_of=made["steps"], baseline_of=made["compute"],
-                      label=f"one stage, {epochs} epoch" + "s" * (epochs > 1)
-                      + (f", {variant}" if variant else ""),
-                      flops=self.flops[BASELINE, epochs])
+            self._add(
+                cell,
+                seed,
+                method,
+                BASELINE,
+                folder,
+                encoders=None,
+                stage1=None,
+                epochs=[epochs],
+                steps_of=made["steps"],
+                baseline_of=made["compute"],
+                label=f"one stage, {epochs} epoch"
+                + "s" * (epochs > 1)
+                + (f", {variant}" if variant else ""),
+                flops=self.flops[BASELINE, epochs],
+            )
 
     def cost(self, folder: Path) -> float:
         """FLOPs of a run's own stage."""
@@ -293,16 +479,35 @@ class Study:
         from mcn_ext.checkpoint import FREE_FLAGS
         from mcn_ext.log import write_text
 
-        free = FREE_FLAGS | {"seed", "seeds", "orders", "variant", "stage1_encoders", "baselines",
-                             "launch", "jobs", "show", "resume"}
+        free = FREE_FLAGS | {
+            "seed",
+            "seeds",
+            "orders",
+            "variant",
+            "stage1_encoders",
+            "baselines",
+            "launch",
+            "jobs",
+            "show",
+            "resume",
+        }
         given = flags.as_dict(self.settings) | {
             key: [str(v) for v in value] if isinstance(value, list) else str(value)
-            for key, value in vars(self.args).items()}
+            for key, value in vars(self.args).items()
+        }
         given = {key: value for key, value in sorted(given.items()) if key not in free}
-        content = {"format": "mcn-study", "version": 1, "flags": given, "variants": self.variants,
-                   "command": shlex.join(["python", "-m", "mcn_ext.study", *self.words]),
-                   "cells": [{k: str(v) if isinstance(v, Path) else v for k, v in cell.items()}
-                             for cell in self.cells], "runs": self.runs}
+        content = {
+            "format": "mcn-study",
+            "version": 1,
+            "flags": given,
+            "variants": self.variants,
+            "command": shlex.join(["python", "-m", "mcn_ext.study", *self.words]),
+            "cells": [
+                {k: str(v) if isinstance(v, Path) else v for k, v in cell.items()}
+                for cell in self.cells
+            ],
+            "runs": self.runs,
+        }
         file = self.args.out / "study.json"
         if file.exists():
             try:
@@ -310,13 +515,21 @@ class Study:
                 before, kinds = old["flags"], old["variants"]
             except (ValueError, KeyError, TypeError):
                 raise SystemExit(f"{file} is not a study's; give another --out") from None
-            other = [f"--{key} {before.get(key)} (now {value})" for key, value in given.items()
-                     if before.get(key) != value]
-            other += [f"--variant {name}={kinds[name]} (now {words})" for name, words
-                      in self.variants.items() if kinds.get(name, words) != words]
+            other = [
+                f"--{key} {before.get(key)} (now {value})"
+                for key, value in given.items()
+                if before.get(key) != value
+            ]
+            other += [
+                f"--variant {name}={kinds[name]} (now {words})"
+                for name, words in self.variants.items()
+                if kinds.get(name, words) != words
+            ]
             if other:
-                raise SystemExit(f"{self.args.out} holds a study with {', '.join(other)}; give the "
-                                 "same flags, or another --out")
+                raise SystemExit(
+                    f"{self.args.out} holds a study with {', '.join(other)}; give the "
+                    "same flags, or another --out"
+                )
         self.args.out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(content, indent=1) + "\n")
 
@@ -367,19 +580,26 @@ def main(argv=None) -> int:
         rest += ["--preset", "demo"]
     study = Study(args, rest, words)
     if args.show:
-        lines = [" && ".join(shlex.join(command) for _, commands in chain for command in commands)
-                 for chain in study.chains]
+        lines = [
+            " && ".join(shlex.join(command) for _, commands in chain for command in commands)
+            for chain in study.chains
+        ]
         if args.show == "slurm":
             gpus = int((_given(shlex.split(args.launch), "nproc_per_node") or ["", 1])[1])
-            print(chains.SLURM.format(n=len(lines), gpus=gpus, cpus=8 * gpus,
-                                      chains="\n".join(lines)), end="")
+            print(
+                chains.SLURM.format(
+                    n=len(lines), gpus=gpus, cpus=8 * gpus, chains="\n".join(lines)
+                ),
+                end="",
+            )
         else:
             print("\n".join(lines))
         return 0
     with chains.only_one(args.out) as lock:
         study.write()
-        print(f"{args.out}: {len(study.runs)} runs to compare, {len(args.seeds)} seed(s)",
-              flush=True)
+        print(
+            f"{args.out}: {len(study.runs)} runs to compare, {len(args.seeds)} seed(s)", flush=True
+        )
         failed = chains.run(study.chains, study.cost, args.out, args.jobs, lock)
     from mcn_ext import study_report
 

@@ -1,5 +1,4 @@
-"""Queries of a study with what each order finds: one that all answer, one that some, one that none.
-"""
+"""Queries of a study and what each order finds: one that all answer, one that some, one none."""
 
 from __future__ import annotations
 
@@ -51,9 +50,11 @@ def pick(ranks: list[np.ndarray]) -> list[tuple[str, int | None]]:
     table = np.stack(ranks)
     best, worst = table.min(axis=0), table.max(axis=0)
     some = np.where((best <= 3) & (worst > 10), worst / best, 0)
-    return [("All find it", int(worst.argmin()) if worst.min() <= 10 else None),
-            ("Only some find it", int(some.argmax()) if some.max() > 0 else None),
-            ("None finds it", int(best.argmax()) if best.max() > 10 else None)]
+    return [
+        ("All find it", int(worst.argmin()) if worst.min() <= 10 else None),
+        ("Only some find it", int(some.argmax()) if some.max() > 0 else None),
+        ("None finds it", int(best.argmax()) if best.max() > 10 else None),
+    ]
 
 
 def add(page: Page, study: Study) -> None:
@@ -66,9 +67,13 @@ def add(page: Page, study: Study) -> None:
     if not runs:
         page.paragraph("The evaluation store or the saved ranks are not here.")
         return
-    page.paragraph(f"A caption is the query; the first three of {len(ids)} clips each order finds, "
-                   "by video and audio together. Clips are shown by their captions, which the "
-                   "search does not see. ", Bold("✓"), " marks the right one.")
+    page.paragraph(
+        f"A caption is the query; the first three of {len(ids)} clips each order finds, "
+        "by video and audio together. Clips are shown by their captions, which the "
+        "search does not see. ",
+        Bold("✓"),
+        " marks the right one.",
+    )
     picked = pick([r.final.ranks[MAIN] for r in runs])
     queries = [q for _, q in picked if q is not None]
     found = {r.method: dict(zip(queries, top(r, queries), strict=False)) for r in runs}
@@ -80,10 +85,15 @@ def add(page: Page, study: Study) -> None:
         page.paragraph("Query: ", Bold(captions[query]), " (", Code(ids[query]), ")")
         rows = []
         for r in runs:
-            clips = [_clip(ids[c], captions[c], c == query)
-                     for c in found[r.method].get(query, [])]
-            rows.append([f"{r.label}, seed {r.seed}", f"{r.final.ranks[MAIN][query]:g}", *clips,
-                         *[""] * (3 - len(clips))])
+            clips = [_clip(ids[c], captions[c], c == query) for c in found[r.method].get(query, [])]
+            rows.append(
+                [
+                    f"{r.label}, seed {r.seed}",
+                    f"{r.final.ranks[MAIN][query]:g}",
+                    *clips,
+                    *[""] * (3 - len(clips)),
+                ]
+            )
         page.table(["method", "rank", "first", "second", "third"], rows, words=True)
 
 

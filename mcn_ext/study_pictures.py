@@ -26,22 +26,35 @@ STOP_WORDS = frozenset(
     "a an and are as at be by for from have here he her his i if in into is it its just know "
     "little me my next now of off on once onto or our out over put so some take that the their "
     "them then there these they this those to up use want was we what when will with you "
-    "your".split())
+    "your".split()
+)
 
 
 def style(plt) -> None:
-    plt.rcParams.update({
-        "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation":
-        "left", "axes.axisbelow": True, "hatch.linewidth": 0.6, "savefig.dpi": 200,
-        "pdf.fonttype": 42})
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.axisbelow": True,
+            "hatch.linewidth": 0.6,
+            "savefig.dpi": 200,
+            "pdf.fonttype": 42,
+        }
+    )
 
 
 def look(study: Study, method: str) -> dict:
     """Colour by order; dash, hatch and marker tell methods of one order apart."""
     order = study.orders[method]
     i = [m for m in study.methods if study.orders[m] == order].index(method)
-    return {"color": ORDERS.get(order, "#000000"), "linestyle": DASHES[i % 5],
-            "hatch": HATCHES[i % 5], "marker": MARKERS[i % 5]}
+    return {
+        "color": ORDERS.get(order, "#000000"),
+        "linestyle": DASHES[i % 5],
+        "hatch": HATCHES[i % 5],
+        "marker": MARKERS[i % 5],
+    }
 
 
 def _stacked(study: Study, method: str) -> np.ndarray | None:
@@ -61,17 +74,38 @@ def recall_bars(plt, study: Study):
         style, stacked = look(study, method), _stacked(study, method)
         for at, k in enumerate(RECALLS):
             x, value = at + (i - (len(methods) - 1) / 2) * width, study.mean(method, f"R@{k}")
-            axis.bar(x, value, 0.9 * width, facecolor=style["color"], edgecolor="white",
-                     hatch=style["hatch"], linewidth=0, label=study.labels[method] if not at else
-                     None)
+            axis.bar(
+                x,
+                value,
+                0.9 * width,
+                facecolor=style["color"],
+                edgecolor="white",
+                hatch=style["hatch"],
+                linewidth=0,
+                label=study.labels[method] if not at else None,
+            )
             if stacked is not None and isfinite(value):
                 low, high = recall_interval(stacked, k)
-                axis.errorbar(x, value, [[max(value - low, 0)], [max(high - value, 0)]],
-                              color="black", linewidth=0.9, capsize=2)
+                axis.errorbar(
+                    x,
+                    value,
+                    [[max(value - low, 0)], [max(high - value, 0)]],
+                    color="black",
+                    linewidth=0.9,
+                    capsize=2,
+                )
     if n := study.n_queries():
         for at, k in enumerate(RECALLS):
-            axis.hlines(100 * min(k / n[-1], 1), at - 0.46, at + 0.46, color="black", zorder=3,
-                        linestyle=":", linewidth=1, label="chance" if not at else None)
+            axis.hlines(
+                100 * min(k / n[-1], 1),
+                at - 0.46,
+                at + 0.46,
+                color="black",
+                zorder=3,
+                linestyle=":",
+                linewidth=1,
+                label="chance" if not at else None,
+            )
     axis.set_xticks(range(3), [f"R@{k}" for k in RECALLS])
     axis.set(ylabel=f"{MAIN}, %", ylim=(0, None))
     axis.grid(False, axis="x")
@@ -90,12 +124,20 @@ def differences(plt, study: Study):
     for y, (method, c) in enumerate(reversed(rows)):
         style, (low, high) = look(study, method), c["ci95"]
         axis.plot([low, high], [y, y], color=style["color"], linestyle="-", linewidth=2)
-        axis.plot(c["difference"], y, style["marker"], color=style["color"], markersize=7,
-                  markerfacecolor=style["color"] if c["real"] else "white")
+        axis.plot(
+            c["difference"],
+            y,
+            style["marker"],
+            color=style["color"],
+            markersize=7,
+            markerfacecolor=style["color"] if c["real"] else "white",
+        )
     axis.axvline(0, color="black", linewidth=0.9)
     axis.set_yticks(range(len(rows)), [study.labels[m] for m, _ in reversed(rows)])
-    axis.set(xlabel=f"{MAIN} R@10 less that of {study.labels[best]}, points",
-             ylim=(-0.6, len(rows) - 0.4))
+    axis.set(
+        xlabel=f"{MAIN} R@10 less that of {study.labels[best]}, points",
+        ylim=(-0.6, len(rows) - 0.4),
+    )
     axis.grid(False, axis="y")
     return figure
 
@@ -119,8 +161,15 @@ def curves(plt, study: Study, cell: str = ""):
     orders = [o for o in ORDERS if any(r.order == o for r in trained)]
     if not orders:
         return None
-    figure, axes = plt.subplots(2, len(orders), figsize=(2.2 * len(orders) + 0.8, 4.2),
-                                layout="constrained", sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(
+        2,
+        len(orders),
+        figsize=(2.2 * len(orders) + 0.8, 4.2),
+        layout="constrained",
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
     for (y, x), axis in np.ndenumerate(axes):
         key = ("total", "contrastive")[y]
         for method in [m for m in study.methods if study.orders[m] == orders[x]]:
@@ -132,19 +181,32 @@ def curves(plt, study: Study, cell: str = ""):
             known = np.isfinite(table)
             count = np.maximum(known.sum(axis=0), 1)
             mean = np.where(known, table, 0).sum(axis=0) / count
-            sd = np.sqrt(np.square(np.where(known, table - mean, 0)).sum(axis=0)
-                         / np.maximum(count - 1, 1))
+            sd = np.sqrt(
+                np.square(np.where(known, table - mean, 0)).sum(axis=0) / np.maximum(count - 1, 1)
+            )
             mean[~known.any(axis=0)] = nan
             style = look(study, method)
-            axis.plot(steps, mean, color=style["color"], linestyle=style["linestyle"],
-                      label=study.labels[method])
-            axis.fill_between(steps, mean - sd, mean + sd, color=style["color"], alpha=0.2,
-                              linewidth=0)
+            axis.plot(
+                steps,
+                mean,
+                color=style["color"],
+                linestyle=style["linestyle"],
+                label=study.labels[method],
+            )
+            axis.fill_between(
+                steps, mean - sd, mean + sd, color=style["color"], alpha=0.2, linewidth=0
+            )
             for start in {start for _, start in lines if start}:
                 axis.axvline(start, color="black", linewidth=0.8, linestyle=(0, (2, 2)))
                 if y == 0:
-                    axis.annotate("stage 2", (start, 1), xycoords=("data", "axes fraction"),
-                                  xytext=(2, -8), textcoords="offset points", fontsize=7)
+                    axis.annotate(
+                        "stage 2",
+                        (start, 1),
+                        xycoords=("data", "axes fraction"),
+                        xytext=(2, -8),
+                        textcoords="offset points",
+                        fontsize=7,
+                    )
         axis.set_title(orders[x] if y == 0 else "")
         if y == 1:
             axis.set_xlabel("step")
@@ -161,16 +223,35 @@ def forgetting(study: Study) -> list[dict]:
         runs = [r for r in study.of(method) if r.first]
         for one, other in ((0, 1), (1, 0)) if runs else ():
             direction = f"{runs[0].pair[one]}->{runs[0].pair[other]}"
-            pairs = [(r.first.metrics.get(direction, {}).get("R@10", nan),
-                      r.final.metrics.get(direction, {}).get("R@10", nan)) for r in runs]
+            pairs = [
+                (
+                    r.first.metrics.get(direction, {}).get("R@10", nan),
+                    r.final.metrics.get(direction, {}).get("R@10", nan),
+                )
+                for r in runs
+            ]
             pairs = [p for p in pairs if np.isfinite(p).all()]
             if pairs:
                 before, after = np.mean(pairs, axis=0)
-                change = paired(*({r.seed: stage.ranks[direction] for r in runs
-                                   if direction in (stage := (r.first, r.final)[i]).ranks}
-                                  for i in (1, 0)))
-                out.append({"method": method, "direction": direction, "before": before,
-                            "after": after, "change": change})
+                change = paired(
+                    *(
+                        {
+                            r.seed: stage.ranks[direction]
+                            for r in runs
+                            if direction in (stage := (r.first, r.final)[i]).ranks
+                        }
+                        for i in (1, 0)
+                    )
+                )
+                out.append(
+                    {
+                        "method": method,
+                        "direction": direction,
+                        "before": before,
+                        "after": after,
+                        "change": change,
+                    }
+                )
     return out
 
 
@@ -186,8 +267,9 @@ def forgetting_lines(plt, study: Study):
         axis.plot(row["after"], y, "o", color=style["color"])
     axis.plot([], [], "o", color="white", markeredgecolor="black", label="after stage 1")
     axis.plot([], [], "o", color="black", label="after stage 2")
-    axis.set_yticks(range(len(rows)), [f"{study.labels[r['method']]}: {r['direction']}"
-                                       for r in reversed(rows)])
+    axis.set_yticks(
+        range(len(rows)), [f"{study.labels[r['method']]}: {r['direction']}" for r in reversed(rows)]
+    )
     axis.set(xlabel="R@10 of the first pair, %", ylim=(-0.6, len(rows) - 0.4))
     axis.set_xlim(left=0)  # the right keeps its margin: the last dot is drawn whole
     axis.grid(False, axis="y")
@@ -205,43 +287,69 @@ def geometry(study: Study, sample: int = 1024) -> list[dict]:
     found: dict[tuple, list] = {}
     for method in study.methods:
         for run in study.of(method):
-            unit = {m: torch.nn.functional.normalize(x, dim=1)
-                    for m, x in run.final.embeddings().items()}
+            unit = {
+                m: torch.nn.functional.normalize(x, dim=1)
+                for m, x in run.final.embeddings().items()
+            }
             here = {m: x[torch.isfinite(x).all(dim=1)] for m, x in unit.items()}
-            spread = {m: float(uniformity(x[::max(1, len(x) // sample)]))
-                      for m, x in here.items() if len(x) > 1}
+            spread = {
+                m: float(uniformity(x[:: max(1, len(x) // sample)]))
+                for m, x in here.items()
+                if len(x) > 1
+            }
             names = [m for m in MODALITIES if m in spread]
             for i, a in enumerate(names):
-                for b in names[i + 1:]:
+                for b in names[i + 1 :]:
                     distance = (unit[a] - unit[b]).square().sum(dim=1)
                     distance = distance[torch.isfinite(distance)]
                     if len(distance):
                         found.setdefault((method, f"{a}-{b}"), []).append(
-                            (float(distance.mean()), (spread[a] + spread[b]) / 2))
-    return [{"method": m, "pair": pair, "alignment": np.mean([v[0] for v in values]),
-             "uniformity": np.mean([v[1] for v in values])}
-            for (m, pair), values in found.items()]
+                            (float(distance.mean()), (spread[a] + spread[b]) / 2)
+                        )
+    return [
+        {
+            "method": m,
+            "pair": pair,
+            "alignment": np.mean([v[0] for v in values]),
+            "uniformity": np.mean([v[1] for v in values]),
+        }
+        for (m, pair), values in found.items()
+    ]
 
 
 def geometry_scatter(plt, study: Study, rows: list[dict]):
     if not rows:
         return None
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    figure, axes = plt.subplots(1, len(pairs), figsize=(2.5 * len(pairs) + 0.4, 3.1), sharex=True,
-                                sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        len(pairs),
+        figsize=(2.5 * len(pairs) + 0.4, 3.1),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for axis, pair in zip(axes[0], pairs, strict=True):
         for row in rows:
             if row["pair"] == pair:
                 style = look(study, row["method"])
-                axis.plot(row["uniformity"], row["alignment"], style["marker"], markersize=7,
-                          color=style["color"], markerfacecolor=style["color"] if
-                          style["linestyle"] == "-" else "white", label=study.labels[row["method"]])
+                axis.plot(
+                    row["uniformity"],
+                    row["alignment"],
+                    style["marker"],
+                    markersize=7,
+                    color=style["color"],
+                    markerfacecolor=style["color"] if style["linestyle"] == "-" else "white",
+                    label=study.labels[row["method"]],
+                )
         axis.set(title=pair, xlabel="uniformity")
         axis.locator_params(axis="x", nbins=4)
         axis.margins(0.15)
     axes[0, 0].set_ylabel("alignment")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8,
-                  loc="outside lower center", ncols=3)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3
+    )
     return figure
 
 
@@ -272,8 +380,14 @@ def _map(run: Run, centred: bool) -> tuple[dict[str, tuple], torch.Tensor, int] 
         return None
     points, share = principal(torch.cat([x for x, _ in parts.values()]))
     cut = points.split([len(x) for x, _ in parts.values()])
-    return {name: (cut[i].numpy(), index.numpy())
-            for i, (name, (_, index)) in enumerate(parts.items())}, share, n
+    return (
+        {
+            name: (cut[i].numpy(), index.numpy())
+            for i, (name, (_, index)) in enumerate(parts.items())
+        },
+        share,
+        n,
+    )
 
 
 def _bare(axis) -> None:
@@ -285,8 +399,13 @@ def _bare(axis) -> None:
 
 def _panels(plt, n: int, columns: int = 4, size: float = 2.1):
     rows = ceil(n / columns)
-    figure, axes = plt.subplots(rows, min(n, columns), squeeze=False, layout="constrained",
-                                figsize=(size * min(n, columns), (size + 0.15) * rows + 0.3))
+    figure, axes = plt.subplots(
+        rows,
+        min(n, columns),
+        squeeze=False,
+        layout="constrained",
+        figsize=(size * min(n, columns), (size + 0.15) * rows + 0.3),
+    )
     for axis in axes.flat[n:]:
         axis.set_axis_off()
     return figure, axes.flat
@@ -311,16 +430,28 @@ def joint_space(plt, study: Study):
 
 
 def _modality_legend(plt, figure, names) -> None:
-    figure.legend([plt.Line2D([], [], marker="o", linestyle="", color=MODALITIES[n])
-                   for n in names], list(names), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(
+        [plt.Line2D([], [], marker="o", linestyle="", color=MODALITIES[n]) for n in names],
+        list(names),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+    )
 
 
 def frequent_words(captions: list[str], most: int = 8) -> list[str]:
     """The words most captions have, without those that say nothing of what is seen."""
-    count = Counter(w for c in captions for w in set(c.lower().split())
-                    if w.isalpha() and len(w) > 2 and w not in STOP_WORDS)
-    return [word for word, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))
-            if 3 <= n <= len(captions) / 2][:most]
+    count = Counter(
+        w
+        for c in captions
+        for w in set(c.lower().split())
+        if w.isalpha() and len(w) > 2 and w not in STOP_WORDS
+    )
+    return [
+        word
+        for word, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))
+        if 3 <= n <= len(captions) / 2
+    ][:most]
 
 
 def word_map(plt, study: Study, method: str, captions: list[str]):

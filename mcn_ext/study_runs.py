@@ -21,9 +21,11 @@ from mcn_ext.reference import unit_rows
 MAIN = "text->video+audio"
 LETTERS = {"A": "audio", "V": "video", "T": "text"}
 # Flags in which runs of a study differ by its design, or that say nothing of what is learned.
-NOT_COMPARED = frozenset("pair add out epochs seed init init_published init_run_id init_step "
-                         "first_epoch resume detect tensorboard stage1_encoders "
-                         "keep_epochs".split())
+NOT_COMPARED = frozenset(
+    "pair add out epochs seed init init_published init_run_id init_step "
+    "first_epoch resume detect tensorboard stage1_encoders "
+    "keep_epochs".split()
+)
 
 
 class StudyError(ValueError):
@@ -59,8 +61,11 @@ class RunFolder:
     def _arrays(self, prefix: str) -> dict[str, np.ndarray]:
         try:
             with np.load(self.path / "youcook2.npz", allow_pickle=False) as file:
-                return {key.removeprefix(prefix): file[key] for key in file.files
-                        if key.startswith(prefix)}
+                return {
+                    key.removeprefix(prefix): file[key]
+                    for key in file.files
+                    if key.startswith(prefix)
+                }
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return {}
 
@@ -127,8 +132,10 @@ class Run:
         self.encoders, self.flops = entry.get("encoders"), entry.get("flops")
         self.epochs = entry.get("epochs") or []
         # Methods of as many steps, and of as many FLOPs, as this baseline.
-        self.equal = {kind: entry.get(key) or [] for kind, key in (
-            ("steps", "steps_of"), ("compute", "baseline_of"))}
+        self.equal = {
+            kind: entry.get(key) or []
+            for kind, key in (("steps", "steps_of"), ("compute", "baseline_of"))
+        }
         self.final = RunFolder(root / entry["run"])
         self.first = RunFolder(root / entry["stage1"]) if entry.get("stage1") else None
 
@@ -149,8 +156,10 @@ class Study:
     def __init__(self, root: Path):
         self.root, spec = Path(root), _json(Path(root) / "study.json")
         if spec.get("format") != "mcn-study" or spec.get("version") != 1:
-            raise StudyError(f"{self.root / 'study.json'}: not a study of format mcn-study, "
-                             "version 1; make one with python -m mcn_ext.study")
+            raise StudyError(
+                f"{self.root / 'study.json'}: not a study of format mcn-study, "
+                "version 1; make one with python -m mcn_ext.study"
+            )
         self.command, self.flags = spec.get("command", ""), spec.get("flags", {})
         self.cells = spec.get("cells") or [{"name": ""}]
         self.runs = [Run(self.root, entry) for entry in spec.get("runs", [])]
@@ -173,18 +182,25 @@ class Study:
 
     def of(self, method: str, cell: str = "") -> list[Run]:
         """The evaluated runs of a method, by seed."""
-        return sorted((run for run in self.runs if (run.method, run.cell) == (method, cell)
-                       and run.final.metrics), key=lambda run: run.seed)
+        return sorted(
+            (
+                run
+                for run in self.runs
+                if (run.method, run.cell) == (method, cell) and run.final.metrics
+            ),
+            key=lambda run: run.seed,
+        )
 
-    def values(self, method: str, metric: str = "R@10", direction: str = MAIN,
-               cell: str = "") -> np.ndarray:
+    def values(
+        self, method: str, metric: str = "R@10", direction: str = MAIN, cell: str = ""
+    ) -> np.ndarray:
         """A metric, one for each seed."""
-        found = (run.final.metrics.get(direction, {}).get(metric)
-                 for run in self.of(method, cell))
+        found = (run.final.metrics.get(direction, {}).get(metric) for run in self.of(method, cell))
         return np.array([v for v in found if v is not None and np.isfinite(v)], float)
 
-    def mean(self, method: str, metric: str = "R@10", direction: str = MAIN,
-             cell: str = "") -> float:
+    def mean(
+        self, method: str, metric: str = "R@10", direction: str = MAIN, cell: str = ""
+    ) -> float:
         """NaN if there is none."""
         values = self.values(method, metric, direction, cell)
         return float(values.mean()) if len(values) else float("nan")
@@ -214,8 +230,11 @@ class Study:
 
     def ranks(self, method: str, direction: str = MAIN, cell: str = "") -> dict[int, np.ndarray]:
         """{seed: ranks}."""
-        return {run.seed: run.final.ranks[direction] for run in self.of(method, cell)
-                if direction in run.final.ranks}
+        return {
+            run.seed: run.final.ranks[direction]
+            for run in self.of(method, cell)
+            if direction in run.final.ranks
+        }
 
     def compare(self, a: str, b: str, cell: str = "") -> dict | None:
         """:func:`paired_bootstrap` of two methods on the seeds both have, which "seeds" names."""
@@ -266,5 +285,8 @@ def compare_args(study: Study) -> tuple[dict, dict[str, list[tuple[str, list[str
                 if where not in names:
                     names.append(where)
     same = {key: next(iter(values)) for key, values in sorted(seen.items()) if len(values) == 1}
-    return same, {key: sorted(values.items(), key=lambda item: -len(item[1]))
-                  for key, values in sorted(seen.items()) if len(values) > 1}
+    return same, {
+        key: sorted(values.items(), key=lambda item: -len(item[1]))
+        for key, values in sorted(seen.items())
+        if len(values) > 1
+    }

@@ -27,10 +27,14 @@ class WordVectors:
     """A vocabulary and its vectors (V, dim) float32; ``absent``: words that were asked for, too,
     and are not in ``source``."""
 
-    def __init__(self, words: list[str], vectors: np.ndarray, source: str,
-                 absent: Iterable[str] = ()):
+    def __init__(
+        self, words: list[str], vectors: np.ndarray, source: str, absent: Iterable[str] = ()
+    ):
         self.words, self.vectors, self.source = (
-            words, np.ascontiguousarray(vectors, np.float32), source)
+            words,
+            np.ascontiguousarray(vectors, np.float32),
+            source,
+        )
         self.absent = set(absent)
         self.index = {word: i for i, word in enumerate(words)}
 
@@ -50,11 +54,19 @@ class WordVectors:
         return self.dim == other.dim and np.array_equal(self.vectors[mine], other.vectors[theirs])
 
     def save(self, path: Path) -> None:
-        texts = {"words": "\n".join(self.words), "source": self.source,
-                 "absent": "\n".join(sorted(self.absent))}
-        replace(path, lambda file: np.savez(
-            file, vectors=self.vectors, **{name: np.frombuffer(text.encode(), np.uint8)
-                                           for name, text in texts.items()}))
+        texts = {
+            "words": "\n".join(self.words),
+            "source": self.source,
+            "absent": "\n".join(sorted(self.absent)),
+        }
+        replace(
+            path,
+            lambda file: np.savez(
+                file,
+                vectors=self.vectors,
+                **{name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()},
+            ),
+        )
 
     @classmethod
     def load(cls, path: Path) -> WordVectors:
@@ -72,11 +84,16 @@ def require_gensim(word2vec: Path | None) -> None:
     if word2vec is not None and word2vec.suffix in (".npz", ".kv"):
         return
     if importlib.util.find_spec("gensim") is None:
-        what = ("without --word2vec, word vectors are trained on the captions, which" if
-                word2vec is None else f"--word2vec {word2vec}: a file that is not .npz or .kv")
-        raise SystemExit(f"{what} needs gensim, and it is not installed: pip install gensim, or "
-                         "give --word2vec FILE.npz (words.npz of another run), which does not "
-                         "need it")
+        what = (
+            "without --word2vec, word vectors are trained on the captions, which"
+            if word2vec is None
+            else f"--word2vec {word2vec}: a file that is not .npz or .kv"
+        )
+        raise SystemExit(
+            f"{what} needs gensim, and it is not installed: pip install gensim, or "
+            "give --word2vec FILE.npz (words.npz of another run), which does not "
+            "need it"
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
@@ -97,7 +114,8 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
         from gensim.models import KeyedVectors
 
         keyed = KeyedVectors.load_word2vec_format(
-            str(path), binary=path.suffix not in (".txt", ".vec"), unicode_errors="replace")
+            str(path), binary=path.suffix not in (".txt", ".vec"), unicode_errors="replace"
+        )
         if not keyed.vector_size:
             raise ValueError("its vectors have no numbers")
         return keyed.key_to_index, keyed.vectors
@@ -106,7 +124,8 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
     except Exception as error:  # gensim checks little: damage surfaces as a dozen types
         raise SystemExit(
             f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, a text "
-            "file ending in .txt or .vec, or a run's words.npz") from error
+            "file ending in .txt or .vec, or a run's words.npz"
+        ) from error
 
 
 def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> WordVectors:
@@ -115,17 +134,25 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
     row_of, vectors = _read(word2vec)
     known = sorted(seen & row_of.keys())
     if not known:
-        raise SystemExit(f"--word2vec {word2vec}: none of the {len(seen)} words of {whose} is in "
-                         "it; is it for another language?")
+        raise SystemExit(
+            f"--word2vec {word2vec}: none of the {len(seen)} words of {whose} is in "
+            "it; is it for another language?"
+        )
     rows = vectors[[row_of[word] for word in known]]
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         broken = [word for word, good in zip(known, finite, strict=True) if not good]
         logging.getLogger("mcn").warning(
-            "%s: the vectors of %d words are not finite and are left out: %s", word2vec,
-            len(broken), ", ".join(broken[:10]))
-    return WordVectors([w for w, good in zip(known, finite, strict=True) if good], rows[finite],
-                       source or str(word2vec))
+            "%s: the vectors of %d words are not finite and are left out: %s",
+            word2vec,
+            len(broken),
+            ", ".join(broken[:10]),
+        )
+    return WordVectors(
+        [w for w, good in zip(known, finite, strict=True) if good],
+        rows[finite],
+        source or str(word2vec),
+    )
 
 
 def is_kept(word2vec: Path, cache: Path) -> bool:
@@ -136,8 +163,7 @@ def is_kept(word2vec: Path, cache: Path) -> bool:
         return False
 
 
-def vectors_for(store, word2vec: Path, cache: Path | None,
-                more: Iterable[str] = ()) -> WordVectors:
+def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] = ()) -> WordVectors:
     """The vectors of ``word2vec`` for the words of the store's captions, and of ``more`` texts.
 
     GoogleNews has 3 million words and takes a minute and 3.6 GB to read; the words of a store are
@@ -167,7 +193,8 @@ def vectors_for(store, word2vec: Path, cache: Path | None,
             words.save(cache)
         except SystemExit:  # a read-only or full data folder: slower next time, nothing else
             logging.getLogger("mcn").warning(
-                "could not keep word vectors in %s; they are read again next time", cache)
+                "could not keep word vectors in %s; they are read again next time", cache
+            )
     return words
 
 
@@ -180,17 +207,26 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     every = max(1, store.n_captions // MAX_SENTENCES)
     sentences = [tokenize(text) for text in islice(store.texts(), 0, None, every)]
     # One worker and a fixed seed: the same captions give the same vectors.
-    model = Word2Vec(sentences, vector_size=dim, window=5,
-                     min_count=3 if len(sentences) > 300 else 1, sg=1, seed=seed + 1, workers=1,
-                     epochs=5 if len(sentences) > 20_000 else 20)
+    model = Word2Vec(
+        sentences,
+        vector_size=dim,
+        window=5,
+        min_count=3 if len(sentences) > 300 else 1,
+        sg=1,
+        seed=seed + 1,
+        workers=1,
+        epochs=5 if len(sentences) > 20_000 else 20,
+    )
     words = list(model.wv.index_to_key)
     if not words:
         raise SystemExit(
             f"{store.path}: no word occurs often enough in its captions to train "
-            "vectors; give --word2vec")
+            "vectors; give --word2vec"
+        )
     # Of few captions, all words' vectors point much the same way; what tells them apart is the rest
     # (Mu & Viswanath 2018).
     vectors = model.wv.vectors - model.wv.vectors.mean(axis=0)
     # The scale of GoogleNews' vectors, whose rms norm is about 2: encoders are initialised for it.
-    return WordVectors(words, vectors * (2.0 / np.sqrt((vectors**2).sum(1).mean())),
-                       f"trained on {store.path}")
+    return WordVectors(
+        words, vectors * (2.0 / np.sqrt((vectors**2).sum(1).mean())), f"trained on {store.path}"
+    )

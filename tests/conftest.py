@@ -23,13 +23,17 @@ from mcn_ext.store import StoreWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT.parent / "shared" / "data" / "spoken_digits"
-STREAMS = {"2d": {"dim": 12, "rate_hz": 1.0}, "3d": {"dim": 6, "rate_hz": 1.5},
-           "mel": {"dim": 40, "rate_hz": 100.0}}
+STREAMS = {
+    "2d": {"dim": 12, "rate_hz": 1.0},
+    "3d": {"dim": 6, "rate_hz": 1.5},
+    "mel": {"dim": 40, "rate_hz": 100.0},
+}
 WORDS = "chop fry boil peel onion carrot egg rice".split()
 
 
-def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, caption="now {} it",
-                **kwargs):
+def write_store(
+    path, n_videos=10, n_captions=6, seed=0, silent_every=5, caption="now {} it", **kwargs
+):
     """A training store in which the word of a caption shows in its video and sound."""
     rng = np.random.default_rng(seed)
     look = {"2d": rng.gamma(0.5, 1, (len(WORDS), 12)), "3d": rng.gamma(0.5, 1, (len(WORDS), 6))}
@@ -42,12 +46,18 @@ def write_store(path, n_videos=10, n_captions=6, seed=0, silent_every=5, caption
             repeats = round(2 * spec["rate_hz"])
             table = sound if name == "mel" else look[name]
             rows[name] = table[np.repeat(content, repeats)] + rng.normal(
-                0, 0.1, (n_captions * repeats, spec["dim"]))
+                0, 0.1, (n_captions * repeats, spec["dim"])
+            )
         if silent_every and video % silent_every == silent_every - 1:
             rows["mel"] = None
         start = np.arange(n_captions) * 2.0
-        writer.add(f"video{video:06d}", rows, start, start + 1.9,
-                   [caption.format(WORDS[c]) for c in content])
+        writer.add(
+            f"video{video:06d}",
+            rows,
+            start,
+            start + 1.9,
+            [caption.format(WORDS[c]) for c in content],
+        )
     return writer.close()
 
 
@@ -65,8 +75,9 @@ def store_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def eval_path(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("eval") / "eval.h5", n_videos=24, n_captions=1,
-                       seed=1)
+    return write_store(
+        tmp_path_factory.mktemp("eval") / "eval.h5", n_videos=24, n_captions=1, seed=1
+    )
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +98,18 @@ def run(*command, cwd, check=True, timeout=300, env=None):
     words = [str(word) for word in command]
     if words[0].endswith(".py"):
         words[0] = str(ROOT / words[0])
-    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, **(env or {})})
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
     if check and done.returncode:
         raise AssertionError(
-            f"{words} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            f"{words} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return done
 
 
@@ -125,8 +143,47 @@ def call(script, *args, cwd, check=True, pictures=False):
 
 
 # Flags of a run that takes seconds; all that changes its numbers is in them.
-SMALL = ("--preset", "demo", "--embd_dim", 16, "--recon_dim", 8, "--audio_width", 0.0625,
-         "--audio_frames", 200, "--batch_size", 4, "--n_pair", 4, "--cluster_size", 4,
-         "--queue_size", 2, "--refit_every", 2, "--epochs", 2, "--log_every", 1, "--device", "cpu",
-         "--min_time", 1, "--max_words", 20, "--lr", 1e-3, "--temperature", 0.07, "--margin", 0.001,
-         "--cluster_weight", 0.1, "--recon_weight", 1, "--audio_augment", 0)
+SMALL = (
+    "--preset",
+    "demo",
+    "--embd_dim",
+    16,
+    "--recon_dim",
+    8,
+    "--audio_width",
+    0.0625,
+    "--audio_frames",
+    200,
+    "--batch_size",
+    4,
+    "--n_pair",
+    4,
+    "--cluster_size",
+    4,
+    "--queue_size",
+    2,
+    "--refit_every",
+    2,
+    "--epochs",
+    2,
+    "--log_every",
+    1,
+    "--device",
+    "cpu",
+    "--min_time",
+    1,
+    "--max_words",
+    20,
+    "--lr",
+    1e-3,
+    "--temperature",
+    0.07,
+    "--margin",
+    0.001,
+    "--cluster_weight",
+    0.1,
+    "--recon_weight",
+    1,
+    "--audio_augment",
+    0,
+)

@@ -15,8 +15,10 @@ THREADS = 2  # of this process: the same result again is to be the same with sev
 def blobs(k=8, per=50, d=16, noise=0.1, seed=0):
     g = torch.Generator().manual_seed(seed)
     centres = unit_rows(torch.randn(k, d, generator=g))
-    return (centres.repeat_interleave(per, 0) + noise * torch.randn(k * per, d, generator=g),
-            torch.arange(k).repeat_interleave(per))
+    return (
+        centres.repeat_interleave(per, 0) + noise * torch.randn(k * per, d, generator=g),
+        torch.arange(k).repeat_interleave(per),
+    )
 
 
 def cosine_inertia(x, centroids, labels):
@@ -50,11 +52,22 @@ def test_as_good_as_scikit_learn(data, request):
     x = unit_rows(x)
     ours, theirs = [], []
     for seed in range(10):
-        ours.append(cosine_inertia(x, *spherical_kmeans(
-            x, k, max_iter=100, generator=torch.Generator().manual_seed(seed))))
+        ours.append(
+            cosine_inertia(
+                x,
+                *spherical_kmeans(
+                    x, k, max_iter=100, generator=torch.Generator().manual_seed(seed)
+                ),
+            )
+        )
         fitted = cluster.KMeans(k, n_init=1, max_iter=100, random_state=seed).fit(x.numpy())
-        theirs.append(cosine_inertia(x, unit_rows(torch.from_numpy(fitted.cluster_centers_)),
-                                     torch.from_numpy(fitted.labels_).long()))
+        theirs.append(
+            cosine_inertia(
+                x,
+                unit_rows(torch.from_numpy(fitted.cluster_centers_)),
+                torch.from_numpy(fitted.labels_).long(),
+            )
+        )
     assert sum(ours) <= 1.01 * sum(theirs)
 
 
@@ -96,21 +109,31 @@ def adversaries():
     broken[3], broken[5], broken[7], broken[9, 2] = 0, float("nan"), float("inf"), -float("inf")
     outliers = torch.cat([one + 1e-3 * spread(4000, 8), -spread(3, 8, 1)])
     return {
-        "all equal": (one.repeat(50, 1), 1), "two directions": (spread(2, 8).repeat(30, 1), 2),
+        "all equal": (one.repeat(50, 1), 1),
+        "two directions": (spread(2, 8).repeat(30, 1), 2),
         "five directions": (spread(5, 8).repeat_interleave(torch.tensor([1, 1, 1, 1, 996]), 0), 5),
         "zero rows": (torch.cat([torch.zeros(50, 8), spread(40, 8)]), 40),
-        "one giant cluster": (outliers, 4003), "norms 1e-20 to 1e20": (scaled, 60),
-        "norms of 1e-20": (spread(60, 8) * 1e-20, 60), "norms of 1e20": (spread(60, 8) * 1e20, 60),
-        "not finite": (broken, 56), "fewer rows than k": (spread(7, 8), 7),
+        "one giant cluster": (outliers, 4003),
+        "norms 1e-20 to 1e20": (scaled, 60),
+        "norms of 1e-20": (spread(60, 8) * 1e-20, 60),
+        "norms of 1e20": (spread(60, 8) * 1e20, 60),
+        "not finite": (broken, 56),
+        "fewer rows than k": (spread(7, 8), 7),
         "opposite rows": (torch.cat([spread(30, 8), -spread(30, 8)]), 60),
         # 1 - cos is about 1e-10: no two cosines differ in fp32
         "nearly equal": (torch.ones(2000, 8) + 1e-5 * spread(2000, 8), 2000),
-        "one dimension": (spread(50, 1), 2)}
+        "one dimension": (spread(50, 1), 2),
+    }
 
 
 @pytest.mark.parametrize("name", list(adversaries()))
-@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(
-    half, marks=pytest.mark.slow) for half in (torch.float16, torch.bfloat16))])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.float16, torch.bfloat16)),
+    ],
+)
 def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
     rows, distinct = adversaries()[name]
     x = rows.to(dtype)
@@ -198,17 +221,27 @@ def test_a_start_is_mended_not_believed():
 def test_what_cannot_be_clustered_is_refused():
     with pytest.raises(ValueError, match="nothing to cluster"):
         spherical_kmeans(torch.zeros(4, 2), 2)
-    for x, k, init in ((spread(9, 2), 2, torch.zeros(3, 4)), (spread(9, 2), 0, None),
-                       (spread(9, 2), 2, spread(3, 2)), (spread(1, 9)[0], 2, None)):
+    for x, k, init in (
+        (spread(9, 2), 2, torch.zeros(3, 4)),
+        (spread(9, 2), 0, None),
+        (spread(9, 2), 2, spread(3, 2)),
+        (spread(1, 9)[0], 2, None),
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             spherical_kmeans(x, k, init=init)
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 60), d=st.integers(1, 20), k=st.integers(1, 40), seed=st.integers(0, 99),
-       distinct=st.integers(1, 60), scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e4, 1e30]),
-       shared=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
-       dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+@given(
+    n=st.integers(1, 60),
+    d=st.integers(1, 20),
+    k=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    distinct=st.integers(1, 60),
+    scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e4, 1e30]),
+    shared=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
 def test_any_rows_give_unit_centroids(n, d, k, seed, distinct, scale, shared, dtype):
     rows = spread(min(distinct, n), d, seed) + shared
     x = (rows[torch.arange(n) % len(rows)] * scale).to(dtype)
@@ -242,8 +275,9 @@ def test_online_clusters_fit_when_full_warm_start_and_resume():
 
 def test_queue_without_enough_usable_rows_waits():
     clusters = OnlineClusters(4, queue_size=1, refit_every=1)
-    clusters.push(torch.cat([torch.zeros(10, 3), torch.full((5, 3), float("nan")),
-                             torch.ones(2, 3)]))
+    clusters.push(
+        torch.cat([torch.zeros(10, 3), torch.full((5, 3), float("nan")), torch.ones(2, 3)])
+    )
     assert clusters.centroids is None
 
 
@@ -305,7 +339,16 @@ def test_any_number_of_ranks_finds_the_same_clusters(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     env = {"PYTHONPATH": str(ROOT)}
     for ranks in (1, 2, 4):
-        run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
-            tmp_path / "ranks.py", tmp_path / f"{ranks}.pt", cwd=tmp_path, env=env)
+        run(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            ranks,
+            tmp_path / "ranks.py",
+            tmp_path / f"{ranks}.pt",
+            cwd=tmp_path,
+            env=env,
+        )
     one, two, four = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (1, 2, 4))
     assert torch.equal(one, two) and torch.equal(one, four)

@@ -10,8 +10,7 @@ from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
 from tests.test_model import SIZES, batch
 
-pytestmark = [pytest.mark.cuda,
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 def on_gpu(data):
@@ -34,10 +33,12 @@ def test_step_on_a_gpu_equals_the_cpu(dtype, full):
         device = moved["audio"].device.type
         model = model.to(device)
         model.zero_grad()
-        objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1,
-                              refit_every=1)
-        with torch.autocast(device, dtype=dtype, enabled=device == "cuda"
-                            and dtype != torch.float32):
+        objective = Objective(
+            model.modalities, model.modalities, cluster_size=2, queue_size=1, refit_every=1
+        )
+        with torch.autocast(
+            device, dtype=dtype, enabled=device == "cuda" and dtype != torch.float32
+        ):
             embeddings, errors = model(moved)
         total = objective(embeddings, errors, moved)["total"]
         total.backward()
@@ -72,8 +73,9 @@ def test_clusters_on_a_gpu_are_the_cpus_and_repeat_bit_for_bit(dtype):
 def test_a_bad_step_on_a_gpu_leaves_no_trace(fault, tmp_path):
     torch.manual_seed(0)
     model = MCN("AVT", **SIZES).cuda()
-    objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1,
-                          refit_every=1)
+    objective = Objective(
+        model.modalities, model.modalities, cluster_size=2, queue_size=1, refit_every=1
+    )
     optimizer = torch.optim.Adam(model.parameters())
     scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
     guard = Guard(model, objective, optimizer, scaler, tmp_path)

@@ -44,16 +44,21 @@ def test_clips_differ_while_there_are_enough_and_repeat_with_the_same_id():
 
 def test_reader_cuts_and_marks_what_is_not_there(store_path):
     store = Store(store_path)
-    reader = ClipReader(store, video_streams=("2d", "3d"), audio=True, words=VECTORS,
-                        audio_frames=150, max_words=2)
+    reader = ClipReader(
+        store, video_streams=("2d", "3d"), audio=True, words=VECTORS, audio_frames=150, max_words=2
+    )
     out = reader.read(0, [(1, 1), (2, 3)])
     rows = store.clips(0, "2d", [2.0], [3.9])[0]
     assert len(rows) == 2  # int(2.0 * 1) : int(3.9 * 1) + 1
     np.testing.assert_array_equal(out["video.2d"][0], rows.astype(np.float32).max(0))
-    np.testing.assert_array_equal(out["audio"][0, :, :150].T,
-                                  store.clips(0, "mel", [2.0], [3.9])[0][:150].astype(np.float32))
-    assert (out["n_frames"].tolist() == [150, 150] and out["valid.audio"].all()
-            and out["valid.text"].all())
+    np.testing.assert_array_equal(
+        out["audio"][0, :, :150].T, store.clips(0, "mel", [2.0], [3.9])[0][:150].astype(np.float32)
+    )
+    assert (
+        out["n_frames"].tolist() == [150, 150]
+        and out["valid.audio"].all()
+        and out["valid.text"].all()
+    )
     assert (out["words"][0] >= 0).sum() == 1 and (out["words"][1] >= 0).sum() == 2
     silent = reader.read(4, [(0, 0)])  # the store's fifth video has no sound
     assert not silent["valid.audio"].any() and silent["n_frames"][0] == 0
@@ -71,8 +76,13 @@ def test_constant_and_broken_sound_is_not_valid(tmp_path):
     mel[300, 7] = np.nan
     video = np.ones((4, 12))
     video[1, 3] = np.inf
-    writer.add("a", {"2d": video, "3d": np.zeros((6, 6)), "mel": mel}, [0, 1, 2, 3],
-               [0.9, 1.9, 2.9, 3.9], list("abcd"))
+    writer.add(
+        "a",
+        {"2d": video, "3d": np.zeros((6, 6)), "mel": mel},
+        [0, 1, 2, 3],
+        [0.9, 1.9, 2.9, 3.9],
+        list("abcd"),
+    )
     reader = ClipReader(Store(writer.close()), video_streams=("2d",), audio=True)
     out = reader.read(0, [(i, i) for i in range(4)])
     assert out["valid.audio"].tolist() == [False, True, False, False]
@@ -92,8 +102,14 @@ def flat(batches):
 
 def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
     def batches(workers, epoch, start=0, seed=0):
-        reader = ClipReader(Store(store_path), video_streams=("2d",), audio=True, words=VECTORS,
-                            audio_frames=100, audio_augment=1.0)
+        reader = ClipReader(
+            Store(store_path),
+            video_streams=("2d",),
+            audio=True,
+            words=VECTORS,
+            audio_frames=100,
+            audio_augment=1.0,
+        )
         clips = TrainingClips(reader, n_pair=3, min_time=1.0, seed=seed)
         return flat(Loader(clips, 4, workers, torch.device("cpu")).epoch(epoch, start))
 
@@ -108,17 +124,33 @@ def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
 
 
 def test_collate_pads_audio_and_to_device_looks_words_up():
-    items = [{"audio": np.ones((2, 40, 20), np.float32), "words": np.array([[0, -1], [1, 0]]),
-              "valid.audio": np.ones(2, bool), "video.2d": np.zeros((2, 3), np.float32)},
-             {"audio": np.ones((1, 40, 33), np.float32), "words": np.array([[-1, -1]]),
-              "valid.audio": np.zeros(1, bool), "video.2d": np.zeros((1, 3), np.float32)}]
+    items = [
+        {
+            "audio": np.ones((2, 40, 20), np.float32),
+            "words": np.array([[0, -1], [1, 0]]),
+            "valid.audio": np.ones(2, bool),
+            "video.2d": np.zeros((2, 3), np.float32),
+        },
+        {
+            "audio": np.ones((1, 40, 33), np.float32),
+            "words": np.array([[-1, -1]]),
+            "valid.audio": np.zeros(1, bool),
+            "video.2d": np.zeros((1, 3), np.float32),
+        },
+    ]
     batch = collate(items)
     assert batch["audio"].shape == (3, 40, 48) and batch["audio"][0, 0].sum() == 20
     moved = to_device(batch, torch.device("cpu"), torch.eye(2))
-    assert (moved["text"].shape == (3, 2, 2)
-            and moved["text_mask"].tolist() == [[True, False], [True, True], [False, False]])
-    assert (moved["video"]["2d"].shape == (3, 3)
-            and moved["valid"]["audio"].tolist() == [True, True, False])
+    assert moved["text"].shape == (3, 2, 2) and moved["text_mask"].tolist() == [
+        [True, False],
+        [True, True],
+        [False, False],
+    ]
+    assert moved["video"]["2d"].shape == (3, 3) and moved["valid"]["audio"].tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.slow
@@ -126,8 +158,10 @@ def test_words_from_every_format_agree(tmp_path, store_path, caplog):
     models = pytest.importorskip("gensim.models")
     store = Store(store_path)
     keyed = models.KeyedVectors(5)
-    keyed.add_vectors([*WORDS, "unused"],
-                      np.random.default_rng(0).normal(size=(len(WORDS) + 1, 5)).astype(np.float32))
+    keyed.add_vectors(
+        [*WORDS, "unused"],
+        np.random.default_rng(0).normal(size=(len(WORDS) + 1, 5)).astype(np.float32),
+    )
     keyed.save_word2vec_format(tmp_path / "v.bin", binary=True)
     keyed.save_word2vec_format(tmp_path / "v.txt", binary=False)
     keyed.save(str(tmp_path / "v.kv"))
@@ -137,8 +171,9 @@ def test_words_from_every_format_agree(tmp_path, store_path, caplog):
     np.testing.assert_array_equal(binary.vectors, [keyed[w] for w in binary.words])
     assert vectors_for(store, tmp_path / "v.bin", cache).source == binary.source
     for name in ("v.txt", "v.kv"):
-        np.testing.assert_allclose(vectors_for(store, tmp_path / name, None).vectors,
-                                   binary.vectors, rtol=1e-5)
+        np.testing.assert_allclose(
+            vectors_for(store, tmp_path / name, None).vectors, binary.vectors, rtol=1e-5
+        )
     text = (tmp_path / "v.txt").read_text().splitlines()
     at = next(i for i, line in enumerate(text) if line.startswith("boil "))
     text[at] = "boil 1 2 nan 4 5"
@@ -161,8 +196,14 @@ def test_trained_vectors_repeat(store_path):
 
 
 def test_tokenize_keeps_case_and_apostrophes():
-    assert tokenize("Don't peel the Egg-plant, 2x!") == ["Don't", "peel", "the", "Egg", "plant",
-                                                         "2x"]
+    assert tokenize("Don't peel the Egg-plant, 2x!") == [
+        "Don't",
+        "peel",
+        "the",
+        "Egg",
+        "plant",
+        "2x",
+    ]
 
 
 # ------------------------------------------------------------------------------------ metrics
@@ -195,8 +236,9 @@ def test_summary_of_known_ranks_and_interval():
     # Binomial: 20 +- 1.96 * 4
     assert 10 < low < 14 and 26 < high < 30
     assert summarize(rank) == s
-    assert ("| text->video | 20.0 |" in table({"text->video": s}, 100)
-            and "n = 100" in table({"text->video": s}, 100))
+    assert "| text->video | 20.0 |" in table({"text->video": s}, 100) and "n = 100" in table(
+        {"text->video": s}, 100
+    )
 
 
 # ----------------------------------------------------------------------------- the scripts' parts

@@ -21,8 +21,14 @@ def make_media(path, times=(), pictures=None, sound=None, sound_at=0.0):
     with av.open(str(path), "w") as container:
         packets, streams = [], []
         if len(times):
-            video = container.add_stream("libx264", rate=25, width=64, height=48,
-                                         pix_fmt="yuv420p", options={"preset": "ultrafast"})
+            video = container.add_stream(
+                "libx264",
+                rate=25,
+                width=64,
+                height=48,
+                pix_fmt="yuv420p",
+                options={"preset": "ultrafast"},
+            )
             video.codec_context.time_base = video.time_base = Fraction(1, 1000)
             streams.append(video)
         if sound is not None:
@@ -30,13 +36,16 @@ def make_media(path, times=(), pictures=None, sound=None, sound_at=0.0):
             audio = container.add_stream("pcm_s16le" if pcm else "aac", rate=16_000, layout="mono")
             streams.append(audio)
         for i, at in enumerate(times):
-            picture = (np.full((48, 64, 3), 10 * int(at) + 5, np.uint8) if pictures is None
-                       else pictures[i])
+            picture = (
+                np.full((48, 64, 3), 10 * int(at) + 5, np.uint8)
+                if pictures is None
+                else pictures[i]
+            )
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = round(1000 * at), Fraction(1, 1000)
             packets += video.encode(frame)
         for lo in range(0, 0 if sound is None else len(sound), 1024):
-            block = (sound[None, lo:lo + 1024] * 32767).astype(np.int16)
+            block = (sound[None, lo : lo + 1024] * 32767).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
             frame.sample_rate, frame.time_base = 16_000, Fraction(1, 16_000)
             frame.pts = round(sound_at * 16_000) + lo
@@ -44,13 +53,14 @@ def make_media(path, times=(), pictures=None, sound=None, sound_at=0.0):
         for stream in streams:
             packets += stream.encode(None)
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):  # interleaved, as players
-            container.mux(packet)                                          # expect them
+            container.mux(packet)  # expect them
     return path
 
 
 def tone(seconds, hz=440.0):
     return (0.4 * np.sin(2 * np.pi * hz * np.arange(int(16_000 * seconds)) / 16_000)).astype(
-        np.float32)
+        np.float32
+    )
 
 
 def decoded(path, **options):
@@ -62,8 +72,11 @@ def decoded(path, **options):
             out["frame"].append(value[1:])
         elif kind == "mel":
             out["mel"].append(value)
-    return ([at for at, _ in out["frame"]], [p for _, p in out["frame"]],
-            np.concatenate(out["mel"]) if out["mel"] else None)
+    return (
+        [at for at, _ in out["frame"]],
+        [p for _, p in out["frame"]],
+        np.concatenate(out["mel"]) if out["mel"] else None,
+    )
 
 
 # ---------------------------------------------------------------------------------- decoding
@@ -118,7 +131,7 @@ def test_a_turned_camera(tmp_path):
     at = data.index(b"tkhd") + 4 + 40  # the matrix of the track header, 16.16 fixed point
     numbers = [0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30]  # x' = -y + 48, y' = x
     matrix = b"".join(n.to_bytes(4, "big", signed=True) for n in numbers)
-    path.write_bytes(data[:at] + matrix + data[at + 36:])
+    path.write_bytes(data[:at] + matrix + data[at + 36 :])
     _, (pixels, *_), _ = decoded(path)
     assert pixels.shape == (64, 48, 3)
     assert pixels[:28, :, 0].min() > 150 and pixels[36:, :, 0].max() < 60  # clockwise: now on top
@@ -130,11 +143,13 @@ def test_broken_files_are_skipped_with_a_reason(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, len(data), np.uint8).tobytes()
     mp4 = make_media(tmp_path / "x.mp4", np.arange(0, 2, 0.1)).read_bytes()
     for name, content, reason in (
-            ("cut.mkv", data[:len(data) // 2], "breaks off after 10 of 20 s"),
-            ("cut.mp4", mp4[:len(mp4) // 2], "Invalid data"), ("empty.mp4", b"", "Invalid data"),
-            ("text.mp4", b"not a video " * 99, "Invalid data"),
-            ("list.mp4", b"ffconcat version 1.0\nfile good.mkv\n", "a playlist"),
-            ("noise.mkv", data[:2000] + noise[2000:], "breaks off after 0 of 20 s")):
+        ("cut.mkv", data[: len(data) // 2], "breaks off after 10 of 20 s"),
+        ("cut.mp4", mp4[: len(mp4) // 2], "Invalid data"),
+        ("empty.mp4", b"", "Invalid data"),
+        ("text.mp4", b"not a video " * 99, "Invalid data"),
+        ("list.mp4", b"ffconcat version 1.0\nfile good.mkv\n", "a playlist"),
+        ("noise.mkv", data[:2000] + noise[2000:], "breaks off after 0 of 20 s"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Skipped, match=f"{name}: .*{reason}"):
             decoded(tmp_path / name)
@@ -145,8 +160,9 @@ def test_broken_files_are_skipped_with_a_reason(tmp_path):
 def test_real_time_stamps():
     times, pixels, mel = decoded(CLIP)
     with av.open(str(CLIP)) as container:
-        stamps = np.array([float(p.pts * p.time_base) for p in container.demux(video=0)
-                           if p.pts is not None])
+        stamps = np.array(
+            [float(p.pts * p.time_base) for p in container.demux(video=0) if p.pts is not None]
+        )
     nearest = [stamps[np.abs(stamps - k).argmin()] for k in range(len(times))]
     np.testing.assert_array_equal(times, nearest)
     assert len(times) == 19 and np.abs(np.array(times) - np.arange(19)).max() < 0.026
@@ -162,22 +178,44 @@ def test_log_mel_is_librosas():
     rng = np.random.default_rng(0)
     n = 16_000 * 50 + 77  # more than one block of frames
     t = np.arange(n) / 16_000
-    signals = [0.3 * np.sin(2 * np.pi * (200 + 50 * t) * t) + 0.01 * rng.normal(size=n) + 0.1,
-               rng.normal(size=399), np.ones(3), np.zeros(1000), np.r_[np.zeros(9999), 1e-3]]
+    signals = [
+        0.3 * np.sin(2 * np.pi * (200 + 50 * t) * t) + 0.01 * rng.normal(size=n) + 0.1,
+        rng.normal(size=399),
+        np.ones(3),
+        np.zeros(1000),
+        np.r_[np.zeros(9999), 1e-3],
+    ]
     if CLIP.exists():
         with av.open(str(CLIP)) as container:
             resampler = av.AudioResampler("flt", "mono", 16_000)
-            signals.append(np.concatenate([r.to_ndarray().ravel() for frame in
-                                           container.decode(audio=0)
-                                           for r in resampler.resample(frame)]))
+            signals.append(
+                np.concatenate(
+                    [
+                        r.to_ndarray().ravel()
+                        for frame in container.decode(audio=0)
+                        for r in resampler.resample(frame)
+                    ]
+                )
+            )
     for signal_ in signals:
         y = signal_.astype(np.float64) - signal_.mean(dtype=np.float64)
         y = np.append(y[0], y[1:] - 0.97 * y[:-1])
-        power = librosa.feature.melspectrogram(y=y, sr=16_000, n_fft=400, win_length=400,
-                                               hop_length=160, window="hamming", n_mels=40, fmin=20)
+        power = librosa.feature.melspectrogram(
+            y=y,
+            sr=16_000,
+            n_fft=400,
+            win_length=400,
+            hop_length=160,
+            window="hamming",
+            n_mels=40,
+            fmin=20,
+        )
         wanted = librosa.power_to_db(power, ref=np.max, top_db=80).T
         got = logmel.log_mel(signal_)
         print(f"{len(signal_)} samples: {np.abs(got - wanted).max():.1e} dB")
         assert got.shape == wanted.shape and np.abs(got - wanted).max() < 1e-3
-    np.testing.assert_allclose(logmel.mel_filters(), librosa.filters.mel(
-        sr=16_000, n_fft=400, n_mels=40, fmin=20, dtype=np.float64), atol=1e-12)
+    np.testing.assert_allclose(
+        logmel.mel_filters(),
+        librosa.filters.mel(sr=16_000, n_fft=400, n_mels=40, fmin=20, dtype=np.float64),
+        atol=1e-12,
+    )

@@ -23,8 +23,9 @@ def test_effective_rank():
 
 def test_uniformity():
     x = unit_rows(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)))
-    pairs = [(-2 * (x[i] - x[j]).square().sum()).exp() for i in range(30) for j in range(30)
-             if i != j]
+    pairs = [
+        (-2 * (x[i] - x[j]).square().sum()).exp() for i in range(30) for j in range(30) if i != j
+    ]
     assert uniformity(x) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
     assert uniformity(x[:1].repeat(4, 1)) == pytest.approx(0, abs=1e-5)
     assert uniformity(x[:1]) == 0
@@ -34,9 +35,14 @@ def objective_with(audio, video, valid=None, clip_id=None):
     n = len(audio)
     objective = Objective(["audio", "video"], ["audio", "video"], recon_weight=0.0)
     everything = torch.ones(n, dtype=torch.bool)
-    objective({"audio": audio, "video": video}, {}, {
-        "valid": {"audio": everything if valid is None else valid, "video": everything},
-        "clip_id": torch.arange(n) if clip_id is None else clip_id})
+    objective(
+        {"audio": audio, "video": video},
+        {},
+        {
+            "valid": {"audio": everything if valid is None else valid, "video": everything},
+            "clip_id": torch.arange(n) if clip_id is None else clip_id,
+        },
+    )
     return objective
 
 
@@ -55,7 +61,8 @@ def test_diagnose_against_plain_sums():
     assert got["negative_audio_video"] == pytest.approx(sum(others) / len(others), abs=1e-4)
     assert got["alignment_audio_video"] == pytest.approx(2 - 2 * positive, abs=1e-4)
     assert got["norm_video"] == pytest.approx(
-        float(video[torch.arange(40) != 3].norm(dim=1).mean()), rel=1e-4)
+        float(video[torch.arange(40) != 3].norm(dim=1).mean()), rel=1e-4
+    )
     assert 1 < got["rank_audio"] <= 6 and got["uniformity_audio"] < 0
     assert signs_of_collapse(got) == []
 

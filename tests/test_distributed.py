@@ -28,51 +28,94 @@ LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 ONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # Rows of each rank: equal parts, unequal ones, a rank without any; 303: a GPU's block holds
 # positives of the second rank alone.
-SPLITS = {1: [(203,)], 2: [(152, 151), (203, 0)], 3: [(80, 71, 52), (101, 0, 102)],
-          4: [(51, 51, 51, 50), (3, 130, 0, 70)]}
+SPLITS = {
+    1: [(203,)],
+    2: [(152, 151), (203, 0)],
+    3: [(80, 71, 52), (101, 0, 102)],
+    4: [(51, 51, 51, 50), (3, 130, 0, 70)],
+}
 
 
 def rows_of_all(n=203, d=24, dtype=torch.float32):
     """Three modalities of correlated rows of uneven lengths; with rows that are not there, NaN."""
     g = torch.Generator().manual_seed(0)
     base = torch.randn(n, d, generator=g)
-    rows = {name: ((base + 0.7 * torch.randn(n, d, generator=g))
-                   * torch.rand(n, 1, generator=g).add(0.1)).to(dtype) for name in NAMES}
+    rows = {
+        name: (
+            (base + 0.7 * torch.randn(n, d, generator=g)) * torch.rand(n, 1, generator=g).add(0.1)
+        ).to(dtype)
+        for name in NAMES
+    }
     rows["audio"][5], rows["audio"][150] = torch.nan, 0
     valid = {name: torch.rand(n, generator=g) > 0.2 for name in NAMES}
     valid["audio"][5], valid["audio"][150] = False, True
     valid["text"][:60] = False  # none is valid on a first rank
-    options = {"centroids": torch.randn(9, d, generator=g), "cluster_weight": 0.5,
-               "labels": torch.randint(8, (n,), generator=g), "valid": valid,
-               "ids": {pair: torch.randint(100, (n,), generator=g) for pair in TRIANGLE[:2]}}
+    options = {
+        "centroids": torch.randn(9, d, generator=g),
+        "cluster_weight": 0.5,
+        "labels": torch.randint(8, (n,), generator=g),
+        "valid": valid,
+        "ids": {pair: torch.randint(100, (n,), generator=g) for pair in TRIANGLE[:2]},
+    }
     return rows, options
 
 
 # name: (loss of (rows by modality, all that goes with rows, a temperature, group), frozen ones)
 CASES = {
-    "contrastive": (lambda m, x, o, t, **g: m.contrastive_loss(
-        x["text"], x["video"], temperature=t, **g), ()),
-    "contrastive, ids, valid": (lambda m, x, o, t, **g: m.contrastive_loss(
-        x["audio"], x["video"], temperature=t, ids=o["ids"][TRIANGLE[0]],
-        valid=o["valid"]["audio"], **g), ()),
-    "contrastive, one side frozen": (lambda m, x, o, t, **g: m.contrastive_loss(
-        x["text"], x["video"], temperature=t, **g), ("text",)),
-    "published": (lambda m, x, o, t, **g: m.contrastive_loss(
-        x["text"], x["video"], temperature=t * 16, normalize=False, **g), ()),
-    "cluster": (lambda m, x, o, t, **g: m.cluster_loss(
-        x["audio"], o["centroids"], o["labels"], temperature=t, valid=o["valid"]["audio"], **g),
-        ()),
+    "contrastive": (
+        lambda m, x, o, t, **g: m.contrastive_loss(x["text"], x["video"], temperature=t, **g),
+        (),
+    ),
+    "contrastive, ids, valid": (
+        lambda m, x, o, t, **g: m.contrastive_loss(
+            x["audio"],
+            x["video"],
+            temperature=t,
+            ids=o["ids"][TRIANGLE[0]],
+            valid=o["valid"]["audio"],
+            **g,
+        ),
+        (),
+    ),
+    "contrastive, one side frozen": (
+        lambda m, x, o, t, **g: m.contrastive_loss(x["text"], x["video"], temperature=t, **g),
+        ("text",),
+    ),
+    "published": (
+        lambda m, x, o, t, **g: m.contrastive_loss(
+            x["text"], x["video"], temperature=t * 16, normalize=False, **g
+        ),
+        (),
+    ),
+    "cluster": (
+        lambda m, x, o, t, **g: m.cluster_loss(
+            x["audio"], o["centroids"], o["labels"], temperature=t, valid=o["valid"]["audio"], **g
+        ),
+        (),
+    ),
     "mcn": (lambda m, x, o, t, **g: m.mcn_loss(x, TRIANGLE, temperature=t, **o, **g).total, ()),
-    "mcn, stage 2": (lambda m, x, o, t, **g: m.mcn_loss(
-        x, [("audio", "text"), ("text", "video")], clustered=["text"], temperature=t, **o,
-        **g).total, ("audio", "video"))}
+    "mcn, stage 2": (
+        lambda m, x, o, t, **g: (
+            m.mcn_loss(
+                x,
+                [("audio", "text"), ("text", "video")],
+                clustered=["text"],
+                temperature=t,
+                **o,
+                **g,
+            ).total
+        ),
+        ("audio", "video"),
+    ),
+}
 
 
 def part(value, sizes, rank):
     """A rank's rows of tensors with one row a clip, in dictionaries or not."""
     if isinstance(value, dict):
         return {key: part(v, sizes, rank) for key, v in value.items() if key != "centroids"} | (
-            {"centroids": value["centroids"]} if "centroids" in value else {})
+            {"centroids": value["centroids"]} if "centroids" in value else {}
+        )
     return value.split(list(sizes))[rank] if isinstance(value, torch.Tensor) else value
 
 
@@ -87,8 +130,7 @@ def value_and_gradients(module, case, rows, options, group=None, budget=2**31):
         loss = call(module, rows, options, t, group=group)
         loss.backward()
     zero = torch.zeros_like
-    return [loss.detach(), t.grad,
-            *(zero(x) if x.grad is None else x.grad for x in rows.values())]
+    return [loss.detach(), t.grad, *(zero(x) if x.grad is None else x.grad for x in rows.values())]
 
 
 def wrong(scheme, x, y, group):
@@ -125,7 +167,7 @@ def main(out):
         for g in gradients:
             full = torch.zeros(sum(sizes), *g.shape[1:])
             begin = sum(sizes[:rank])
-            full[begin:begin + len(g)] = g
+            full[begin : begin + len(g)] = g
             whole.append(distributed.total(full) / world)
         found[key] = [*(distributed.total(s) / world for s in scalars), *whole]
 
@@ -167,8 +209,11 @@ def sounds(n=203):
     g = torch.Generator().manual_seed(1)
     frames = torch.randint(1, 48, (n,), generator=g)
     frames[:60] = 0
-    return (torch.randn(n, 40, 48, generator=g).double() * 20 - 40, frames,
-            torch.randn(n, 64, generator=g))
+    return (
+        torch.randn(n, 40, 48, generator=g).double() * 20 - 40,
+        frames,
+        torch.randn(n, 64, generator=g),
+    )
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
@@ -181,15 +226,17 @@ def ranks(request, tmp_path_factory):
 def distance(got, want):
     """The largest relative one of a tensor."""
     assert all(torch.isfinite(t).all() for t in (*got, *want))
-    return max(float((g - w).norm() / w.norm().clamp_min(1e-30)) for g, w in zip(
-        got, want, strict=True))
+    return max(
+        float((g - w).norm() / w.norm().clamp_min(1e-30)) for g, w in zip(got, want, strict=True)
+    )
 
 
 @pytest.mark.slow
 def test_losses_and_gradients_are_those_of_one_process(ranks):
     n, found = ranks
-    for sizes, (case, way) in itertools.product(SPLITS[n], [
-            *itertools.product(CASES, (0, 2**31)), ("mcn", "reference")]):
+    for sizes, (case, way) in itertools.product(
+        SPLITS[n], [*itertools.product(CASES, (0, 2**31)), ("mcn", "reference")]
+    ):
         rows = rows_of_all(sum(sizes))
         if way == "reference":
             want = value_and_gradients(reference, case, *rows)
@@ -203,7 +250,7 @@ def test_losses_and_gradients_are_those_of_one_process(ranks):
 def test_the_usual_schemes_are_wrong_by_the_same_measure(ranks, scheme):
     x, y = (rows_of_all(200)[0][name].requires_grad_() for name in ("text", "video"))
     ops.contrastive_loss(x, y).backward()
-    assert distance(ranks[1][scheme], [x.grad[:len(ranks[1][scheme][0])]]) > 1e-2
+    assert distance(ranks[1][scheme], [x.grad[: len(ranks[1][scheme][0])]]) > 1e-2
 
 
 @pytest.mark.slow
@@ -250,10 +297,28 @@ def ranks_of(torchrun):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_hanging_rank_is_named(tmp_path, store_path, number):
     process = subprocess.Popen(
-        [sys.executable, *map(str, LAUNCH), "2", str(ROOT / "train_stage1.py"), "--pair", "AV",
-         "--data", str(store_path), *map(str, SMALL), "--epochs", "2000", "--hang_minutes", "0.05"],
-        cwd=tmp_path, env=os.environ | ONE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, start_new_session=True)
+        [
+            sys.executable,
+            *map(str, LAUNCH),
+            "2",
+            str(ROOT / "train_stage1.py"),
+            "--pair",
+            "AV",
+            "--data",
+            str(store_path),
+            *map(str, SMALL),
+            "--epochs",
+            "2000",
+            "--hang_minutes",
+            "0.05",
+        ],
+        cwd=tmp_path,
+        env=os.environ | ONE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     ranks = {}
     try:
         log = tmp_path / "runs/stage1-AV/log.jsonl"
@@ -270,8 +335,11 @@ def test_a_dead_or_hanging_rank_is_named(tmp_path, store_path, number):
             if line.startswith("the same command goes on"):
                 break
         assert time.monotonic() - begin < 60 and f"process {victim}) has ended or is" in said
-        assert re.search(r"rank 1 \(host .*(reading|computing|saving) step \d+\n"
-                         r"  the others are (computing|saving) step \d+", said), said
+        assert re.search(
+            r"rank 1 \(host .*(reading|computing|saving) step \d+\n"
+            r"  the others are (computing|saving) step \d+",
+            said,
+        ), said
     finally:
         for pid in (process.pid, *ranks.values()):
             with contextlib.suppress(ProcessLookupError):
@@ -280,12 +348,15 @@ def test_a_dead_or_hanging_rank_is_named(tmp_path, store_path, number):
 
 def test_the_fewest_rows_are_sent():
     """A pair's second side is what all ranks see: rows there, gradients back."""
+
     def sent(pairs, wanted):
         ordered, second = ops._columns(pairs, wanted)
         assert second == set(ordered[1::2])
         assert sorted(map(sorted, zip(ordered[::2], ordered[1::2], strict=True))) == sorted(
-            map(sorted, zip(pairs[::2], pairs[1::2], strict=True)))
+            map(sorted, zip(pairs[::2], pairs[1::2], strict=True))
+        )
         return sum(1 + wanted[i] for i in second)
+
     assert sent([0, 1], [1, 1]) == 2 and sent([0, 1], [1, 0]) == 1
     assert sent([0, 1, 0, 2, 1, 2], [1, 1, 1]) == 4
     assert sent([0, 1, 1, 2], [0, 1, 0]) == 2  # stage 2: the new modality against two fixed ones

@@ -27,7 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc
 ALIGNED = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")
 NOT_HERE = {  # threads of the CPU's kernels; the host's check of labels; minutes of emulation
     "test_kernels_do_not_depend_on_the_number_of_threads",
-    "test_labels_outside_are_named_unless_invalid", "test_more_elements_than_32_bits_count"}
+    "test_labels_outside_are_named_unless_invalid",
+    "test_more_elements_than_32_bits_count",
+}
 for module in (test_loss, test_loss_torch):
     for name, test in vars(module).items():
         if name.startswith("test_") and callable(test) and name not in NOT_HERE:
@@ -45,17 +47,42 @@ def small(request):
 def test_kernels_compile_without_spills(architecture, tmp_path):
     """And print each kernel's registers: `pytest -s` shows the table."""
     result = subprocess.run(
-        [NVCC, f"-arch={architecture}", "-std=c++17", "-O3", "--expt-relaxed-constexpr",
-         *(f"-D__CUDA_NO_{name}__" for name in (  # as torch compiles extensions
-             "HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")),
-         "-Xptxas", "-v", "-c", ROOT / "csrc/cuda.cu", "-o", tmp_path / "cuda.o"],
-        capture_output=True, text=True)
+        [
+            NVCC,
+            f"-arch={architecture}",
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            *(
+                f"-D__CUDA_NO_{name}__"
+                for name in (  # as torch compiles extensions
+                    "HALF_OPERATORS",
+                    "HALF_CONVERSIONS",
+                    "BFLOAT16_CONVERSIONS",
+                    "HALF2_OPERATORS",
+                )
+            ),
+            "-Xptxas",
+            "-v",
+            "-c",
+            ROOT / "csrc/cuda.cu",
+            "-o",
+            tmp_path / "cuda.o",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
-    found = re.findall(r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+) bytes stack frame, "
-                       r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
-                       r"[^\n]*", result.stderr, re.S)
-    names = subprocess.run(["c++filt", "-p"], input="\n".join(f[0] for f in found),
-                           capture_output=True, text=True).stdout.split("\n")
+    found = re.findall(
+        r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+        r"[^\n]*",
+        result.stderr,
+        re.S,
+    )
+    names = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(f[0] for f in found), capture_output=True, text=True
+    ).stdout.split("\n")
     print(f"\n{architecture}: kernel, registers, stack bytes, spilled bytes")
     for name, (_, _, stack, stores, _, registers) in zip(names, found, strict=False):
         print(f"  {name.split('::')[-1]:60} {registers:>4} {stack:>5} {stores:>5}")
@@ -70,24 +97,53 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
     toolkit = Path(os.path.realpath(NVCC)).parents[1] / "include"
     if not (toolkit / "cuda_fp16.h").exists():  # nvcc is a wrapper
-        text = subprocess.run([NVCC, "--dryrun", "-c", ROOT / "csrc/cuda.cu"], capture_output=True,
-                              text=True).stderr
+        text = subprocess.run(
+            [NVCC, "--dryrun", "-c", ROOT / "csrc/cuda.cu"], capture_output=True, text=True
+        ).stderr
         toolkit = Path(re.search(r"^#\$ _?TOP=(\S+)|^#\$ TOP=(\S+)", text, re.M)[1]) / "include"
     torch_root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-fPIC", "-fno-math-errno", "-DMCN_EMULATE",
-             "-DMCN_LIBRARY=mcn_emulated", *ALIGNED, f"-I{torch_root}/include",
-             f"-I{torch_root}/include/torch/csrc/api/include", f"-I{ROOT}/csrc"]
-    builds = [subprocess.Popen(["g++", *flags, *extra, "-c", ROOT / "csrc" / source, "-o",
-                                folder / f"{source}.o"], stderr=subprocess.PIPE, text=True)
-              for source, extra in (
-                  ("loss.cpp", []), ("binding.cpp", []),
-                  ("cuda.cu", ["-include", ROOT / "tests/simt.h", f"-I{toolkit}", "-x", "c++"]))]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-fno-math-errno",
+        "-DMCN_EMULATE",
+        "-DMCN_LIBRARY=mcn_emulated",
+        *ALIGNED,
+        f"-I{torch_root}/include",
+        f"-I{torch_root}/include/torch/csrc/api/include",
+        f"-I{ROOT}/csrc",
+    ]
+    builds = [
+        subprocess.Popen(
+            ["g++", *flags, *extra, "-c", ROOT / "csrc" / source, "-o", folder / f"{source}.o"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source, extra in (
+            ("loss.cpp", []),
+            ("binding.cpp", []),
+            ("cuda.cu", ["-include", ROOT / "tests/simt.h", f"-I{toolkit}", "-x", "c++"]),
+        )
+    ]
     for build in builds:
         errors = build.communicate()[1]
         assert build.returncode == 0, errors
     library = folder / "emulated.so"
-    subprocess.run(["g++", "-shared", *ALIGNED, *folder.glob("*.o"), f"-L{torch_root}/lib", "-lc10",
-                    "-ltorch_cpu", "-o", library], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-shared",
+            *ALIGNED,
+            *folder.glob("*.o"),
+            f"-L{torch_root}/lib",
+            "-lc10",
+            "-ltorch_cpu",
+            "-o",
+            library,
+        ],
+        check=True,
+    )
     return library
 
 

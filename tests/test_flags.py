@@ -20,17 +20,21 @@ def parse(*words, stage=1):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_before_torch_is_loaded(script, tmp_path):
     begin = time.perf_counter()
-    done = run("-X", "importtime", ROOT / script, "--help", cwd=tmp_path,
-               env={"PYTHONPATH": str(ROOT)})
-    assert (" torch" not in done.stderr and " h5py" not in done.stderr
-            and " numpy" not in done.stderr)
+    done = run(
+        "-X", "importtime", ROOT / script, "--help", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert (
+        " torch" not in done.stderr and " h5py" not in done.stderr and " numpy" not in done.stderr
+    )
     # How fast it is, is measured elsewhere.
     assert "usage:" in done.stdout and time.perf_counter() - begin < 30
 
 
 def test_hyphens_and_underscores_are_the_same():
-    for words in (("--batch-size", 4, "--max_words=3", "--no-resume"),
-                  ("--batch_size=4", "--max-words", 3, "--no_resume")):
+    for words in (
+        ("--batch-size", 4, "--max_words=3", "--no-resume"),
+        ("--batch_size=4", "--max-words", 3, "--no_resume"),
+    ):
         args = parse(*words)
         assert (args.batch_size, args.max_words, args.resume) == (4, 3, False)
 
@@ -47,13 +51,25 @@ def test_defaults_are_the_published_experiment(tmp_path, monkeypatch):
     (tmp_path / "data/howto100m.h5").touch()
     (tmp_path / "data/word2vec.bin").touch()
     args = flags.complete(parse())
-    assert ((args.preset, str(args.data), str(args.word2vec))
-            == ("paper", "data/howto100m.h5", "data/word2vec.bin"))
+    assert (args.preset, str(args.data), str(args.word2vec)) == (
+        "paper",
+        "data/howto100m.h5",
+        "data/word2vec.bin",
+    )
     assert (args.batch_size, args.n_pair, args.lr, args.epochs) == (128, 32, 1e-4, 20)
-    assert ((args.embd_dim, args.cluster_size, args.queue_size, args.min_time, args.max_words)
-            == (6144, 256, 20, 10, 20))
-    assert ((args.audio_frames, args.audio_width, args.temperature, args.similarity)
-            == (1000, 1.0, 0.05, "cosine"))
+    assert (args.embd_dim, args.cluster_size, args.queue_size, args.min_time, args.max_words) == (
+        6144,
+        256,
+        20,
+        10,
+        20,
+    )
+    assert (args.audio_frames, args.audio_width, args.temperature, args.similarity) == (
+        1000,
+        1.0,
+        0.05,
+        "cosine",
+    )
     assert parse(stage=2).epochs == 10
     assert flags.complete(parse("--similarity", "dot")).temperature == 1.0
 
@@ -61,8 +77,11 @@ def test_defaults_are_the_published_experiment(tmp_path, monkeypatch):
 def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = flags.complete(parse())
-    assert (args.demo and args.preset == "demo"
-            and args.batch_size == flags.PRESETS["demo"]["batch_size"])
+    assert (
+        args.demo
+        and args.preset == "demo"
+        and args.batch_size == flags.PRESETS["demo"]["batch_size"]
+    )
     with pytest.raises(SystemExit, match="--preset paper: no data at data/howto100m.h5"):
         flags.complete(parse("--preset", "paper"))
     with pytest.raises(SystemExit, match="--data gone.h5: no such store"):
@@ -75,16 +94,30 @@ def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
 def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.h5").touch()
-    first = flags.as_dict(flags.complete(parse("--data", "x.h5", "--temperature", 0.2,
-                                               "--min_time", 0.5)))
+    first = flags.as_dict(
+        flags.complete(parse("--data", "x.h5", "--temperature", 0.2, "--min_time", 0.5))
+    )
     args = flags.complete(parse("--temperature", 0.3, stage=2), inherited=first)
-    assert ((str(args.data), args.min_time, args.temperature, args.epochs, args.preset)
-            == ("x.h5", 0.5, 0.3, 10, "paper"))
+    assert (str(args.data), args.min_time, args.temperature, args.epochs, args.preset) == (
+        "x.h5",
+        0.5,
+        0.3,
+        10,
+        "paper",
+    )
 
 
-@pytest.mark.parametrize("words", [("--batch_size", 0), ("--lr", -1), ("--epochs", "x"),
-                                   ("--recon_weight", -0.5), ("--temperature", "nan"),
-                                   ("--unknown_flag", 1)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch_size", 0),
+        ("--lr", -1),
+        ("--epochs", "x"),
+        ("--recon_weight", -0.5),
+        ("--temperature", "nan"),
+        ("--unknown_flag", 1),
+    ],
+)
 def test_bad_values_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(*words)
@@ -104,9 +137,14 @@ def test_sizes_of_the_house():
                 assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), module
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--batch-sise", "4"], "--batch-sise: no such flag, did you mean --batch_size?"),
-    (["--qqq=1"], "--qqq: no such flag ("), (["4"], "4: not a flag's value")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--batch-sise", "4"], "--batch-sise: no such flag, did you mean --batch_size?"),
+        (["--qqq=1"], "--qqq: no such flag ("),
+        (["4"], "4: not a flag's value"),
+    ],
+)
 def test_a_misspelt_flag_is_one_line(words, message, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(*words)

@@ -37,18 +37,26 @@ def test_full_clips_leave_little_empty():
 
 def whole_where_long(monkeypatch):
     """Clips of the longest length are convolved where they lie, as on a GPU."""
-    monkeypatch.setattr(packed, "n_whole", lambda lengths, _: int(
-        (lengths == lengths.max()).sum()))
+    monkeypatch.setattr(packed, "n_whole", lambda lengths, _: int((lengths == lengths.max()).sum()))
 
 
-@pytest.mark.parametrize("lengths", [[7, 0, 300, 1, 24, 2, 151], [300, 0, 12, 300, 299, 300],
-                                     [31, 31], [2, 1]])
-@pytest.mark.parametrize("kind, stride, block, whole", [
-    (Convolution, 1, 0, False), (Convolution, 2, 0, False), (Shortcut, 2, 0, False),
-    (Convolution, 1, 1, False), (Convolution, 1, 2**18, False),
-    (Convolution, 1, 0, True), (Convolution, 2, 0, True), (Shortcut, 2, 0, True)])
-def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, whole, lengths,
-                                                  monkeypatch):
+@pytest.mark.parametrize(
+    "lengths", [[7, 0, 300, 1, 24, 2, 151], [300, 0, 12, 300, 299, 300], [31, 31], [2, 1]]
+)
+@pytest.mark.parametrize(
+    "kind, stride, block, whole",
+    [
+        (Convolution, 1, 0, False),
+        (Convolution, 2, 0, False),
+        (Shortcut, 2, 0, False),
+        (Convolution, 1, 1, False),
+        (Convolution, 1, 2**18, False),
+        (Convolution, 1, 0, True),
+        (Convolution, 2, 0, True),
+        (Shortcut, 2, 0, True),
+    ],
+)
+def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, whole, lengths, monkeypatch):
     """``block``: by :mod:`mcn_ext.minimal`, so many numbers at a time, 256 frames at least."""
     torch.manual_seed(0)
     monkeypatch.setattr(minimal, "pays", lambda *_: bool(block))
@@ -61,9 +69,15 @@ def test_a_convolution_is_that_of_each_clip_alone(kind, stride, block, whole, le
     assert len(frames.order) == len(lengths) == len(set(frames.order))
     rows = torch.randn(frames.n, 5, dtype=torch.float64, requires_grad=True)
     got = layer(rows, frames)
-    want = torch.cat([F.conv2d(clip.t()[None, :, None], layer.weight, stride=(1, stride),
-                               padding=layer.padding)[0, :, 0].t()
-                      for clip in rows.split(lengths.tolist()) if len(clip)])
+    want = torch.cat(
+        [
+            F.conv2d(
+                clip.t()[None, :, None], layer.weight, stride=(1, stride), padding=layer.padding
+            )[0, :, 0].t()
+            for clip in rows.split(lengths.tolist())
+            if len(clip)
+        ]
+    )
     torch.testing.assert_close(got, want)
     upstream = torch.randn_like(got)
     inputs = (rows, layer.weight)
@@ -95,8 +109,9 @@ def test_whole_clips_are_embedded_as_others(training, monkeypatch):
         torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dim_in, dim_out", [
-    (96, 128), pytest.param(256, 96, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dim_in, dim_out", [(96, 128), pytest.param(256, 96, marks=pytest.mark.slow)]
+)
 def test_fewer_products_do_not_cost_accuracy(dim_in, dim_out, monkeypatch):
     """In fp32, output and gradients against float64: no further from it than a direct convolution,
     and what is near it for the wrong reason (the slow way taken) is found."""

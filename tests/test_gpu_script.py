@@ -12,27 +12,55 @@ import pytest
 from mcn_ext import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ["built", "data", "check", "tests", "machine", "loss", "step", "paper: dry run",
-         "paper: stage 1", "paper: words", "paper: stage 2", "paper: evaluate", "demo: stage 1",
-         "demo: words", "demo: stage 2", "demo: evaluate", "experiments"]
+STEPS = [
+    "built",
+    "data",
+    "check",
+    "tests",
+    "machine",
+    "loss",
+    "step",
+    "paper: dry run",
+    "paper: stage 1",
+    "paper: words",
+    "paper: stage 2",
+    "paper: evaluate",
+    "demo: stage 1",
+    "demo: words",
+    "demo: stage 2",
+    "demo: evaluate",
+    "experiments",
+]
 FILES = ["experiments.json", "loss.json", "machine.json", "main.log", "runs.txt", "step.json"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("error" in ops.build_info(), reason="not built")]
 
 
 def gpu_sh(mode, folder, python=sys.executable):
-    environment = os.environ | {"DEVICE": "cpu", "QUICK": "1", "OUT": str(folder / "out"),
-                                "PYTHON": str(python)}
-    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh", mode], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+    environment = os.environ | {
+        "DEVICE": "cpu",
+        "QUICK": "1",
+        "OUT": str(folder / "out"),
+        "PYTHON": str(python),
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu.sh", mode],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=500,
+    )
     summary = done.stdout.rpartition("=== ")[2]
     return done, dict(re.findall(r"^(.+): (rc \d+|left out)", summary, re.MULTILINE))
 
 
 def test_every_step_runs_though_one_fails_and_results_are_kept(tmp_path):
     python = tmp_path / "python3"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *"gpu_check.py") echo broken; exit 3 ;; esac\n'
-                      f'exec {sys.executable} "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *"gpu_check.py") echo broken; exit 3 ;; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
     done, steps = gpu_sh("main", tmp_path, python)
     assert steps == dict.fromkeys(STEPS, "rc 0") | {"check": "rc 3"}, done.stdout[-20000:]
@@ -52,7 +80,10 @@ def test_profiles_and_checks_exit_with_zero(tmp_path):
     done, steps = gpu_sh("profile", tmp_path)
     assert steps == dict.fromkeys(["built", "data", "profiler"], "rc 0") and not done.returncode
     assert "contrastive_loss, N 64" in done.stdout and "training step, AVT" in done.stdout
-    checked = subprocess.run([sys.executable, ROOT / "benchmarks/gpu_check.py"], text=True,
-                             env=os.environ | {"DEVICE": "cpu", "QUICK": "1",
-                                               "PYTHONPATH": str(ROOT)}, capture_output=True)
+    checked = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/gpu_check.py"],
+        text=True,
+        env=os.environ | {"DEVICE": "cpu", "QUICK": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
     assert "0 failures" in checked.stdout and not checked.returncode, checked.stdout

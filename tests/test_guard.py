@@ -16,8 +16,10 @@ from mcn_ext.replay import FirstNotFinite, replay
 from tests.conftest import ROOT, SMALL, call, run
 from tests.test_model import SIZES, batch
 
-FAULTS = {"audio": lambda item: item["audio"].__setitem__((1, 3, 7), np.nan),
-          "video": lambda item: item["video.2d"].__setitem__((1, 3), np.inf)}
+FAULTS = {
+    "audio": lambda item: item["audio"].__setitem__((1, 3, 7), np.nan),
+    "video": lambda item: item["video.2d"].__setitem__((1, 3), np.inf),
+}
 
 
 # The third video of epoch 1 in the small store: of its first batch, and rank 1's where there are 2.
@@ -74,8 +76,10 @@ def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypa
     assert f"forward: first in {part}: aten." in again and NAME in again
     named = call(*command, "--detect", tmp_path / bad["file"], cwd=tmp_path).stdout
     assert named.splitlines()[-3:] == again.splitlines()[-3:]
-    assert "no bad-step-*.pt in" in call(*command, "--out", "other", "--detect", cwd=tmp_path,
-                                         check=False).stderr
+    assert (
+        "no bad-step-*.pt in"
+        in call(*command, "--out", "other", "--detect", cwd=tmp_path, check=False).stderr
+    )
 
 
 def test_a_fault_in_the_model_is_found_by_module(tmp_path, store_path, monkeypatch):
@@ -94,8 +98,16 @@ def test_a_fault_in_the_model_is_found_by_module(tmp_path, store_path, monkeypat
 
     monkeypatch.setattr(model.MCN, "__init__", remember)
     monkeypatch.setattr(model.GatedUnit, "forward", broken)
-    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL,
-               "--max_bad_steps", 3)
+    command = (
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--max_bad_steps",
+        3,
+    )
     done = call(*command, cwd=tmp_path, check=False)
     assert done.returncode == 1 and "3 bad steps in a row (--max_bad_steps)" in done.stderr
     assert "video: embedding not finite in all 16 clips" in done.stdout
@@ -107,16 +119,28 @@ def test_a_fault_in_the_model_is_found_by_module(tmp_path, store_path, monkeypat
     assert "from finite inputs" in again
 
 
-@pytest.mark.parametrize("do, found", [
-    (lambda x: x[1:].view(-1).mul_(math.inf), "aten.mul_.Tensor yields 9 of 9 entries not finite "
-     "in (9,) float32, from finite inputs"),
-    (lambda x: torch.empty_like(x).fill_(math.nan).add_(1), "aten.fill_.Scalar yields 12 of 12 "
-     "entries not finite in (4, 3) float32, from finite inputs"),
-    (lambda x: torch.div(x, 0, out=torch.empty_like(x)), "from finite inputs"),
-    (lambda x: torch.empty(4, 3, dtype=torch.half).copy_(x * 1e6), "aten.copy_.default yields 12 "
-     "of 12 entries not finite in (4, 3) float16, from finite inputs"),
-    (lambda x: torch.empty_like(x)[1:].view(-1)[:2], "all finite"),
-    (lambda x: torch.empty_like(x).copy_(x).mul(2), "all finite")])
+@pytest.mark.parametrize(
+    "do, found",
+    [
+        (
+            lambda x: x[1:].view(-1).mul_(math.inf),
+            "aten.mul_.Tensor yields 9 of 9 entries not finite in (9,) float32, from finite inputs",
+        ),
+        (
+            lambda x: torch.empty_like(x).fill_(math.nan).add_(1),
+            "aten.fill_.Scalar yields 12 of 12 "
+            "entries not finite in (4, 3) float32, from finite inputs",
+        ),
+        (lambda x: torch.div(x, 0, out=torch.empty_like(x)), "from finite inputs"),
+        (
+            lambda x: torch.empty(4, 3, dtype=torch.half).copy_(x * 1e6),
+            "aten.copy_.default yields 12 "
+            "of 12 entries not finite in (4, 3) float16, from finite inputs",
+        ),
+        (lambda x: torch.empty_like(x)[1:].view(-1)[:2], "all finite"),
+        (lambda x: torch.empty_like(x).copy_(x).mul(2), "all finite"),
+    ],
+)
 def test_the_first_operation_is_named_and_not_the_memory(do, found):
     x = torch.ones(4, 3)
     with unwritten_memory_as_nan(), FirstNotFinite() as first:
@@ -127,12 +151,25 @@ def test_the_first_operation_is_named_and_not_the_memory(do, found):
 def small_run(tmp_path, precision="fp32", scale=2.0**10, loss_impl="fused", **options):
     torch.manual_seed(0)
     net = model.MCN("AVT", **SIZES)
-    objective = Objective(net.modalities, net.modalities, cluster_size=3, queue_size=2,
-                          refit_every=1, temperature=0.1, recon_weight=1.0, loss_impl=loss_impl)
+    objective = Objective(
+        net.modalities,
+        net.modalities,
+        cluster_size=3,
+        queue_size=2,
+        refit_every=1,
+        temperature=0.1,
+        recon_weight=1.0,
+        loss_impl=loss_impl,
+    )
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=scale)
-    return net, objective, optimizer, scaler, guard.Guard(net, objective, optimizer, scaler,
-                                                          tmp_path, **options)
+    return (
+        net,
+        objective,
+        optimizer,
+        scaler,
+        guard.Guard(net, objective, optimizer, scaler, tmp_path, **options),
+    )
 
 
 def one_step(net, objective, optimizer, scaler, keeper, content, step, factor=1.0):
@@ -158,10 +195,16 @@ def test_a_bad_step_leaves_no_trace(tmp_path, precision, fault):
         assert one_step(*parts, batch(), step) is None
 
     def everything():
-        return [x.clone() for x in (
-            *net.state_dict().values(), objective.clusters.centroids, *objective.clusters.queue,
-            *[v for s in optimizer.state.values() for v in s.values()],
-            torch.tensor([scaler.get_scale(), objective.clusters.steps, len(keeper.norms)]))]
+        return [
+            x.clone()
+            for x in (
+                *net.state_dict().values(),
+                objective.clusters.centroids,
+                *objective.clusters.queue,
+                *[v for s in optimizer.state.values() for v in s.values()],
+                torch.tensor([scaler.get_scale(), objective.clusters.steps, len(keeper.norms)]),
+            )
+        ]
 
     before, content = everything(), batch()
     if fault == "loss":
@@ -192,12 +235,15 @@ def test_an_overflow_of_the_loss_scale_is_no_bad_step(tmp_path):
     parts = small_run(tmp_path, "fp16", scale=2.0**20, max_bad_steps=1)
     scaler, keeper = parts[3], parts[4]
     hook = parts[0].GU_video.fc.weight.register_hook(
-        lambda g: g * (math.inf if scaler.get_scale() > 2**17 else 1))
+        lambda g: g * (math.inf if scaler.get_scale() > 2**17 else 1)
+    )
     rows = [one_step(*parts, batch(), step) for step in range(5)]
     hook.remove()
     assert [row is not None for row in rows] == [True, True, True, False, False]
-    assert rows[0] == {"skipped": "fp16 overflow: loss scale 1.04858e+06 to 524288",
-                       "gradients": "GU_video.fc.weight"}
+    assert rows[0] == {
+        "skipped": "fp16 overflow: loss scale 1.04858e+06 to 524288",
+        "gradients": "GU_video.fc.weight",
+    }
     keeper.give_up(5)  # does not
     assert keeper.skipped == 3 and keeper.in_a_row == 0 and not guard.find_dumps(tmp_path)
 
@@ -232,7 +278,8 @@ def test_the_newest_bad_steps_are_kept(tmp_path):
     for step in range(1, 9):
         one_step(*parts, content if step % 2 else batch(), step)
     assert [p.name for p in guard.find_dumps(tmp_path)] == [
-        f"bad-step-00000{step}.pt" for step in (3, 5, 7)]
+        f"bad-step-00000{step}.pt" for step in (3, 5, 7)
+    ]
 
 
 @pytest.mark.parametrize("rule", ["off", "clip", pytest.param("skip", marks=pytest.mark.slow)])
@@ -275,8 +322,15 @@ def test_the_replay_finds_a_fault_in_backward(tmp_path, loss_impl):
     net.GU_audio.register_forward_hook(lambda _, __, out: (out.register_hook(fault), None)[1])
     row = one_step(*parts, batch(), 1)
     assert row["skipped"] == "the gradient is not finite" and "DAVEnet" in row["gradients"]
-    text = replay(Path(), tmp_path, net, objective, torch.autocast("cpu", enabled=False),
-                        torch.device("cpu"), lambda ids: [f"clip {i}" for i in ids])
+    text = replay(
+        Path(),
+        tmp_path,
+        net,
+        objective,
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        lambda ids: [f"clip {i}" for i in ids],
+    )
     assert "forward: all finite" in text and "  backward: first aten." in text
     assert "that is not finite: the output of GU_audio, for 1 clips: clip 4" in text
 
@@ -311,9 +365,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_ranks_skip_together_and_name_the_one_clip(tmp_path, store_path):
     (tmp_path / "inject.py").write_text(INJECT.replace("VIDEO", str(VIDEO)))
     flags = ("--pair", "AV", "--data", store_path, *SMALL, "--epochs", 3)
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-               tmp_path / "inject.py", ROOT / "train_stage1.py", *flags, cwd=tmp_path,
-               env={"PYTHONPATH": str(ROOT)})
+    done = run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        tmp_path / "inject.py",
+        ROOT / "train_stage1.py",
+        *flags,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+    )
     rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
     (bad,) = [row for row in rows if "skipped" in row]
     assert len(rows) == 6 and NAME in done.stdout

@@ -16,14 +16,16 @@ from mcn_ext.store import Store, validate
 from mcn_ext.words import WordVectors, vectors_for
 from tests.conftest import WORDS
 
-QUICK = settings(max_examples=20, deadline=None,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 # ---------------------------------------------------------------------------------- pickles
 
 
 def torch_pickle(offset, size, stride):
     """A tensor of a storage of 6 numbers, with a geometry of choice."""
+
     class Storage:
         def __reduce__(self):
             return torch.arange(6.0).storage().__reduce__()
@@ -40,15 +42,22 @@ def dtype_state(code):
 
 
 BROKEN = {
-    "persistent id": b"\x80\x02NQ.", "text persistent id": b"P1\n.",
+    "persistent id": b"\x80\x02NQ.",
+    "text persistent id": b"P1\n.",
     "extension": b"\x80\x02\x82\x01.",
     "declared length": b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b"x.",
     "declared bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
     "memo of gigabytes": b"\x80\x04]r\xff\xff\xff\x7f.",
     "key too deep to hash": b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",
-    "list copied over and over": b"\x80\x04(\x8d" + struct.pack("<Q", 10**6) + b"a" * 10**6
-    + b"\x940" + b"cbuiltins\nlist\n\x940" + b"h\x01h\x00\x85R" * 3000 + b"l.",
-    "object dtype": dtype_state(b"O8"), "void dtype": dtype_state(b"V8"),
+    "list copied over and over": b"\x80\x04(\x8d"
+    + struct.pack("<Q", 10**6)
+    + b"a" * 10**6
+    + b"\x940"
+    + b"cbuiltins\nlist\n\x940"
+    + b"h\x01h\x00\x85R" * 3000
+    + b"l.",
+    "object dtype": dtype_state(b"O8"),
+    "void dtype": dtype_state(b"V8"),
     "object scalar": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRNtR.",
     "array beyond its bytes": b"cnumpy.core.numeric\n_frombuffer\n(C\x08aaaaaaaacnumpy\ndtype\n"
     b"(S'f8'\ntR(I9\ntS'C'\ntR.",
@@ -105,10 +114,28 @@ def laughs(depth=40):
 
 # laughs is called in the tests: hypothesis now and then prints a strategy, and would not end.
 VALUES = st.one_of(
-    st.none(), st.floats(), st.integers(-10**400, 10**400), st.text(max_size=5), st.booleans(),
-    st.lists(st.floats(width=32), max_size=4), st.binary(max_size=3),
-    st.sampled_from([laughs, {}, "\ud83d", "a\0b", np.ones((2, 2)), np.zeros(0), np.array(1.0),
-                     torch.ones(12), torch.ones(40, 5), np.full((40, 3), 1e30)]))
+    st.none(),
+    st.floats(),
+    st.integers(-(10**400), 10**400),
+    st.text(max_size=5),
+    st.booleans(),
+    st.lists(st.floats(width=32), max_size=4),
+    st.binary(max_size=3),
+    st.sampled_from(
+        [
+            laughs,
+            {},
+            "\ud83d",
+            "a\0b",
+            np.ones((2, 2)),
+            np.zeros(0),
+            np.array(1.0),
+            torch.ones(12),
+            torch.ones(40, 5),
+            np.full((40, 3), 1e30),
+        ]
+    ),
+)
 
 
 def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
@@ -133,11 +160,13 @@ def test_lists_that_unfold_are_not_text_or_numbers(tmp_path):
         with pytest.raises(ValueError, match="where a text is expected"):
             captions.as_text(value)
     item = {"id": "a", "caption": "fry", "2d": np.ones(1, np.float32)}
-    (tmp_path / "y.pkl").write_bytes(pickle.dumps(
-        [item, item | {"caption": laughs(3)}, item | {"2d": [laughs(3)]}]))
+    (tmp_path / "y.pkl").write_bytes(
+        pickle.dumps([item, item | {"caption": laughs(3)}, item | {"2d": [laughs(3)]}])
+    )
     assert "2 skipped" in youcook2.prepare(tmp_path / "y.pkl", tmp_path / "y.h5")
-    (tmp_path / "c.pickle").write_bytes(pickle.dumps(
-        {"a": {"start": [0], "end": [1], "text": [laughs(3)]}}))
+    (tmp_path / "c.pickle").write_bytes(
+        pickle.dumps({"a": {"start": [0], "end": [1], "text": [laughs(3)]}})
+    )
     with pytest.raises(Skipped, match="where a text is expected"):
         captions.Captions(tmp_path / "c.pickle").of("a")
 
@@ -146,8 +175,16 @@ def test_lists_that_unfold_are_not_text_or_numbers(tmp_path):
 @given(st.sampled_from(["2d", "3d", "audio", "caption", "id"]), VALUES)
 @QUICK
 def test_youcook2_keeps_or_lists_any_clip(tmp_path, key, value):
-    items = [{"id": f"c{i}", "caption": "fry", "2d": np.ones(12, np.float32), "3d": np.ones(6),
-              "audio": np.ones((40, 9), np.float32)} for i in range(3)]
+    items = [
+        {
+            "id": f"c{i}",
+            "caption": "fry",
+            "2d": np.ones(12, np.float32),
+            "3d": np.ones(6),
+            "audio": np.ones((40, 9), np.float32),
+        }
+        for i in range(3)
+    ]
     items[1][key] = value() if value is laughs else value
     (tmp_path / "y.pkl").write_bytes(pickle.dumps(items))
     said = youcook2.prepare(tmp_path / "y.pkl", tmp_path / "y.h5", overwrite=True)
@@ -162,24 +199,34 @@ def test_howto100m_keeps_or_lists_any_captions(tmp_path, key, value, whole):
     for i in range(2):
         np.savez(tmp_path / f"v{i}_2d.npz", features=np.ones((30, 4), np.float16))
     (tmp_path / "list.csv").write_text("path\nv0\nv1\n")
-    captions = {f"v{i}": {"start": [0.0, 4.0], "end": [2.0, 6.0], "text": ["chop", "fry"]}
-                for i in range(2)}
+    captions = {
+        f"v{i}": {"start": [0.0, 4.0], "end": [2.0, 6.0], "text": ["chop", "fry"]} for i in range(2)
+    }
     value = value() if value is laughs else value
     if whole:
         captions["v1"][key] = value
     else:
         captions["v1"][key][0] = value
     (tmp_path / "c.pickle").write_bytes(pickle.dumps(captions))
-    said = howto100m.prepare(tmp_path / "list.csv", tmp_path, None, tmp_path / "c.pickle",
-                             tmp_path / "o.h5", rates={"2d": 1.0, "3d": 1.5, "mel": 100.0},
-                             overwrite=True, workers=1)
+    said = howto100m.prepare(
+        tmp_path / "list.csv",
+        tmp_path,
+        None,
+        tmp_path / "c.pickle",
+        tmp_path / "o.h5",
+        rates={"2d": 1.0, "3d": 1.5, "mel": 100.0},
+        overwrite=True,
+        workers=1,
+    )
     assert "2 of 2 videos" in said or "1 of 2 videos" in said and "1 skipped" in said
     validate(tmp_path / "o.h5")
 
 
 def test_lists_and_captions_that_are_none(tmp_path):
-    for content, message in ((b"path\n\"" + b"x" * 200_000, "not a CSV"),
-                             (b"\xff\xfe", "no column")):
+    for content, message in (
+        (b'path\n"' + b"x" * 200_000, "not a CSV"),
+        (b"\xff\xfe", "no column"),
+    ):
         (tmp_path / "list.csv").write_bytes(content)
         with pytest.raises(SystemExit, match=f"list.csv: {message}"):
             howto100m.read_list(tmp_path / "list.csv")

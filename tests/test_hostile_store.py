@@ -125,8 +125,7 @@ STRUCTURES = {
     "external link": lambda f: link(f, "2d/data", h5py.ExternalLink("other.h5", "2d/data")),
     "soft link": lambda f: link(f, "2d/data", h5py.SoftLink("/mel/data")),
     "linked group": lambda f: link(f, "2d", h5py.SoftLink("/mel")),
-    "bytes of another file": lambda f: replace(f, "2d/data",
-                                               external=[("/etc/passwd", 0, 10**6)]),
+    "bytes of another file": lambda f: replace(f, "2d/data", external=[("/etc/passwd", 0, 10**6)]),
     "chunked": lambda f: replace(f, "2d/data", chunks=True),
     "compressed": lambda f: replace(f, "2d/data", shape=(2**24, 12), compression="gzip"),
     "never written": lambda f: replace(f, "2d/data", shape=(2**40, 12)),
@@ -170,7 +169,8 @@ def test_virtual_datasets_are_refused(tmp_path, store_path):
 def test_captions_without_a_time_are_refused(tmp_path, store_path, start, end):
     with pytest.raises(StoreError, match="a: captions need"):
         StoreWriter(tmp_path / "w.h5", {"2d": STREAMS["2d"]}, "test").add(
-            "a", {}, [start], [end], ["x"])
+            "a", {}, [start], [end], ["x"]
+        )
     path = tmp_path / "s.h5"
     path.write_bytes(store_path.read_bytes())
     with h5py.File(path, "r+") as file:
@@ -191,7 +191,7 @@ def test_texts_that_share_one_heap_do_not_unfold(tmp_path):
     with h5py.File(path) as file:
         at = file["caption/text"].id.get_offset()
     data = bytearray(path.read_bytes())
-    data[at:at + 16 * n] = data[at:at + 16] * n
+    data[at : at + 16 * n] = data[at : at + 16] * n
     path.write_bytes(bytes(data))
     seal(path)
     with pytest.raises(StoreError, match="caption/text: texts from 0 on are not in the file"):
@@ -230,8 +230,12 @@ def test_no_file_stays_open_over_epochs_shards_and_workers(tmp_path, monkeypatch
     store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))
     assert len(store.files) > 6
     store.ids()  # opened here, then forked
-    loader = Loader(CountingClips(ClipReader(store, video_streams=("2d",)), n_pair=2, min_time=1.0,
-                                  seed=0), 4, workers, torch.device("cpu"))
+    loader = Loader(
+        CountingClips(ClipReader(store, video_streams=("2d",)), n_pair=2, min_time=1.0, seed=0),
+        4,
+        workers,
+        torch.device("cpu"),
+    )
     counts, here = [], []
     for epoch in range(4):
         counts.append(max(int(batch["open"].max()) for batch in loader.epoch(epoch)))

@@ -38,9 +38,11 @@ def awkward_store(path, **kwargs):
     writer = StoreWriter(path, STREAMS, "test", **kwargs)
     for video in range(12):
         seconds = int(rng.integers(2, 40))
-        rows = {"2d": np.maximum(rng.normal(0, 1, (seconds, 12)), 0),
-                "3d": rng.normal(0, 1, (seconds * 3 // 2, 6)),
-                "mel": rng.uniform(-80, 0, (seconds * 100 - video, 40))}
+        rows = {
+            "2d": np.maximum(rng.normal(0, 1, (seconds, 12)), 0),
+            "3d": rng.normal(0, 1, (seconds * 3 // 2, 6)),
+            "mel": rng.uniform(-80, 0, (seconds * 100 - video, 40)),
+        }
         if video == 1:
             rows["mel"][:] = -80.0
         if video == 2:
@@ -63,8 +65,13 @@ def awkward_store(path, **kwargs):
         start = np.sort(rng.uniform(0, seconds * 1.3, n)).astype(np.float32)
         length = rng.uniform(0, 6, n).astype(np.float32)
         length[0] = 3600 if video == 8 else length[0]
-        writer.add(f"v{video}", rows, start, start + length,
-                   [" ".join(rng.choice([*WORDS, "zebra"], 4)) for _ in range(n)])
+        writer.add(
+            f"v{video}",
+            rows,
+            start,
+            start + length,
+            [" ".join(rng.choice([*WORDS, "zebra"], 4)) for _ in range(n)],
+        )
     return writer.close()
 
 
@@ -74,19 +81,35 @@ def read_all(files):
     for path in files:
         with h5py.File(path) as file:
             for i in range(len(file["video/id"])):
-                cut = {name: slice(*file[f"{name}/offset"][i:i + 2]) for name in
-                       ("2d", "3d", "mel", "caption")}
-                videos.append({name: file[f"{name}/data"][cut[name]] for name in STREAMS} | {
-                    key: file[f"caption/{key}"][cut["caption"]] for key in ("start", "end")} | {
-                    "text": file["caption/text"].asstr()[cut["caption"]]})
+                cut = {
+                    name: slice(*file[f"{name}/offset"][i : i + 2])
+                    for name in ("2d", "3d", "mel", "caption")
+                }
+                videos.append(
+                    {name: file[f"{name}/data"][cut[name]] for name in STREAMS}
+                    | {key: file[f"caption/{key}"][cut["caption"]] for key in ("start", "end")}
+                    | {"text": file["caption/text"].asstr()[cut["caption"]]}
+                )
     return videos
 
 
 def simple_batch(videos, keys, n_pair, seed, augment):
     """A batch, a clip at a time: what a fast loader must equal."""
     first_caption = np.cumsum([0] + [len(v["start"]) for v in videos])
-    out = {key: [] for key in ("clip_id", "2d", "3d", "valid.video", "n_frames", "valid.audio",
-                               "words", "caption_id", "valid.text")}
+    out = {
+        key: []
+        for key in (
+            "clip_id",
+            "2d",
+            "3d",
+            "valid.video",
+            "n_frames",
+            "valid.audio",
+            "words",
+            "caption_id",
+            "valid.text",
+        )
+    }
     sounds, longest = [], 16
     for epoch, number in keys:
         video, rng = videos[number], np.random.default_rng((seed, epoch, number))
@@ -96,20 +119,30 @@ def simple_batch(videos, keys, n_pair, seed, augment):
             if len(spans) == n_pair:
                 break
         for first, last in [list(spans)[i % len(spans)] for i in range(n_pair)]:
-            clip = {name: video[name][int(float(start[first]) * spec["rate_hz"]):
-                                      int(float(end[last]) * spec["rate_hz"]) + 1]
-                    for name, spec in STREAMS.items()}
+            clip = {
+                name: video[name][
+                    int(float(start[first]) * spec["rate_hz"]) : int(
+                        float(end[last]) * spec["rate_hz"]
+                    )
+                    + 1
+                ]
+                for name, spec in STREAMS.items()
+            }
             out["clip_id"].append(((first_caption[number] + first) << 20) + last - first)
             good = True
             for name in ("2d", "3d"):
-                row = clip[name].max(axis=0) if len(clip[name]) else np.zeros(
-                    STREAMS[name]["dim"], np.float16)
+                row = (
+                    clip[name].max(axis=0)
+                    if len(clip[name])
+                    else np.zeros(STREAMS[name]["dim"], np.float16)
+                )
                 usable = bool(np.isfinite(row).all() and row.any())
-                out[name].append(row.astype(np.float32) * usable if usable else
-                                 np.zeros(len(row), np.float32))
+                out[name].append(
+                    row.astype(np.float32) * usable if usable else np.zeros(len(row), np.float32)
+                )
                 good &= usable
             out["valid.video"].append(good)
-            mel = clip["mel"][:16 * FRAMES].astype(np.float32)
+            mel = clip["mel"][: 16 * FRAMES].astype(np.float32)
             silent = not len(mel) or not np.isfinite(mel).all() or np.ptp(mel) <= 0.1
             if augment and not silent:
                 mel = perturb_voice(mel, rng, augment)
@@ -117,26 +150,38 @@ def simple_batch(videos, keys, n_pair, seed, augment):
             sounds.append(mel[:0] if silent else mel[:FRAMES])
             out["n_frames"].append(len(sounds[-1]))
             out["valid.audio"].append(not silent)
-            words = [WORDS.index(w) for w in tokenize(" ".join(video["text"][first:last + 1]))
-                     if w in WORDS][:N_WORDS]
+            words = [
+                WORDS.index(w)
+                for w in tokenize(" ".join(video["text"][first : last + 1]))
+                if w in WORDS
+            ][:N_WORDS]
             out["words"].append(words + [-1] * (N_WORDS - len(words)))
             out["caption_id"].append(caption_id(np.array(words, np.int64)))
             out["valid.text"].append(bool(words))
     audio = np.zeros((len(sounds), 40, -(-longest // 16) * 16), np.float32)
     for into, mel in zip(audio, sounds, strict=True):
-        into[:, :len(mel)] = mel.T
+        into[:, : len(mel)] = mel.T
     return {key: np.array(value) for key, value in out.items()} | {"audio": audio}
 
 
-@pytest.mark.parametrize("workers,augment,name", [(0, 0.0, "s.h5"), (1, 0.0, "shards"),
-                                                  (0, 1.0, "s.h5")])
+@pytest.mark.parametrize(
+    "workers,augment,name", [(0, 0.0, "s.h5"), (1, 0.0, "shards"), (0, 1.0, "s.h5")]
+)
 def test_batches_are_those_of_a_simple_loader(tmp_path, workers, augment, name):
     store = Store(awkward_store(tmp_path / name, shard_mib=0.5 if name == "shards" else 512))
     assert (len(store.files) > 1) == (name == "shards")
-    reader = ClipReader(store, video_streams=("2d", "3d"), audio=True, words=VECTORS,
-                        audio_frames=FRAMES, max_words=N_WORDS, audio_augment=augment)
-    loader = Loader(TrainingClips(reader, n_pair=5, min_time=1.0, seed=3), 2, workers,
-                    torch.device("cpu"))
+    reader = ClipReader(
+        store,
+        video_streams=("2d", "3d"),
+        audio=True,
+        words=VECTORS,
+        audio_frames=FRAMES,
+        max_words=N_WORDS,
+        audio_augment=augment,
+    )
+    loader = Loader(
+        TrainingClips(reader, n_pair=5, min_time=1.0, seed=3), 2, workers, torch.device("cpu")
+    )
     valid, videos = np.zeros(2), read_all(store.files)
     for epoch in range(2):
         loader.batches.epoch = epoch
@@ -146,8 +191,11 @@ def test_batches_are_those_of_a_simple_loader(tmp_path, workers, augment, name):
             wanted = simple_batch(videos, keys, 5, 3, augment)
             words = batch["words"]
             batch = to_device(batch, torch.device("cpu"), torch.from_numpy(VECTORS.vectors))
-            flat = {f"valid.{k}": v for k, v in batch["valid"].items()} | batch["video"] | {
-                k: batch[k] for k in ("audio", "clip_id", "n_frames", "caption_id")}
+            flat = (
+                {f"valid.{k}": v for k, v in batch["valid"].items()}
+                | batch["video"]
+                | {k: batch[k] for k in ("audio", "clip_id", "n_frames", "caption_id")}
+            )
             flat["words"] = words
             for key, value in flat.items():
                 value = value.numpy()
@@ -161,8 +209,23 @@ def test_batches_are_those_of_a_simple_loader(tmp_path, workers, augment, name):
 def test_maxima_and_silence_of_any_bits():
     """Every kind of float16 beside every other."""
     rng = np.random.default_rng(0)
-    kinds = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00,
-                      0xFC00, 0x7E00, 0xFE00], np.uint16).view(np.float16)
+    kinds = np.array(
+        [
+            0x0000,
+            0x8000,
+            0x0001,
+            0x8001,
+            0x3C00,
+            0xBC00,
+            0x7BFF,
+            0xFBFF,
+            0x7C00,
+            0xFC00,
+            0x7E00,
+            0xFE00,
+        ],
+        np.uint16,
+    ).view(np.float16)
     for n_kinds in (2, 6, 10, 12):
         clips = [rng.choice(rng.permutation(kinds[:n_kinds])[:3], (n, 40)) for n in range(0, 30)]
         for rows, most in zip(clips, maxima(clips, 40), strict=True):
@@ -171,8 +234,9 @@ def test_maxima_and_silence_of_any_bits():
             known = ~np.isnan(wanted)
             assert most[known].tobytes() == wanted[known].tobytes()
             wide = rows.astype(np.float32)
-            assert is_silent(rows) == (not len(rows) or not np.isfinite(wide).all()
-                                       or bool(np.ptp(wide) <= 0.1))
+            assert is_silent(rows) == (
+                not len(rows) or not np.isfinite(wide).all() or bool(np.ptp(wide) <= 0.1)
+            )
     for step in (0.0999, 0.1, 0.1001):
         assert is_silent(np.array([[0, step]], np.float16)) == (np.float16(step) <= 0.1)
         assert is_silent(np.array([[-step, 0]], np.float16)) == (np.float16(step) <= 0.1)
@@ -180,22 +244,29 @@ def test_maxima_and_silence_of_any_bits():
 
 def test_collate_grows_with_longer_and_more_clips_than_the_first_item_has():
     shapes = [(2, 20), (1, 50), (5, 16), (3, 33)]
-    items = [{"audio": np.random.default_rng(0).random((n, t, 40), np.float32).transpose(0, 2, 1)}
-             for n, t in shapes]
+    items = [
+        {"audio": np.random.default_rng(0).random((n, t, 40), np.float32).transpose(0, 2, 1)}
+        for n, t in shapes
+    ]
     audio = collate(items)["audio"]
     assert audio.shape == (11, 40, 64)
     begin = 0
     for item, (n, t) in zip(items, shapes, strict=True):
-        np.testing.assert_array_equal(audio[begin:begin + n, :, :t], item["audio"])
-        assert not audio[begin:begin + n, :, t:].any()
+        np.testing.assert_array_equal(audio[begin : begin + n, :, :t], item["audio"])
+        assert not audio[begin : begin + n, :, t:].any()
         begin += n
 
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])
 def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
     """By the bytes that a worker's batch has: clips of 190 frames, of which 120 are used."""
-    reader = ClipReader(Store(store_path), video_streams=("2d", "3d"), audio=True,
-                        audio_frames=120, audio_augment=augment)
+    reader = ClipReader(
+        Store(store_path),
+        video_streams=("2d", "3d"),
+        audio=True,
+        audio_frames=120,
+        audio_augment=augment,
+    )
     clips, rooms = TrainingClips(reader, n_pair=4, min_time=1.0, seed=0), SharedRooms(1)
     rooms([clips[0, i] for i in range(3)])
     held = sum(room.nbytes() for room in rooms.rooms[0].values())

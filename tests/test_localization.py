@@ -63,15 +63,19 @@ def test_assign_against_all_assignments():
 
 def test_align_against_all_alignments():
     rng = np.random.default_rng(1)
-    every = {shape: list(all_alignments(*shape))
-             for shape in itertools.product(range(1, 7), range(1, 4)) if shape[0] >= shape[1]}
+    every = {
+        shape: list(all_alignments(*shape))
+        for shape in itertools.product(range(1, 7), range(1, 4))
+        if shape[0] >= shape[1]
+    }
     for case in range(300):
         shape = list(every)[int(rng.integers(len(every)))]
         scores = small_scores(rng, *shape)
         level = rng.integers(-4, 5, shape[0]) / 4 if case % 3 == 0 else rng.integers(-4, 5) / 4
         gain = scores - np.broadcast_to(level, shape[0])[:, None]
-        sums = np.array([sum(gain[s:e, k].sum() for k, (s, e) in enumerate(runs))
-                         for runs in every[shape]])
+        sums = np.array(
+            [sum(gain[s:e, k].sum() for k, (s, e) in enumerate(runs)) for runs in every[shape]]
+        )
         best = np.array(every[shape])[sums == sums.max()].min(axis=0)
         wanted = np.full(shape[0], -1)
         for k, (start, end) in enumerate(best):
@@ -193,13 +197,22 @@ def test_chance_is_exact():
 
 def example(protocol="crosstask"):
     """Two tasks; "gone" has no scores, "short" fewer seconds than steps, "bare" no annotation."""
-    return {"protocol": protocol, "source": "test", "videos": {
-        "worked": {"task": "a", "seconds": 10, "steps": list("wxyz"), "segments": SEGMENTS},
-        "gone": {"task": "a", "seconds": 4, "steps": list("wxyz"), "segments": [[0, 0, 1]]},
-        "short": {"task": "b", "seconds": 1, "steps": ["p", "q"], "segments": [[1, 0, 1]]},
-        "found": {"task": "b", "seconds": 3, "steps": ["p", "q"], "segments": [[0, 0, 1],
-                                                                                [1, 1, 3]]},
-        "bare": {"task": "b", "seconds": 2, "steps": ["p", "q"], "segments": []}}}
+    return {
+        "protocol": protocol,
+        "source": "test",
+        "videos": {
+            "worked": {"task": "a", "seconds": 10, "steps": list("wxyz"), "segments": SEGMENTS},
+            "gone": {"task": "a", "seconds": 4, "steps": list("wxyz"), "segments": [[0, 0, 1]]},
+            "short": {"task": "b", "seconds": 1, "steps": ["p", "q"], "segments": [[1, 0, 1]]},
+            "found": {
+                "task": "b",
+                "seconds": 3,
+                "steps": ["p", "q"],
+                "segments": [[0, 0, 1], [1, 1, 3]],
+            },
+            "bare": {"task": "b", "seconds": 2, "steps": ["p", "q"], "segments": []},
+        },
+    }
 
 
 def scores_of(name, n_seconds, steps):
@@ -253,10 +266,16 @@ def test_a_set_against_an_oracle():
     for i in range(40):
         n_steps = int(rng.integers(1, 6))
         n_seconds = int(rng.integers(n_steps, 40))
-        segments = [[int(rng.integers(n_steps)), int(s), int(rng.integers(s, n_seconds)) + 1]
-                    for s in rng.integers(0, n_seconds, 4)]
-        videos[f"v{i}"] = {"task": f"t{i % 3}", "seconds": n_seconds, "steps": ["x"] * n_steps,
-                           "segments": segments}
+        segments = [
+            [int(rng.integers(n_steps)), int(s), int(rng.integers(s, n_seconds)) + 1]
+            for s in rng.integers(0, n_seconds, 4)
+        ]
+        videos[f"v{i}"] = {
+            "task": f"t{i % 3}",
+            "seconds": n_seconds,
+            "steps": ["x"] * n_steps,
+            "segments": segments,
+        }
         scores[f"v{i}"] = rng.normal(size=(n_seconds, n_steps))
     result = localize({"protocol": "crosstask", "videos": videos}, lambda name, *_: scores[name])
     found, total, iou, iod, seconds = {}, {}, [], [], []
@@ -265,16 +284,23 @@ def test_a_set_against_an_oracle():
         for k, first, last in video["segments"]:
             sets.setdefault(k, set()).update(range(first, last))
         chosen = assign(scores[name])
-        found[video["task"]] = found.get(video["task"], 0) + sum(chosen[k] in s
-                                                                 for k, s in sets.items())
+        found[video["task"]] = found.get(video["task"], 0) + sum(
+            chosen[k] in s for k, s in sets.items()
+        )
         total[video["task"]] = total.get(video["task"], 0) + len(sets)
         labels = align(standardize(scores[name]), 0.5)
         runs = {k: {t for t, label in enumerate(labels) if label == k} for k in sets}
         iou.append(np.mean([len(runs[k] & s) / len(runs[k] | s) for k, s in sets.items()]))
         iod.append(np.mean([len(runs[k] & s) / len(runs[k]) for k, s in sets.items()]))
         steps_at = [{k for k, s in sets.items() if t in s} for t in range(video["seconds"])]
-        seconds.append(np.mean([label in at or (label == -1 and not at)
-                                for label, at in zip(labels, steps_at, strict=True)]))
+        seconds.append(
+            np.mean(
+                [
+                    label in at or (label == -1 and not at)
+                    for label, at in zip(labels, steps_at, strict=True)
+                ]
+            )
+        )
     assert result["recall"] == round(100 * np.mean([found[t] / total[t] for t in found]), 3)
     for key, values in (("IoU", iou), ("IoD", iod), ("frame_accuracy", seconds)):
         assert result[key] == pytest.approx(100 * np.mean(values), abs=1e-3), key
@@ -296,13 +322,14 @@ def test_steps_files_are_checked(tmp_path):
         load_steps(tmp_path / "x.h5")
     path.write_text(json.dumps(example()))
     assert load_steps(tmp_path / "x.h5") == example()
-    for change in ({"protocol": "other"}, {"videos": {}}, {"videos": []},
-                   {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"],
-                                     "segments": [[0, 2, 4]]}}},
-                   {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"],
-                                     "segments": [[1, 0, 1]]}}},
-                   {"videos": {"v": {"task": "a", "seconds": 10**9, "steps": [],
-                                     "segments": []}}}):
+    for change in (
+        {"protocol": "other"},
+        {"videos": {}},
+        {"videos": []},
+        {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"], "segments": [[0, 2, 4]]}}},
+        {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"], "segments": [[1, 0, 1]]}}},
+        {"videos": {"v": {"task": "a", "seconds": 10**9, "steps": [], "segments": []}}},
+    ):
         path.write_text(json.dumps(example() | change))
         with pytest.raises(StoreError, match="x.h5.steps.json: not the steps of a store"):
             load_steps(tmp_path / "x.h5")

@@ -27,9 +27,22 @@ NAMES = ("video", "audio", "text")
 PAIRS = [("audio", "text"), ("video", "audio"), ("text", "video")]
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[
-    pytest.mark.cuda, pytest.mark.skipif(not (torch.cuda.is_available() and ops.has_cuda()),
-                                         reason="no GPU, or built without CUDA")])])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(
+                    not (torch.cuda.is_available() and ops.has_cuda()),
+                    reason="no GPU, or built without CUDA",
+                ),
+            ],
+        ),
+    ],
+)
 def device(request):
     return request.param
 
@@ -43,17 +56,23 @@ def mode(request, monkeypatch):
 
 def embeddings(n, d, dtype=torch.float32, device="cpu", count=2, scale=1.0, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).to(device)
-            for _ in range(count)]
+    return [
+        (torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).to(device)
+        for _ in range(count)
+    ]
 
 
 def problem(n, d, device, dtype=torch.float32):
     """Three modalities, and all that mcn_loss takes beside them; the last cluster is empty."""
     number, (mu,) = torch.arange(n, device=device), embeddings(6, d, dtype, device, 1, seed=1)
     return embeddings(n, d, dtype, device, count=3), {
-        "centroids": mu, "labels": number % 5, "cluster_weight": 0.5, "margin": 0.125,
+        "centroids": mu,
+        "labels": number % 5,
+        "cluster_weight": 0.5,
+        "margin": 0.125,
         "valid": {"audio": number % 4 != 1, "text": number % 5 != 2},
-        "ids": {(a, b): number // (i + 1) for i, a in enumerate(NAMES) for b in NAMES}}
+        "ids": {(a, b): number // (i + 1) for i, a in enumerate(NAMES) for b in NAMES},
+    }
 
 
 def contrastive(**options):
@@ -65,8 +84,9 @@ def cluster(mu, labels, **options):
 
 
 def everything(pairs=PAIRS, **options):
-    return lambda m, rows, t: m.mcn_loss(dict(zip(NAMES, rows, strict=True)), pairs, temperature=t,
-                                         **options)
+    return lambda m, rows, t: m.mcn_loss(
+        dict(zip(NAMES, rows, strict=True)), pairs, temperature=t, **options
+    )
 
 
 def values(module, call, rows, temperature=0.25, frozen=()):
@@ -88,8 +108,10 @@ def check(call, rows, temperature=0.25, tolerance=None, frozen=()):
     Where the exact number is about 0, rounding is relative to the size of what cancels."""
     exact = [x.double() for x in rows]
     norms = iter([x.norm(dim=1, keepdim=True) for i, x in enumerate(exact) if i not in frozen])
-    got, eager, want = (values(module, call, x, temperature, frozen) for module, x in (
-        (ops, rows), (reference, rows), (reference, exact)))
+    got, eager, want = (
+        values(module, call, x, temperature, frozen)
+        for module, x in ((ops, rows), (reference, rows), (reference, exact))
+    )
     for i, (g, e, w) in enumerate(v for v in zip(got, eager, want, strict=True) if v[0].numel()):
         assert torch.isfinite(g).all(), f"value {i}"
         norm = next(norms).nan_to_num(1.0, 1.0) if w.dim() == 2 else 1.0
@@ -101,12 +123,29 @@ def check(call, rows, temperature=0.25, tolerance=None, frozen=()):
     return got
 
 
-@pytest.mark.parametrize("dtype, n, d, tile", [
-    *((dtype, 129, 33, 0) for dtype in (torch.float64, torch.float32, *ROUNDING)),
-    *((torch.float32, *size) for size in [(0, 5, 0), (1, 5, 0), (2, 1, 0), (7, 1, 0), (8, 3, 1), (
-        64, 3, 7), (129, 7, 33), (129, 9, 64)]),
-    *(pytest.param(torch.float32, *size, 0, marks=pytest.mark.slow)
-      for size in [(1000, 13), (4097, 5)])])
+@pytest.mark.parametrize(
+    "dtype, n, d, tile",
+    [
+        *((dtype, 129, 33, 0) for dtype in (torch.float64, torch.float32, *ROUNDING)),
+        *(
+            (torch.float32, *size)
+            for size in [
+                (0, 5, 0),
+                (1, 5, 0),
+                (2, 1, 0),
+                (7, 1, 0),
+                (8, 3, 1),
+                (64, 3, 7),
+                (129, 7, 33),
+                (129, 9, 64),
+            ]
+        ),
+        *(
+            pytest.param(torch.float32, *size, 0, marks=pytest.mark.slow)
+            for size in [(1000, 13), (4097, 5)]
+        ),
+    ],
+)
 def test_errors_in_budget_and_equal_bits(device, mode, monkeypatch, dtype, n, d, tile):
     monkeypatch.setattr(ops, "_tile", tile)
     rows, options = problem(n, d, device, dtype)
@@ -134,9 +173,11 @@ def test_any_memory_layout(device, mode, layout):
     x, y, mu = map(lay, embeddings(20, d, device=device, count=3))
     number = torch.arange(20, device=device)
     labels, ids, valid = map(lay, (number, number // 2, number % 3 != 1))
-    for call, rows in ((lambda lay: contrastive(ids=lay(ids), valid=lay(valid)), [x, y]),
-                       (lambda lay: cluster(lay(mu), lay(labels)), [x]),
-                       (lambda lay: cluster(mu, lay(labels), valid=lay(valid)), [x])):
+    for call, rows in (
+        (lambda lay: contrastive(ids=lay(ids), valid=lay(valid)), [x, y]),
+        (lambda lay: cluster(lay(mu), lay(labels)), [x]),
+        (lambda lay: cluster(mu, lay(labels), valid=lay(valid)), [x]),
+    ):
         want = values(ops, call(torch.Tensor.contiguous), [x.contiguous() for x in rows])
         assert_close(values(ops, call(lambda t: t), rows), want, **BITS)
 
@@ -177,8 +218,10 @@ def test_any_norm_and_rows_at_eps(device, mode, dtype, scale, other):
 
 def test_losses_near_zero_have_gradients(device, mode):
     x = F.normalize(embeddings(16, 33, device=device, count=1)[0])
-    got, want = (values(module, contrastive(margin=0.0), [rows, rows], 7 / 256)
-                 for module, rows in ((ops, x), (reference, x.double())))
+    got, want = (
+        values(module, contrastive(margin=0.0), [rows, rows], 7 / 256)
+        for module, rows in ((ops, x), (reference, x.double()))
+    )
     assert 1e-10 < want[0] < 1e-8
     assert all((g - w).abs().max() < 1e-3 * w.abs().max() for g, w in zip(got, want, strict=True))
     # What it is for: fp32 cross entropy has nothing left, nor has its pull on the positive.
@@ -191,12 +234,16 @@ def test_nothing_to_tell_apart_is_zero_and_ids_are_any_int64(device, mode):
     x, y, mu = embeddings(5, 3, device=device, count=3)
     none = torch.zeros(5, dtype=torch.bool, device=device)
     one, labels = torch.arange(5, device=device) == 2, none.long()
-    for call, rows in ((contrastive(valid=none), [x, y]), (contrastive(valid=one), [x, y]),
-                       (contrastive(ids=labels - 2**63), [x, y]), (cluster(mu[:1], labels), [x]),
-                       (cluster(mu, labels, valid=none), [x])):
+    for call, rows in (
+        (contrastive(valid=none), [x, y]),
+        (contrastive(valid=one), [x, y]),
+        (contrastive(ids=labels - 2**63), [x, y]),
+        (cluster(mu[:1], labels), [x]),
+        (cluster(mu, labels, valid=none), [x]),
+    ):
         assert not any(v.any() for v in values(ops, call, rows))
     check(cluster(mu, labels, valid=one), [x])
-    for ids in ([-2**63, 2**63 - 1, -2**63, -1, 2**63 - 1], [2**32, 0, 2**33, 0, 2**32]):
+    for ids in ([-(2**63), 2**63 - 1, -(2**63), -1, 2**63 - 1], [2**32, 0, 2**33, 0, 2**32]):
         check(contrastive(ids=torch.tensor(ids, device=device)), [x, y])
 
 
@@ -207,8 +254,11 @@ def test_non_finite_values_show_unless_their_row_is_not_there(device, mode, bad,
     number, common = torch.arange(7, device=device), {"normalize": normalize}
     x[2, 1] = bad
     clean = x.nan_to_num(0.0, 0.0, 0.0)
-    for call, rows, same in ((contrastive, [x, y], [clean, y]), (contrastive, [y, x], [y, clean]),
-                             (lambda **o: cluster(mu, number % 4, **o), [x], [clean])):
+    for call, rows, same in (
+        (contrastive, [x, y], [clean, y]),
+        (contrastive, [y, x], [y, clean]),
+        (lambda **o: cluster(mu, number % 4, **o), [x], [clean]),
+    ):
         assert all(v.isnan().all() for v in values(ops, call(**common), rows)), "hidden"
         masked = call(valid=number != 2, **common)
         assert_close(values(ops, masked, rows), values(ops, masked, same))
@@ -235,15 +285,31 @@ def test_labels_outside_are_named_unless_invalid(mode, bad):  # on a GPU it ends
     assert_close(got, want, **BITS)
 
 
-@pytest.mark.parametrize("change", [
-    {"ids": None}, {"ids": "shared"}, {"ids": "partly"}, {"valid": None}, {"cluster_weight": 0.0},
-    {"clustered": ["text", "audio"]}, {"clustered": []}, {"centroids": None, "labels": None},
-    {"pairs": []}, {"pairs": [["video", "text"], ("audio", "video")]},
-    {"pairs": [("audio", "audio"), ("text", "audio")]}, {"pairs": PAIRS[:1], "clustered": ["text"]},
-    {"frozen": [1]}, {"frozen": [0, 2]}, {"frozen": [0, 1, 2]}, {"mixed": True},
-    {"alone": math.nan, "clustered": ["text", "audio"]},
-    {"alone": math.nan, "centroids": None, "labels": None},
-    {"alone": math.inf, "clustered": ["text", "audio"], "normalize": False}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": None},
+        {"ids": "shared"},
+        {"ids": "partly"},
+        {"valid": None},
+        {"cluster_weight": 0.0},
+        {"clustered": ["text", "audio"]},
+        {"clustered": []},
+        {"centroids": None, "labels": None},
+        {"pairs": []},
+        {"pairs": [["video", "text"], ("audio", "video")]},
+        {"pairs": [("audio", "audio"), ("text", "audio")]},
+        {"pairs": PAIRS[:1], "clustered": ["text"]},
+        {"frozen": [1]},
+        {"frozen": [0, 2]},
+        {"frozen": [0, 1, 2]},
+        {"mixed": True},
+        {"alone": math.nan, "clustered": ["text", "audio"]},
+        {"alone": math.nan, "centroids": None, "labels": None},
+        {"alone": math.inf, "clustered": ["text", "audio"], "normalize": False},
+    ],
+    ids=str,
+)
 def test_mcn_loss_equals_the_reference(device, mode, change):
     rows, options = problem(37, 9, device)
     ids, options = options["ids"][PAIRS[1]], options | change
@@ -299,11 +365,20 @@ def test_gradcheck(device, mode, normalize):
 
 
 if given:
+
     @settings(max_examples=40, deadline=None)
-    @given(n=st.integers(0, 40), d=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 999),
-           temperature=st.integers(1, 160), margin=st.sampled_from([0, 0.125]),
-           normalize=st.booleans(), tile=st.sampled_from([0, 1, 7, 33]),
-           budget=st.sampled_from([0, 2**31]), double=st.booleans())
+    @given(
+        n=st.integers(0, 40),
+        d=st.integers(1, 9),
+        k=st.integers(1, 9),
+        seed=st.integers(0, 999),
+        temperature=st.integers(1, 160),
+        margin=st.sampled_from([0, 0.125]),
+        normalize=st.booleans(),
+        tile=st.sampled_from([0, 1, 7, 33]),
+        budget=st.sampled_from([0, 2**31]),
+        double=st.booleans(),
+    )
     def test_any_problem(device, n, d, k, seed, temperature, tile, budget, double, **common):
         g, dtype = torch.Generator().manual_seed(seed), (torch.float32, torch.float64)[double]
         x, y, mu = embeddings(max(n, k), d, dtype, device, count=3, seed=seed)

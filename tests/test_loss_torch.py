@@ -42,13 +42,15 @@ def test_opcheck(device, mode, monkeypatch):
     with torch.no_grad():
         total, *found = torch.ops.mcn.loss(*calls[0])
     # Not test_aot_dispatch: it asks for second derivatives.
-    torch.library.opcheck(torch.ops.mcn.loss_backward.default, (total, *found, *calls[0]),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.mcn.loss_backward.default,
+        (total, *found, *calls[0]),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager",
-                                     pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not sizes of an older build
     torch._dynamo.reset()
@@ -62,6 +64,7 @@ def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path
 def test_a_loss_scale_meets_gradients_that_fp16_has_not_rounded_away(device, mode):
     def scaled(module, rows, t):
         return module.contrastive_loss(*rows, temperature=t) * 65536
+
     got = check(scaled, embeddings(64, 9, torch.float16, device, scale=1e4))
     # Without the scale fp16 would lose digits below 2^-14.
     assert all(0 < g.abs().max() < 65536 * 2**-14 for g in got[1:3])
@@ -74,7 +77,7 @@ def test_double_backward_is_refused(device, mode, wrt):
     x.requires_grad_(wrt != "temperature"), y.requires_grad_(wrt == "rows")
     loss = ops.contrastive_loss(x, y, temperature=t)
     loss = loss.square() if wrt == "loss" else loss
-    gradient, = torch.autograd.grad(loss, t if wrt == "temperature" else x, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss, t if wrt == "temperature" else x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         (loss + gradient.square().sum()).backward()
 
@@ -103,6 +106,7 @@ def test_a_compiled_call_takes_any_number_of_rows(device, mode):
 
 def test_backward_may_be_compiled(device, mode):
     from torch._dynamo.compiled_autograd import _enable
+
     rows = embeddings(9, 5, device=device)
     want = values(ops, contrastive(), rows)
     with _enable(lambda graph: graph):
@@ -135,8 +139,14 @@ def test_one_input_its_hook_and_a_second_backward(device, mode, side):
 
 def test_budget_comes_from_the_argument_or_the_environment(monkeypatch):
     calls, (x, y), needed = spy(monkeypatch), embeddings(10, 3), 10 * 10 * 4
-    for variable, budget, keep in ((None, None, True), (0, None, False), (needed, None, True),
-                                   (needed - 1, None, False), (0, needed, True), (2**40, 0, False)):
+    for variable, budget, keep in (
+        (None, None, True),
+        (0, None, False),
+        (needed, None, True),
+        (needed - 1, None, False),
+        (0, needed, True),
+        (2**40, 0, False),
+    ):
         monkeypatch.delenv("MCN_LOSS_BUDGET", raising=False)
         if variable is not None:
             monkeypatch.setenv("MCN_LOSS_BUDGET", str(variable))
@@ -150,7 +160,10 @@ def test_the_reference_runs_where_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(ops, "_cuda", False)  # as it is then, also where the kernels are built
     calls = spy(monkeypatch)
     assert ops.build_info() == {"error": "not built"} and not ops.has_cuda()
-    for call, some in ((contrastive(), rows[:2]), (everything(**options), rows),
-                       (cluster(options["centroids"], options["labels"]), rows)):
+    for call, some in (
+        (contrastive(), rows[:2]),
+        (everything(**options), rows),
+        (cluster(options["centroids"], options["labels"]), rows),
+    ):
         assert torch.equal(*(torch.as_tensor(call(m, some, 0.25)) for m in (ops, reference)))
     assert not calls

@@ -19,11 +19,19 @@ from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
 from tests.conftest import ROOT, SMALL, call, run
 
-SIZES = dict(video_dims={"2d": 12, "3d": 6}, word_dim=5, embd_dim=16, recon_dim=8,
-             audio_width=0.0625)
+SIZES = dict(
+    video_dims={"2d": 12, "3d": 6}, word_dim=5, embd_dim=16, recon_dim=8, audio_width=0.0625
+)
 # (modalities, those that are frozen): every pair, one stage, every second stage
-CASES = [("AV", ""), ("VT", ""), ("AT", ""), ("AVT", ""), ("AVT", "AV"), ("AVT", "VT"),
-         ("AVT", "AT")]
+CASES = [
+    ("AV", ""),
+    ("VT", ""),
+    ("AT", ""),
+    ("AVT", ""),
+    ("AVT", "AV"),
+    ("AVT", "VT"),
+    ("AVT", "AT"),
+]
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
 ONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -44,16 +52,23 @@ def clips(n=12, frames=70):
     lengths[:5] = 0  # a part without any sound
     valid = {name: torch.rand(n, generator=g) > 0.2 for name in MODALITIES.values()}
     valid["audio"] &= lengths > 0
-    return {"video": {"2d": torch.rand(n, 12, generator=g), "3d": torch.rand(n, 6, generator=g)},
-            "audio": torch.randn(n, 40, frames, generator=g) * 20 - 40, "n_frames": lengths,
-            "text": torch.randn(n, 4, 5, generator=g),
-            "text_mask": torch.arange(4) < torch.randint(1, 5, (n, 1), generator=g),
-            "valid": valid, "clip_id": torch.arange(n), "caption_id": torch.arange(n) // 2}
+    return {
+        "video": {"2d": torch.rand(n, 12, generator=g), "3d": torch.rand(n, 6, generator=g)},
+        "audio": torch.randn(n, 40, frames, generator=g) * 20 - 40,
+        "n_frames": lengths,
+        "text": torch.randn(n, 4, 5, generator=g),
+        "text_mask": torch.arange(4) < torch.randint(1, 5, (n, 1), generator=g),
+        "valid": valid,
+        "clip_id": torch.arange(n),
+        "caption_id": torch.arange(n) // 2,
+    }
 
 
 def rows_of_rank(batch, n, rank):
-    return {key: rows_of_rank(value, n, rank) if isinstance(value, dict)
-            else value.chunk(n)[rank] for key, value in batch.items()}
+    return {
+        key: rows_of_rank(value, n, rank) if isinstance(value, dict) else value.chunk(n)[rank]
+        for key, value in batch.items()
+    }
 
 
 def two_steps(modalities, frozen, n, dtype=None):
@@ -67,8 +82,14 @@ def two_steps(modalities, frozen, n, dtype=None):
         return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
 
     names = [MODALITIES[m] for m in modalities]
-    objective = Objective(names, [name for name in names if name not in model.frozen],
-                          cluster_size=3, queue_size=1, refit_every=1, recon_weight=3.0)
+    objective = Objective(
+        names,
+        [name for name in names if name not in model.frozen],
+        cluster_size=3,
+        queue_size=1,
+        refit_every=1,
+        recon_weight=3.0,
+    )
     net = MicroBatched(model, n, autocast) if n else model
     if not n and distributed.world() > 1:
         net = DistributedDataParallel(model)
@@ -94,8 +115,9 @@ def same(got, want):
 def largest(got, want):
     """The largest difference, relative to the largest entry of all tensors of its kind."""
     scale = max(float(w.double().norm()) for w in want)
-    return max(float((g.double() - w.double()).norm()) for g, w in zip(got, want, strict=True)
-               ) / scale
+    return (
+        max(float((g.double() - w.double()).norm()) for g, w in zip(got, want, strict=True)) / scale
+    )
 
 
 def main(out):
@@ -137,10 +159,35 @@ def test_statistics_of_a_part_would_be_another_model():
 def test_the_scripts_follow_the_same_curve(tmp_path, store_path):
     common = ("--data", store_path, *SMALL, "--max_steps", 3)
     for n in (0, 5):
-        call("train_stage1.py", "--pair", "AV", *common, "--micro_batch", n, "--out", f"one{n}",
-             cwd=tmp_path)
-    call("train_stage2.py", "--add", "T", "--init", "one5", "--max_steps", 2, "--micro_batch", 3,
-         "--device", "cpu", "--log_every", 1, "--out", "two", cwd=tmp_path)
+        call(
+            "train_stage1.py",
+            "--pair",
+            "AV",
+            *common,
+            "--micro_batch",
+            n,
+            "--out",
+            f"one{n}",
+            cwd=tmp_path,
+        )
+    call(
+        "train_stage2.py",
+        "--add",
+        "T",
+        "--init",
+        "one5",
+        "--max_steps",
+        2,
+        "--micro_batch",
+        3,
+        "--device",
+        "cpu",
+        "--log_every",
+        1,
+        "--out",
+        "two",
+        cwd=tmp_path,
+    )
     whole, parts = (read(tmp_path / f"one{n}/log.jsonl") for n in (0, 5))
     for a, b in zip(whole, parts, strict=True):
         assert a["total"] == pytest.approx(b["total"], rel=5e-3)
@@ -161,16 +208,44 @@ def test_a_bad_clip_leaves_no_trace_either_way(tmp_path, store_path, monkeypatch
         return batch
 
     monkeypatch.setattr(training, "to_device", spoil)
-    done = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps", 3,
-                "--micro_batch", micro_batch, "--out", "run", cwd=tmp_path)
+    done = call(
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--max_steps",
+        3,
+        "--micro_batch",
+        micro_batch,
+        "--out",
+        "run",
+        cwd=tmp_path,
+    )
     rows = read(tmp_path / "run/log.jsonl")
     assert "audio: input not finite in 1 of 16 clips" in done.stdout
     assert ["skipped" in row for row in rows] == [False, True, False]
     assert np.isfinite(rows[-1]["total"])
-    detected = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps",
-                    3, "--micro_batch", micro_batch, "--out", "run", "--detect", cwd=tmp_path)
+    detected = call(
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--max_steps",
+        3,
+        "--micro_batch",
+        micro_batch,
+        "--out",
+        "run",
+        "--detect",
+        cwd=tmp_path,
+    )
     assert "first gradient that is not finite" in detected.stdout or "forward: first" in (
-        detected.stdout)
+        detected.stdout
+    )
 
 
 @pytest.mark.slow

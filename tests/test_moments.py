@@ -25,8 +25,9 @@ def test_windows_reach_the_end_and_short_videos_are_one():
 
 def test_overlap_by_hand():
     """[0, 10] with [5, 10]: 5 of 10; [5, 15]: 5 of 15; [10, 20]: they touch; [3, 3]: an instant."""
-    got = moments.overlap(np.array([[0.0, 10], [3, 3]]),
-                          np.array([[5.0, 10], [5, 15], [10, 20], [3, 3]]))
+    got = moments.overlap(
+        np.array([[0.0, 10], [3, 3]]), np.array([[5.0, 10], [5, 15], [10, 20], [3, 3]])
+    )
     np.testing.assert_allclose(got, [[0.5, 1 / 3, 0, 0], [0, 0, 0, 0]])
 
 
@@ -47,8 +48,9 @@ class Geometry:
 
     def stretches(self, store, video, begin, stop):
         self.calls = getattr(self, "calls", 0) + 1
-        rows = torch.stack([torch.eye(8)[int(a):int(b)].sum(0) for a, b in zip(begin, stop,
-                                                                             strict=True)])
+        rows = torch.stack(
+            [torch.eye(8)[int(a) : int(b)].sum(0) for a, b in zip(begin, stop, strict=True)]
+        )
         return {"audio": rows}, {"audio": torch.ones(len(rows), dtype=torch.bool)}
 
 
@@ -58,12 +60,14 @@ def test_the_protocol_end_to_end_by_hand(tmp_path):
     first, 1/2 and 1/2 in the second; sentence 0 is only in [0, 2]."""
     writer = StoreWriter(tmp_path / "s.h5", {"mel": {"dim": 40, "rate_hz": 1.0}}, "test")
     for name in ("a", "b"):
-        writer.add(name, {"mel": np.zeros((8, 40))}, [0, 3], [2, 5] if name == "a" else [1, 4],
-                   ["0", "3"])
+        writer.add(
+            name, {"mel": np.zeros((8, 40))}, [0, 3], [2, 5] if name == "a" else [1, 4], ["0", "3"]
+        )
     store = Store(writer.close())
     sentences = moments.captions_of(store) | {"gone": (np.zeros(1), np.ones(1), ["1"])}
-    result = moments.evaluate(Geometry(), store, sentences, ["text->audio"], lengths=[2],
-                              stride=0.5)
+    result = moments.evaluate(
+        Geometry(), store, sentences, ["text->audio"], lengths=[2], stride=0.5
+    )
     row = result["text->audio"]
     assert (result["n"], result["videos"], result["missing_videos"]) == (4, 2, 1)
     # a: sentence 0 overlaps 1; 3: (1/3 + 1) / 2. b: 0: 1/2; 3: (1/2 + 1/2) / 2.
@@ -87,9 +91,14 @@ def test_the_real_annotations():
 
 def test_annotations_that_are_none(tmp_path):
     bad = tmp_path / "bad.json"
-    for text in ("[]", "{", '{"database": {"a": {"subset": "validation"}}}',
-                 '{"database": {"a": {"subset": "validation", "annotations": '
-                 '[{"segment": [5, 2], "sentence": "x"}]}}}', '{"database": {}}'):
+    for text in (
+        "[]",
+        "{",
+        '{"database": {"a": {"subset": "validation"}}}',
+        '{"database": {"a": {"subset": "validation", "annotations": '
+        '[{"segment": [5, 2], "sentence": "x"}]}}}',
+        '{"database": {}}',
+    ):
         bad.write_text(text)
         with pytest.raises(SystemExit, match="--annotations"):
             moments.read_annotations(bad, "validation")
@@ -104,9 +113,12 @@ def unit(x):
 
 def oracle(rows, valid, direction, fusion, bank, temperature):
     """Scores and ranks in plain NumPy, as the definitions read."""
+
     def side(rows, valid, names):
-        total = sum(valid[m].numpy()[:, None] * unit(rows[m].numpy().astype(float))
-                    for m in names.split("+"))
+        total = sum(
+            valid[m].numpy()[:, None] * unit(rows[m].numpy().astype(float))
+            for m in names.split("+")
+        )
         return unit(total) if fusion == "mean" else total
 
     query, candidate = direction.split("->")
@@ -115,8 +127,9 @@ def oracle(rows, valid, direction, fusion, bank, temperature):
         drawn = side(*bank, query) @ side(rows, valid, candidate).T / temperature
         scores = scores / temperature - np.log(np.exp(drawn).sum(axis=0))
     n = len(scores)
-    asks, answers = (np.any([valid[m].numpy() for m in names.split("+")], axis=0)
-                     for names in (query, candidate))
+    asks, answers = (
+        np.any([valid[m].numpy() for m in names.split("+")], axis=0) for names in (query, candidate)
+    )
     rank = np.empty(n)
     for i in range(n):
         others = [scores[i, j] - scores[i, i] for j in range(n) if j != i and answers[j]]
@@ -164,8 +177,10 @@ def test_whole_videos_against_loops(monkeypatch):
     torch.manual_seed(1)
     names = list("aabbbcdd")
     rows = {"text": torch.randn(8, 5), "video": torch.randn(8, 5)}
-    valid = {"text": torch.tensor([1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool),
-             "video": torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)}
+    valid = {
+        "text": torch.tensor([1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.bool),
+        "video": torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool),
+    }
     unit = {m: torch.nn.functional.normalize(x, dim=1).numpy() for m, x in rows.items()}
     total = np.full((4, 4), -np.inf)
     for u, asking in enumerate("abcd"):
@@ -173,16 +188,19 @@ def test_whole_videos_against_loops(monkeypatch):
             own = [i for i in range(8) if names[i] == asking and valid["text"][i]]
             theirs = [j for j in range(8) if names[j] == asked and valid["video"][j]]
             if theirs:
-                total[u, v] = np.mean([max(unit["text"][i] @ unit["video"][j] for j in theirs)
-                                       for i in own])
+                total[u, v] = np.mean(
+                    [max(unit["text"][i] @ unit["video"][j] for j in theirs) for i in own]
+                )
     expected = [1 + (row > row[k]).sum() for k, row in enumerate(total)]
     expected[2] = 4  # c has a caption, and no clip to be found
     scores = retrieval.Scores((rows, valid), "text->video")
     assert scores.video_ranks(names).tolist() == expected
     shuffled = torch.tensor([3, 6, 0, 2, 5, 7, 1, 4])  # a video's clips need not lie together
     assert [names[i] for i in shuffled] == list("bdabcdab")
-    mixed = retrieval.Scores(({m: x[shuffled] for m, x in rows.items()},
-                              {m: v[shuffled] for m, v in valid.items()}), "text->video")
+    mixed = retrieval.Scores(
+        ({m: x[shuffled] for m, x in rows.items()}, {m: v[shuffled] for m, v in valid.items()}),
+        "text->video",
+    )
     again = dict(zip(dict.fromkeys("bdabcdab"), mixed.video_ranks(list("bdabcdab")), strict=True))
     assert [again[name] for name in "abcd"] == expected
     monkeypatch.setattr(retrieval, "BLOCK", 4 * 8 * 2)  # a video at a time
@@ -190,8 +208,10 @@ def test_whole_videos_against_loops(monkeypatch):
 
 
 def test_videos_of_clips_by_their_ids():
-    assert retrieval.videos_of(["GLd3aX16zBg", "GLd3aX16zBg#2", "xHr8X2Wpmno_3", "xHr8X2Wpmno_4"]
-                               ) == ["GLd3aX16zBg"] * 2 + ["xHr8X2Wpmno"] * 2
+    assert (
+        retrieval.videos_of(["GLd3aX16zBg", "GLd3aX16zBg#2", "xHr8X2Wpmno_3", "xHr8X2Wpmno_4"])
+        == ["GLd3aX16zBg"] * 2 + ["xHr8X2Wpmno"] * 2
+    )
     for ids in (["my_holiday_clip_000", "my_holiday_clip_001"], ["a", "a#2"], ["a", "b"]):
         with pytest.raises(SystemExit, match="--whole_videos"):
             retrieval.videos_of(ids)
@@ -199,11 +219,17 @@ def test_videos_of_clips_by_their_ids():
 
 def test_msrvtt_counts_what_is_missing_as_misses():
     eye = torch.eye(4)
-    clips = ({"text": eye, "audio": eye, "video": eye},
-             {"text": torch.ones(4, dtype=torch.bool), "video": torch.ones(4, dtype=torch.bool),
-              "audio": torch.tensor([True, True, False, True])})
-    found = retrieval.evaluate(clips, retrieval.asked(["text", "audio", "video"]), strict=True,
-                               absent=6)
+    clips = (
+        {"text": eye, "audio": eye, "video": eye},
+        {
+            "text": torch.ones(4, dtype=torch.bool),
+            "video": torch.ones(4, dtype=torch.bool),
+            "audio": torch.tensor([True, True, False, True]),
+        },
+    )
+    found = retrieval.evaluate(
+        clips, retrieval.asked(["text", "audio", "video"]), strict=True, absent=6
+    )
     assert found.ranks["text->video+audio"].tolist() == [1, 1, 10, 1] + [10] * 6
     assert found.ranks["text->video"].tolist() == [1, 1, 1, 1] + [10] * 6
     assert ranks(torch.eye(2)).tolist() == [1, 1]
@@ -221,14 +247,17 @@ class Rows:
 
     def texts(self, texts):
         known = torch.tensor([t != "?" for t in texts])
-        return {"text": torch.eye(4)[[int(t) if t != "?" else 0 for t in texts]]
-                * known[:, None]}, {"text": known}
+        return {
+            "text": torch.eye(4)[[int(t) if t != "?" else 0 for t in texts]] * known[:, None]
+        }, {"text": known}
 
     def stretches(self, store, video, begin, stop):
         clips = store.clips(video, self.stream, begin, stop)
         there = torch.tensor([len(c) > 0 for c in clips])
-        rows = [torch.from_numpy(c.astype(np.float32)).amax(0)[:4] if len(c) else torch.zeros(4)
-                for c in clips]
+        rows = [
+            torch.from_numpy(c.astype(np.float32)).amax(0)[:4] if len(c) else torch.zeros(4)
+            for c in clips
+        ]
         return {"audio": torch.stack(rows)}, {"audio": there}
 
 
@@ -267,10 +296,15 @@ def test_steps_without_a_known_word_are_misses():
 
 
 def test_search_leaves_out_what_overlaps_and_what_is_empty():
-    places = Places({"video": np.array([0, 0, 0, 1, 1]), "begin": np.array([0, 4, 8, 0, 8.0]),
-                     "stop": np.array([10, 14, 18, 10, 18.0]),
-                     "embedding:video": np.eye(5, dtype=np.float16),
-                     "valid:video": np.array([1, 1, 1, 1, 0], bool)})
+    places = Places(
+        {
+            "video": np.array([0, 0, 0, 1, 1]),
+            "begin": np.array([0, 4, 8, 0, 8.0]),
+            "stop": np.array([10, 14, 18, 10, 18.0]),
+            "embedding:video": np.eye(5, dtype=np.float16),
+            "valid:video": np.array([1, 1, 1, 1, 0], bool),
+        }
+    )
     total = np.array([0.9, 0.8, 0.7, 0.6, 5.0])
     # 1 overlaps 0 by 6 of 10 s; 2 by 2 of 10; 3 is another video; 4 has nothing in it.
     assert places.best(total, 5) == [0, 2, 3] and places.best(total, 1) == [0]
@@ -319,8 +353,11 @@ def test_places_are_kept_until_something_changes(tmp_path, capsys):
     assert [places.begin[i] for i in best[:2]] == [2, 2]  # [2, 4] and [3, 5] tie; the first of each
     found = places.describe(store, store.ids(), best, scores)
     assert found[0]["video"] == "a" and found[0]["words"] == "z" and found[0]["of"]["audio"] > 0.7
-    assert search.picture(tmp_path / "p.png", "a $b", places, scores, best, store, store.ids(),
-                          None) is None or (tmp_path / "p.png").exists()
+    assert (
+        search.picture(tmp_path / "p.png", "a $b", places, scores, best, store, store.ids(), None)
+        is None
+        or (tmp_path / "p.png").exists()
+    )
     embedder.args = {"similarity": "dot"}
     assert made("three")[0].clips[0]["audio"].dtype == torch.float32  # beyond fp16 perhaps
 
@@ -329,33 +366,81 @@ def test_places_are_kept_until_something_changes(tmp_path, capsys):
 def test_search_and_moments_on_a_trained_run(tmp_path):
     """A run that has learnt the test data's words finds them, and where in a video they are."""
     data = write_store(tmp_path / "train.h5", n_videos=24, silent_every=0)
-    call("train_stage1.py", "--pair", "AVT", "--data", data, *SMALL, "--epochs", 25, "--lr", 3e-3,
-         "--batch_size", 8, "--log_every", 50, cwd=tmp_path)
+    call(
+        "train_stage1.py",
+        "--pair",
+        "AVT",
+        "--data",
+        data,
+        *SMALL,
+        "--epochs",
+        25,
+        "--lr",
+        3e-3,
+        "--batch_size",
+        8,
+        "--log_every",
+        50,
+        cwd=tmp_path,
+    )
     videos = write_store(tmp_path / "videos.h5", n_videos=12, silent_every=0)  # the first of these
     common = ("--run", "runs/stage1-AVT", "--device", "cpu")
-    done = call("evaluate.py", "--moments", videos, "--windows", 2, "--window_stride", 0.5, *common,
-                cwd=tmp_path)
+    done = call(
+        "evaluate.py",
+        "--moments",
+        videos,
+        "--windows",
+        2,
+        "--window_stride",
+        0.5,
+        *common,
+        cwd=tmp_path,
+    )
     got = json.loads((tmp_path / "runs/stage1-AVT/metrics.json").read_text())["moments"]
     assert got["n"] == 72 and got["videos"] == 12 and "text->video+audio" in done.stdout
     assert got["text->video+audio"]["R@1 IoU 0.5"] > 2 * got["chance"]["R@1 IoU 0.5"]
-    steps = {name: {"task": str(i % 2), "seconds": 12, "steps": [t.split()[1] for t in texts],
-                    "segments": [[k, 2 * k, 2 * k + 2] for k in range(6)]}
-             for i, (name, (_, _, texts)) in enumerate(moments.captions_of(Store(videos)).items())}
-    (tmp_path / "videos.h5.steps.json").write_text(json.dumps({"protocol": "crosstask",
-                                                               "source": "test", "videos": steps}))
+    steps = {
+        name: {
+            "task": str(i % 2),
+            "seconds": 12,
+            "steps": [t.split()[1] for t in texts],
+            "segments": [[k, 2 * k, 2 * k + 2] for k in range(6)],
+        }
+        for i, (name, (_, _, texts)) in enumerate(moments.captions_of(Store(videos)).items())
+    }
+    (tmp_path / "videos.h5.steps.json").write_text(
+        json.dumps({"protocol": "crosstask", "source": "test", "videos": steps})
+    )
     clips = write_store(tmp_path / "clips.h5", n_videos=24, n_captions=1)
     metrics = tmp_path / "runs/stage1-AVT/metrics.json"
     before = metrics.read_text()
-    done = call("evaluate.py", "--youcook2", clips, "--crosstask", clips, *common, cwd=tmp_path,
-                check=False)
+    done = call(
+        "evaluate.py", "--youcook2", clips, "--crosstask", clips, *common, cwd=tmp_path, check=False
+    )
     assert "clips.h5.steps.json" in done.stderr and metrics.read_text() == before  # at once
-    for wrong in (["--annotations", "x.json"], ["--windows", 3], ["--background", 1],
-                  ["--msrvtt_clips", 5]):
+    for wrong in (
+        ["--annotations", "x.json"],
+        ["--windows", 3],
+        ["--background", 1],
+        ["--msrvtt_clips", 5],
+    ):
         done = call("evaluate.py", "--youcook2", clips, *wrong, *common, cwd=tmp_path, check=False)
         assert f"{wrong[0]} is for" in done.stderr
-    done = call("evaluate.py", "--youcook2", clips, "--msrvtt", clips, "--msrvtt_clips", 30,
-                "--all_directions", "--similarity", "dot", "--keep_embeddings", *common,
-                cwd=tmp_path)
+    done = call(
+        "evaluate.py",
+        "--youcook2",
+        clips,
+        "--msrvtt",
+        clips,
+        "--msrvtt_clips",
+        30,
+        "--all_directions",
+        "--similarity",
+        "dot",
+        "--keep_embeddings",
+        *common,
+        cwd=tmp_path,
+    )
     got = json.loads(metrics.read_text())
     own, padded = (got[name]["text->video"]["R@10"] for name in ("youcook2", "msrvtt"))
     assert "6 of 30 clips (--msrvtt_clips) are not in the store: misses" in done.stdout
@@ -370,8 +455,17 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     run("-m", "mcn_ext.report", "runs/stage1-AVT", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     page = (tmp_path / "runs/stage1-AVT/report.md").read_text()
     assert "R@1 IoU 0.5" in page and "spread evenly" in page
-    search = ["-m", "mcn_ext.search", "--store", videos, *common, "--window", 2, "--json",
-              "found.json"]
+    search = [
+        "-m",
+        "mcn_ext.search",
+        "--store",
+        videos,
+        *common,
+        "--window",
+        2,
+        "--json",
+        "found.json",
+    ]
     env = {"PYTHONPATH": str(ROOT)}
     run(*search, *WORDS[:2], cwd=tmp_path, env=env)
     found = json.loads((tmp_path / "found.json").read_text())
@@ -382,7 +476,8 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     assert (tmp_path / "runs/stage1-AVT/search-2.png").exists()
     kept = next((tmp_path / "runs/stage1-AVT").glob("search-*.npz"))
     made = kept.stat().st_mtime_ns
-    assert run(*search, WORDS[0], cwd=tmp_path, env=env).stdout and \
-        kept.stat().st_mtime_ns == made  # embedded once
+    assert (
+        run(*search, WORDS[0], cwd=tmp_path, env=env).stdout and kept.stat().st_mtime_ns == made
+    )  # embedded once
     done = run(*search, "quux", cwd=tmp_path, env=env, check=False)
     assert done.returncode and "knows none of these words" in done.stderr

@@ -21,14 +21,23 @@ memory = load_script("benchmarks/memory.py")
 
 
 def arguments(**changed):
-    return memory.arguments("demo", **dict(embd_dim=16, recon_dim=8, audio_width=0.0625,
-                                           audio_frames=200, cluster_size=4) | changed)
+    return memory.arguments(
+        "demo",
+        **dict(embd_dim=16, recon_dim=8, audio_width=0.0625, audio_frames=200, cluster_size=4)
+        | changed,
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair, added, micro_batch, short, changed", [
-    ("AV", "T", 0, 0.0, {"similarity": "dot"}), ("AVT", "", 0, 0.3, {"joint_pairs": True}),
-    ("AT", "", 3, 0.0, {}), ("VT", "A", 3, 0.8, {"clean_first": 0.5, "recon_weight": 0.0})])
+@pytest.mark.parametrize(
+    "pair, added, micro_batch, short, changed",
+    [
+        ("AV", "T", 0, 0.0, {"similarity": "dot"}),
+        ("AVT", "", 0, 0.3, {"joint_pairs": True}),
+        ("AT", "", 3, 0.0, {}),
+        ("VT", "A", 3, 0.8, {"clean_first": 0.5, "recon_weight": 0.0}),
+    ],
+)
 def test_a_step_waits_once(pair, added, micro_batch, short, changed):
     found = memory.measure(arguments(**changed), pair, added, 8, 16, micro_batch, short)
     assert found["waits"] == 1
@@ -48,17 +57,27 @@ def test_a_wait_more_is_found(fault, monkeypatch):
     if fault == "lengths":
         monkeypatch.setattr(memory, "to_device", everything)
     else:
-        monkeypatch.setattr(Frames, "on_device", lambda self, array: torch.from_numpy(array).to(
-            self.device, non_blocking=True))
+        monkeypatch.setattr(
+            Frames,
+            "on_device",
+            lambda self, array: torch.from_numpy(array).to(self.device, non_blocking=True),
+        )
     with pytest.raises(shapes.Waits, match="waits for the device"):
         memory.measure(arguments(), "AV", "", 8, 16, 0)
 
 
 def test_what_a_gpu_would_refuse():
-    waits = (lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: bool(x.sum() > 0),
-             lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0],
-             lambda x: torch.ones(3).pin_memory().to("cuda"), lambda x: x.copy_(torch.ones(3)),
-             lambda x: torch.ones(3).to("cuda", non_blocking=True))
+    waits = (
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.ones(3).pin_memory().to("cuda"),
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: torch.ones(3).to("cuda", non_blocking=True),
+    )
     with shapes.pretend() as gpu:
         x = torch.zeros(4, 3, device="cuda")
         assert gpu.held.live == 512

@@ -29,11 +29,19 @@ class Evil:
 
 def msrvtt_items(n=6):
     rng = np.random.default_rng(0)
-    return [{"id": f"video{9000 + i}", "eval_caption": f"a man cooks {i}",
-             "caption": [f"said {i} {k}" for k in range(3)],
-             "2d_pooled": rng.random(12).astype(np.float32),
-             "3d_pooled": rng.random(6).astype(np.float32), "2d": rng.random((9, 12)),
-             "3d": rng.random((13, 6)), "audio": torch.rand(40, 200 + i)} for i in range(n)]
+    return [
+        {
+            "id": f"video{9000 + i}",
+            "eval_caption": f"a man cooks {i}",
+            "caption": [f"said {i} {k}" for k in range(3)],
+            "2d_pooled": rng.random(12).astype(np.float32),
+            "3d_pooled": rng.random(6).astype(np.float32),
+            "2d": rng.random((9, 12)),
+            "3d": rng.random((13, 6)),
+            "audio": torch.rand(40, 200 + i),
+        }
+        for i in range(n)
+    ]
 
 
 def msrvtt(tmp_path, items, **kwargs):
@@ -49,8 +57,9 @@ def test_msrvtt_for_evaluation(tmp_path):
     items[4].pop("3d_pooled")  # and not pooled under the other: skipped
     items[5]["2d_pooled"][3] = np.nan
     said = msrvtt(tmp_path, items)
-    assert ("4 of 6 clips, streams 2d 12, 3d 6, mel 40, 2 without audio" in said
-            and "2 skipped" in said), said
+    assert (
+        "4 of 6 clips, streams 2d 12, 3d 6, mel 40, 2 without audio" in said and "2 skipped" in said
+    ), said
     listed = (tmp_path / "m.h5.skipped.csv").read_text()
     assert "3d has shape (13, 6), the other clips have (6,)" in listed and "NaN" in listed
     store = Store(tmp_path / "m.h5")
@@ -59,8 +68,7 @@ def test_msrvtt_for_evaluation(tmp_path):
     assert store.caption_texts(1) == ["a man cooks 1"]
     for i, key in ((0, "2d_pooled"), (3, "2d")):
         _, start, end = store.caption_times(i)
-        np.testing.assert_allclose(store.clips(i, "2d", start, end)[0][0], items[i][key],
-                                   rtol=1e-3)
+        np.testing.assert_allclose(store.clips(i, "2d", start, end)[0][0], items[i][key], rtol=1e-3)
         assert len(store.clips(i, "mel", start, end)[0]) == 200 + i
     assert store.caption_times(1)[2].tolist() == [1.0] and store.row_counts("mel")[1:3].sum() == 0
     assert validate(tmp_path / "m.h5")["captions"] == 4
@@ -88,8 +96,10 @@ def test_msrvtt_executes_nothing_and_says_what_it_wants(tmp_path, monkeypatch):
     with pytest.raises(UnsafePickle, match="m.pkl: refused"):
         msrvtt(tmp_path, msrvtt_items(1) + [{"caption": "x", "2d_pooled": Evil()}])
     assert not (tmp_path / "executed").exists()
-    for items, message in (({"a": 1}, "2d_pooled, 3d_pooled, audio, eval_caption or caption, id"),
-                           ([{"caption": "x"}], "no clip has a pooled feature '2d_pooled' or")):
+    for items, message in (
+        ({"a": 1}, "2d_pooled, 3d_pooled, audio, eval_caption or caption, id"),
+        ([{"caption": "x"}], "no clip has a pooled feature '2d_pooled' or"),
+    ):
         with pytest.raises(SystemExit, match=message):
             msrvtt(tmp_path, items)
     with pytest.raises(SystemExit, match="none.pkl: no such file; expected MSR-VTT's"):
@@ -133,8 +143,9 @@ def make_set(folder, n=4, protocol="crosstask"):
         name, task, seconds = f"v{i}", list(STEPS)[i % 2], 12 + i
         rows.append(f"{name},{task}" if protocol == "crosstask" else name)
         np.save(folder / f"features/{name}_2d.npy", rng.random((seconds, 12), np.float32))
-        np.save(folder / f"features/{name}_3d.npy",
-                rng.random((seconds * 3 // 2, 6)).astype(np.float16))
+        np.save(
+            folder / f"features/{name}_3d.npy", rng.random((seconds * 3 // 2, 6)).astype(np.float16)
+        )
         if i != 1:
             np.savez(folder / f"audio/{name}.npz", arr_0=rng.uniform(-80, 0, (40, seconds * 100)))
         inside = np.zeros((seconds, len(STEPS[task])))
@@ -147,20 +158,30 @@ def make_set(folder, n=4, protocol="crosstask"):
     (folder / "steps.json").write_text(json.dumps(STEPS if protocol == "crosstask" else steps))
 
 
-def convert(folder, out="out.h5", protocol="crosstask", steps="steps.json", audio="audio",
-            **kwargs):
+def convert(
+    folder, out="out.h5", protocol="crosstask", steps="steps.json", audio="audio", **kwargs
+):
     return crosstask.prepare(
-        folder / "list.csv", folder / "features", folder / audio if audio else None,
-        folder / "annotations", folder / steps, folder / out, protocol=protocol, rates=RATES,
-        **kwargs)
+        folder / "list.csv",
+        folder / "features",
+        folder / audio if audio else None,
+        folder / "annotations",
+        folder / steps,
+        folder / out,
+        protocol=protocol,
+        rates=RATES,
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("protocol", ["crosstask", "miningyoutube"])
 def test_a_set_of_steps(tmp_path, protocol):
     make_set(tmp_path, protocol=protocol)
     said = convert(tmp_path, protocol=protocol)
-    assert ("4 of 4 videos, streams 2d 12, 3d 6, mel 40, 1 without audio; none skipped" in said
-            and "steps in" in said), said
+    assert (
+        "4 of 4 videos, streams 2d 12, 3d 6, mel 40, 1 without audio; none skipped" in said
+        and "steps in" in said
+    ), said
     store = Store(tmp_path / "out.h5")
     assert store.ids() == ["v0", "v1", "v2", "v3"] and store.rates == RATES
     assert store.caption_texts(0) == ["pour egg", "flip pancake", "pour egg"]  # by their start
@@ -171,8 +192,11 @@ def test_a_set_of_steps(tmp_path, protocol):
     steps = load_steps(tmp_path / "out.h5")
     assert steps["protocol"] == protocol and list(steps["videos"]) == store.ids()
     assert steps["videos"]["v1"] == {
-        "task": "16815" if protocol == "crosstask" else "all", "seconds": 13,
-        "steps": STEPS["16815"], "segments": [[0, 2, 5], [1, 4, 9], [0, 10, 13]]}
+        "task": "16815" if protocol == "crosstask" else "all",
+        "seconds": 13,
+        "steps": STEPS["16815"],
+        "segments": [[0, 2, 5], [1, 4, 9], [0, 10, 13]],
+    }
     validate(tmp_path / "out.h5")
 
 
@@ -194,14 +218,24 @@ def test_the_release_files(tmp_path):
     said = convert(tmp_path, steps="tasks_primary.txt")
     assert "2 of 4 videos" in said and "2 skipped" in said, said
     listed = (tmp_path / "out.h5.skipped.csv").read_text()
-    assert ("no step is annotated in its 14 s" in listed
-            and "16815_v3.csv: line 1: step 3 of 2" in listed)
+    assert (
+        "no step is annotated in its 14 s" in listed
+        and "16815_v3.csv: line 1: step 3 of 2" in listed
+    )
     videos = load_steps(tmp_path / "out.h5")["videos"]
-    assert videos["v0"] == {"task": "23521", "seconds": 12, "steps": STEPS["23521"],
-                            "segments": [[0, 0, 2], [1, 3, 5], [1, 4, 12], [2, 11, 12]]}
+    assert videos["v0"] == {
+        "task": "23521",
+        "seconds": 12,
+        "steps": STEPS["23521"],
+        "segments": [[0, 0, 2], [1, 3, 5], [1, 4, 12], [2, 11, 12]],
+    }
     assert videos["v1"]["segments"] == [[1, 5, 8]]
     assert Store(tmp_path / "out.h5").caption_texts(0) == [
-        "pour egg", "flip pancake", "flip pancake", "add jam"]
+        "pour egg",
+        "flip pancake",
+        "flip pancake",
+        "add jam",
+    ]
 
 
 def test_one_folder_does_not_mix_3d_features_and_audio(tmp_path):
@@ -210,8 +244,9 @@ def test_one_folder_does_not_mix_3d_features_and_audio(tmp_path):
         (tmp_path / f"features/v{i}_3d.npy").unlink()
         if (audio := tmp_path / f"audio/v{i}.npz").exists():
             audio.rename(tmp_path / f"features/v{i}.npz")
-    assert "4 of 4 videos, streams 2d 12, mel 40, 1 without audio" in convert(tmp_path,
-                                                                              audio="features")
+    assert "4 of 4 videos, streams 2d 12, mel 40, 1 without audio" in convert(
+        tmp_path, audio="features"
+    )
 
 
 def test_damaged_and_missing_files_are_listed(tmp_path, monkeypatch):
@@ -239,13 +274,29 @@ def test_damaged_and_missing_files_are_listed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
     assert Store(tmp_path / "out.h5").ids() == ["v0", "v1", "v11"]
     # Annotated, without usable features: not in the store, and misses in the evaluation.
-    assert sorted(load_steps(tmp_path / "out.h5")["videos"]) == ["v0", "v1", "v10", "v11", "v8",
-                                                                 "v9"]
+    assert sorted(load_steps(tmp_path / "out.h5")["videos"]) == [
+        "v0",
+        "v1",
+        "v10",
+        "v11",
+        "v8",
+        "v9",
+    ]
     listed = (tmp_path / "out.h5.skipped.csv").read_text()
-    for reason in ("v2,no annotation 23521_v2.npy or .csv", "3 columns, its steps are 2",
-                   "expected 0 and 1", "v5,", "object array", "no step is annotated in its 19 s",
-                   "no 2d features", "v9,", "NaN, inf or beyond", "v0,twice in",
-                   "no steps of task 99999", "File name too long"):
+    for reason in (
+        "v2,no annotation 23521_v2.npy or .csv",
+        "3 columns, its steps are 2",
+        "expected 0 and 1",
+        "v5,",
+        "object array",
+        "no step is annotated in its 19 s",
+        "no 2d features",
+        "v9,",
+        "NaN, inf or beyond",
+        "v0,twice in",
+        "no steps of task 99999",
+        "File name too long",
+    ):
         assert reason in listed, (reason, listed)
 
 
@@ -275,8 +326,21 @@ def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     for i, name in itertools.product(range(6), ("2d", "mel")):
         np.testing.assert_array_equal(*(store.clips(i, name, [0], [99])[0] for store in stores))
     # What is there is replaced only if asked for, also from the command line.
-    command = ["crosstask", "--list", "list.csv", "--features", "features", "--features-audio",
-               "audio", "--annotations", "annotations", "--steps", "tasks.txt", "--out", "out.h5"]
+    command = [
+        "crosstask",
+        "--list",
+        "list.csv",
+        "--features",
+        "features",
+        "--features-audio",
+        "audio",
+        "--annotations",
+        "annotations",
+        "--steps",
+        "tasks.txt",
+        "--out",
+        "out.h5",
+    ]
     monkeypatch.chdir(tmp_path)
     assert main(command) == 1
     (tmp_path / "list.csv").write_text("video_id,task\nv2,23521\n")

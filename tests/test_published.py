@@ -37,8 +37,9 @@ def block(dim_in, dim_out, stride):
     made.conv2 = nn.Conv2d(dim_out, dim_out, (1, 9), 1, (0, 4), bias=False)
     made.bn1, made.bn2 = nn.BatchNorm2d(dim_out), nn.BatchNorm2d(dim_out)
     if stride != 1:
-        made.downsample = nn.Sequential(nn.Conv2d(dim_in, dim_out, 1, (1, stride), bias=False),
-                                        nn.BatchNorm2d(dim_out))
+        made.downsample = nn.Sequential(
+            nn.Conv2d(dim_in, dim_out, 1, (1, stride), bias=False), nn.BatchNorm2d(dim_out)
+        )
     return made
 
 
@@ -55,8 +56,9 @@ class Original(nn.Module):
         net = self.DAVEnet = nn.Module()
         net.conv1, net.bn1 = nn.Conv2d(1, w[0], (40, 1), bias=False), nn.BatchNorm2d(w[0])
         for i in range(1, 5):
-            setattr(net, f"layer{i}", nn.ModuleList(
-                [block(w[i - 1], w[i], 2), block(w[i], w[i], 1)]))
+            setattr(
+                net, f"layer{i}", nn.ModuleList([block(w[i - 1], w[i], 2), block(w[i], w[i], 1)])
+            )
         self.DAVEnet_projection = nn.Linear(w[-1], dim)
         self.GU_audio, self.GU_video = gated(w[-1], w[-1]), gated(video, dim)
         if text:
@@ -87,8 +89,9 @@ class Original(nn.Module):
         return self.DAVEnet_projection(gate(self.GU_audio, mean))
 
     def text(self, words):
-        return gate(self.GU_text_captions,
-                    torch.relu(self.text_pooling_caption.fc(words)).max(1)[0])
+        return gate(
+            self.GU_text_captions, torch.relu(self.text_pooling_caption.fc(words)).max(1)[0]
+        )
 
     def video(self, *streams):
         return gate(self.GU_video, torch.cat([F.normalize(s, dim=1) for s in streams], 1))
@@ -104,9 +107,13 @@ def clips(n_frames, n_words, dims, word_dim=10, seed=0):
     n_frames, n_words = torch.tensor(n_frames), torch.tensor(n_words)
     mel = torch.rand(len(n_frames), 40, int(n_frames.max()), generator=g) * -80
     words = torch.randn(len(n_words), int(n_words.max()), word_dim, generator=g)
-    return {"video": {name: torch.rand(len(n_frames), d, generator=g) for name, d in dims.items()},
-            "audio": mel, "n_frames": n_frames, "text": words,
-            "text_mask": torch.arange(words.shape[1]) < n_words[:, None]}
+    return {
+        "video": {name: torch.rand(len(n_frames), d, generator=g) for name, d in dims.items()},
+        "audio": mel,
+        "n_frames": n_frames,
+        "text": words,
+        "text_mask": torch.arange(words.shape[1]) < n_words[:, None],
+    }
 
 
 @torch.inference_mode()
@@ -115,23 +122,29 @@ def differences(net, model, batch, padding=None, filled=None):
     original, ``filled`` of ours."""
     ours, mel, words = model(fill_up(batch, **filled) if filled else batch)[0], [], []
     for i, (n, mask) in enumerate(zip(batch["n_frames"], batch["text_mask"], strict=True)):
-        x, w = batch["audio"][i:i + 1, :, :n], batch["text"][i:i + 1, mask]
+        x, w = batch["audio"][i : i + 1, :, :n], batch["text"][i : i + 1, mask]
         if padding:  # zeros up to one length, of all clips
             x = F.pad(x, (0, padding["audio"] - x.shape[2]))
             w = F.pad(w, (0, 0, 0, padding["text"] - w.shape[1]))
         mel.append(net.audio(x, n[None]))
         words.append(net.text(w))
-    theirs = {"audio": torch.cat(mel), "text": torch.cat(words),
-              "video": net.video(*batch["video"].values())}
-    return {m: (float((ours[m] - theirs[m]).abs().max()), float(theirs[m].abs().max()))
-            for m in model.modalities}
+    theirs = {
+        "audio": torch.cat(mel),
+        "text": torch.cat(words),
+        "video": net.video(*batch["video"].values()),
+    }
+    return {
+        m: (float((ours[m] - theirs[m]).abs().max()), float(theirs[m].abs().max()))
+        for m in model.modalities
+    }
 
 
 DIMS = {"2d": 12, "3d": 6}
 
 
-@pytest.mark.parametrize("padding", [
-    {"audio": 224, "text": 6}, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "padding", [{"audio": 224, "text": 6}, pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_embeddings_are_the_originals(tmp_path, padding):
     net = original()
     torch.save(net.state_dict(), tmp_path / "x.pth")
@@ -141,8 +154,7 @@ def test_embeddings_are_the_originals(tmp_path, padding):
     batch = clips([200, 160, 37, 16], [6, 1, 3, 2], DIMS)
     for name, (difference, largest) in differences(net, model, batch, padding, padding).items():
         assert difference <= 1e-5 and largest > 0.1, name
-    apart = differences(net, model, batch, padding,
-                        None if padding else {"audio": 224, "text": 6})
+    apart = differences(net, model, batch, padding, None if padding else {"audio": 224, "text": 6})
     assert apart["audio"][0] > 1e-3 and apart["text"][0] > 1e-3  # padding does matter
 
 
@@ -154,8 +166,9 @@ def test_full_width_embeddings_are_the_originals(tmp_path, padding):
     model = load_published(tmp_path / "x.pth")
     assert model.sizes["video_dims"] == {"2d": 2048, "3d": 2048} and not model.training
     batch = clips([1000, 505, 64], [20, 1, 7], model.sizes["video_dims"], 300)
-    for name, (apart, _) in (differences(net, model, batch, published.PADDING).items()
-                             if not padding else ()):
+    for name, (apart, _) in (
+        differences(net, model, batch, published.PADDING).items() if not padding else ()
+    ):
         print(f"{name}: a clip filled up is {apart:.2g} from the clip alone")
     for name, (difference, largest) in differences(net, model, batch, padding, padding).items():
         print(f"{name}: largest difference {difference:.2g} of {largest:.2g}")
@@ -165,15 +178,19 @@ def test_full_width_embeddings_are_the_originals(tmp_path, padding):
 # --------------------------------------------------------------------------------------- scripts
 
 # Sizes are the file's.
-FLAGS = [word for i, word in enumerate(SMALL)
-         if not {SMALL[i - i % 2]} & {"--embd_dim", "--recon_dim", "--audio_width"}]
+FLAGS = [
+    word
+    for i, word in enumerate(SMALL)
+    if not {SMALL[i - i % 2]} & {"--embd_dim", "--recon_dim", "--audio_width"}
+]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
-    torch.save({"state_dict": original().state_dict(), "args": argparse.Namespace()},
-               folder / "mcn.pth")
+    torch.save(
+        {"state_dict": original().state_dict(), "args": argparse.Namespace()}, folder / "mcn.pth"
+    )
     torch.save(original(text=False, recon=0).state_dict(), folder / "avlnet.pth")
     rows = [f"{w} {' '.join(map(str, v))}" for w, v in zip(WORDS, np.eye(8, 10), strict=True)]
     (folder / "words.txt").write_text("\n".join(["8 10", *rows]) + "\n")
@@ -189,14 +206,27 @@ def fails(message, *command, cwd):
 @pytest.mark.slow
 def test_stage_1_starts_from_the_file_and_resumes_without_it(files, store_path, tmp_path):
     shutil.copy(files / "mcn.pth", tmp_path)
-    begin = ("train_stage1.py", "--pair", "VT", "--data", store_path, *FLAGS, "--init_published",
-             "mcn.pth", "--word2vec", files / "words.txt")
+    begin = (
+        "train_stage1.py",
+        "--pair",
+        "VT",
+        "--data",
+        store_path,
+        *FLAGS,
+        "--init_published",
+        "mcn.pth",
+        "--word2vec",
+        files / "words.txt",
+    )
     done = call(*begin, "--lr", 1e-30, "--max_steps", 1, cwd=tmp_path)
     assert "unused: classification.weight; not read: argparse.Namespace" in done.stdout
     content = torch.load(tmp_path / "runs/stage1-VT/checkpoint.pt", weights_only=True)
     state = original().state_dict()
-    assert content["model"].keys() == {k for k in state if k.startswith(
-        ("GU_video", "text_pooling", "GU_text", "recon_v", "recon_t"))}
+    assert content["model"].keys() == {
+        k
+        for k in state
+        if k.startswith(("GU_video", "text_pooling", "GU_text", "recon_v", "recon_t"))
+    }
     for name, value in content["model"].items():
         torch.testing.assert_close(value, state[name], msg=name)
     args = content["args"]
@@ -204,36 +234,99 @@ def test_stage_1_starts_from_the_file_and_resumes_without_it(files, store_path, 
     (tmp_path / "mcn.pth").unlink()
     again = call(*begin, "--lr", 1e-30, cwd=tmp_path)
     assert "going on at step 1" in again.stdout
-    fails("--init_published mcn.pth: no such file", *begin, "--lr", 1e-30, "--no-resume",
-          cwd=tmp_path)
+    fails(
+        "--init_published mcn.pth: no such file", *begin, "--lr", 1e-30, "--no-resume", cwd=tmp_path
+    )
     torch.save(original(recon=0).state_dict(), tmp_path / "mcn.pth")
     fails("--init_published is another file", *begin, "--lr", 1e-30, cwd=tmp_path)
-    call("train_stage2.py", "--add", "A", "--init", "runs/stage1-VT", "--device", "cpu",
-         "--max_steps", 1, cwd=tmp_path)  # a run like any other
+    call(
+        "train_stage2.py",
+        "--add",
+        "A",
+        "--init",
+        "runs/stage1-VT",
+        "--device",
+        "cpu",
+        "--max_steps",
+        1,
+        cwd=tmp_path,
+    )  # a run like any other
 
 
 @pytest.mark.slow
 def test_flags_that_disagree_with_the_file_are_named(files, store_path, tmp_path):
     begin = ("train_stage1.py", "--data", store_path, *FLAGS, "--init_published")
-    for flag, value, has in (("--embd_dim", 32, 16), ("--recon_dim", 4, 8),
-                             ("--audio_width", 0.125, 0.0625)):
-        fails(f"{flag} {value}: {files / 'mcn.pth'} has {has}", *begin, files / "mcn.pth",
-              "--pair", "AV", flag, value, cwd=tmp_path)
+    for flag, value, has in (
+        ("--embd_dim", 32, 16),
+        ("--recon_dim", 4, 8),
+        ("--audio_width", 0.125, 0.0625),
+    ):
+        fails(
+            f"{flag} {value}: {files / 'mcn.pth'} has {has}",
+            *begin,
+            files / "mcn.pth",
+            "--pair",
+            "AV",
+            flag,
+            value,
+            cwd=tmp_path,
+        )
     fails("no text in it, only AV", *begin, files / "avlnet.pth", "--pair", "VT", cwd=tmp_path)
     fails("give them with --word2vec", *begin, files / "mcn.pth", "--pair", "VT", cwd=tmp_path)
-    fails("vectors of 3 numbers; the text encoder takes 10", *begin, files / "mcn.pth", "--pair",
-          "VT", "--word2vec", files / "narrow.txt", cwd=tmp_path)
+    fails(
+        "vectors of 3 numbers; the text encoder takes 10",
+        *begin,
+        files / "mcn.pth",
+        "--pair",
+        "VT",
+        "--word2vec",
+        files / "narrow.txt",
+        cwd=tmp_path,
+    )
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
-    call(*begin, files / "avlnet.pth", "--pair", "AV", "--recon_dim", 4, "--audio_width", 0.0625,
-         "--max_steps", 1, cwd=tmp_path)  # it has no heads: the flag's
-    fails("--init_published None (now", "train_stage1.py", "--pair", "AV", "--data", store_path,
-          *SMALL, "--out", "plain", "--init_published", files / "avlnet.pth",
-          cwd=plain(tmp_path, store_path))
+    call(
+        *begin,
+        files / "avlnet.pth",
+        "--pair",
+        "AV",
+        "--recon_dim",
+        4,
+        "--audio_width",
+        0.0625,
+        "--max_steps",
+        1,
+        cwd=tmp_path,
+    )  # it has no heads: the flag's
+    fails(
+        "--init_published None (now",
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--out",
+        "plain",
+        "--init_published",
+        files / "avlnet.pth",
+        cwd=plain(tmp_path, store_path),
+    )
 
 
 def plain(folder, store_path):
-    call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--out", "plain",
-         "--max_steps", 1, cwd=folder)
+    call(
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--out",
+        "plain",
+        "--max_steps",
+        1,
+        cwd=folder,
+    )
     return folder
 
 
@@ -241,17 +334,34 @@ def plain(folder, store_path):
 @pytest.mark.parametrize("how", ["frozen", "finetune"])
 def test_stage_2_adds_a_modality_to_published_encoders(files, store_path, tmp_path, how):
     shutil.copy(files / "avlnet.pth", tmp_path)
-    begin = ("train_stage2.py", "--add", "T", "--init_published", "avlnet.pth", "--data",
-             store_path, "--word2vec", files / "words.txt", "--stage1_encoders", how,
-             *FLAGS)
+    begin = (
+        "train_stage2.py",
+        "--add",
+        "T",
+        "--init_published",
+        "avlnet.pth",
+        "--data",
+        store_path,
+        "--word2vec",
+        files / "words.txt",
+        "--stage1_encoders",
+        how,
+        *FLAGS,
+    )
     call(*begin, "--max_steps", 2, cwd=tmp_path)
     content = torch.load(tmp_path / "runs/stage2-AV_T/checkpoint.pt", weights_only=True)
     state = original(text=False, recon=0).state_dict()
-    moved = [name for name, value in content["model"].items()
-             if name in state and not torch.equal(value, state[name])]
+    moved = [
+        name
+        for name, value in content["model"].items()
+        if name in state and not torch.equal(value, state[name])
+    ]
     assert bool(moved) == (how == "finetune")
-    assert (content["sizes"]["modalities"] == "AVT" and content["sizes"]["word_dim"] == 10
-            and content["args"]["init_published"] == "avlnet.pth")
+    assert (
+        content["sizes"]["modalities"] == "AVT"
+        and content["sizes"]["word_dim"] == 10
+        and content["args"]["init_published"] == "avlnet.pth"
+    )
     (tmp_path / "avlnet.pth").unlink()
     assert "going on at step 2" in call(*begin, cwd=tmp_path).stdout
     fails("one start", *begin, "--init", "runs/stage1-AV", cwd=tmp_path)
@@ -266,8 +376,14 @@ def test_evaluation_of_a_file(files, eval_path, tmp_path):
     result = json.loads((folder / "metrics.json").read_text())["youcook2"]
     assert result["n"] == 24 and result["checkpoint"] == str(files / "mcn.pth")
     fails("--word2vec data/word2vec.bin: no such file", *begin, files / "mcn.pth", cwd=tmp_path)
-    fails("vectors of 3 numbers", *begin, files / "mcn.pth", "--word2vec", files / "narrow.txt",
-          cwd=tmp_path)
+    fails(
+        "vectors of 3 numbers",
+        *begin,
+        files / "mcn.pth",
+        "--word2vec",
+        files / "narrow.txt",
+        cwd=tmp_path,
+    )
     fails("in place of --run", *begin, files / "mcn.pth", "--run", "runs/x", cwd=tmp_path)
     call(*begin, files / "avlnet.pth", "--keep_embeddings", cwd=tmp_path)
     with np.load(*(tmp_path / "runs").glob("published-avlnet-*/youcook2.npz")) as file:
@@ -276,8 +392,14 @@ def test_evaluation_of_a_file(files, eval_path, tmp_path):
     from mcn_ext.data import ClipReader, collate
     from mcn_ext.store import Store
 
-    reader = ClipReader(Store(eval_path), video_streams=("2d", "3d"), audio=True, words=None,
-                        max_words=20, audio_frames=5120)
+    reader = ClipReader(
+        Store(eval_path),
+        video_streams=("2d", "3d"),
+        audio=True,
+        words=None,
+        max_words=20,
+        audio_frames=5120,
+    )
     net, rows = original(text=False, recon=0), []
     with torch.inference_mode():
         for i in range(3):
@@ -285,5 +407,6 @@ def test_evaluation_of_a_file(files, eval_path, tmp_path):
             n = int(clip["n_frames"])
             mel = F.pad(clip["audio"][:, :, :n].float(), (0, published.PADDING["audio"] - n))
             rows.append(net.audio(mel, clip["n_frames"]))
-    np.testing.assert_allclose(kept["embedding:audio"][:3], torch.cat(rows).half(), rtol=2e-3,
-                               atol=2e-3)
+    np.testing.assert_allclose(
+        kept["embedding:audio"][:3], torch.cat(rows).half(), rtol=2e-3, atol=2e-3
+    )

@@ -24,11 +24,22 @@ SLOW = (pytest.mark.slow,)
 
 def test_every_tensor_is_used_or_named(tmp_path, capsys):
     state = original().state_dict()
-    torch.save({"model": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
-                "epoch": 3}, tmp_path / "x.pth")
+    torch.save(
+        {"model": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 3},
+        tmp_path / "x.pth",
+    )
     found = read_published(tmp_path / "x.pth")
-    assert found.sizes == {"modalities": "AVT", "embd_dim": 16, "word_dim": 10, "recon_dim": 8,
-                           "audio_width": 1 / 16} and found.video_width == 18
+    assert (
+        found.sizes
+        == {
+            "modalities": "AVT",
+            "embd_dim": 16,
+            "word_dim": 10,
+            "recon_dim": 8,
+            "audio_width": 1 / 16,
+        }
+        and found.video_width == 18
+    )
     assert set(found.unused) == {"classification.weight", "optimizer.state.0.exp_avg"}
     assert found.state.keys() | {"classification.weight"} == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in found.state.items())
@@ -40,11 +51,15 @@ def test_every_tensor_is_used_or_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", [
-    lambda s: {f"module.{k}": v for k, v in s.items()},
-    lambda s: {"state_dict": {f"net.{k}": v for k, v in s.items()}},
-    lambda s: {"model_state_dict": {f"module.model.{k}": v for k, v in s.items()}},
-    lambda s: {"net": s, "loss": 0.5}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"state_dict": {f"net.{k}": v for k, v in s.items()}},
+        lambda s: {"model_state_dict": {f"module.model.{k}": v for k, v in s.items()}},
+        lambda s: {"net": s, "loss": 0.5},
+    ],
+)
 @pytest.mark.parametrize("legacy", [True, False])
 def test_prefixes_wrappers_and_the_legacy_format(tmp_path, wrap, legacy):
     state = original().state_dict()
@@ -67,8 +82,11 @@ def test_avlnet_old_files_half_precision_and_some_heads(tmp_path):
     torch.save(partly, tmp_path / "x.pth")
     assert {n.split(".")[0] for n in read_published(tmp_path / "x.pth").missing} == {"recon_a"}
     assert load_published(tmp_path / "x.pth", DIMS).recon_a is not None
-    sound_free = {k: v for k, v in original(recon=0).state_dict().items() if "audio" not in k
-                  and "DAVEnet" not in k}
+    sound_free = {
+        k: v
+        for k, v in original(recon=0).state_dict().items()
+        if "audio" not in k and "DAVEnet" not in k
+    }
     torch.save(sound_free, tmp_path / "x.pth")
     assert load_published(tmp_path / "x.pth", DIMS).sizes["modalities"] == "VT"
 
@@ -79,17 +97,21 @@ def change(name, value):
 
 BROKEN = {
     "GU_video.cg.fc.bias is missing, expected (16,)": lambda s: s.pop("GU_video.cg.fc.bias"),
-    r"GU_audio.fc.weight is (3, 64) torch.float32, expected (64, 64)":
-        change("GU_audio.fc.weight", torch.zeros(3, 64)),
+    r"GU_audio.fc.weight is (3, 64) torch.float32, expected (64, 64)": change(
+        "GU_audio.fc.weight", torch.zeros(3, 64)
+    ),
     "recon_t.2.bias is missing": lambda s: s.pop("recon_t.2.bias"),
     "recon_a.0.weight is (9, 16)": change("recon_a.0.weight", torch.zeros(9, 16)),
-    "GU_text_captions.fc.bias has numbers that are not finite":
-        change("GU_text_captions.fc.bias", torch.full((16,), torch.nan)),
+    "GU_text_captions.fc.bias has numbers that are not finite": change(
+        "GU_text_captions.fc.bias", torch.full((16,), torch.nan)
+    ),
     "is (16,) torch.int64": change("GU_text_captions.fc.bias", torch.zeros(16, dtype=torch.int64)),
-    "DAVEnet's stages are [8, 8, 17, 32, 64] wide":
-        change("DAVEnet.layer2.1.bn2.weight", torch.ones(17)),
-    "the audio-text fused variant (GU_audio_text": change("GU_audio_text.fc_text.weight",
-                                                          torch.ones(2)),
+    "DAVEnet's stages are [8, 8, 17, 32, 64] wide": change(
+        "DAVEnet.layer2.1.bn2.weight", torch.ones(17)
+    ),
+    "the audio-text fused variant (GU_audio_text": change(
+        "GU_audio_text.fc_text.weight", torch.ones(2)
+    ),
     "DAVEnet v2": change("DAVEnet.layer5.0.bn1.weight", torch.ones(2)),
     "DAVEnet_projection.weight is missing": lambda s: s.pop("DAVEnet_projection.weight"),
     "several models": change("net.GU_video.fc.weight", torch.ones(2, 2)),
@@ -97,8 +119,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("message", [pytest.param(m, marks=SLOW * (i > 0))
-                                     for i, m in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    "message", [pytest.param(m, marks=SLOW * (i > 0)) for i, m in enumerate(BROKEN)]
+)
 def test_what_does_not_fit_is_named(tmp_path, message):
     state = original().state_dict()
     BROKEN[message](state)
@@ -139,14 +162,22 @@ class Config:  # its module may not be there on the reader's machine
 @pytest.mark.parametrize("legacy", [True, pytest.param(False, marks=SLOW)])
 def test_more_than_tensors_is_tolerated_and_runs_nothing(tmp_path, monkeypatch, legacy):
     state = original(recon=0).state_dict()
-    content = {"state_dict": state, "bomb": Bomb(tmp_path / "gone-off"), "config": Config(),
-               "args": argparse.Namespace(lr=1e-3, names=["a"]), "score": np.float64(1.5),
-               "rows": np.arange(3), "best": {"x": torch.ones(2)}}
+    content = {
+        "state_dict": state,
+        "bomb": Bomb(tmp_path / "gone-off"),
+        "config": Config(),
+        "args": argparse.Namespace(lr=1e-3, names=["a"]),
+        "score": np.float64(1.5),
+        "rows": np.arange(3),
+        "best": {"x": torch.ones(2)},
+    }
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     with monkeypatch.context() as patch:
+
         def no_imports(name, *args, real=builtins.__import__, **kwargs):
             assert not name.startswith("tests"), name
             return real(name, *args, **kwargs)
+
         patch.setattr(builtins, "__import__", no_imports)
         found = read_published(tmp_path / "x.pth")
     assert not (tmp_path / "gone-off").exists()
@@ -179,14 +210,20 @@ class Call:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [
-    lambda file: Call(builtins.eval, f"open({str(file)!r}, 'w')"),
-    lambda file: Call(getattr, Call(builtins.__import__, "os"), "system"),
-    lambda file: OrderedDict({Bomb(file): [Bomb(file)]}),
-    lambda file: {Bomb(file)}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda file: Call(builtins.eval, f"open({str(file)!r}, 'w')"),
+        lambda file: Call(getattr, Call(builtins.__import__, "os"), "system"),
+        lambda file: OrderedDict({Bomb(file): [Bomb(file)]}),
+        lambda file: {Bomb(file)},
+    ],
+)
 def test_hostile_values_do_nothing(tmp_path, value):
-    torch.save({"state_dict": original(recon=0).state_dict(), "x": value(tmp_path / "gone-off")},
-               tmp_path / "x.pth")
+    torch.save(
+        {"state_dict": original(recon=0).state_dict(), "x": value(tmp_path / "gone-off")},
+        tmp_path / "x.pth",
+    )
     read_published(tmp_path / "x.pth")
     assert not (tmp_path / "gone-off").exists()
 
@@ -202,8 +239,11 @@ def rewritten(source, target, change):
 def test_damaged_files_are_an_error(tmp_path):
     path, bad = tmp_path / "x.pth", tmp_path / "bad.pth"
     for legacy in (False, True):
-        torch.save({"s": original(recon=0).state_dict(), "a": argparse.Namespace()}, path,
-                   _use_new_zipfile_serialization=not legacy)
+        torch.save(
+            {"s": original(recon=0).state_dict(), "a": argparse.Namespace()},
+            path,
+            _use_new_zipfile_serialization=not legacy,
+        )
         data = path.read_bytes()
         for cut in (0, 5, 100, len(data) // 2, len(data) - 5):
             bad.write_bytes(data[:cut])
@@ -237,7 +277,9 @@ def test_paths_of_tensors():
     for _ in range(100):
         deep = [deep]
     assert inert.tensors({"a": shared, "b": shared, "deep": deep, 3: (torch.ones(1),)}).keys() == {
-        "a.w", "3.0"}
+        "a.w",
+        "3.0",
+    }
 
 
 # ------------------------------------------------------------------------------------- converter
@@ -249,9 +291,16 @@ def test_converter_and_safetensors(tmp_path, capsys, monkeypatch):
     torch.save({"state_dict": original().state_dict(), "args": argparse.Namespace()}, source)
     assert main([str(source)]) == 0 and not out.exists()
     text = capsys.readouterr().out
-    assert all(part in text for part in (
-        "audio video text", "embd_dim 16", "video 18", "classification.weight",
-        "argparse.Namespace")), text
+    assert all(
+        part in text
+        for part in (
+            "audio video text",
+            "embd_dim 16",
+            "video 18",
+            "classification.weight",
+            "argparse.Namespace",
+        )
+    ), text
     assert "GU_video" in text and f"{18 * 16 + 16 + 16 * 16 + 16:,}" in text
     assert main([str(source), "--out", str(out)]) == 0
     first, second = read_published(source), read_published(out)
@@ -272,6 +321,7 @@ def test_converter_and_safetensors(tmp_path, capsys, monkeypatch):
         if name.startswith("safetensors"):
             raise ImportError(name)
         return real(name, *args, **kwargs)
+
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(SystemExit, match="pip install safetensors"):
         read_published(out)

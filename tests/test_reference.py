@@ -34,8 +34,10 @@ def textbook(x, y, temperature, margin, normalize, ids=None, valid=None):
 
 def pair(n, d, dtype=torch.float64, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-            for _ in range(2)]
+    return [
+        (torch.randn(n, d, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+        for _ in range(2)
+    ]
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, pytest.param(33, marks=pytest.mark.slow)])
@@ -52,8 +54,9 @@ def test_contrastive_equals_textbook(n, d, normalize):
         got = torch.autograd.grad(loss, (x, y))
         want = torch.autograd.grad(expected, (x, y), allow_unused=True)
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-8,
-                                       atol=1e-10)
+            torch.testing.assert_close(
+                g, torch.zeros_like(g) if w is None else w, rtol=1e-8, atol=1e-10
+            )
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -91,12 +94,14 @@ def test_low_precision_input_is_computed_in_fp32(dtype):
     exact = [t.detach().double().requires_grad_() for t in (x, y)]
     expected = contrastive_loss(*exact)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    for g, w in zip(torch.autograd.grad(loss, (x, y)), torch.autograd.grad(expected, exact),
-                    strict=True):
+    for g, w in zip(
+        torch.autograd.grad(loss, (x, y)), torch.autograd.grad(expected, exact), strict=True
+    ):
         assert g.dtype == dtype
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(g.double(), w, rtol=4 * eps,
-                                   atol=4 * max(eps, 1e-6) * float(w.abs().max()))
+        torch.testing.assert_close(
+            g.double(), w, rtol=4 * eps, atol=4 * max(eps, 1e-6) * float(w.abs().max())
+        )
 
 
 def test_autocast_does_not_reach_the_losses():
@@ -116,8 +121,10 @@ def test_no_negatives_is_zero_with_zero_gradients(n):
 
 def test_no_valid_row_and_all_ids_equal_are_zero():
     x, y = pair(5, 3, torch.float32)
-    for kwargs in ({"valid": torch.zeros(5, dtype=torch.bool)},
-                   {"ids": torch.zeros(5, dtype=torch.int64)}):
+    for kwargs in (
+        {"valid": torch.zeros(5, dtype=torch.bool)},
+        {"ids": torch.zeros(5, dtype=torch.int64)},
+    ):
         loss = contrastive_loss(x, y, **kwargs)
         grads = torch.autograd.grad(loss, (x, y))
         assert loss == 0 and not any(g.any() for g in grads)
@@ -160,8 +167,9 @@ def test_non_finite_input_is_never_hidden(bad):
             with torch.no_grad():
                 y[row, 1] = bad
             assert contrastive_loss(x, y, normalize=normalize).isnan()
-            assert cluster_loss(y, torch.randn(4, 4), torch.zeros(3, dtype=torch.int64),
-                                normalize=normalize).isnan()
+            assert cluster_loss(
+                y, torch.randn(4, 4), torch.zeros(3, dtype=torch.int64), normalize=normalize
+            ).isnan()
 
 
 def test_non_finite_values_in_invalid_rows_do_no_harm():
@@ -173,16 +181,21 @@ def test_non_finite_values_in_invalid_rows_do_no_harm():
     keep = [t[valid].detach() for t in (x, y)]
     torch.testing.assert_close(loss, contrastive_loss(*keep))
     gx, gy = torch.autograd.grad(loss, (x, y))
-    assert (torch.isfinite(gx).all() and torch.isfinite(gy).all() and not gx[2].any()
-            and not gy[2].any())
+    assert (
+        torch.isfinite(gx).all()
+        and torch.isfinite(gy).all()
+        and not gx[2].any()
+        and not gy[2].any()
+    )
 
 
 def test_gradients_are_right_where_the_loss_is_nearly_zero():
     x = torch.eye(4).requires_grad_()
     loss = contrastive_loss(x, torch.eye(4), temperature=1 / 22.0, margin=0.0)
     exact = torch.eye(4, dtype=torch.float64).requires_grad_()
-    expected = contrastive_loss(exact, torch.eye(4, dtype=torch.float64), temperature=1 / 22.0,
-                                margin=0.0)
+    expected = contrastive_loss(
+        exact, torch.eye(4, dtype=torch.float64), temperature=1 / 22.0, margin=0.0
+    )
     assert 1e-10 < expected < 1e-8
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     (g,), (w,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, exact)
@@ -220,14 +233,27 @@ def test_mcn_loss_is_the_mean_of_its_terms():
     pairs = [("audio", "text"), ("audio", "video"), ("text", "video")]
     mu, labels = torch.randn(4, 5, generator=g), torch.arange(9) % 4
     ids = {p: torch.arange(9) // (i + 1) for i, p in enumerate(pairs)}
-    terms = mcn_loss(embeddings, pairs, mu, labels, ids=ids, valid=valid, cluster_weight=0.5,
-                     temperature=0.2)
-    both = {pairs[0]: valid["audio"] & valid["text"], pairs[1]: valid["audio"],
-            pairs[2]: valid["text"]}
-    contrastive = sum(contrastive_loss(embeddings[a], embeddings[b], ids=ids[a, b],
-                                       valid=both[a, b], temperature=0.2) for a, b in pairs) / 3
-    cluster = sum(cluster_loss(e, mu, labels, valid=valid.get(m), temperature=0.2)
-                  for m, e in embeddings.items()) / (3 * math.log(4))
+    terms = mcn_loss(
+        embeddings, pairs, mu, labels, ids=ids, valid=valid, cluster_weight=0.5, temperature=0.2
+    )
+    both = {
+        pairs[0]: valid["audio"] & valid["text"],
+        pairs[1]: valid["audio"],
+        pairs[2]: valid["text"],
+    }
+    contrastive = (
+        sum(
+            contrastive_loss(
+                embeddings[a], embeddings[b], ids=ids[a, b], valid=both[a, b], temperature=0.2
+            )
+            for a, b in pairs
+        )
+        / 3
+    )
+    cluster = sum(
+        cluster_loss(e, mu, labels, valid=valid.get(m), temperature=0.2)
+        for m, e in embeddings.items()
+    ) / (3 * math.log(4))
     torch.testing.assert_close(terms.contrastive, contrastive)
     torch.testing.assert_close(terms.cluster, cluster)
     torch.testing.assert_close(terms.total, contrastive + 0.5 * cluster)
@@ -240,24 +266,34 @@ def test_uniform_clustering_loss_is_one_whatever_k():
     for k in (2, 7):
         mu = torch.zeros(k, 8)
         mu[:, 1] = 1  # every centroid equally far
-        terms = mcn_loss({"a": x, "b": x}, [("a", "b")], mu, torch.zeros(6, dtype=torch.int64),
-                         margin=0.0)
+        terms = mcn_loss(
+            {"a": x, "b": x}, [("a", "b")], mu, torch.zeros(6, dtype=torch.int64), margin=0.0
+        )
         torch.testing.assert_close(terms.cluster, torch.tensor(1.0))
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(0, 9), d=st.integers(1, 6), temperature=st.floats(0.01, 10),
-       log_scale=st.floats(-12, 12), normalize=st.booleans(), data=st.data())
+@given(
+    n=st.integers(0, 9),
+    d=st.integers(1, 6),
+    temperature=st.floats(0.01, 10),
+    log_scale=st.floats(-12, 12),
+    normalize=st.booleans(),
+    data=st.data(),
+)
 def test_never_nan_on_finite_input(n, d, temperature, log_scale, normalize, data):
     values = data.draw(st.lists(st.floats(-1, 1, width=32), min_size=2 * n * d, max_size=2 * n * d))
     x, y = (torch.tensor(values, dtype=torch.float32).reshape(2, n, d) * 10.0**log_scale).unbind()
-    ids = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)),
-                       dtype=torch.int64)
-    valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)),
-                         dtype=torch.bool)
+    ids = torch.tensor(
+        data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)), dtype=torch.int64
+    )
+    valid = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=torch.bool
+    )
     x, y = x.requires_grad_(), y.requires_grad_()
-    loss = contrastive_loss(x, y, temperature=temperature, normalize=normalize, ids=ids,
-                            valid=valid)
+    loss = contrastive_loss(
+        x, y, temperature=temperature, normalize=normalize, ids=ids, valid=valid
+    )
     grads = torch.autograd.grad(loss, (x, y))
     assert torch.isfinite(loss) and loss >= 0
     assert all(torch.isfinite(g).all() for g in grads)

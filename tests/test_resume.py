@@ -24,8 +24,10 @@ EVERY = (*SMALL, "--save_every", 1)
 @pytest.fixture(autouse=True)
 def as_before():
     """One thread, and this process's own signal handlers, whatever a run left."""
-    threads, handlers = torch.get_num_threads(), {
-        s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    threads, handlers = (
+        torch.get_num_threads(),
+        {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)},
+    )
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -34,8 +36,19 @@ def as_before():
 
 
 def train(store, out, *more, pair="AV", **kwargs):
-    return call("train_stage1.py", "--pair", pair, "--data", store, *EVERY, "--out", out, *more,
-                cwd=out.parent, **kwargs)
+    return call(
+        "train_stage1.py",
+        "--pair",
+        pair,
+        "--data",
+        store,
+        *EVERY,
+        "--out",
+        out,
+        *more,
+        cwd=out.parent,
+        **kwargs,
+    )
 
 
 def step_of(file):
@@ -65,7 +78,7 @@ def test_no_flipped_bit_is_loaded(tmp_path):
     checkpoint.write(good, content)
     raw, rng, refused = good.read_bytes(), random.Random(0), 0
     directory = raw.index(b"PK\x01\x02")  # its fields have no checksum
-    flags = [i + 38 for i in range(len(raw)) if raw[i:i + 4] == b"PK\x01\x02"]
+    flags = [i + 38 for i in range(len(raw)) if raw[i : i + 4] == b"PK\x01\x02"]
     places = [*rng.sample(range(len(raw)), 300), *rng.sample(range(directory, len(raw)), 200)]
     for place, bit in [(p, rng.randrange(8)) for p in places] + [(p, 4) for p in flags]:
         changed = bytearray(raw)
@@ -88,9 +101,19 @@ def test_no_flipped_bit_is_loaded(tmp_path):
 @pytest.mark.parametrize("links", [True, False])
 def test_a_good_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch, links):
     """Killed before any call that changes the folder, the run goes on from step 1 or 2."""
+
     def save(folder, step):
-        checkpoint.save(folder, args={}, sizes={}, step=step, epoch_done=None, complete=False,
-                        run_id="", model={}, training={})
+        checkpoint.save(
+            folder,
+            args={},
+            sizes={},
+            step=step,
+            epoch_done=None,
+            complete=False,
+            run_id="",
+            model={},
+            training={},
+        )
 
     class Kill(BaseException):
         pass
@@ -112,6 +135,7 @@ def test_a_good_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch, links
                 if name == "link" and not links:
                     raise PermissionError("no links here")
                 return function(*args)
+
             return wrapped
 
         with monkeypatch.context() as patch:
@@ -131,19 +155,33 @@ def test_a_good_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch, links
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
-        tmp_path, store_path, eval_path, whole):
+    tmp_path, store_path, eval_path, whole
+):
     folder = tmp_path / "run"
     train(store_path, folder, "--max_steps", 3)
     latest, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
     assert (step_of(latest), step_of(previous)) == (3, 2)
     flip(latest)
-    for command in (("train_stage2.py", "--add", "T", "--init", folder),
-                    ("evaluate.py", "--youcook2", eval_path, "--run", folder)):
+    for command in (
+        ("train_stage2.py", "--add", "T", "--init", folder),
+        ("evaluate.py", "--youcook2", eval_path, "--run", folder),
+    ):
         refused = call(*command, cwd=tmp_path, check=False)
         assert refused.returncode == 1 and f"{latest}: damaged" in refused.stderr
         assert str(previous) in refused.stderr and str(folder / "epoch-01.pt") in refused.stderr
-    assert call("evaluate.py", "--youcook2", eval_path, "--checkpoint", previous, "--device", "cpu",
-                cwd=tmp_path).returncode == 0
+    assert (
+        call(
+            "evaluate.py",
+            "--youcook2",
+            eval_path,
+            "--checkpoint",
+            previous,
+            "--device",
+            "cpu",
+            cwd=tmp_path,
+        ).returncode
+        == 0
+    )
     done = train(store_path, folder)
     assert f"{latest}: damaged" in done.stdout and "going on at step 2 of 4" in done.stdout
     assert (folder / "checkpoint.damaged.pt").exists() and not differences(whole, folder)
@@ -152,7 +190,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
     flip(previous)
     refused = train(store_path, folder, check=False)
     assert refused.returncode == 1 and all(
-        str(file) in refused.stderr for file in (latest, previous, folder / "epoch-02.pt"))
+        str(file) in refused.stderr for file in (latest, previous, folder / "epoch-02.pt")
+    )
     assert latest.exists() and previous.exists()
     latest.write_bytes((folder / "epoch-01.pt").read_bytes())
     refused = train(store_path, folder, check=False)
@@ -172,14 +211,18 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, store_path, whole):
         assert f"{folder / 'checkpoint.pt'}: could not be written (File too large)" in done.stderr
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(row) + 20, before[1]))
         file.write_text(row)
-        for write in (lambda: log.append(file, row),
-                      lambda: log.write_text(folder / "args.json", 2 * row)):
+        for write in (
+            lambda: log.append(file, row),
+            lambda: log.write_text(folder / "args.json", 2 * row),
+        ):
             with pytest.raises(SystemExit, match="could not be written"):
                 write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert step_of(folder / "checkpoint.pt") == 2 and "batch_size" in (
-        folder / "args.json").read_text()
+    assert (
+        step_of(folder / "checkpoint.pt") == 2
+        and "batch_size" in (folder / "args.json").read_text()
+    )
     assert len(file.read_text()) == len(row) + 20 and len(read(file)) == 2  # a row cut short
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
     train(store_path, folder)
@@ -188,11 +231,18 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, store_path, whole):
 
 def test_an_epoch_is_saved_before_the_run_says_so(tmp_path, store_path, monkeypatch):
     write, order = checkpoint.write, []
-    monkeypatch.setattr(checkpoint, "write", lambda path, *a, **k: (order.append(path.name),
-                                                                    write(path, *a, **k)))
+    monkeypatch.setattr(
+        checkpoint, "write", lambda path, *a, **k: (order.append(path.name), write(path, *a, **k))
+    )
     train(store_path, tmp_path / "run")
-    assert order == ["checkpoint.pt", "epoch-01.pt", "checkpoint.pt",
-                     "checkpoint.pt", "epoch-02.pt", "checkpoint.pt"]
+    assert order == [
+        "checkpoint.pt",
+        "epoch-01.pt",
+        "checkpoint.pt",
+        "checkpoint.pt",
+        "epoch-02.pt",
+        "checkpoint.pt",
+    ]
 
 
 # ---------------------------------------------------------------------------------------- state
@@ -229,7 +279,8 @@ def test_checkpoints_of_before_resume(tmp_path, store_path, whole):
 
 @pytest.mark.slow
 def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
-        tmp_path, store_path, whole, monkeypatch):
+    tmp_path, store_path, whole, monkeypatch
+):
     folder = tmp_path / "run"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     for _ in range(2):
@@ -244,8 +295,14 @@ def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
 
 
 # -------------------------------------------------------------------------------------- signals
-@pytest.mark.parametrize("number,step", [(signal.SIGTERM, 3), pytest.param(
-    signal.SIGUSR1, 2, marks=pytest.mark.slow), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(
+    "number,step",
+    [
+        (signal.SIGTERM, 3),
+        pytest.param(signal.SIGUSR1, 2, marks=pytest.mark.slow),
+        (signal.SIGINT, 2),
+    ],
+)
 def test_a_signal_saves_and_ends_with_0(tmp_path, store_path, whole, monkeypatch, number, step):
     update, folder = training.Training.update, tmp_path / "run"
 
@@ -310,16 +367,36 @@ def test_processes_that_read_ahead_outlive_signals(store_path):
 
 # ------------------------------------------------------------------------------- real processes
 @pytest.mark.slow
-@pytest.mark.parametrize("pair,extra", [("AV", ()), ("AVT", ("--grad_outliers", "clip")), (
-    "VT", ("--precision", "bf16")), ("AT", ("--precision", "fp16", "--epochs", 12))])
+@pytest.mark.parametrize(
+    "pair,extra",
+    [
+        ("AV", ()),
+        ("AVT", ("--grad_outliers", "clip")),
+        ("VT", ("--precision", "bf16")),
+        ("AT", ("--precision", "fp16", "--epochs", 12)),
+    ],
+)
 def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra):
     train(store_path, tmp_path / "whole", *extra, pair=pair)
     for steps in (1, 3, 4, 100):  # within an epoch, within the next, at its end, to the end
         train(store_path, tmp_path / "pieces", *extra, "--max_steps", steps, pair=pair)
     assert not differences(tmp_path / "whole", tmp_path / "pieces")
     if pair == "AV":  # and stage 2
-        common = ("train_stage2.py", "--add", "T", "--init", "whole", "--epochs", 2, "--save_every",
-                  1, "--log_every", 1, "--device", "cpu")
+        common = (
+            "train_stage2.py",
+            "--add",
+            "T",
+            "--init",
+            "whole",
+            "--epochs",
+            2,
+            "--save_every",
+            1,
+            "--log_every",
+            1,
+            "--device",
+            "cpu",
+        )
         call(*common, "--out", "whole2", cwd=tmp_path)
         for steps in (3, 4):
             call(*common, "--out", "pieces2", "--max_steps", steps, cwd=tmp_path)
@@ -331,10 +408,29 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra
 def test_a_killed_run_resumes(tmp_path, number):
     """SIGTERM reaches the process that reads ahead, too, as in a SLURM step."""
     store = write_store(tmp_path / "train.h5", n_videos=40)
-    command = [sys.executable, str(ROOT / "train_stage1.py"), "--pair", "AV", "--data", str(store),
-               *map(str, SMALL), "--epochs", "6", "--save_every", "5", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, start_new_session=True)
+    command = [
+        sys.executable,
+        str(ROOT / "train_stage1.py"),
+        "--pair",
+        "AV",
+        "--data",
+        str(store),
+        *map(str, SMALL),
+        "--epochs",
+        "6",
+        "--save_every",
+        "5",
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     folder = tmp_path / "runs/stage1-AV"
     saved = folder / "checkpoint.pt"
     for _ in range(6000):
@@ -374,10 +470,27 @@ def test_ranks_resume_together(tmp_path, store_path):
     (tmp_path / "at_step_3.py").write_text(AT_STEP_3)
 
     def ranks(out, *more, **env):
-        return run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-                   "--max_restarts", 1, "at_step_3.py", ROOT / "train_stage1.py", "--pair", "AV",
-                   "--data", store_path, *EVERY, "--out", out, *more, cwd=tmp_path,
-                   env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env})
+        return run(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            2,
+            "--max_restarts",
+            1,
+            "at_step_3.py",
+            ROOT / "train_stage1.py",
+            "--pair",
+            "AV",
+            "--data",
+            store_path,
+            *EVERY,
+            "--out",
+            out,
+            *more,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        )
 
     ranks("whole", SPARED="1")
     killed = ranks("killed", "--no-resume", SEND="SIGKILL")

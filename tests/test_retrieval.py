@@ -26,8 +26,10 @@ def test_every_direction_once_the_customary_ones_first():
 
 
 def test_results_of_the_same_settings_add_up_and_of_others_are_kept():
-    metrics, about = {}, {"n": 4, "data": "a.h5", "checkpoint": "c.pt", "step": 8,
-                          "similarity": "cosine"}
+    metrics, about = (
+        {},
+        {"n": 4, "data": "a.h5", "checkpoint": "c.pt", "step": 8, "similarity": "cosine"},
+    )
     keep(metrics, "youcook2", about | {"text->video": 1, "text->audio": 2})
     keep(metrics, "youcook2", about | {"text->video+audio (mean)": 3, "text->audio": 4})
     whole = about | {"text->video": 1, "text->audio": 4, "text->video+audio (mean)": 3}
@@ -45,10 +47,10 @@ def test_the_sum_adds_cosines_over_all_pairs_and_dot_does_not_normalise():
     clips = rows, there(*rows, n=5)
     unit = {m: x / x.norm(dim=1, keepdim=True) for m, x in rows.items()}
     expected = unit["audio"] @ unit["video"].T + unit["text"] @ unit["video"].T
+    torch.testing.assert_close(retrieval.similarity(clips, clips, "audio+text->video"), expected)
     torch.testing.assert_close(
-        retrieval.similarity(clips, clips, "audio+text->video"), expected)
-    torch.testing.assert_close(retrieval.similarity(clips, clips, "text->video", "dot"),
-                               rows["text"] @ rows["video"].T)
+        retrieval.similarity(clips, clips, "text->video", "dot"), rows["text"] @ rows["video"].T
+    )
 
 
 def test_the_mean_does_not_favour_clips_whose_modalities_agree():
@@ -56,9 +58,14 @@ def test_the_mean_does_not_favour_clips_whose_modalities_agree():
     modalities are as near to the query, from two sides."""
     near = torch.tensor([1.0, 0.6, 0.0]), torch.tensor([1.0, -0.6, 0.0])
     other = torch.tensor([1.0, 0.0, 0.5])
-    clips = ({"text": torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]),
-              "video": torch.stack([near[0], other]), "audio": torch.stack([near[1], other])},
-             there("text", "video", "audio", n=2))
+    clips = (
+        {
+            "text": torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]),
+            "video": torch.stack([near[0], other]),
+            "audio": torch.stack([near[1], other]),
+        },
+        there("text", "video", "audio", n=2),
+    )
     _, by_sum = rank(clips, "text->video+audio")
     scores, by_mean = rank(clips, "text->video+audio", fusion="mean")
     assert by_sum.tolist() == [2, 1] and by_mean.tolist() == [1, 1]
@@ -80,8 +87,7 @@ def test_the_bank_takes_off_what_draws_any_query():
     worse[1] = torch.tensor([1.1, 0.9, 1.1])  # now it is first for all, but for the bank
     clips = {"text": text, "video": worse}, clips[1]
     assert rank(clips, "text->video", "dot")[1].tolist() == [2, 1, 2]
-    assert rank(clips, "text->video", "dot", "bank", bank,
-                          temperature=0.5)[1].tolist() == [1, 1, 1]
+    assert rank(clips, "text->video", "dot", "bank", bank, temperature=0.5)[1].tolist() == [1, 1, 1]
 
 
 def test_clips_of_the_bank_come_from_all_over_the_store(store_path):

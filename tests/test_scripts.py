@@ -19,8 +19,18 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 # Total loss of a small run's first 10 steps: the mathematics, frozen. In float64, where processors
 # and threads agree to 9 digits; in fp32 Adam makes 4 % of their rounding by the tenth step.
-GOLDEN = [8.28699008, 8.20907304, 7.7864508, 6.93139119, 5.72072219, 6.14801529, 6.44033266,
-          5.44710944, 6.37473833, 5.20966566]
+GOLDEN = [
+    8.28699008,
+    8.20907304,
+    7.7864508,
+    6.93139119,
+    5.72072219,
+    6.14801529,
+    6.44033266,
+    5.44710944,
+    6.37473833,
+    5.20966566,
+]
 
 
 def write_vectors(path):
@@ -39,8 +49,18 @@ def work(tmp_path_factory, store_path):
     pytest.importorskip("gensim")  # vectors are trained on the captions
     folder = tmp_path_factory.mktemp("work")
     call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=folder, pictures=True)
-    call("train_stage2.py", "--add", "T", "--device", "cpu", "--epochs", 2, "--log_every", 1,
-         cwd=folder)
+    call(
+        "train_stage2.py",
+        "--add",
+        "T",
+        "--device",
+        "cpu",
+        "--epochs",
+        2,
+        "--log_every",
+        1,
+        cwd=folder,
+    )
     return folder
 
 
@@ -56,10 +76,16 @@ def test_run_folder_is_the_documented_one(work, store_path):
         assert key in rows[0], key
     assert rows[-1]["live_clusters"] >= 1 and rows[-1]["cluster"] > 0 and rows[0]["cluster"] == 0
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert (content["complete"] and content["step"] == 4
-            and not any(k.startswith("GU_text") for k in content["model"]))
-    assert ((folder / "epoch-01.pt").exists() and (folder / "epoch-02.pt").exists()
-            and (folder / "curves.png").exists())
+    assert (
+        content["complete"]
+        and content["step"] == 4
+        and not any(k.startswith("GU_text") for k in content["model"])
+    )
+    assert (
+        (folder / "epoch-01.pt").exists()
+        and (folder / "epoch-02.pt").exists()
+        and (folder / "curves.png").exists()
+    )
 
 
 def test_stage_2_keeps_the_frozen_encoders(work):
@@ -69,23 +95,39 @@ def test_stage_2_keeps_the_frozen_encoders(work):
     for name, value in first.items():
         if not name.startswith("recon_"):
             assert torch.equal(value, second["model"][name]), name
-    assert (any(k.startswith("GU_text") for k in second["model"])
-            and (work / "runs/stage2-AV_T/words.npz").exists())
+    assert (
+        any(k.startswith("GU_text") for k in second["model"])
+        and (work / "runs/stage2-AV_T/words.npz").exists()
+    )
 
 
 def test_evaluate_writes_the_contract(work, eval_path):
     done = call("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=work)
-    assert ("text->video+audio" in done.stdout and "n = 24" in done.stdout
-            and "chance" in done.stdout)
+    assert (
+        "text->video+audio" in done.stdout and "n = 24" in done.stdout and "chance" in done.stdout
+    )
     result = json.loads((work / "runs/stage2-AV_T/metrics.json").read_text())["youcook2"]
-    assert (result["n"] == 24 and result["data"] == str(eval_path)
-            and result["checkpoint"].endswith("checkpoint.pt"))
+    assert (
+        result["n"] == 24
+        and result["data"] == str(eval_path)
+        and result["checkpoint"].endswith("checkpoint.pt")
+    )
     for direction in ("text->video+audio", "text->video", "text->audio", "audio->video"):
         row = result[direction]
         assert 0 <= row["R@1_ci95"][0] <= row["R@1"] <= row["R@1_ci95"][1] <= 100
         assert row["R@1"] <= row["R@5"] <= row["R@10"] and 1 <= row["MedR"] <= 24
-    call("evaluate.py", "--youcook2", eval_path, "--run", "runs/stage1-AV", "--checkpoint",
-         "runs/stage1-AV/epoch-01.pt", "--device", "cpu", cwd=work)
+    call(
+        "evaluate.py",
+        "--youcook2",
+        eval_path,
+        "--run",
+        "runs/stage1-AV",
+        "--checkpoint",
+        "runs/stage1-AV/epoch-01.pt",
+        "--device",
+        "cpu",
+        cwd=work,
+    )
     first = json.loads((work / "runs/stage1-AV/metrics.json").read_text())["youcook2"]
     assert [k for k in first if "->" in k] == ["audio->video"]  # only what was trained
 
@@ -104,14 +146,32 @@ def test_evaluate_and_the_report_draw(work, eval_path, monkeypatch):
 def test_a_result_of_other_settings_is_kept(work, eval_path):
     folder = work / "runs/stage1-AV"
     for flags in ((), ("--similarity", "dot"), ("--similarity", "dot")):
-        done = call("evaluate.py", "--youcook2", eval_path, "--run", folder, *flags, "--device",
-                    "cpu", cwd=work)
+        done = call(
+            "evaluate.py",
+            "--youcook2",
+            eval_path,
+            "--run",
+            folder,
+            *flags,
+            "--device",
+            "cpu",
+            cwd=work,
+        )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["youcook2"]["similarity"] == "dot"
     assert metrics["replaced"][-1]["similarity"] == "cosine" and done.returncode == 0
     assert {(m["set"], m["similarity"]) for m in metrics["replaced"]} == {("youcook2", "cosine")}
-    other = call("evaluate.py", "--youcook2", eval_path, "--run", work / "runs/stage2-AV_T",
-                 "--checkpoint", folder / "checkpoint.pt", cwd=work, check=False)
+    other = call(
+        "evaluate.py",
+        "--youcook2",
+        eval_path,
+        "--run",
+        work / "runs/stage2-AV_T",
+        "--checkpoint",
+        folder / "checkpoint.pt",
+        cwd=work,
+        check=False,
+    )
     assert other.returncode and "does not lie in --run" in other.stderr
 
 
@@ -129,8 +189,22 @@ def test_clean_clips_first(work, eval_path):
     folder = work / "runs/clean"
     losses = []
     for flags in ((), ("--clean_first", 0.75)):
-        call("train_stage2.py", "--add", "T", "--init", work / "runs/stage1-AV", "--epochs", 2,
-             "--no-resume", "--log_every", 1, "--out", folder, *flags, cwd=work)
+        call(
+            "train_stage2.py",
+            "--add",
+            "T",
+            "--init",
+            work / "runs/stage1-AV",
+            "--epochs",
+            2,
+            "--no-resume",
+            "--log_every",
+            1,
+            "--out",
+            folder,
+            *flags,
+            cwd=work,
+        )
         losses.append([row["contrastive"] for row in read(folder / "log.jsonl")])
     (plain, clean), steps = losses, len(losses[0])
     assert len(clean) == steps and plain[0] != clean[0]
@@ -138,10 +212,19 @@ def test_clean_clips_first(work, eval_path):
 
 def test_where_a_run_was_told_to_go_is_in_what_comes_next(tmp_path, store_path, capsys):
     pytest.importorskip("gensim")
-    args = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--out",
-            tmp_path / "mine", "--max_steps", 1)
-    assert (f"train_stage2.py --add A --init {tmp_path / 'mine'}"
-            in call(*args, cwd=tmp_path).stdout)
+    args = (
+        "train_stage1.py",
+        "--pair",
+        "VT",
+        "--data",
+        store_path,
+        *SMALL,
+        "--out",
+        tmp_path / "mine",
+        "--max_steps",
+        1,
+    )
+    assert f"train_stage2.py --add A --init {tmp_path / 'mine'}" in call(*args, cwd=tmp_path).stdout
     assert "at 1 of 4 steps, where --max_steps ends it" in call(*args, cwd=tmp_path).stdout
     (tmp_path / "file").touch()
     refused = call(*args[:-3], tmp_path / "file", cwd=tmp_path, check=False)
@@ -151,10 +234,23 @@ def test_where_a_run_was_told_to_go_is_in_what_comes_next(tmp_path, store_path, 
 def test_a_finished_run_says_so_and_other_flags_are_refused(work, store_path):
     again = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, cwd=work)
     assert "is done (4 of 4 steps)" in again.stdout and "train_stage2.py --add T" in again.stdout
-    other = call("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--lr", 0.5,
-                 cwd=work, check=False)
-    assert (other.returncode and "--lr 0.001 (now 0.5)" in other.stderr
-            and "--no-resume" in other.stderr)
+    other = call(
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--lr",
+        0.5,
+        cwd=work,
+        check=False,
+    )
+    assert (
+        other.returncode
+        and "--lr 0.001 (now 0.5)" in other.stderr
+        and "--no-resume" in other.stderr
+    )
 
 
 def test_what_goes_wrong_is_said(work, store_path, tmp_path):
@@ -167,8 +263,19 @@ def test_what_goes_wrong_is_said(work, store_path, tmp_path):
     fails("no stage-1 run", "train_stage2.py", "--add", "T", cwd=tmp_path)
     fails("no run in runs/", "evaluate.py", "--youcook2", cwd=tmp_path)
     fails("--youcook2 data/youcook2.h5: no such store", "evaluate.py", "--youcook2")
-    fails("has 10 videos with captions; use --batch_size 10 or less", "train_stage1.py", "--pair",
-          "AV", "--data", store_path, *SMALL, "--batch_size", 64, "--out", tmp_path / "x")
+    fails(
+        "has 10 videos with captions; use --batch_size 10 or less",
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        store_path,
+        *SMALL,
+        "--batch_size",
+        64,
+        "--out",
+        tmp_path / "x",
+    )
     other = tmp_path / "other.h5"
     other.write_bytes(store_path.read_bytes())
     with h5py.File(other, "a") as f:
@@ -184,7 +291,8 @@ def test_what_goes_wrong_is_said(work, store_path, tmp_path):
     broken = tmp_path / "run"
     broken.mkdir()
     (broken / "checkpoint.pt").write_bytes(
-        (work / "runs/stage1-AV/checkpoint.pt").read_bytes()[:5000])
+        (work / "runs/stage1-AV/checkpoint.pt").read_bytes()[:5000]
+    )
     fails("not a readable checkpoint", "train_stage2.py", "--add", "T", "--init", broken)
     fails("not a readable checkpoint", "evaluate.py", "--youcook2", store_path, "--run", broken)
 
@@ -202,9 +310,24 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
 def test_bad_steps_in_a_row_stop_the_run(work, store_path):
     # --lr 1e30 sends the weights so far in a step that the next loss is not finite.
-    done = call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--lr", 1e30,
-                "--similarity", "dot", "--out", "runs/bad", "--max_bad_steps", 2, cwd=work,
-                check=False)
+    done = call(
+        "train_stage1.py",
+        "--pair",
+        "VT",
+        "--data",
+        store_path,
+        *SMALL,
+        "--lr",
+        1e30,
+        "--similarity",
+        "dot",
+        "--out",
+        "runs/bad",
+        "--max_bad_steps",
+        2,
+        cwd=work,
+        check=False,
+    )
     assert done.returncode == 1 and "step 3: 2 bad steps in a row" in done.stderr
     assert "step 2 skipped: the loss is not finite (1 in a row" in done.stdout
     rows = read(work / "runs/bad/log.jsonl")
@@ -223,8 +346,22 @@ def test_weights_that_are_not_finite_are_not_saved(work, store_path, monkeypatch
             self.model.GU_video.fc.weight.data[0, 0] = float("inf")
 
     monkeypatch.setattr(training.Training, "update", too_far)
-    done = call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--out",
-                "runs/late", "--log_every", 100, "--save_every", 1, cwd=work, check=False)
+    done = call(
+        "train_stage1.py",
+        "--pair",
+        "VT",
+        "--data",
+        store_path,
+        *SMALL,
+        "--out",
+        "runs/late",
+        "--log_every",
+        100,
+        "--save_every",
+        1,
+        cwd=work,
+        check=False,
+    )
     assert done.returncode == 1 and "the weights are not finite and are not saved" in done.stderr
     saved = checkpoint.load(work / "runs/late/checkpoint.pt")
     assert saved["step"] == 2 and all(torch.isfinite(v).all() for v in saved["model"].values())
@@ -239,20 +376,52 @@ def test_words_of_an_unfinished_start_are_not_reused(tmp_path, store_path):
     write_vectors(tmp_path / "words.txt")
     call(*common, "--word2vec", tmp_path / "words.txt", cwd=tmp_path)
     assert WordVectors.load(tmp_path / "runs/stage1-VT/words.npz").dim == 10
-    refused = call("train_stage2.py", "--add", "A", "--word2vec", store_path, "--device", "cpu",
-                   cwd=tmp_path, check=False)
+    refused = call(
+        "train_stage2.py",
+        "--add",
+        "A",
+        "--word2vec",
+        store_path,
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+        check=False,
+    )
     assert refused.returncode == 1 and "leave it out" in refused.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_low_precision_and_finetuning_run(tmp_path, store_path, eval_path, precision):
-    call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--precision", precision,
-         cwd=tmp_path)
-    call("train_stage2.py", "--add", "A", "--stage1_encoders", "finetune", "--precision", precision,
-         "--device", "cpu", "--epochs", 8, cwd=tmp_path)  # fp16 skips steps until its scale fits
-    before, after = (checkpoint.load(tmp_path / f"runs/{n}/checkpoint.pt")["model"]
-                     for n in ("stage1-VT", "stage2-VT_A"))
+    call(
+        "train_stage1.py",
+        "--pair",
+        "VT",
+        "--data",
+        store_path,
+        *SMALL,
+        "--precision",
+        precision,
+        cwd=tmp_path,
+    )
+    call(
+        "train_stage2.py",
+        "--add",
+        "A",
+        "--stage1_encoders",
+        "finetune",
+        "--precision",
+        precision,
+        "--device",
+        "cpu",
+        "--epochs",
+        8,
+        cwd=tmp_path,
+    )  # fp16 skips steps until its scale fits
+    before, after = (
+        checkpoint.load(tmp_path / f"runs/{n}/checkpoint.pt")["model"]
+        for n in ("stage1-VT", "stage2-VT_A")
+    )
     assert not torch.equal(before["GU_video.fc.weight"], after["GU_video.fc.weight"])
     call("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=tmp_path)
 
@@ -260,8 +429,18 @@ def test_low_precision_and_finetuning_run(tmp_path, store_path, eval_path, preci
 @pytest.mark.slow
 def test_no_resume_keeps_the_old_folder(tmp_path, store_path):
     for _ in range(2):
-        call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--max_steps", 1,
-             "--no-resume", cwd=tmp_path)
+        call(
+            "train_stage1.py",
+            "--pair",
+            "VT",
+            "--data",
+            store_path,
+            *SMALL,
+            "--max_steps",
+            1,
+            "--no-resume",
+            cwd=tmp_path,
+        )
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["stage1-VT", "stage1-VT.1"]
     assert checkpoint.find_run(tmp_path / "runs").name == "stage1-VT"
 
@@ -273,8 +452,15 @@ def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, rank
     common = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL)
     run(*common, "--out", "one", cwd=tmp_path, env=ONE_THREAD)
     words = np.load(tmp_path / "one/words.npz")["vectors"]
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
-              ROOT / common[0], *common[1:])
+    launch = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        ranks,
+        ROOT / common[0],
+        *common[1:],
+    )
     run(*launch, "--out", "several", cwd=tmp_path)
     np.testing.assert_array_equal(words, np.load(tmp_path / "several/words.npz")["vectors"])
     one, several = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "several"))
@@ -292,9 +478,22 @@ def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, rank
 @pytest.mark.slow
 def test_the_three_commands_without_flags(tmp_path):
     """As the README opens, on the demo data, with 4 processes; shortened by --max_steps."""
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 4,
-        ROOT / "train_stage1.py", "--pair", "AV", "--max_steps", 3, "--device", "cpu", cwd=tmp_path,
-        timeout=600)
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        4,
+        ROOT / "train_stage1.py",
+        "--pair",
+        "AV",
+        "--max_steps",
+        3,
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+        timeout=600,
+    )
     run("train_stage2.py", "--add", "T", "--max_steps", 3, "--device", "cpu", cwd=tmp_path)
     done = run("evaluate.py", "--youcook2", "--device", "cpu", cwd=tmp_path)
     assert "DEMO DATA" in done.stdout and "n = 400" in done.stdout
@@ -306,8 +505,19 @@ def test_golden_losses(tmp_path, store_path):
     """Ten steps' losses, frozen. If this fails, the mathematics changed: say why in CHANGELOG."""
     pytest.importorskip("gensim")
     write_vectors(tmp_path / "words.txt")
-    run(ROOT / "tests/float64.py", "--pair", "AVT", "--data", store_path, *SMALL, "--epochs", 5,
-        "--word2vec", tmp_path / "words.txt", cwd=tmp_path)
+    run(
+        ROOT / "tests/float64.py",
+        "--pair",
+        "AVT",
+        "--data",
+        store_path,
+        *SMALL,
+        "--epochs",
+        5,
+        "--word2vec",
+        tmp_path / "words.txt",
+        cwd=tmp_path,
+    )
     got = [row[0] for row in losses(tmp_path / "runs/stage1-AVT")]
     np.testing.assert_allclose(got, GOLDEN, rtol=1e-6)
 
@@ -321,6 +531,10 @@ def test_a_dry_run_says_what_a_run_will_cost_and_keeps_nothing(tmp_path, store_p
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["stage1-AV"]
     assert (tmp_path / "runs/stage1-AV/checkpoint.pt").read_bytes() == before
     # 10 videos in batches of 4: 2 steps of 16 clips an epoch; a refit of 2 x 16 rows every second.
-    for said in ("10 videos with captions, 2 steps an epoch, 5 epochs, 10 steps",
-                 "a refit of 32 rows, 1.0 an epoch", "GiB a rank", "for checkpoint.pt"):
+    for said in (
+        "10 videos with captions, 2 steps an epoch, 5 epochs, 10 steps",
+        "a refit of 32 rows, 1.0 an epoch",
+        "GiB a rank",
+        "for checkpoint.pt",
+    ):
         assert said in done.stdout, done.stdout

@@ -35,16 +35,22 @@ def toolkit(tmp_path):
 
 
 def setup(path, **env):
-    env = {k: v for k, v in os.environ.items()
-           if k not in ("CUDA_HOME", "CUDA_PATH", "MCN_CUDA")} | env
-    return subprocess.run([sys.executable, "-c", SETUP], cwd=ROOT, capture_output=True, text=True,
-                          env=env | {"PATH": f"{path}:/usr/bin:/bin"})
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "MCN_CUDA")
+    } | env
+    return subprocess.run(
+        [sys.executable, "-c", SETUP],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env | {"PATH": f"{path}:/usr/bin:/bin"},
+    )
 
 
 @pytest.mark.parametrize("given", [None, "nothing"])
 def test_the_toolkit_behind_a_wrapper_is_found(tmp_path, toolkit, given):
     wrapper = tmp_path / "local/bin/nvcc"
-    write_nvcc(wrapper, f"#!/bin/sh\nexec {toolkit}/bin/nvcc \"$@\"\n")
+    write_nvcc(wrapper, f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
     env = {} if given is None else {"CUDA_HOME": str(tmp_path / given)}
     done = setup(wrapper.parent, MCN_CUDA="1", **env)
     assert done.stdout.split() == [str(toolkit.resolve()), "True"], done.stderr
@@ -66,6 +72,7 @@ def test_what_is_missing_is_said(tmp_path):
         assert done.stderr.splitlines()[-1] == (
             "MCN_CUDA=1: torch has CUDA 13.0, but there is no bin/nvcc or no "
             f"include/cuda_runtime_api.h under CUDA_HOME={tmp_path / name}; install the CUDA "
-            "toolkit, or set CUDA_HOME to where it is")
+            "toolkit, or set CUDA_HOME to where it is"
+        )
     done = setup(tmp_path / "a/bin")
     assert done.stdout.split()[-1] == "False" and "without CUDA kernels" in done.stderr

@@ -18,8 +18,9 @@ class Scaled(nn.Module):
 
     def __init__(self, names, scale):
         super().__init__()
-        self.encoders = nn.ModuleDict({name: nn.Sequential(nn.Linear(12, 24), nn.ReLU(),
-                                                           nn.Linear(24, 16)) for name in names})
+        self.encoders = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16)) for name in names}
+        )
         self.scale = scale
 
     def forward(self, x):
@@ -63,25 +64,39 @@ def train_scaled(names, scale, dtype, steps, n=24, seed=0, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e2, 1e4])
 def test_200_steps_at_any_scale_stay_finite(dtype, scale):
-    assert train_scaled(["audio", "text", "video"], scale, dtype, 200, cluster_size=8,
-                        queue_size=4, refit_every=4) == (0, True)
+    assert train_scaled(
+        ["audio", "text", "video"], scale, dtype, 200, cluster_size=8, queue_size=4, refit_every=4
+    ) == (0, True)
 
 
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
-@given(names=st.sampled_from([["audio", "video"], ["text", "video"], ["audio", "text", "video"]]),
-       temperature=st.floats(0.005, 5), margin=st.floats(0, 0.5), n=st.integers(1, 30),
-       cluster_weight=st.sampled_from([0.0, 0.3, 10.0]), cluster_size=st.integers(1, 40),
-       queue_size=st.integers(1, 5), refit_every=st.integers(1, 5), seed=st.integers(0, 9),
-       scale=st.sampled_from([1e-6, 1.0, 1e4]), loss_impl=st.sampled_from(["fused", "reference"]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    names=st.sampled_from([["audio", "video"], ["text", "video"], ["audio", "text", "video"]]),
+    temperature=st.floats(0.005, 5),
+    margin=st.floats(0, 0.5),
+    n=st.integers(1, 30),
+    cluster_weight=st.sampled_from([0.0, 0.3, 10.0]),
+    cluster_size=st.integers(1, 40),
+    queue_size=st.integers(1, 5),
+    refit_every=st.integers(1, 5),
+    seed=st.integers(0, 9),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    loss_impl=st.sampled_from(["fused", "reference"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_no_setting_of_the_objective_goes_nan(names, scale, dtype, n, seed, **options):
     assert train_scaled(names, scale, dtype, 8, n=n, seed=seed, **options) == (0, True)
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 12), d=st.integers(1, 8), seed=st.integers(0, 99),
-       temperature=st.sampled_from([0.01, 0.05, 1.0]), loss_impl=st.sampled_from([ops, reference]))
+@given(
+    n=st.integers(1, 12),
+    d=st.integers(1, 8),
+    seed=st.integers(0, 99),
+    temperature=st.sampled_from([0.01, 0.05, 1.0]),
+    loss_impl=st.sampled_from([ops, reference]),
+)
 def test_gradients_are_bounded_and_never_shorten_a_row(n, d, seed, temperature, loss_impl):
     """|dL/dx_i| <= 4 / (temperature |x_i|), at a right angle to x_i: a step along it lengthens x_i.
     With bounded logits, why the objective has nothing to diverge with."""

@@ -27,10 +27,16 @@ RATES = {"2d": 1.0, "3d": 1.5, "mel": 100.0}
 
 def test_layout_is_the_documented_one(store_path):
     with h5py.File(store_path) as f:
-        assert (f.attrs["format"] == "mcn-store" and f.attrs["version"] == 1
-                and f.attrs["source"] == "test data")
-        assert (f["2d/data"].dtype == np.float16 and f["2d/data"].chunks is None
-                and f["2d/data"].compression is None)
+        assert (
+            f.attrs["format"] == "mcn-store"
+            and f.attrs["version"] == 1
+            and f.attrs["source"] == "test data"
+        )
+        assert (
+            f["2d/data"].dtype == np.float16
+            and f["2d/data"].chunks is None
+            and f["2d/data"].compression is None
+        )
         assert f["mel/data"].shape[1] == 40 and f["3d"].attrs["rate_hz"] == 1.5
         assert set(f["2d"].attrs) == {"rate_hz", "model", "weights_sha256", "tool"}
         n = len(f["video/id"])
@@ -42,19 +48,26 @@ def test_layout_is_the_documented_one(store_path):
 def test_shards_and_one_file_read_the_same(tmp_path, store_path):
     shards = write_store(tmp_path / "shards", shard_mib=0.1)
     joined = write_store(tmp_path / "joined.h5", shard_mib=0.1)
-    assert (shards.is_dir() and len(list(shards.glob("shard-*.h5"))) > 2
-            and not (tmp_path / "joined.h5.parts").exists())
+    assert (
+        shards.is_dir()
+        and len(list(shards.glob("shard-*.h5"))) > 2
+        and not (tmp_path / "joined.h5.parts").exists()
+    )
     stores = [Store(p) for p in (store_path, shards, joined)]
-    assert (len({len(s) for s in stores}) == 1
-            and stores[0].ids() == stores[1].ids() == stores[2].ids())
+    assert (
+        len({len(s) for s in stores}) == 1 and stores[0].ids() == stores[1].ids() == stores[2].ids()
+    )
     for i in range(len(stores[0])):
         wanted = (*stores[0].caption_times(i), stores[0].caption_texts(i))
         for other in stores[1:]:
             got = (*other.caption_times(i), other.caption_texts(i))
             assert got[0] == wanted[0] and got[3] == wanted[3] and np.array_equal(got[1], wanted[1])
             for stream in ("2d", "mel"):
-                for a, b in zip(stores[0].clips(i, stream, [1, 9.5], [3, 500]),
-                                other.clips(i, stream, [1, 9.5], [3, 500]), strict=True):
+                for a, b in zip(
+                    stores[0].clips(i, stream, [1, 9.5], [3, 500]),
+                    other.clips(i, stream, [1, 9.5], [3, 500]),
+                    strict=True,
+                ):
                     np.testing.assert_array_equal(a, b)
     assert validate(shards)["videos"] == 10
     assert list(stores[1].texts(block=7)) == list(stores[0].texts())
@@ -66,8 +79,9 @@ def test_clips_far_apart_are_read_one_by_one_and_clamped(tmp_path):
     writer.add("ten hours", {"2d": rows}, [0], [1], ["x"])
     store = Store(writer.close())
     first, last, past = store.clips(0, "2d", [3, 35_998, 40_000], [5, 40_000, 40_010])
-    assert (first[:, 0].tolist() == [3, 4, 5] and last[:, 0].tolist() == [998, 999]
-            and len(past) == 0)
+    assert (
+        first[:, 0].tolist() == [3, 4, 5] and last[:, 0].tolist() == [998, 999] and len(past) == 0
+    )
 
 
 def test_errors_name_file_dataset_and_fix(tmp_path, store_path):
@@ -85,14 +99,17 @@ def test_errors_name_file_dataset_and_fix(tmp_path, store_path):
             change(f)
 
     for change, message in (
-            (lambda f: f["mel"].attrs.__delitem__("rate_hz"), "missing or of another kind"),
-            (lambda f: f.__delitem__("caption/text"), "caption/text: missing, or a link"),
-            (lambda f: f.attrs.update(version=2), "version 2, this code reads version 1"),
-            (lambda f: f.attrs.update(format="other"), "not 'mcn-store'"),
-            (lambda f: f.__delitem__("caption/offset"), "caption/offset: missing, or a link"),
-            (lambda f: f["2d/offset"].__setitem__(1, 9999), "2d/offset does not run"),
-            (lambda f: f["mel/data"].__setitem__((5, 5), np.nan),
-             "mel/data has values that are not finite")):
+        (lambda f: f["mel"].attrs.__delitem__("rate_hz"), "missing or of another kind"),
+        (lambda f: f.__delitem__("caption/text"), "caption/text: missing, or a link"),
+        (lambda f: f.attrs.update(version=2), "version 2, this code reads version 1"),
+        (lambda f: f.attrs.update(format="other"), "not 'mcn-store'"),
+        (lambda f: f.__delitem__("caption/offset"), "caption/offset: missing, or a link"),
+        (lambda f: f["2d/offset"].__setitem__(1, 9999), "2d/offset does not run"),
+        (
+            lambda f: f["mel/data"].__setitem__((5, 5), np.nan),
+            "mel/data has values that are not finite",
+        ),
+    ):
         damage(change)
         seal(broken)
         with pytest.raises(StoreError, match=message):
@@ -165,8 +182,9 @@ def hostile():
     yield "truncated", pickle.dumps([1.0] * 99)[:50]
 
 
-@pytest.mark.parametrize("name,data", list(hostile()),
-                         ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "name,data", list(hostile()), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, monkeypatch, name, data):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pkl").write_bytes(data)
@@ -177,9 +195,13 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, monkeypatch, nam
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_honest_pickles_load(tmp_path, protocol):
-    value = {"f": np.arange(6.0, dtype=np.float16).reshape(2, 3), "t": torch.arange(4).half(),
-             "s": ["é", None, True, 2.5], "scalar": np.float32(3),
-             "fortran": np.asfortranarray(np.ones((2, 2)))}
+    value = {
+        "f": np.arange(6.0, dtype=np.float16).reshape(2, 3),
+        "t": torch.arange(4).half(),
+        "s": ["é", None, True, 2.5],
+        "scalar": np.float32(3),
+        "fortran": np.asfortranarray(np.ones((2, 2))),
+    }
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol=protocol))
     got = load_pickle(tmp_path / "x.pkl")
     np.testing.assert_array_equal(got["f"], value["f"])
@@ -199,22 +221,33 @@ def make_howto(folder, n=6, seed=0):
         place = folder / "features" / path
         place.mkdir(parents=True)
         np.savez(place / f"{name}_2d.npz", features=rng.random((30, 12)).astype(np.float16))
-        np.savez_compressed(place / f"{name}_3d.npz",
-                            features=rng.random((45, 6)).astype(np.float32))
+        np.savez_compressed(
+            place / f"{name}_3d.npz", features=rng.random((45, 6)).astype(np.float32)
+        )
         if i != 1:
-            np.savez(place / f"{name}_spec.npz",
-                     arr_0=rng.uniform(-80, 0, (40, 3000)).astype(np.float16))
-        captions[name] = {"start": [1.0, 5.0, 20.0], "end": [3.0, 9.0, 22.5],
-                          "text": ["chop the onion", "now fry", "egg"]}
+            np.savez(
+                place / f"{name}_spec.npz", arr_0=rng.uniform(-80, 0, (40, 3000)).astype(np.float16)
+            )
+        captions[name] = {
+            "start": [1.0, 5.0, 20.0],
+            "end": [3.0, 9.0, 22.5],
+            "text": ["chop the onion", "now fry", "egg"],
+        }
     (folder / "list.csv").write_text("path\n" + "\n".join(paths) + "\n")
     (folder / "caption.pickle").write_bytes(pickle.dumps(captions))
     return paths, captions
 
 
 def convert(folder, out, **kwargs):
-    return howto100m.prepare(folder / "list.csv", folder / "features", None,
-                             kwargs.pop("captions", folder / "caption.pickle"), out, rates=RATES,
-                             **kwargs)
+    return howto100m.prepare(
+        folder / "list.csv",
+        folder / "features",
+        None,
+        kwargs.pop("captions", folder / "caption.pickle"),
+        out,
+        rates=RATES,
+        **kwargs,
+    )
 
 
 def test_howto100m_round_trip(tmp_path):
@@ -256,8 +289,16 @@ def test_corrupt_videos_are_skipped_counted_and_listed(tmp_path):
     listed = (tmp_path / "out.h5.skipped.csv").read_text()
     for i in range(2, 12):
         assert f"vid{i:08d}" in listed
-    for reason in ("BadZipFile", "NaN", "width 13", "wrong_key", "no 2d features", "no captions",
-                   "twice in", "0 <= start < end"):
+    for reason in (
+        "BadZipFile",
+        "NaN",
+        "width 13",
+        "wrong_key",
+        "no 2d features",
+        "no captions",
+        "twice in",
+        "0 <= start < end",
+    ):
         assert reason in listed, reason
     assert Store(tmp_path / "out.h5").ids() == ["vid00000000", "vid00000001"]
 
@@ -273,8 +314,9 @@ def test_the_other_layouts(tmp_path, layout):
         source = tmp_path / "captions"
         source.mkdir()
         for name, c in captions.items():
-            lines = [f"{s},{e},{t}"
-                     for s, e, t in zip(c["start"], c["end"], c["text"], strict=True)]
+            lines = [
+                f"{s},{e},{t}" for s, e, t in zip(c["start"], c["end"], c["text"], strict=True)
+            ]
             (source / f"{name}.csv").write_text("start,end,text\n" + "\n".join(lines))
     else:
         for path in [p.removeprefix("None/") for p in paths]:
@@ -297,12 +339,29 @@ def test_the_other_layouts(tmp_path, layout):
 @pytest.mark.slow
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     make_howto(tmp_path, n=400)
-    command = [sys.executable, "-m", "mcn_ext.prepare", "howto100m", "--list", "list.csv",
-               "--features", "features", "--captions", "caption.pickle", "--out", "out.h5",
-               "--shard-mib", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "mcn_ext.prepare",
+        "howto100m",
+        "--list",
+        "list.csv",
+        "--features",
+        "features",
+        "--captions",
+        "caption.pickle",
+        "--out",
+        "out.h5",
+        "--shard-mib",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     parts = tmp_path / "out.h5.parts"
     for _ in range(2000):
         if len(list(parts.glob("shard-*.h5"))) >= 3 or process.poll() is not None:
@@ -311,7 +370,8 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out.h5").exists(), (
-        "it finished before it could be killed: make the folder larger")
+        "it finished before it could be killed: make the folder larger"
+    )
     done = run(*command[1:], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert "400 of 400 videos" in done.stdout and "from an earlier, interrupted run" in done.stdout
     convert(tmp_path, tmp_path / "at_once.h5")
@@ -332,8 +392,16 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
 
 def test_youcook2_round_trip(tmp_path):
     rng = np.random.default_rng(0)
-    items = [{"id": "GLd3aX16zBg", "caption": f"step {i}", "2d": rng.random(12).astype(np.float32),
-              "3d": rng.random(6), "audio": torch.rand(40, 100 + i)} for i in range(5)]
+    items = [
+        {
+            "id": "GLd3aX16zBg",
+            "caption": f"step {i}",
+            "2d": rng.random(12).astype(np.float32),
+            "3d": rng.random(6),
+            "audio": torch.rand(40, 100 + i),
+        }
+        for i in range(5)
+    ]
     items[1]["audio"] = None
     items[2]["2d"] = np.full(12, np.nan)
     items[3].pop("3d")
@@ -346,8 +414,9 @@ def test_youcook2_round_trip(tmp_path):
     store = Store(tmp_path / "val.h5")
     assert store.ids() == ["GLd3aX16zBg", "GLd3aX16zBg#2", "GLd3aX16zBg#5"]
     assert [store.caption_texts(i) for i in range(3)] == [["step 0"], ["step 1"], ["step 4"]]
-    np.testing.assert_allclose(store.clips(0, "2d", [0.0], [store.caption_times(0)[2][0]])[0][0],
-                               items[0]["2d"], rtol=1e-3)
+    np.testing.assert_allclose(
+        store.clips(0, "2d", [0.0], [store.caption_times(0)[2][0]])[0][0], items[0]["2d"], rtol=1e-3
+    )
     assert len(store.clips(2, "mel", [0.0], [store.caption_times(2)[2][0]])[0]) == 104
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"not": "a list"}))
     with pytest.raises(SystemExit, match="expected a list of dictionaries"):
@@ -356,8 +425,14 @@ def test_youcook2_round_trip(tmp_path):
 
 @pytest.mark.slow
 def test_real_recordings_convert(tmp_path, digits):
-    summary = howto100m.prepare(digits / "videopaths.txt", digits / "features", None,
-                                digits / "caption.pickle", tmp_path / "train.h5", rates=RATES)
+    summary = howto100m.prepare(
+        digits / "videopaths.txt",
+        digits / "features",
+        None,
+        digits / "caption.pickle",
+        tmp_path / "train.h5",
+        rates=RATES,
+    )
     assert "120 of 120 videos" in summary and "none skipped" in summary
     assert validate(tmp_path / "train.h5")["captions"] == 1396
     summary = youcook2.prepare(digits / "val_audio.pkl", tmp_path / "val.h5")

@@ -16,32 +16,53 @@ from mcn_ext.study import Study, training_flops
 from tests.conftest import ROOT, SMALL
 
 EPOCHS = SMALL.index("--epochs")
-REST = list(map(str, SMALL[:EPOCHS] + SMALL[EPOCHS + 2:]))
+REST = list(map(str, SMALL[:EPOCHS] + SMALL[EPOCHS + 2 :]))
 
 
 def plan(tmp_path, store, evaluation, *more):
     args, rest = study.parser().parse_known_args(
-        ["--data", str(store), "--youcook2", str(evaluation), "--out", str(tmp_path / "study"),
-         "--seeds", "0", "3", *REST, *more])
+        [
+            "--data",
+            str(store),
+            "--youcook2",
+            str(evaluation),
+            "--out",
+            str(tmp_path / "study"),
+            "--seeds",
+            "0",
+            "3",
+            *REST,
+            *more,
+        ]
+    )
     return Study(args, rest, [])
 
 
 @pytest.fixture
 def quick_count(monkeypatch):
     """FLOPs of made-up layers: the real count is a test of its own."""
+
     def count(args, dims, modalities, frozen, word_dim):
-        return sum({"A": 1e8, "V": 1e6, "T": 1e6}[m] * (1 if m in frozen else 3)
-                   for m in modalities)
+        return sum(
+            {"A": 1e8, "V": 1e6, "T": 1e6}[m] * (1 if m in frozen else 3) for m in modalities
+        )
+
     monkeypatch.setattr(study, "training_flops", count)
 
 
 # ------------------------------------------------------------------------------------ the plan
 
 
-def test_all_orders_and_baselines_with_what_is_equal(tmp_path, store_path, eval_path,
-                                                      quick_count):
-    made = plan(tmp_path, store_path, eval_path, "--variant",
-                "joint=--stage1_encoders finetune --joint_pairs", "--variant", "long=--epochs 20")
+def test_all_orders_and_baselines_with_what_is_equal(tmp_path, store_path, eval_path, quick_count):
+    made = plan(
+        tmp_path,
+        store_path,
+        eval_path,
+        "--variant",
+        "joint=--stage1_encoders finetune --joint_pairs",
+        "--variant",
+        "long=--epochs 20",
+    )
     methods = [run["method"] for run in made.runs if run["seed"] == 3]
     assert len(made.runs) == 2 * len(methods) and len(set(methods)) == len(methods)
     orders = [o + v for o in study.ORDERS for v in ("", "-finetune", "-joint", "-long")]
@@ -56,31 +77,46 @@ def test_all_orders_and_baselines_with_what_is_equal(tmp_path, store_path, eval_
             same = [run for run in by.values() if order in run.get(kind, ())]
             own = ["", "-joint"] if order.endswith("-joint") else [""]
             assert [run["method"].lstrip("AVT-0123456789") for run in same] == [
-                v.lstrip("-") for v in own], (order, kind)
+                v.lstrip("-") for v in own
+            ], (order, kind)
             for run in same:
-                assert (run["epochs"] == [sum(by[order]["epochs"])] if kind == "steps_of" else
-                        abs(run["flops"] - by[order]["flops"]) <= 0.05 * 41 * epoch)
+                assert (
+                    run["epochs"] == [sum(by[order]["epochs"])]
+                    if kind == "steps_of"
+                    else abs(run["flops"] - by[order]["flops"]) <= 0.05 * 41 * epoch
+                )
     assert by["VT_A"]["flops"] < by["AV_T"]["flops"] < by["AV_T-finetune"]["flops"]
-    assert {run["method"] for run in plan(tmp_path, store_path, eval_path, "--baselines", "steps",
-                                          "--orders", "AV_T", "AVT").runs} == {
-        "AV_T", "AV_T-finetune", "AVT-30"}
+    assert {
+        run["method"]
+        for run in plan(
+            tmp_path, store_path, eval_path, "--baselines", "steps", "--orders", "AV_T", "AVT"
+        ).runs
+    } == {"AV_T", "AV_T-finetune", "AVT-30"}
     # One chain for a pair and seed: its stage 1 first, once, then what starts from it.
     chain = made.chains[0]
     assert [folder.name for folder, _ in chain] == [
-        "stage1-AV", "stage2-AV_T", "stage2-AV_T-finetune", "stage2-AV_T-joint",
-        "stage2-AV_T-long"]
+        "stage1-AV",
+        "stage2-AV_T",
+        "stage2-AV_T-finetune",
+        "stage2-AV_T-joint",
+        "stage2-AV_T-long",
+    ]
     for folder, commands in chain:
         assert [os.path.basename(c[1]) for c in commands] == [
-            "train_stage1.py" if "stage1" in folder.name else "train_stage2.py", "evaluate.py"]
+            "train_stage1.py" if "stage1" in folder.name else "train_stage2.py",
+            "evaluate.py",
+        ]
     assert sum(len(chain) for chain in made.chains) == len(made.runs) + 6
 
 
 def test_flops_are_those_of_the_layers():
     """A gated unit is two linear layers, 2 F D + 2 D D a row; backward is twice that, less the
     gradient of the input, which nobody asks for. Frozen, there is forward alone."""
+
     class Args:
         embd_dim, recon_dim, recon_weight, audio_width = 16, 8, 0.0, 0.0625
         audio_frames, max_words = 64, 4
+
     f, d, w = 18, 16, 5
     video = 2 * f * d + 2 * d * d
     text = 4 * 2 * w * d + 2 * (2 * d * d)
@@ -97,19 +133,29 @@ def test_flops_do_not_depend_on_how_a_machine_convolves(monkeypatch):
     class Args:
         embd_dim, recon_dim, recon_weight, audio_width = 16, 8, 0.0, 0.5
         audio_frames, max_words = 256, 4
+
     with_fewer_products = training_flops(Args, {}, "AT", "", 5)
     monkeypatch.setattr(minimal, "pays", lambda *_: False)
     assert with_fewer_products == training_flops(Args, {}, "AT", "", 5)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--seed", "1"], "--seed: the study sets it"), (["--pair", "AV"], "pair"),
-    (["--variant", "no flags"], "NAME=FLAGS"), (["--lr", "fast"], "--lr"),
-    (["--joint_pair"], "--joint_pair"), (["--variant", "x=--add A"], "--variant x"),
-    (["--batch_size", "99"], "--batch_size 99"), (["--noise", "1"], "--noise makes data"),
-    (["--youcook2", "none.h5"], "none.h5: no such")])
-def test_a_wrong_flag_ends_it_before_any_work(tmp_path, store_path, eval_path, words, message,
-                                              capsys):
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--seed", "1"], "--seed: the study sets it"),
+        (["--pair", "AV"], "pair"),
+        (["--variant", "no flags"], "NAME=FLAGS"),
+        (["--lr", "fast"], "--lr"),
+        (["--joint_pair"], "--joint_pair"),
+        (["--variant", "x=--add A"], "--variant x"),
+        (["--batch_size", "99"], "--batch_size 99"),
+        (["--noise", "1"], "--noise makes data"),
+        (["--youcook2", "none.h5"], "none.h5: no such"),
+    ],
+)
+def test_a_wrong_flag_ends_it_before_any_work(
+    tmp_path, store_path, eval_path, words, message, capsys
+):
     with pytest.raises(SystemExit) as end:
         plan(tmp_path, store_path, eval_path, *words)
     assert message in str(end.value) + capsys.readouterr().err
@@ -117,8 +163,18 @@ def test_a_wrong_flag_ends_it_before_any_work(tmp_path, store_path, eval_path, w
 
 
 def test_printed_commands_are_complete(tmp_path, store_path, eval_path, capsys, quick_count):
-    words = ["--data", str(store_path), "--youcook2", str(eval_path), "--out",
-             str(tmp_path / "a study"), "--seeds", "0", "--launch", "torchrun --nproc_per_node 4"]
+    words = [
+        "--data",
+        str(store_path),
+        "--youcook2",
+        str(eval_path),
+        "--out",
+        str(tmp_path / "a study"),
+        "--seeds",
+        "0",
+        "--launch",
+        "torchrun --nproc_per_node 4",
+    ]
     assert study.main([*words, "--print", "slurm", *REST]) == 0
     script = capsys.readouterr().out
     assert study.main([*words, "--print", *REST]) == 0
@@ -127,9 +183,13 @@ def test_printed_commands_are_complete(tmp_path, store_path, eval_path, capsys, 
     assert "--gpus-per-node=4 --cpus-per-task=32" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     srun = 'srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c'
-    third = subprocess.run(["bash", "-c", script.replace(srun, "echo")], check=True,
-                           capture_output=True, text=True,
-                           env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"})
+    third = subprocess.run(
+        ["bash", "-c", script.replace(srun, "echo")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"},
+    )
     assert third.stdout.strip() == "trap : USR1 TERM; " + lines[2]
     first = [shlex.split(command) for command in lines[0].split(" && ")]
     assert first[0][:3] == ["torchrun", "--nproc_per_node", "4"] and first[1][0] == sys.executable
@@ -141,8 +201,11 @@ def test_another_study_in_the_folder_is_refused(tmp_path, store_path, eval_path,
     plan(tmp_path, store_path, eval_path).write()
     plan(tmp_path, store_path, eval_path, "--jobs", "2").write()
     plan(tmp_path, store_path, eval_path, "--workers", "0", "--variant", "a=--lr 1e-5").write()
-    for words, message in ((["--epochs", "5", "5"], "--epochs"), (["--margin", "0.1"], "--margin"),
-                           (["--variant", "a=--lr 1e-2"], "--variant a=--lr 1e-5")):
+    for words, message in (
+        (["--epochs", "5", "5"], "--epochs"),
+        (["--margin", "0.1"], "--margin"),
+        (["--variant", "a=--lr 1e-2"], "--variant a=--lr 1e-5"),
+    ):
         with pytest.raises(SystemExit, match=message):
             plan(tmp_path, store_path, eval_path, *words).write()
     (tmp_path / "study/study.json").write_text("{}")
@@ -150,18 +213,29 @@ def test_another_study_in_the_folder_is_refused(tmp_path, store_path, eval_path,
         plan(tmp_path, store_path, eval_path).write()
 
 
-def test_flags_reach_both_stages_but_sizes_of_the_first(tmp_path, store_path, eval_path,
-                                                        quick_count):
-    made = plan(tmp_path, store_path, eval_path, "--warmup_steps", "7", "--grad_outliers", "clip",
-                "--variant", "long=--epochs 2 --queue_size 2 --stage1_encoders finetune")
+def test_flags_reach_both_stages_but_sizes_of_the_first(
+    tmp_path, store_path, eval_path, quick_count
+):
+    made = plan(
+        tmp_path,
+        store_path,
+        eval_path,
+        "--warmup_steps",
+        "7",
+        "--grad_outliers",
+        "clip",
+        "--variant",
+        "long=--epochs 2 --queue_size 2 --stage1_encoders finetune",
+    )
     (_, [stage1, _]), *_, (_, [stage2, evaluate]) = made.chains[0]
     text = [" ".join(words) for words in (stage1, stage2)]
     assert all("--warmup_steps 7" in t and "--grad_outliers clip" in t for t in text)
     assert "--embd_dim 16" in text[0] and "--embd_dim" not in text[1]
     assert "--require_complete" in evaluate
     baseline = next(c for chain in made.chains for f, (c, _) in chain if f.name == "AVT-22-long")
-    assert " ".join(baseline).endswith("--queue_size 2 --no-keep_epochs --out "
-                                       + str(tmp_path / "study/seed0/AVT-22-long"))
+    assert " ".join(baseline).endswith(
+        "--queue_size 2 --no-keep_epochs --out " + str(tmp_path / "study/seed0/AVT-22-long")
+    )
 
 
 # ---------------------------------------------------------------------------------- the chains
@@ -169,11 +243,13 @@ def test_flags_reach_both_stages_but_sizes_of_the_first(tmp_path, store_path, ev
 
 def fake(folder, code="pass", complete=True):
     """A run whose two commands leave what a trained and evaluated run leaves."""
-    done = (f"import json, pathlib, time; f = pathlib.Path({str(folder)!r}); {code}; "
-            "f.mkdir(parents=True, exist_ok=True); (f / 'youcook2.npz').write_text('x'); "
-            "(f / 'metrics.json').write_text(json.dumps({'youcook2': {'complete': "
-            f"{complete}, 'data': 'eval.h5'}}}})); "
-            "open(f.parent / 'order.txt', 'a').write(f.name + ' ')")
+    done = (
+        f"import json, pathlib, time; f = pathlib.Path({str(folder)!r}); {code}; "
+        "f.mkdir(parents=True, exist_ok=True); (f / 'youcook2.npz').write_text('x'); "
+        "(f / 'metrics.json').write_text(json.dumps({'youcook2': {'complete': "
+        f"{complete}, 'data': 'eval.h5'}}}})); "
+        "open(f.parent / 'order.txt', 'a').write(f.name + ' ')"
+    )
     return folder, [[sys.executable, "-c", "pass"], [sys.executable, "-c", done]]
 
 
@@ -185,8 +261,9 @@ def run(tmp_path, units, jobs=1):
 @pytest.mark.slow
 def test_chains_run_in_order_and_a_failure_ends_its_own_alone(tmp_path, capsys):
     a, b, c, d = (tmp_path / name for name in "abcd")
-    failed = run(tmp_path, [[fake(a), fake(b, code="raise SystemExit('disk on fire')"), fake(c)],
-                            [fake(d)]])
+    failed = run(
+        tmp_path, [[fake(a), fake(b, code="raise SystemExit('disk on fire')"), fake(c)], [fake(d)]]
+    )
     assert (tmp_path / "order.txt").read_text() == "a d " and not c.exists()
     assert len(failed) == 1 and "disk on fire" in failed[0] and "exit status 1" in failed[0]
     assert "2 of 4 runs done" in capsys.readouterr().out
@@ -232,8 +309,10 @@ def test_runs_save_when_the_study_is_killed_and_the_next_waits_for_them(tmp_path
         process.send_signal(number)
         if number == signal.SIGKILL:  # the run outlives the study, and its lock with it
             process.wait(30)
-            with pytest.raises(SystemExit, match="at work in this folder"), \
-                    chains.only_one(tmp_path, patience=0):
+            with (
+                pytest.raises(SystemExit, match="at work in this folder"),
+                chains.only_one(tmp_path, patience=0),
+            ):
                 pass
         with chains.only_one(tmp_path, patience=30):
             assert (tmp_path / "saved").exists()
@@ -245,20 +324,43 @@ def test_runs_save_when_the_study_is_killed_and_the_next_waits_for_them(tmp_path
 @pytest.mark.slow
 def test_a_study_killed_in_the_middle_ends_as_one_left_alone(tmp_path, store_path, eval_path):
     """Real runs, SIGKILL of the whole of it: the same ranks for every query, and a report."""
+
     def command(out):
-        return [sys.executable, "-m", "mcn_ext.study", "--data", store_path, "--youcook2",
-                eval_path, "--out", tmp_path / out, "--seeds", "0", "--orders", "VT_A",
-                "--epochs", "4", "2", "--stage1_encoders", "frozen", "--save_every", "1", *REST]
+        return [
+            sys.executable,
+            "-m",
+            "mcn_ext.study",
+            "--data",
+            store_path,
+            "--youcook2",
+            eval_path,
+            "--out",
+            tmp_path / out,
+            "--seeds",
+            "0",
+            "--orders",
+            "VT_A",
+            "--epochs",
+            "4",
+            "2",
+            "--stage1_encoders",
+            "frozen",
+            "--save_every",
+            "1",
+            *REST,
+        ]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(list(map(str, command("alone"))), cwd=tmp_path, env=environment, check=True)
     kills = 0
     for wait in ("seed0/stage1-VT/checkpoint.pt", "seed0/stage2-VT_A/checkpoint.pt"):
-        process = subprocess.Popen(list(map(str, command("killed"))), cwd=tmp_path,
-                                   env=environment)
+        process = subprocess.Popen(list(map(str, command("killed"))), cwd=tmp_path, env=environment)
         end = time.monotonic() + 120
-        while (not (tmp_path / "killed" / wait).exists() and process.poll() is None
-               and time.monotonic() < end):
+        while (
+            not (tmp_path / "killed" / wait).exists()
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
             time.sleep(0.02)
         kills += process.poll() is None
         process.kill()
@@ -268,8 +370,9 @@ def test_a_study_killed_in_the_middle_ends_as_one_left_alone(tmp_path, store_pat
     runs = json.loads((tmp_path / "killed/study.json").read_text())["runs"]
     assert len(runs) == 1
     for made in runs:
-        one, other = (np.load(tmp_path / out / made["run"] / "youcook2.npz")
-                      for out in ("alone", "killed"))
+        one, other = (
+            np.load(tmp_path / out / made["run"] / "youcook2.npz") for out in ("alone", "killed")
+        )
         assert one.files == other.files
         for name in one.files:
             np.testing.assert_array_equal(one[name], other[name])

@@ -29,10 +29,14 @@ def write_eval_store(path, n, seed=0):
     meaning = {word: rng.normal(size=16) for word in VERBS + FOODS}
     content = np.zeros((n, 16))
     for i in range(n):
-        text = EVIL if i == 0 else f"now {rng.choice(VERBS)} the {rng.choice(FOODS)} and " \
-            f"{rng.choice(FOODS)}"
-        writer.add(f"clip{i:04d}", {"2d": rng.normal(size=(2, 4)), "mel": None}, [0.0], [1.9],
-                   [text])
+        text = (
+            EVIL
+            if i == 0
+            else f"now {rng.choice(VERBS)} the {rng.choice(FOODS)} and {rng.choice(FOODS)}"
+        )
+        writer.add(
+            f"clip{i:04d}", {"2d": rng.normal(size=(2, 4)), "mel": None}, [0.0], [1.9], [text]
+        )
         content[i] = sum(meaning.get(word, 0) for word in text.split())
     writer.close()
     return content + rng.normal(size=content.shape)
@@ -42,21 +46,48 @@ def write_run(folder, modalities, quality, content, *, seed, args=None, start=10
     """A run folder as training and evaluation leave it; ``quality``: signal to noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    (folder / "args.json").write_text(json.dumps(
-        {"batch_size": 16, "n_pair": 8, "lr": 0.002, "seed": seed, "cluster_size": 64,
-         "similarity": "cosine", "demo": False, **(args or {})}))
-    rows = [{"step": 10 * (i + 1), "epoch": i // 4 + 1, "lr": 1e-3,
-             "total": start * 0.93 ** i + rng.normal(0, 0.1),
-             "contrastive": 0.9 * start * 0.93 ** i + rng.normal(0, 0.1),
-             "cluster": 0.0 if i < 2 else 0.8, "reconstruction": 0.1, "clips_per_s": 640.0,
-             "data_wait": 0.05, **({"live_clusters": 60, "largest_share": 0.05} if i >= 2 else {}),
-             **{f"rank_{m}": 20.0 + i for m in modalities}} for i in range(steps)]
+    (folder / "args.json").write_text(
+        json.dumps(
+            {
+                "batch_size": 16,
+                "n_pair": 8,
+                "lr": 0.002,
+                "seed": seed,
+                "cluster_size": 64,
+                "similarity": "cosine",
+                "demo": False,
+                **(args or {}),
+            }
+        )
+    )
+    rows = [
+        {
+            "step": 10 * (i + 1),
+            "epoch": i // 4 + 1,
+            "lr": 1e-3,
+            "total": start * 0.93**i + rng.normal(0, 0.1),
+            "contrastive": 0.9 * start * 0.93**i + rng.normal(0, 0.1),
+            "cluster": 0.0 if i < 2 else 0.8,
+            "reconstruction": 0.1,
+            "clips_per_s": 640.0,
+            "data_wait": 0.05,
+            **({"live_clusters": 60, "largest_share": 0.05} if i >= 2 else {}),
+            **{f"rank_{m}": 20.0 + i for m in modalities},
+        }
+        for i in range(steps)
+    ]
     rows.insert(3, {"step": 31, "epoch": 1, "skipped": "the loss is not finite"})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     n, width = content.shape
     gap = np.eye(width)
-    embedding = {m: torch.from_numpy(quality * content + 2 * rng.normal(size=(n, width)) * (
-        1.0 + 0.5 * (m == "audio")) + 3 * gap[i]) for i, m in enumerate(modalities)}
+    embedding = {
+        m: torch.from_numpy(
+            quality * content
+            + 2 * rng.normal(size=(n, width)) * (1.0 + 0.5 * (m == "audio"))
+            + 3 * gap[i]
+        )
+        for i, m in enumerate(modalities)
+    }
     valid = {m: np.ones(n, bool) for m in modalities}
     if "audio" in valid:
         valid["audio"][5] = False
@@ -67,8 +98,10 @@ def write_run(folder, modalities, quality, content, *, seed, args=None, start=10
     measured, arrays = {"n": n, "data": "eval.h5"}, {}
     for direction in directions:
         better = direction.endswith("(bank)")  # a made-up gain, the same queries found and more
-        query, found = (sum(unit[m] for m in side.split("+"))
-                        for side in direction.removesuffix(" (bank)").split("->"))
+        query, found = (
+            sum(unit[m] for m in side.split("+"))
+            for side in direction.removesuffix(" (bank)").split("->")
+        )
         arrays[f"rank:{direction}"] = rank = ranks(query @ found.T)
         if better:
             arrays[f"rank:{direction}"] = rank = np.maximum(1, rank - 10)
@@ -94,8 +127,15 @@ def write_study(root, *, cells=None, methods=METHODS, seeds=(0, 1, 2), n=120, qu
     """A study folder; ``quality(cell, method)`` overrides METHODS'."""
     root.mkdir(parents=True, exist_ok=True)
     content = write_eval_store(root / "eval.h5", n)
-    cells = cells or [{"name": "", "data": "train.h5", "youcook2": str(root / "eval.h5"),
-                       "video_noise": None, "audio_noise": None}]
+    cells = cells or [
+        {
+            "name": "",
+            "data": "train.h5",
+            "youcook2": str(root / "eval.h5"),
+            "video_noise": None,
+            "audio_noise": None,
+        }
+    ]
     runs = []
     for cell in cells:
         for seed in seeds:
@@ -106,32 +146,76 @@ def write_study(root, *, cells=None, methods=METHODS, seeds=(0, 1, 2), n=120, qu
                 first = order.split("_")[0] if "_" in order else None
                 stage1 = f"{where}/stage1-{first}" if first else None
                 if first and not (root / stage1).exists():
-                    write_run(root / stage1, [LETTERS[x] for x in first], 0.8, content, seed=seed,
-                              args={"pair": first})
-                write_run(root / where / method, ["video", "audio", "text"], signal, content,
-                          seed=100 * seed + number, start=8.0, steps=4 if first else 12,
-                          args={"lr": 0.001} if method == "AVT-23" else {})
-                runs.append({
-                    "cell": cell["name"], "method": method, "order": order, "encoders": encoders,
-                    "seed": seed, "label": label, "stage1": stage1, "run": f"{where}/{method}",
-                    "flops": 1.5e12, "epochs": [20, 10] if first else [30],
-                    **({} if first else {"steps_of": [m for m in methods if "_" in m]}
-                       if method == "AVT-30" else {"baseline_of": ["AV_T", "AT_V"]})})
-    (root / "study.json").write_text(json.dumps({
-        "format": "mcn-study", "version": 1, "command": "python -m mcn_ext.study --seeds 3",
-        "flags": {}, "cells": cells, "runs": runs}))
+                    write_run(
+                        root / stage1,
+                        [LETTERS[x] for x in first],
+                        0.8,
+                        content,
+                        seed=seed,
+                        args={"pair": first},
+                    )
+                write_run(
+                    root / where / method,
+                    ["video", "audio", "text"],
+                    signal,
+                    content,
+                    seed=100 * seed + number,
+                    start=8.0,
+                    steps=4 if first else 12,
+                    args={"lr": 0.001} if method == "AVT-23" else {},
+                )
+                runs.append(
+                    {
+                        "cell": cell["name"],
+                        "method": method,
+                        "order": order,
+                        "encoders": encoders,
+                        "seed": seed,
+                        "label": label,
+                        "stage1": stage1,
+                        "run": f"{where}/{method}",
+                        "flops": 1.5e12,
+                        "epochs": [20, 10] if first else [30],
+                        **(
+                            {}
+                            if first
+                            else {"steps_of": [m for m in methods if "_" in m]}
+                            if method == "AVT-30"
+                            else {"baseline_of": ["AV_T", "AT_V"]}
+                        ),
+                    }
+                )
+    (root / "study.json").write_text(
+        json.dumps(
+            {
+                "format": "mcn-study",
+                "version": 1,
+                "command": "python -m mcn_ext.study --seeds 3",
+                "flags": {},
+                "cells": cells,
+                "runs": runs,
+            }
+        )
+    )
     return root
 
 
 @pytest.fixture(scope="module")
 def study_folder(tmp_path_factory):
     """One whole study, its report written."""
-    root = write_study(tmp_path_factory.mktemp("study"), seeds=(0, 1), n=80, methods=(
-        "AV_T", "AV_T-finetune", "VT_A", "AVT-30", "AVT-23"))
+    root = write_study(
+        tmp_path_factory.mktemp("study"),
+        seeds=(0, 1),
+        n=80,
+        methods=("AV_T", "AV_T-finetune", "VT_A", "AVT-30", "AVT-23"),
+    )
     with pytest.MonkeyPatch.context() as patch:
         style = study_pictures.style
-        patch.setattr(study_pictures, "style", lambda plt: (
-            style(plt), plt.rcParams.update({"savefig.dpi": 50})))
+        patch.setattr(
+            study_pictures,
+            "style",
+            lambda plt: (style(plt), plt.rcParams.update({"savefig.dpi": 50})),
+        )
         study_report.write(root)
     return root
 
@@ -147,8 +231,9 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.images += tag == "img"
-        if tag == "script" or any(key.startswith("on") or (value or "").startswith("http")
-                                  for key, value in attrs):
+        if tag == "script" or any(
+            key.startswith("on") or (value or "").startswith("http") for key, value in attrs
+        ):
             self.wrong.append((tag, attrs))
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
@@ -193,8 +278,9 @@ def test_the_answer_comes_first(study_folder):
     values = study.values("AV_T", "R@5")
     assert f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" in text
     assert "every run: `batch_size 16`" in text
-    assert re.search(r"\| `lr` \| `0.002` \| all others \|\n\|  \| `0.001` \| one stage, equal com",
-                     text)
+    assert re.search(
+        r"\| `lr` \| `0.002` \| all others \|\n\|  \| `0.001` \| one stage, equal com", text
+    )
     assert "Nothing: every run of the study was trained" in text
     # 2 seeds, 2 stages, one skipped each; 16 x 8 clips x (80 + 40 steps); 640 clips a second.
     assert "| AV then T, frozen | 4 | 60 of 64 | 5.0 |" in text
@@ -246,7 +332,7 @@ def test_geometry_and_principal_axes(study_folder):
         points, share = study_pictures.principal(x)
         u, s, _ = np.linalg.svd((x.double() - x.double().mean(0)).numpy(), full_matrices=False)
         np.testing.assert_allclose(points.abs(), np.abs(u * s)[:, :2], atol=1e-8)
-        np.testing.assert_allclose(share, s[:2] ** 2 / (s ** 2).sum(), atol=1e-8)
+        np.testing.assert_allclose(share, s[:2] ** 2 / (s**2).sum(), atol=1e-8)
 
 
 def test_forgetting(study_folder):
@@ -255,7 +341,9 @@ def test_forgetting(study_folder):
     assert study_pictures.word_map(None, study, "VT_A", others) is None
     rows = study_pictures.forgetting(study)
     assert len(rows) == 6 and {r["direction"] for r in rows if r["method"] == "VT_A"} == {
-        "video->text", "text->video"}
+        "video->text",
+        "text->video",
+    }
     run = study.of("VT_A")
     row = next(r for r in rows if r["method"] == "VT_A" and r["direction"] == "text->video")
     after = np.mean([100 * (r.final.ranks["text->video"] <= 10).mean() for r in run])
@@ -271,7 +359,8 @@ def test_partial_and_broken_studies(tmp_path, no_pictures):
     root = write_study(tmp_path / "s", methods=["AV_T", "VT_A", "AVT-30"], seeds=(0, 1), n=30)
     (root / "runs/seed1/VT_A/metrics.json").unlink()
     (root / "runs/seed0/AVT-30/log.jsonl").write_text(
-        '{"step": 10, "total": NaN, "clips_per_s": 5.0, "rank_text": 1.0}\n{"step"')
+        '{"step": 10, "total": NaN, "clips_per_s": 5.0, "rank_text": 1.0}\n{"step"'
+    )
     (root / "runs/seed0/stage1-AV/youcook2.npz").write_bytes(b"PK not a zip")
     (root / "runs/seed1/AVT-30/metrics.json").write_text("{")
     (root / "eval.h5").unlink()
@@ -282,8 +371,10 @@ def test_partial_and_broken_studies(tmp_path, no_pictures):
     assert "- AV then T, frozen, seed 0, stage 1: no youcook2.npz" in missing
     assert missing.count("\n- ") == 3 and "not complete: 3 gaps" in text
     assert "1 seed both have" in text  # the winner is compared on the seed VT_A has
-    assert "one stage, equal steps, seed 0: the text embeddings lie on one line (effective rank " \
+    assert (
+        "one stage, equal steps, seed 0: the text embeddings lie on one line (effective rank "
         "below 2); the last loss is not finite" in text
+    )
     for run in root.glob("runs/*/*/metrics.json"):
         run.unlink()
     assert "Nothing to compare yet" in study_report.write(root).read_text()
@@ -301,8 +392,9 @@ def test_report_command(study_folder, no_pictures, capsys):
     assert capsys.readouterr().out.strip() == str(study_folder / "report.html")
     run = study_folder / "runs/seed0/AV_T"
     args = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps(
-        {"data": "x.h5", "epochs": 3, "temperature": 0.1, **args}))
+    (run / "args.json").write_text(
+        json.dumps({"data": "x.h5", "epochs": 3, "temperature": 0.1, **args})
+    )
     assert report.main([str(run)]) == 0
     html, markdown = ((run / f"report.{end}").read_text() for end in ("html", "md"))
     assert Checker(html).wrong == [] and "text-&gt;video+audio" in html

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.slow  # studies are made, and thousands of resamples dr
 def test_paired_bootstrap_of_the_same_ranks_is_exactly_zero():
     rank = np.random.default_rng(0).integers(1, 40, (3, 50)).astype(float)
     assert paired_bootstrap(rank, rank.copy()) == {
-        "difference": 0.0, "ci95": (0.0, 0.0), "real": False}
+        "difference": 0.0,
+        "ci95": (0.0, 0.0),
+        "real": False,
+    }
 
 
 def test_paired_bootstrap_by_hand():
@@ -71,8 +74,9 @@ def test_intervals_cover_the_truth():
 
 # -------------------------------------------------------------------------------- the report
 def test_one_seed_and_no_winner(tmp_path, no_pictures):
-    root = write_study(tmp_path, methods=["AV_T", "VT_A"], seeds=(3,), n=60,
-                       quality=lambda cell, method: 1.0)
+    root = write_study(
+        tmp_path, methods=["AV_T", "VT_A"], seeds=(3,), n=60, quality=lambda cell, method: 1.0
+    )
     text = study_report.write(root).with_name("report.md").read_text()
     answer, points = text.split("\n\n")[1:3]
     assert "is ahead, but which order is best is not decided" in answer and "±" not in answer
@@ -82,9 +86,11 @@ def test_one_seed_and_no_winner(tmp_path, no_pictures):
 
 
 def test_each_order_meets_the_baseline_of_its_own_compute_and_fusions_their_sum(
-        tmp_path, no_pictures):
-    root = write_study(tmp_path, methods=["AV_T", "AV_T-finetune", "AVT-30", "AVT-23"], seeds=(0,),
-                       n=60)
+    tmp_path, no_pictures
+):
+    root = write_study(
+        tmp_path, methods=["AV_T", "AV_T-finetune", "AVT-30", "AVT-23"], seeds=(0,), n=60
+    )
     study, text = Study(root), study_report.write(root).with_name("report.md").read_text()
     table = text.split("## Two stages against one of equal compute")[1].split("##")[0]
     rows = [line for line in table.splitlines() if line.startswith("| AV then T")]
@@ -99,8 +105,13 @@ def test_each_order_meets_the_baseline_of_its_own_compute_and_fusions_their_sum(
 
 
 def test_a_baseline_above_all_and_of_the_winners_compute(tmp_path, no_pictures):
-    root = write_study(tmp_path, methods=["AV_T", "VT_A", "AVT-30", "AVT-23"], seeds=(0,), n=60,
-                       quality=lambda cell, m: {"AV_T": 0.5, "VT_A": 0.9}.get(m, 3.0))
+    root = write_study(
+        tmp_path,
+        methods=["AV_T", "VT_A", "AVT-30", "AVT-23"],
+        seeds=(0,),
+        n=60,
+        quality=lambda cell, m: {"AV_T": 0.5, "VT_A": 0.9}.get(m, 3.0),
+    )
     text = study_report.write(root).with_name("report.md").read_text()
     answer, points = text.split("\n\n")[1:3]
     assert "points below one stage of equal steps (one stage, equal steps)" in points
@@ -112,30 +123,55 @@ def test_a_baseline_above_all_and_of_the_winners_compute(tmp_path, no_pictures):
 # ---------------------------------------------------------------------------------- the grid
 @pytest.mark.slow
 def test_grid_winners(tmp_path):
-    cells = [{"name": f"v{v}-a{a}", "data": f"{v}{a}.h5", "youcook2": "eval.h5",
-              "video_noise": v, "audio_noise": a} for v in (None, 1.0) for a in (0.0, 2.0)]
+    cells = [
+        {
+            "name": f"v{v}-a{a}",
+            "data": f"{v}{a}.h5",
+            "youcook2": "eval.h5",
+            "video_noise": v,
+            "audio_noise": a,
+        }
+        for v in (None, 1.0)
+        for a in (0.0, 2.0)
+    ]
     signal = {("AV_T", None, 0.0): 3.0, ("VT_A", None, 2.0): 3.0, ("AV_T", 1.0, 0.0): 3.0}
     root = write_study(
-        tmp_path, cells=cells, methods=["AV_T", "VT_A", "AVT-30"], seeds=(0,), n=60,
-        quality=lambda cell, m: signal.get((m, cell["video_noise"], cell["audio_noise"]), 0.7))
+        tmp_path,
+        cells=cells,
+        methods=["AV_T", "VT_A", "AVT-30"],
+        seeds=(0,),
+        n=60,
+        quality=lambda cell, m: signal.get((m, cell["video_noise"], cell["audio_noise"]), 0.7),
+    )
     for run in root.glob("v1.0-a2.0/*/*/metrics.json"):
         run.unlink()
     page = study_report.write(root).read_text()
     study = Study(root)
     rows = {row["cell"]["name"]: row for row in study_grid.winners(study)}
     assert [rows[n]["winner"] for n in ("vNone-a0.0", "vNone-a2.0", "v1.0-a0.0", "v1.0-a2.0")] == [
-        "AV_T", "VT_A", "AV_T", None]
+        "AV_T",
+        "VT_A",
+        "AV_T",
+        None,
+    ]
     assert all(row["compare"]["real"] for row in rows.values() if row["winner"])
     assert study_grid.levels(study, "video_noise") == [None, 1.0]
-    assert ("Of 3 grades of noise, AV_T is best in 2 (2 of them beyond chance), VT_A is best in 1 "
-            "(1 of them beyond chance)") in page
+    assert (
+        "Of 3 grades of noise, AV_T is best in 2 (2 of them beyond chance), VT_A is best in 1 "
+        "(1 of them beyond chance)"
+    ) in page
     assert Checker(page).wrong == [] and Checker(page).images == 3
     assert sorted(p.stem for p in (root / "pictures").iterdir()) == ["noise", "orders", "winners"]
 
 
 def test_one_grade_of_noise_is_a_plain_study(tmp_path):
-    cell = {"name": "v2-a2", "data": "train.h5", "youcook2": "eval.h5", "video_noise": 2.0,
-            "audio_noise": 2.0}
+    cell = {
+        "name": "v2-a2",
+        "data": "train.h5",
+        "youcook2": "eval.h5",
+        "video_noise": 2.0,
+        "audio_noise": 2.0,
+    }
     root = write_study(tmp_path, cells=[cell], methods=["AV_T", "VT_A"], seeds=(0,), n=60)
     study = Study(root)
     assert not study.grid and len(study.by_order()) == 2 and study.compare("AV_T", "VT_A")

@@ -25,6 +25,7 @@ from tests.test_decode import CLIP, decoded, make_media, tone
 
 def independent_resnet(state, x):
     """Table 1 of He et al. (2015) as a function of the weights: (n, 3, h, w) -> (n, 2048)."""
+
     def conv_bn(x, conv, norm, stride=1):
         weight = state[f"{conv}.weight"]
         x = F.conv2d(F.pad(x, [weight.shape[-1] // 2] * 4), weight, stride=stride)
@@ -67,8 +68,10 @@ def test_resnet_is_an_independent_one_on_the_same_weights(tmp_path):
         single = again.eval()(images)
         double = again.double()(images.double())
     scale = wanted.abs().max()
-    print(f"largest {scale:.3g}, difference {(double - wanted).abs().max():.2e} in float64, "
-          f"{(single - wanted).abs().max():.2e} in float32")
+    print(
+        f"largest {scale:.3g}, difference {(double - wanted).abs().max():.2e} in float64, "
+        f"{(single - wanted).abs().max():.2e} in float32"
+    )
     assert (double - wanted).abs().max() < 1e-12 * scale
     assert (single - wanted).abs().max() < 1e-5 * scale
 
@@ -76,8 +79,14 @@ def test_resnet_is_an_independent_one_on_the_same_weights(tmp_path):
 def test_names_are_torchvisions_and_other_weights_are_refused(tmp_path):
     net = resnet.ResNet((1, 1, 1, 1))
     names = set(net.state_dict())
-    assert {"conv1.weight", "bn1.num_batches_tracked", "layer1.0.downsample.1.running_var",
-            "layer4.0.conv3.weight", "fc.weight", "fc.bias"} <= names
+    assert {
+        "conv1.weight",
+        "bn1.num_batches_tracked",
+        "layer1.0.downsample.1.running_var",
+        "layer4.0.conv3.weight",
+        "fc.weight",
+        "fc.bias",
+    } <= names
     with pytest.raises(SystemExit, match="no such file.*resnet152-394f9c45.pth"):
         resnet.load(net, tmp_path / "none.pth")
     torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
@@ -100,7 +109,7 @@ def test_crops_are_pillows(height, width):
     size = [256 * width // short, 256 * height // short]
     resized = np.asarray(image.fromarray(pixels).resize(size, image.Resampling.BILINEAR))
     top, left = (round((side - 224) / 2) for side in resized.shape[:2])
-    wanted = resized[top:top + 224, left:left + 224].astype(int)
+    wanted = resized[top : top + 224, left : left + 224].astype(int)
     assert np.abs(got - wanted).max() <= 1
 
 
@@ -135,11 +144,15 @@ def test_captions_of_all_kinds(tmp_path):
     rows = [{"start": 0.5, "end": 2, "text": "chop"}, {"start": 3, "end": 4, "text": "fry"}]
     table = {"a": {k: [row[k] for row in rows] for k in rows[0]}}
     wanted = ((0.5, 3.0), (2.0, 4.0), ("chop", "fry"))
-    files = {"one.json": json.dumps(rows), "two.json": json.dumps({"segments": rows, "text": ""}),
-             "three.json": json.dumps(table["a"]), "four.csv":
-             "\ufeffstart,end,text\n0.5,2,chop\n3,4,fry\n",
-             "many.json": json.dumps(table), "lists.json": json.dumps({"a": rows}),
-             "many.csv": "id,start,end,text\na,0.5,2,chop\nb,1,2,x\na,3,4,fry\n"}
+    files = {
+        "one.json": json.dumps(rows),
+        "two.json": json.dumps({"segments": rows, "text": ""}),
+        "three.json": json.dumps(table["a"]),
+        "four.csv": "\ufeffstart,end,text\n0.5,2,chop\n3,4,fry\n",
+        "many.json": json.dumps(table),
+        "lists.json": json.dumps({"a": rows}),
+        "many.csv": "id,start,end,text\na,0.5,2,chop\nb,1,2,x\na,3,4,fry\n",
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         read = captions.Captions(tmp_path / name)
@@ -182,10 +195,21 @@ def test_videos_to_a_store(tmp_path, small_resnet):
     (folder / "talk.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nchop it\n")
     np.save(tmp_path / "3d" / "talk.npy", np.full((8, 6), 0.5, np.float32))
     np.savez(tmp_path / "3d" / "silent_3d.npz", features=np.ones((3, 6), np.float16))
-    said = videos.prepare([folder], folder, tmp_path / "o.h5", weights=None, random_weights=True,
-                          streams=[f"3d={tmp_path / '3d'}:1.5"], workers=2, batch_size=4)
-    assert ("3 of 5 videos (2D features of RANDOM weights)" in said and "2 skipped" in said
-            and "1 without 2d, 1 without 3d, 1 without mel, 2 without captions" in said), said
+    said = videos.prepare(
+        [folder],
+        folder,
+        tmp_path / "o.h5",
+        weights=None,
+        random_weights=True,
+        streams=[f"3d={tmp_path / '3d'}:1.5"],
+        workers=2,
+        batch_size=4,
+    )
+    assert (
+        "3 of 5 videos (2D features of RANDOM weights)" in said
+        and "2 skipped" in said
+        and "1 without 2d, 1 without 3d, 1 without mel, 2 without captions" in said
+    ), said
     listed = (tmp_path / "o.h5.skipped.csv").read_text()
     assert "broken.mp4: " in listed and "its id is that of" in listed
     info = validate(tmp_path / "o.h5")
@@ -211,14 +235,15 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     make_media(tmp_path / "b.mp4", [0.0])
     (tmp_path / "a.srt").write_text("00:01 --> 00:02\nx\n")
     for flags, message in (
-            ([file], "--weights: frames need a ResNet-152.*download.pytorch.org"),
-            ([tmp_path / "none"], "none: no such file"),
-            ([file, "--captions", tmp_path / "c.srt"], "--captions .*c.srt: no such file"),
-            ([tmp_path, "--captions", tmp_path / "a.srt"], "of one video, but there are 2"),
-            ([file, "--streams", "3d=none:1.5"], "--streams .*none: no such folder"),
-            ([file, "--streams", f"3d={tmp_path}"], "expected NAME=DIR:RATE"),
-            ([file, "--streams", f"mel={tmp_path}:1"], "mel is not a name"),
-            ([file, "--streams", f"3d={tmp_path}:1"], "no readable features of any video")):
+        ([file], "--weights: frames need a ResNet-152.*download.pytorch.org"),
+        ([tmp_path / "none"], "none: no such file"),
+        ([file, "--captions", tmp_path / "c.srt"], "--captions .*c.srt: no such file"),
+        ([tmp_path, "--captions", tmp_path / "a.srt"], "of one video, but there are 2"),
+        ([file, "--streams", "3d=none:1.5"], "--streams .*none: no such folder"),
+        ([file, "--streams", f"3d={tmp_path}"], "expected NAME=DIR:RATE"),
+        ([file, "--streams", f"mel={tmp_path}:1"], "mel is not a name"),
+        ([file, "--streams", f"3d={tmp_path}:1"], "no readable features of any video"),
+    ):
         with pytest.raises(SystemExit, match=message):
             main(["videos", *map(str, flags), "--out", str(tmp_path / "o.h5")])
     monkeypatch.setitem(sys.modules, "av", None)
@@ -234,9 +259,13 @@ def _die(pipe, path, **_):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-@pytest.mark.parametrize("child,reason", [
-    (_hang, "no sign of life for 0.5 s"),
-    pytest.param(_die, "ended with signal 11", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "child,reason",
+    [
+        (_hang, "no sign of life for 0.5 s"),
+        pytest.param(_die, "ended with signal 11", marks=pytest.mark.slow),
+    ],
+)
 def test_decoders_that_hang_or_die_cost_one_video(monkeypatch, child, reason):
     monkeypatch.setattr(videos, "serve", child)
     with pytest.raises(Skipped, match=f"x.mp4: .*{reason}"):
@@ -250,15 +279,38 @@ def test_a_killed_run_goes_on_and_the_store_trains(tmp_path):
     for i in range(12):
         make_media(tmp_path / "in" / f"v{i:02d}.mkv", np.arange(0, 8, 0.2), sound=tone(8, 300 + i))
         (tmp_path / "in" / f"v{i:02d}.srt").write_text(
-            "".join(f"{k}\n00:00:0{k},000 --> 00:00:0{k + 1},500\nstep {k} fry\n\n"
-                    for k in range(6)))
-        np.save(tmp_path / "2d" / f"v{i:02d}.npy",
-                np.random.default_rng(i).random((8, 12), np.float32))
-    command = [sys.executable, "-m", "mcn_ext.prepare", "videos", "in", "--captions", "in",
-               "--streams", "2d=2d:1", "--workers", "1", "--shard_mib", "0.1", "--out", "o.h5"]
+            "".join(
+                f"{k}\n00:00:0{k},000 --> 00:00:0{k + 1},500\nstep {k} fry\n\n" for k in range(6)
+            )
+        )
+        np.save(
+            tmp_path / "2d" / f"v{i:02d}.npy", np.random.default_rng(i).random((8, 12), np.float32)
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "mcn_ext.prepare",
+        "videos",
+        "in",
+        "--captions",
+        "in",
+        "--streams",
+        "2d=2d:1",
+        "--workers",
+        "1",
+        "--shard_mib",
+        "0.1",
+        "--out",
+        "o.h5",
+    ]
     env = {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **env},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **env},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while len(list(tmp_path.glob("o.h5.parts/shard-*.h5"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.kill()
@@ -267,15 +319,40 @@ def test_a_killed_run_goes_on_and_the_store_trains(tmp_path):
     said = run(*command[1:], cwd=tmp_path, env=env).stdout
     assert "12 of 12 videos" in said and "from an earlier, interrupted run" in said
     assert validate(tmp_path / "o.h5")["captions"] == 72
-    run("train_stage1.py", "--pair", "AV", "--data", "o.h5", "--preset", "demo", "--batch_size", 4,
-        "--n_pair", 4, "--max_steps", 2, "--device", "cpu", cwd=tmp_path)
+    run(
+        "train_stage1.py",
+        "--pair",
+        "AV",
+        "--data",
+        "o.h5",
+        "--preset",
+        "demo",
+        "--batch_size",
+        4,
+        "--n_pair",
+        4,
+        "--max_steps",
+        2,
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not beside this checkout")
 def test_the_real_clip_through_the_chain(tmp_path):
-    said = run("-m", "mcn_ext.prepare", "videos", CLIP, "--random_weights", "--out", "clip.h5",
-               cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}).stdout
+    said = run(
+        "-m",
+        "mcn_ext.prepare",
+        "videos",
+        CLIP,
+        "--random_weights",
+        "--out",
+        "clip.h5",
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+    ).stdout
     assert "1 of 1 videos" in said and "without captions" in said
     store = Store(tmp_path / "clip.h5")
     assert len(store.clips(0, "2d", [0], [99])[0]) == 19

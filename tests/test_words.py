@@ -44,8 +44,11 @@ def test_what_needs_gensim_says_so_before_anything_is_done(tmp_path, store_path,
     """No demo data is made, and --no-resume moves no run."""
     path = tmp_path / (name or "")
     flag = ("--word2vec", path) if name else ()
-    said = (f"--word2vec {path}: a file that is not .npz or .kv" if name else
-            "without --word2vec, word vectors are trained on the captions, which")
+    said = (
+        f"--word2vec {path}: a file that is not .npz or .kv"
+        if name
+        else "without --word2vec, word vectors are trained on the captions, which"
+    )
     if name:
         path.write_text("1 2\nchop 1 2\n")
     (tmp_path / "runs/stage1-VT").mkdir(parents=True)
@@ -54,9 +57,11 @@ def test_what_needs_gensim_says_so_before_anything_is_done(tmp_path, store_path,
     WordVectors(["chop"], np.eye(1, 10), "other.bin #0").save(tmp_path / "own.h5.words.npz")
     call("train_stage1.py", "--pair", "AV", "--data", own, *SMALL, "--max_steps", 1, cwd=tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    for command in (("train_stage1.py", "--pair", "VT", *flag),
-                    ("train_stage1.py", "--pair", "VT", "--data", own, *flag, "--no-resume"),
-                    ("train_stage2.py", "--add", "T", *flag)):
+    for command in (
+        ("train_stage1.py", "--pair", "VT", *flag),
+        ("train_stage1.py", "--pair", "VT", "--data", own, *flag, "--no-resume"),
+        ("train_stage2.py", "--add", "T", *flag),
+    ):
         done = call(*command, "--device", "cpu", cwd=tmp_path, check=False)
         assert done.returncode == 1 and done.stderr.strip().startswith(said), done.stderr
         assert "pip install gensim, or give --word2vec FILE.npz" in done.stderr
@@ -69,16 +74,26 @@ def test_a_stage_2_with_an_npz(tmp_path, store_path, eval_path, npz):
     run = tmp_path / "runs/stage2-AV_T"
     assert checkpoint.load(run / "checkpoint.pt")["complete"]
     assert WordVectors.load(run / "words.npz").words == sorted(WORDS)
-    assert "text->video+audio" in call("evaluate.py", "--youcook2", eval_path, "--device", "cpu",
-                                       cwd=tmp_path).stdout
+    assert (
+        "text->video+audio"
+        in call("evaluate.py", "--youcook2", eval_path, "--device", "cpu", cwd=tmp_path).stdout
+    )
 
 
 def test_words_that_a_run_has_kept_need_no_gensim(tmp_path, store_path, npz, monkeypatch):
     """A run resumes, and stage 2 starts from it, though its --word2vec is a .bin."""
     source = tmp_path / "v.bin"
     source.touch()
-    command = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--word2vec",
-               source)
+    command = (
+        "train_stage1.py",
+        "--pair",
+        "VT",
+        "--data",
+        store_path,
+        *SMALL,
+        "--word2vec",
+        source,
+    )
     with monkeypatch.context() as patch:  # as if gensim had been there
         patch.setattr("mcn_ext.training.check_gensim", lambda *args: None)
         patch.setattr("mcn_ext.training.vectors_for", lambda *args: WordVectors.load(npz))

@@ -40,6 +40,7 @@ class SkipList:
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
     """(item, result or Skipped) of each item, in order; ``workers`` threads, 4 * workers ahead."""
+
     def attempt(item):
         try:
             return item, function(item)
@@ -58,8 +59,17 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def finish(writer, skips: SkipList, total: int, streams: dict[str, int], *, unit: str = "videos",
-           resumed: int = 0, without: dict[str, int] | None = None, note: str = "") -> str:
+def finish(
+    writer,
+    skips: SkipList,
+    total: int,
+    streams: dict[str, int],
+    *,
+    unit: str = "videos",
+    resumed: int = 0,
+    without: dict[str, int] | None = None,
+    note: str = "",
+) -> str:
     """Close the list of what was left out, then the store; the summary that is printed.
 
     streams: {name: width}. resumed: items from an earlier run. without: {what: how many items of
@@ -71,7 +81,8 @@ def finish(writer, skips: SkipList, total: int, streams: dict[str, int], *, unit
         print(sentence)
     store = writer.close()
     again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
-    lacking = "".join(f", {count} without {what}" for what, count in (without or {}).items()
-                      if count)
+    lacking = "".join(
+        f", {count} without {what}" for what, count in (without or {}).items() if count
+    )
     widths = ", ".join(f"{name} {dim}" for name, dim in streams.items())
     return f"{store}: {kept} of {total} {unit}{again}{note}, streams {widths}{lacking}; {sentence}"

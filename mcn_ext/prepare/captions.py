@@ -50,9 +50,10 @@ def read_cues(text: str) -> list[dict]:
     lines: list[str] | None = None  # of the cue that is open
     for line in text.splitlines():
         if match := _CUE.match(line):
-            start, end = (60 * (60 * int(hours or 0) + int(minutes))
-                          + float(seconds.replace(",", "."))
-                          for hours, minutes, seconds in (match.groups()[:3], match.groups()[3:]))
+            start, end = (
+                60 * (60 * int(hours or 0) + int(minutes)) + float(seconds.replace(",", "."))
+                for hours, minutes, seconds in (match.groups()[:3], match.groups()[3:])
+            )
             lines = []
             cues.append((start, end, lines))
         elif not line:
@@ -78,8 +79,9 @@ def _columns(entry) -> dict:
 
 
 def _is_of_one(table) -> bool:
-    return isinstance(table, list) or any(isinstance(table.get(key), list)
-                                          for key in ("segments", "start"))
+    return isinstance(table, list) or any(
+        isinstance(table.get(key), list) for key in ("segments", "start")
+    )
 
 
 class Captions:
@@ -104,7 +106,8 @@ class Captions:
         if not isinstance(self.table, dict) and not self.single:
             raise SystemExit(
                 f"--captions {path}: holds a {type(self.table).__name__}, expected a dictionary "
-                "video id -> {'start': [..], 'end': [..], 'text': [..]}")
+                "video id -> {'start': [..], 'end': [..], 'text': [..]}"
+            )
 
     def of(self, name: str) -> tuple[list[float], list[float], list[str]]:
         """(start, end, text) sorted by start; rows without finite 0 <= start < end are dropped.
@@ -121,11 +124,14 @@ class Captions:
             raise Skipped(f"no captions in {self.path}")
         try:
             entry = _columns(entry)
-            rows = [(float(s), float(e), as_text(t))
-                    for s, e, t in zip(entry["start"], entry["end"], entry["text"], strict=True)]
+            rows = [
+                (float(s), float(e), as_text(t))
+                for s, e, t in zip(entry["start"], entry["end"], entry["text"], strict=True)
+            ]
         except (IndexError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise Skipped(f"captions in {self.path} are not equal lists start, end, text ({error})"
-                          ) from error
+            raise Skipped(
+                f"captions in {self.path} are not equal lists start, end, text ({error})"
+            ) from error
         rows = sorted(row for row in rows if 0 <= row[0] < row[1] < 1e6)
         if not rows:
             raise Skipped(f"no caption with 0 <= start < end in {self.path}")
@@ -160,13 +166,18 @@ def _json(path: Path):
     try:
         table = json.loads(_read(path))
         if isinstance(table, dict) and isinstance(table.get("database"), dict):  # YouCook2's
-            return {name: [{"start": row["segment"][0], "end": row["segment"][1],
-                            "text": row["sentence"]} for row in video["annotations"]]
-                    for name, video in table["database"].items()}
+            return {
+                name: [
+                    {"start": row["segment"][0], "end": row["segment"][1], "text": row["sentence"]}
+                    for row in video["annotations"]
+                ]
+                for name, video in table["database"].items()
+            }
         return table
     except (KeyError, IndexError, TypeError) as error:
-        raise Skipped(f"{path}: \"database\" is not as YouCook2 has it "
-                      f"({type(error).__name__}: {error})") from error
+        raise Skipped(
+            f'{path}: "database" is not as YouCook2 has it ({type(error).__name__}: {error})'
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise Skipped(f"{path}: not JSON ({error})") from error
 

@@ -42,11 +42,14 @@ def read_steps(path: Path) -> dict[str, list[str]]:
         table = json.loads(text)
         if not isinstance(table, dict) or not all(isinstance(v, list) for v in table.values()):
             raise ValueError("not lists of texts by name")
-        return {name.strip(): [as_text(step).strip() for step in steps]
-                for name, steps in table.items()}
+        return {
+            name.strip(): [as_text(step).strip() for step in steps] for name, steps in table.items()
+        }
     except (ValueError, RecursionError) as error:
-        raise SystemExit(f"--steps {path}: expected JSON like {{\"23521\": [\"first step\", "
-                         f"\"second step\"]}} ({error})") from error
+        raise SystemExit(
+            f'--steps {path}: expected JSON like {{"23521": ["first step", '
+            f'"second step"]}} ({error})'
+        ) from error
 
 
 def _release_steps(path: Path, lines: list[str]) -> dict[str, list[str]]:
@@ -56,7 +59,7 @@ def _release_steps(path: Path, lines: list[str]) -> dict[str, list[str]]:
     while lines and not lines[-1].strip():
         lines.pop()
     for i in range(0, len(lines), 6):
-        block = [line.strip() for line in lines[i:i + 6]]
+        block = [line.strip() for line in lines[i : i + 6]]
         try:
             steps = [step.strip() for step in block[4].split(",")]
             fits = int(block[3]) == len(steps) and not any(block[5:])
@@ -66,7 +69,8 @@ def _release_steps(path: Path, lines: list[str]) -> dict[str, list[str]]:
             raise SystemExit(
                 f"--steps {path}: lines {i + 1} to {i + 6} are not a task as in tasks_primary.txt: "
                 "id, title, URL, number of steps, as many steps with commas between them, an empty "
-                "line; other files must end in .json")
+                "line; other files must end in .json"
+            )
         tasks[block[0]] = steps
     if not tasks:
         raise SystemExit(f"--steps {path}: lists no task")
@@ -102,8 +106,9 @@ def _from_matrix(path: Path, n_steps: int) -> tuple[int, Segments]:
     # +1 where a run of ones begins, -1 one past its end: of a column they alternate.
     edges = np.diff(inside.T.astype(np.int8), axis=1, prepend=0, append=0)
     starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
-    return len(inside), _sorted([[int(k), int(start), int(end)] for (k, start), (_, end)
-                                 in zip(starts, ends, strict=True)])
+    return len(inside), _sorted(
+        [[int(k), int(start), int(end)] for (k, start), (_, end) in zip(starts, ends, strict=True)]
+    )
 
 
 def _from_rows(path: Path, n_steps: int) -> Segments:
@@ -134,9 +139,20 @@ def _sorted(segments: Segments) -> Segments:
 # ------------------------------------------------------------------------------------------ store
 
 
-def prepare(list_file: Path, features: Path, features_audio: Path | None, annotations: Path,
-            steps_file: Path, out: Path, *, protocol: str, rates: dict[str, float],
-            workers: int = 4, overwrite: bool = False, shard_mib: float = 512) -> str:
+def prepare(
+    list_file: Path,
+    features: Path,
+    features_audio: Path | None,
+    annotations: Path,
+    steps_file: Path,
+    out: Path,
+    *,
+    protocol: str,
+    rates: dict[str, float],
+    workers: int = 4,
+    overwrite: bool = False,
+    shard_mib: float = 512,
+) -> str:
     """Convert; returns the summary that is printed. The module's first lines have the formats.
 
     Beside the store, ``out``'s name + ``.steps.json`` is written, complete or not at all::
@@ -149,15 +165,22 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, annota
     out, as in CrossTask's code. Videos without an annotated second are skipped; those without
     usable features are not in the store, but in the table, where they count as misses.
     """
-    for flag, path in (("--list", list_file), ("--annotations", annotations),
-                       ("--steps", steps_file)):
+    for flag, path in (
+        ("--list", list_file),
+        ("--annotations", annotations),
+        ("--steps", steps_file),
+    ):
         if not path.exists():
             raise SystemExit(f"{flag} {path}: no such file or folder")
-    folders = Features(features, features_audio, bare=["3d"],
-                       keys={"3d": ["features"], "mel": ["arr_0"]})
+    folders = Features(
+        features, features_audio, bare=["3d"], keys={"3d": ["features"], "mel": ["arr_0"]}
+    )
     by_task = protocol == "crosstask"
-    rows = (read_table(list_file, ["video_id", "task"], "GLd3aX16zBg,23521") if by_task
-            else read_table(list_file, ["video_id"], "GLd3aX16zBg"))
+    rows = (
+        read_table(list_file, ["video_id", "task"], "GLd3aX16zBg,23521")
+        if by_task
+        else read_table(list_file, ["video_id"], "GLd3aX16zBg")
+    )
     texts, skips = read_steps(steps_file), SkipList(out)
     videos: dict[str, tuple[str, int | None, Segments]] = {}
     for name, *task in rows:
@@ -173,8 +196,10 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, annota
         except Skipped as reason:
             skips.add(name, str(reason))
     if not videos:
-        raise SystemExit(f"--annotations {annotations}: of none of {list_file}'s {len(rows)} "
-                         f"videos; {skips.close()}")
+        raise SystemExit(
+            f"--annotations {annotations}: of none of {list_file}'s {len(rows)} "
+            f"videos; {skips.close()}"
+        )
 
     def annotated(name: str, n_rows: dict[str, int] | None) -> dict:
         task, seconds, segments = videos[name]
@@ -183,30 +208,61 @@ def prepare(list_file: Path, features: Path, features_audio: Path | None, annota
         elif seconds is None:
             stream = "2d" if "2d" in n_rows else "3d"
             seconds = math.ceil(n_rows[stream] / rates[stream])
-        return {"task": task, "seconds": seconds, "steps": texts[task if by_task else name],
-                "segments": [[step, first, min(last, seconds)] for step, first, last in segments
-                             if first < seconds]}
+        return {
+            "task": task,
+            "seconds": seconds,
+            "steps": texts[task if by_task else name],
+            "segments": [
+                [step, first, min(last, seconds)]
+                for step, first, last in segments
+                if first < seconds
+            ],
+        }
 
     def said(name: str, arrays: dict):
-        video = annotated(name, {s: len(array) for s, array in arrays.items()
-                                 if array is not None})
+        video = annotated(name, {s: len(array) for s, array in arrays.items() if array is not None})
         if not video["segments"]:
             raise Skipped(f"no step is annotated in its {video['seconds']} s")
-        return ([first for _, first, _ in video["segments"]],
-                [last for _, _, last in video["segments"]],
-                [video["steps"][step] for step, _, _ in video["segments"]])
+        return (
+            [first for _, first, _ in video["segments"]],
+            [last for _, _, last in video["segments"]],
+            [video["steps"][step] for step, _, _ in video["segments"]],
+        )
 
     table = out.with_name(out.name + ".steps.json")
 
     def write_table(n_rows: dict[str, dict[str, int]]) -> None:
         kept = {name: annotated(name, n_rows.get(name)) for name in videos}
         kept = {name: video for name, video in kept.items() if video["segments"]}
-        write_text(table, json.dumps({"protocol": protocol, "source": f"{LABELS[protocol]} steps "
-                                      f"from {annotations}", "videos": kept}) + "\n")
+        write_text(
+            table,
+            json.dumps(
+                {
+                    "protocol": protocol,
+                    "source": f"{LABELS[protocol]} steps from {annotations}",
+                    "videos": kept,
+                }
+            )
+            + "\n",
+        )
 
-    summary = convert(list(videos), folders, said, out, kind=protocol, label=LABELS[protocol],
-                      rates=rates, workers=workers, overwrite=overwrite, shard_mib=shard_mib,
-                      skips=skips, before_close=write_table,
-                      settings={"list": str(list_file), "annotations": str(annotations),
-                                "steps": str(steps_file)})
+    summary = convert(
+        list(videos),
+        folders,
+        said,
+        out,
+        kind=protocol,
+        label=LABELS[protocol],
+        rates=rates,
+        workers=workers,
+        overwrite=overwrite,
+        shard_mib=shard_mib,
+        skips=skips,
+        before_close=write_table,
+        settings={
+            "list": str(list_file),
+            "annotations": str(annotations),
+            "steps": str(steps_file),
+        },
+    )
     return f"{summary}; steps in {table}"

@@ -30,8 +30,9 @@ def import_av():
     try:
         import av
     except ImportError as error:
-        raise SystemExit("videos are decoded with PyAV: pip install av (or pip install -e "
-                         f"'.[video]'); {error}") from error
+        raise SystemExit(
+            f"videos are decoded with PyAV: pip install av (or pip install -e '.[video]'); {error}"
+        ) from error
     return av
 
 
@@ -120,8 +121,9 @@ def decode(path: str, *, video: bool = True, audio: bool = True, threads: int = 
     av = import_av()
     try:
         # No name is an address, and nothing in a file leads to one.
-        with av.open(f"file:{path}", metadata_errors="replace",
-                     options={"protocol_whitelist": "file"}) as container:
+        with av.open(
+            f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"}
+        ) as container:
             yield from _decode(av, container, video, audio, threads)
     except av.FFmpegError as error:
         raise Skipped(f"{path}: {error.strerror or error}") from error
@@ -144,8 +146,9 @@ def _decode(av, container, video: bool, audio: bool, threads: int) -> Iterator:
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
     for stream in pictures:
         if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            raise Skipped(f"frames of {stream.codec_context.width} x "
-                          f"{stream.codec_context.height} pixels")
+            raise Skipped(
+                f"frames of {stream.codec_context.width} x {stream.codec_context.height} pixels"
+            )
         length = 1 / float(stream.average_rate or stream.guessed_rate or 25)
     for packet in container.demux(*pictures, *sounds):
         try:
@@ -182,7 +185,7 @@ def _decode(av, container, video: bool, audio: bool, threads: int) -> Iterator:
         raise Skipped("nothing in it can be decoded")
     mel = log_mel(samples) if len(samples) else ()
     for lo in range(0, len(mel), MEL_BLOCK):
-        yield "mel", mel[lo:lo + MEL_BLOCK].astype(np.float16)
+        yield "mel", mel[lo : lo + MEL_BLOCK].astype(np.float16)
 
 
 def _upright(settled, before):
@@ -211,6 +214,9 @@ def serve(pipe: Connection, path: str, **options) -> None:
     except (BrokenPipeError, KeyboardInterrupt):
         pass  # nobody wants it any more
     except Exception as error:  # the parent goes on with the next file
-        reason = error if isinstance(error, Skipped) else (
-            f"{path}: could not be decoded ({type(error).__name__}: {error})")
+        reason = (
+            error
+            if isinstance(error, Skipped)
+            else (f"{path}: could not be decoded ({type(error).__name__}: {error})")
+        )
         pipe.send_bytes(b"s" + str(reason).encode("utf-8", "replace"))

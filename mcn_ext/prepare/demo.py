@@ -22,8 +22,10 @@ from mcn_ext.prepare.howto100m import MEL_RATE
 from mcn_ext.store import N_MELS, Store, StoreError, StoreWriter
 
 VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()
-THINGS = ("onion carrot tomato garlic potato egg butter flour rice chicken salmon lemon basil "
-          "cheese mushroom pepper ginger bean apple cream honey spinach bread noodle").split()
+THINGS = (
+    "onion carrot tomato garlic potato egg butter flour rice chicken salmon lemon basil "
+    "cheese mushroom pepper ginger bean apple cream honey spinach bread noodle"
+).split()
 FILLER = "now we take the and some then just here with a little so next into you want to".split()
 CONCEPTS = VERBS + THINGS
 DIM_2D, DIM_3D = 128, 64
@@ -35,6 +37,7 @@ MAX_NOISE = 1000.0  # far beyond hearing and seeing anything; float16 holds what
 
 class _Dials(NamedTuple):
     """What a data set was asked to be."""
+
     seed: int = 0
     video_noise: float = 1.0
     audio_noise: float = 1.0
@@ -47,8 +50,11 @@ class _Dials(NamedTuple):
     @property
     def source(self) -> str:
         """SOURCE and the flags that are not the default's."""
-        changed = [f"--{name} {value}" for name, value in self._asdict().items()
-                   if value != self._field_defaults[name]]
+        changed = [
+            f"--{name} {value}"
+            for name, value in self._asdict().items()
+            if value != self._field_defaults[name]
+        ]
         return SOURCE[:-1] + "; " + " ".join(changed) + ")" if changed else SOURCE
 
 
@@ -59,13 +65,14 @@ def _chance(probability: float, level: float) -> float:
 
 class _World:
     """What the concepts look and sound like; the same for training and evaluation."""
+
     def __init__(self, seed: int):
         rng = np.random.default_rng((seed, 1))
         self.look_2d = rng.gamma(0.4, 1.0, (len(CONCEPTS), DIM_2D)).astype(np.float32)
         self.look_3d = rng.gamma(0.4, 1.0, (len(CONCEPTS), DIM_3D)).astype(np.float32)
         # 3D features know verbs (motion), 2D features know things.
-        self.look_3d[len(VERBS):] *= 0.3
-        self.look_2d[:len(VERBS)] *= 0.3
+        self.look_3d[len(VERBS) :] *= 0.3
+        self.look_2d[: len(VERBS)] *= 0.3
         self.sound = {word: self._utterance(rng) for word in [*CONCEPTS, *FILLER]}
 
     @staticmethod
@@ -75,12 +82,13 @@ class _World:
         out = np.zeros((FRAMES_PER_WORD, N_MELS), np.float32)
         for low, high in ((2, 18), (16, 38)):
             track = np.interp(time, [0, 1, 2], rng.uniform(low, high, 3))
-            out += np.exp(-((mel[None] - track[:, None])**2) / 6.0)
-        return np.clip(out, 0, 1) * np.hanning(FRAMES_PER_WORD + 2)[1:-1, None]**0.3
+            out += np.exp(-((mel[None] - track[:, None]) ** 2) / 6.0)
+        return np.clip(out, 0, 1) * np.hanning(FRAMES_PER_WORD + 2)[1:-1, None] ** 0.3
 
 
 class _Channel:
     """One video: a kitchen, a voice, a topic; makes its clips."""
+
     def __init__(self, world: _World, dials: _Dials, rng: np.random.Generator):
         self.world, self.dials, self.rng = world, dials, rng
         self.clutter = [rng.gamma(0.4, 1.0, dim).astype(np.float32) for dim in (DIM_2D, DIM_3D)]
@@ -105,8 +113,15 @@ class _Channel:
             words.append("".join(self.rng.choice(list("bdfgklmnprstvz"), 7)))
         return words or [CONCEPTS[concepts[0]]]
 
-    def frames(self, concepts: list[int], seconds: float, rate: float, table: np.ndarray,
-               clutter: np.ndarray, level: float) -> np.ndarray:
+    def frames(
+        self,
+        concepts: list[int],
+        seconds: float,
+        rate: float,
+        table: np.ndarray,
+        clutter: np.ndarray,
+        level: float,
+    ) -> np.ndarray:
         """Rows of a stream: each shows most of the clip's concepts over the kitchen's clutter."""
         n = max(1, round(seconds * rate))
         shown = [c for c in concepts if self.rng.random() < 1 - _chance(0.1, level)] or concepts[:1]
@@ -131,7 +146,7 @@ class _Channel:
             pattern = np.roll(pattern[paced], self.pitch, 1)
             stop = min(n, position + length)
             if stop > position:
-                loud = -78 + (66 + self.tilt) * pattern[:stop - position]
+                loud = -78 + (66 + self.tilt) * pattern[: stop - position]
                 mel[position:stop] = np.maximum(mel[position:stop], loud)
             position += length + rng.integers(0, 4)
         return np.clip(mel, -80, 0).astype(np.float16)
@@ -146,8 +161,14 @@ class _Channel:
         make(1.0)
         return rows
 
-    def clip(self, concepts: list[int], words: list[str], seconds: float, silence: float,
-             before: tuple[list[int], list[str]] | None = None) -> dict[str, np.ndarray]:
+    def clip(
+        self,
+        concepts: list[int],
+        words: list[str],
+        seconds: float,
+        silence: float,
+        before: tuple[list[int], list[str]] | None = None,
+    ) -> dict[str, np.ndarray]:
         """All streams of a clip; silence is the chance of it.
 
         With ``before``, the concepts and words of the clip before this one, it may show those, as
@@ -162,18 +183,31 @@ class _Channel:
             return self.speech(before[1] if late else words, seconds, level)
 
         def frames(rate: float, table: np.ndarray, clutter: np.ndarray) -> np.ndarray:
-            return self._turned(lambda level: self.frames(
-                before[0] if slip < _chance(0.12, level) else concepts, seconds, rate, table,
-                clutter, level), video)
+            return self._turned(
+                lambda level: self.frames(
+                    before[0] if slip < _chance(0.12, level) else concepts,
+                    seconds,
+                    rate,
+                    table,
+                    clutter,
+                    level,
+                ),
+                video,
+            )
 
         mel = self._turned(speech, audio)
-        return {"2d": frames(1.0, self.world.look_2d, self.clutter[0]),
-                "3d": frames(1.5, self.world.look_3d, self.clutter[1]),
-                "mel": np.full_like(mel, -80) if silent else mel}
+        return {
+            "2d": frames(1.0, self.world.look_2d, self.clutter[0]),
+            "3d": frames(1.5, self.world.look_3d, self.clutter[1]),
+            "mel": np.full_like(mel, -80) if silent else mel,
+        }
 
 
-_STREAMS = {"2d": {"dim": DIM_2D, "rate_hz": 1.0}, "3d": {"dim": DIM_3D, "rate_hz": 1.5},
-            "mel": {"dim": N_MELS, "rate_hz": MEL_RATE}}
+_STREAMS = {
+    "2d": {"dim": DIM_2D, "rate_hz": 1.0},
+    "3d": {"dim": DIM_3D, "rate_hz": 1.5},
+    "mel": {"dim": N_MELS, "rate_hz": MEL_RATE},
+}
 
 
 def _writer(path: Path, dials: _Dials) -> StoreWriter:
@@ -225,8 +259,11 @@ def _evaluation(path: Path, world: _World, dials: _Dials) -> None:
                 continue
             used.add(frozenset(concepts))
             # Every concept is named: two captions that miss the one word would ask for the same.
-            words = [word for concept in concepts
-                     for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]]
+            words = [
+                word
+                for concept in concepts
+                for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]
+            ]
             seconds = _seconds(rng, len(words))
             rows = channel.clip(concepts, words, seconds, 0.03)
             for name in ("2d", "3d"):
@@ -240,8 +277,15 @@ def is_there(out: Path) -> bool:
     return (out / "train.h5").exists() and (out / "eval.h5").exists()
 
 
-def prepare(out: Path, *, seed: int = 0, overwrite: bool = False, video_noise: float = 1.0,
-            audio_noise: float = 1.0, videos: int = N_TRAIN) -> str:
+def prepare(
+    out: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    video_noise: float = 1.0,
+    audio_noise: float = 1.0,
+    videos: int = N_TRAIN,
+) -> str:
     """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary.
 
     Noise levels are 0 (clean) to MAX_NOISE; 1 is the demo's. The stores' ``source`` and ``tool``
@@ -254,13 +298,17 @@ def prepare(out: Path, *, seed: int = 0, overwrite: bool = False, video_noise: f
     train, evaluation = out / "train.h5", out / "eval.h5"
     for path in () if overwrite else (train, evaluation):
         if path.exists() and (source := Store(path).source) != dials.source:
-            raise StoreError(f"{path} is {source}, asked for is {dials.flags}; pass --overwrite to "
-                             "replace it, or another --out")
+            raise StoreError(
+                f"{path} is {source}, asked for is {dials.flags}; pass --overwrite to "
+                "replace it, or another --out"
+            )
     if overwrite or not is_there(out):
         out.mkdir(parents=True, exist_ok=True)
         world = _World(dials.seed)
         _train(train, world, dials)
         _evaluation(evaluation, world, dials)
     store = Store(train)
-    return (f"{out}: {store.source}, {len(store)} training videos with {store.n_captions} "
-            f"captions, {len(Store(evaluation))} evaluation clips")
+    return (
+        f"{out}: {store.source}, {len(store)} training videos with {store.n_captions} "
+        f"captions, {len(Store(evaluation))} evaluation clips"
+    )

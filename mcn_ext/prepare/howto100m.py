@@ -38,9 +38,13 @@ def read_table(path: Path, columns: Sequence[str], example: str) -> list[list[st
                     raise SystemExit(
                         f"--list {path}: no column '{column}' in its first line "
                         f"{str(rows.fieldnames)[:200]}; expected a CSV with the header "
-                        f"'{','.join(columns)}' and rows like {example}")
-            table = [[mend(row[column] or "").strip() for column in columns] for row in rows
-                     if row[columns[0]]]
+                        f"'{','.join(columns)}' and rows like {example}"
+                    )
+            table = [
+                [mend(row[column] or "").strip() for column in columns]
+                for row in rows
+                if row[columns[0]]
+            ]
     except (OSError, csv.Error) as error:
         raise SystemExit(f"--list {path}: not a CSV file ({error})") from error
     if not table:
@@ -50,8 +54,10 @@ def read_table(path: Path, columns: Sequence[str], example: str) -> list[list[st
 
 def read_list(path: Path) -> list[str]:
     """Video paths of the list, a leading ``None/`` dropped."""
-    return [row[0].removeprefix("None/").strip("/")
-            for row in read_table(path, ["path"], "topic/subtopic/VIDEOID")]
+    return [
+        row[0].removeprefix("None/").strip("/")
+        for row in read_table(path, ["path"], "topic/subtopic/VIDEOID")
+    ]
 
 
 # CPython 3.11 fails to parse literals, as a header is one, in two threads at a time (SystemError).
@@ -62,18 +68,23 @@ def _read_npy(file, size: int, kinds: str) -> np.ndarray:
     """The matrix of numbers of these kinds in an open .npy of ``size`` bytes."""
     if size > MAX_ARRAY_BYTES:
         raise Skipped(f"declares {size} bytes")
-    read = {(1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(file)]
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(file)]
     with _header:
         shape, fortran, dtype = read(file)
     if len(shape) != 2 or dtype.kind not in kinds or min(shape) < 1:
-        raise Skipped(f"{dtype} array of shape {shape}, expected "
-                      f"{'floats' if kinds == 'f' else 'numbers'} (rows, columns)")
+        raise Skipped(
+            f"{dtype} array of shape {shape}, expected "
+            f"{'floats' if kinds == 'f' else 'numbers'} (rows, columns)"
+        )
     return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def load_array(path: Path, keys: Sequence[str] = ("features", "arr_0"),
-               kinds: str = "f") -> np.ndarray:
+def load_array(
+    path: Path, keys: Sequence[str] = ("features", "arr_0"), kinds: str = "f"
+) -> np.ndarray:
     """The (rows, columns) of an .npy, or of the first of ``keys`` in an .npz, float16; Skipped for
     damage, other dtypes than numpy's ``kinds``, values that are not finite."""
     try:
@@ -96,7 +107,8 @@ def load_array(path: Path, keys: Sequence[str] = ("features", "arr_0"),
         array = array.astype(np.float16)
     if not np.isfinite(array).all():
         raise Skipped(
-            f"{path}: {int((~np.isfinite(array)).sum())} values that are NaN, inf or beyond fp16")
+            f"{path}: {int((~np.isfinite(array)).sum())} values that are NaN, inf or beyond fp16"
+        )
     return array
 
 
@@ -120,8 +132,13 @@ class Features:
     array in an .npz, the first there is}.
     """
 
-    def __init__(self, folder: Path, audio: Path | None, bare: Sequence[str],
-                 keys: dict[str, Sequence[str]] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        audio: Path | None,
+        bare: Sequence[str],
+        keys: dict[str, Sequence[str]] | None = None,
+    ):
         for flag, path in (("--features", folder), ("--features_audio", audio or folder)):
             if not path.exists():
                 raise SystemExit(f"{flag} {path}: no such file or folder")
@@ -155,15 +172,29 @@ class Features:
                 break
         dims = {kind: seen.most_common(1)[0][0] for kind, seen in widths.items() if seen}
         if dims.get("mel", N_MELS) != N_MELS:
-            raise SystemExit(f"{self.audio}: the spectrograms have {dims['mel']} bands, the audio "
-                             f"encoder takes {N_MELS}")
+            raise SystemExit(
+                f"{self.audio}: the spectrograms have {dims['mel']} bands, the audio "
+                f"encoder takes {N_MELS}"
+            )
         return dims
 
 
-def convert(paths: list[str], features: Features, said: Callable, out: Path, *, kind: str,
-            label: str, rates: dict[str, float], settings: dict, skips: SkipList,
-            workers: int = 4, overwrite: bool = False, shard_mib: float = 512,
-            before_close: Callable | None = None) -> str:
+def convert(
+    paths: list[str],
+    features: Features,
+    said: Callable,
+    out: Path,
+    *,
+    kind: str,
+    label: str,
+    rates: dict[str, float],
+    settings: dict,
+    skips: SkipList,
+    workers: int = 4,
+    overwrite: bool = False,
+    shard_mib: float = 512,
+    before_close: Callable | None = None,
+) -> str:
     """Videos, features and captions -> store; resumes, skips what is damaged, shows progress.
 
     Args:
@@ -180,14 +211,27 @@ def convert(paths: list[str], features: Features, said: Callable, out: Path, *, 
         raise SystemExit(
             f"--features {features.folder}: no readable _2d.npz, _3d.npz or .npy among the first "
             f"videos of {settings['list']}; looked for names like "
-            f"{features.folder / paths[0]}/{name}_2d.npz")
+            f"{features.folder / paths[0]}/{name}_2d.npz"
+        )
     models = {"2d": "2D features as found", "3d": "3D features as found", "mel": "log-mel as found"}
-    streams = {name: {"dim": dim, "rate_hz": rates[name], "model": models[name],
-                      "weights_sha256": "unknown", "tool": f"mcn_ext.prepare {kind}"}
-               for name, dim in sorted(dims.items())}
-    writer = StoreWriter(out, streams, f"{label} features from {features.folder}",
-                         overwrite=overwrite, shard_mib=shard_mib,
-                         settings=settings | {"audio": str(features.audio)})
+    streams = {
+        name: {
+            "dim": dim,
+            "rate_hz": rates[name],
+            "model": models[name],
+            "weights_sha256": "unknown",
+            "tool": f"mcn_ext.prepare {kind}",
+        }
+        for name, dim in sorted(dims.items())
+    }
+    writer = StoreWriter(
+        out,
+        streams,
+        f"{label} features from {features.folder}",
+        overwrite=overwrite,
+        shard_mib=shard_mib,
+        settings=settings | {"audio": str(features.audio)},
+    )
     lengths: dict[str, dict[str, int]] = {}
     if writer.done and before_close:
         earlier = Store(writer.folder)
@@ -221,8 +265,13 @@ def convert(paths: list[str], features: Features, said: Callable, out: Path, *, 
         return name, rows, said(name, rows)
 
     # Workers see files and captions only; HDF5 is written by this thread alone.
-    for path, result in tqdm(in_order(read, todo, workers), total=len(todo), unit="video",
-                             desc="prepare", mininterval=0.5):
+    for path, result in tqdm(
+        in_order(read, todo, workers),
+        total=len(todo),
+        unit="video",
+        desc="prepare",
+        mininterval=0.5,
+    ):
         if isinstance(result, Skipped):
             skips.add(path.rsplit("/", 1)[-1], str(result))
             continue
@@ -236,16 +285,35 @@ def convert(paths: list[str], features: Features, said: Callable, out: Path, *, 
     return finish(writer, skips, total, dims, resumed=resumed, without={"audio": silent})
 
 
-def prepare(list_file: Path, features: Path, features_audio: Path | None, captions_file: Path,
-            out: Path, *, rates: dict[str, float], workers: int = 4, overwrite: bool = False,
-            shard_mib: float = 512) -> str:
+def prepare(
+    list_file: Path,
+    features: Path,
+    features_audio: Path | None,
+    captions_file: Path,
+    out: Path,
+    *,
+    rates: dict[str, float],
+    workers: int = 4,
+    overwrite: bool = False,
+    shard_mib: float = 512,
+) -> str:
     """Convert; returns the summary that is printed. The module's first lines have the formats."""
     for flag, path in (("--list", list_file), ("--captions", captions_file)):
         if not path.exists():
             raise SystemExit(f"{flag} {path}: no such file or folder")
     folders = Features(features, features_audio, bare=["2d"])
     paths, captions = read_list(list_file), Captions(captions_file)
-    return convert(paths, folders, lambda name, _: captions.of(name), out, kind="howto100m",
-                   label="HowTo100M", rates=rates, workers=workers, overwrite=overwrite,
-                   shard_mib=shard_mib, skips=SkipList(out),
-                   settings={"list": str(list_file), "captions": str(captions_file)})
+    return convert(
+        paths,
+        folders,
+        lambda name, _: captions.of(name),
+        out,
+        kind="howto100m",
+        label="HowTo100M",
+        rates=rates,
+        workers=workers,
+        overwrite=overwrite,
+        shard_mib=shard_mib,
+        skips=SkipList(out),
+        settings={"list": str(list_file), "captions": str(captions_file)},
+    )

@@ -20,10 +20,21 @@ from torch import Tensor
 from mcn_ext.prepare.unpickle import Unpickler, UnsafePickle, attempt
 
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-_STORAGES = {f"{name}Storage": dtype for name, dtype in {
-    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16,
-    "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32, "Short": torch.int16,
-    "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
+_STORAGES = {
+    f"{name}Storage": dtype
+    for name, dtype in {
+        "Float": torch.float32,
+        "Double": torch.float64,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}
 
 
 class Inert:
@@ -72,7 +83,8 @@ class _Reader(Unpickler):
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_or_inert,
             ("torch._utils", "_rebuild_parameter"): self._parameter,
             ("torch._utils", "_rebuild_parameter_with_state"): self._parameter,
-            ("torch", "Size"): tuple}
+            ("torch", "Size"): tuple,
+        }
 
     def find_class(self, module: str, name: str):
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
@@ -85,8 +97,14 @@ class _Reader(Unpickler):
 
     def persistent_load(self, saved):
         # ("storage", type, key, device, numel), legacy files: and a view, which none has any more.
-        if (not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage"
-                or saved[5:] not in ((), (None,)) or type(saved[4]) is not int or saved[4] < 0):
+        if (
+            not isinstance(saved, tuple)
+            or len(saved) < 5
+            or saved[0] != "storage"
+            or saved[5:] not in ((), (None,))
+            or type(saved[4]) is not int
+            or saved[4] < 0
+        ):
             if isinstance(saved, tuple) and len(saved) > 1 and saved[0] == "module":
                 return saved[1]  # a class, with its source code, which nobody needs
             raise ValueError(f"a storage described by {str(saved)[:80]}")
@@ -108,8 +126,11 @@ class _Reader(Unpickler):
 
 
 def _typed(data: bytearray, dtype: torch.dtype):
-    untyped = (torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data
-               else torch.UntypedStorage(0))
+    untyped = (
+        torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+        if data
+        else torch.UntypedStorage(0)
+    )
     return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
 
 
@@ -121,7 +142,7 @@ def _read_zip(path: Path) -> tuple[object, set[str]]:
             raise ValueError("a TorchScript archive; save its state_dict() with torch.save")
         if len(names) != 1 or any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
             raise ValueError("a zip file that torch.save has not written")
-        folder = names[0][:-len("data.pkl")]
+        folder = names[0][: -len("data.pkl")]
         if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("written on a big-endian machine")
         kept = {}
@@ -130,8 +151,9 @@ def _read_zip(path: Path) -> tuple[object, set[str]]:
             if key not in kept:
                 name = f"{folder}data/{key}"
                 if entries[name].file_size != numel * dtype.itemsize:
-                    raise ValueError(f"{name} has {entries[name].file_size} bytes for {numel} "
-                                     f"numbers of {dtype}")
+                    raise ValueError(
+                        f"{name} has {entries[name].file_size} bytes for {numel} numbers of {dtype}"
+                    )
                 kept[key] = _typed(bytearray(archive.read(name)), dtype)
             return kept[key]
 
@@ -156,8 +178,11 @@ def _read_legacy(path: Path) -> tuple[object, set[str]]:
 
         if _Reader(file, storage).load() != _LEGACY_MAGIC:
             raise ValueError("not a file of torch.save")
-        if _Reader(file, storage).load() != _LEGACY_VERSION or not isinstance(
-                system := _Reader(file, storage).load(), dict) or not system.get("little_endian"):
+        if (
+            _Reader(file, storage).load() != _LEGACY_VERSION
+            or not isinstance(system := _Reader(file, storage).load(), dict)
+            or not system.get("little_endian")
+        ):
             raise ValueError("of an unknown version, or written on a big-endian machine")
         reader = _Reader(file, storage)
         content = reader.load()
@@ -182,8 +207,9 @@ def read(path: str | os.PathLike) -> tuple[object, list[str]]:
     try:
         content, not_read = load(path)
     except Exception as error:  # damage makes zipfile and the unpickler raise a dozen types
-        raise UnsafePickle(f"{path}: not a readable torch file ({type(error).__name__}: {error})"
-                           ) from error
+        raise UnsafePickle(
+            f"{path}: not a readable torch file ({type(error).__name__}: {error})"
+        ) from error
     return content, sorted(not_read)
 
 

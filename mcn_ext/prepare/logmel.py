@@ -18,21 +18,22 @@ _BLOCK = 4096  # frames at a time: 13 MB of windows in float64
 def hz_to_mel(hz):
     """Slaney's scale (Auditory Toolbox, 1998): linear to 1 kHz, 27 steps to 6.4 kHz from there."""
     hz = np.asarray(hz, float)
-    return np.where(hz < 1000, 3 * hz / 200,
-                    15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4))
+    return np.where(
+        hz < 1000, 3 * hz / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4)
+    )
 
 
 def mel_to_hz(mel):
     """The inverse of :func:`hz_to_mel`."""
     mel = np.asarray(mel, float)
-    return np.where(mel < 15, 200 * mel / 3, 1000 * 6.4**((mel - 15) / 27))
+    return np.where(mel < 15, 200 * mel / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 def mel_filters() -> np.ndarray:
     """(40, 201): triangles between neighbours of 42 points equally far apart in mels, area 1."""
     edges = mel_to_hz(np.linspace(hz_to_mel(F_MIN), hz_to_mel(SAMPLE_RATE / 2), N_MELS + 2))
     bins = np.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
-    low, centre, high = (edges[i:i + N_MELS, None] for i in range(3))
+    low, centre, high = (edges[i : i + N_MELS, None] for i in range(3))
     rise, fall = (bins - low) / (centre - low), (high - bins) / (high - centre)
     return np.maximum(0, np.minimum(rise, fall)) * 2 / (high - low)
 
@@ -47,7 +48,9 @@ def log_mel(samples) -> np.ndarray:
     window = np.hamming(N_FFT + 1)[:-1]  # periodic
     filters = mel_filters().T
     step = _BLOCK * HOP
-    mean = sum(samples[lo:lo + step].sum(dtype=np.float64) for lo in range(0, n, step)) / max(n, 1)
+    mean = sum(samples[lo : lo + step].sum(dtype=np.float64) for lo in range(0, n, step)) / max(
+        n, 1
+    )
     out = np.empty((1 + n // HOP, N_MELS), np.float32)
     for first in range(0, len(out), _BLOCK):
         frames = min(_BLOCK, len(out) - first)
@@ -60,9 +63,9 @@ def log_mel(samples) -> np.ndarray:
             emphasised = emphasised[1:]
         padded = np.zeros((frames - 1) * HOP + N_FFT)
         offset = max(begin, 0) - begin
-        padded[offset:offset + len(emphasised)] = emphasised
+        padded[offset : offset + len(emphasised)] = emphasised
         windows = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP] * window
-        power = np.abs(np.fft.rfft(windows))**2 @ filters
-        out[first:first + frames] = 10 * np.log10(np.maximum(power, AMIN))
+        power = np.abs(np.fft.rfft(windows)) ** 2 @ filters
+        out[first : first + frames] = 10 * np.log10(np.maximum(power, AMIN))
     out -= out.max()
     return np.maximum(out, -TOP_DB, out=out)

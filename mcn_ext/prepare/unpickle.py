@@ -58,8 +58,9 @@ class _Array(np.ndarray):
 def _fitting(shape, dtype, raw) -> tuple[tuple[int, ...], np.dtype]:
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
         raise ValueError("an array that is not made of a dtype and bytes")
-    if (any(type(n) is not int or n < 0 for n in shape)
-            or math.prod(shape) * dtype.numpy.itemsize != len(raw)):
+    if any(type(n) is not int or n < 0 for n in shape) or math.prod(
+        shape
+    ) * dtype.numpy.itemsize != len(raw):
         raise ValueError(f"an array of shape {shape} in {len(raw)} bytes")
     return tuple(shape), dtype.numpy
 
@@ -73,24 +74,36 @@ class Unpickler(pickle.Unpickler):
             # Plain containers: attributes that a pickle sets on others would shadow their methods.
             ("collections", "OrderedDict"): self._dict,
             ("collections", "defaultdict"): self._defaultdict,
-            **{("builtins", kind.__name__): kind
-               for kind in (set, frozenset, complex, list, dict, tuple, int, float)},
-            ("_codecs", "encode"): self._encode, ("builtins", "bytes"): self._bytes,
-            ("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): self._dtype,
-            **{(core + name, function): method for core in _NUMPY for name, function, method in (
-                ("multiarray", "_reconstruct", self._reconstruct),
-                ("multiarray", "scalar", self._scalar),
-                ("numeric", "_frombuffer", self._frombuffer))},
+            **{
+                ("builtins", kind.__name__): kind
+                for kind in (set, frozenset, complex, list, dict, tuple, int, float)
+            },
+            ("_codecs", "encode"): self._encode,
+            ("builtins", "bytes"): self._bytes,
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): self._dtype,
+            **{
+                (core + name, function): method
+                for core in _NUMPY
+                for name, function, method in (
+                    ("multiarray", "_reconstruct", self._reconstruct),
+                    ("multiarray", "scalar", self._scalar),
+                    ("numeric", "_frombuffer", self._frombuffer),
+                )
+            },
             ("torch.storage", "_load_from_bytes"): self._storage,
-            ("torch._utils", "_rebuild_tensor_v2"): self.tensor, ("torch", "Size"): tuple,
-            **stand_ins}
+            ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+            ("torch", "Size"): tuple,
+            **stand_ins,
+        }
 
     def find_class(self, module: str, name: str):
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if (module, name) in self.known:
             return self.known[module, name]
         raise UnsafePickle(
-            f"asks for {module}.{name}, which is not an array, a tensor or a container")
+            f"asks for {module}.{name}, which is not an array, a tensor or a container"
+        )
 
     def _dict(self, *items):
         return dict(*items)
@@ -130,15 +143,19 @@ class Unpickler(pickle.Unpickler):
     def tensor(self, storage, offset, size, stride, *_):
         """torch does not check that strides stay within the storage: it reads what lies beyond."""
         numbers = (offset, *size, *stride)
-        if (not isinstance(storage, torch.storage.TypedStorage) or len(size) != len(stride)
-                or any(type(n) is not int or n < 0 for n in numbers)):
+        if (
+            not isinstance(storage, torch.storage.TypedStorage)
+            or len(size) != len(stride)
+            or any(type(n) is not int or n < 0 for n in numbers)
+        ):
             raise ValueError(f"a tensor of size {size}, stride {stride}, offset {offset}")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         count = math.prod(size)
         held = storage._size()
         if count and (last >= held or count > held):
-            raise ValueError(f"a tensor of size {size}, stride {stride} from {offset} in a storage "
-                             f"of {held}")
+            raise ValueError(
+                f"a tensor of size {size}, stride {stride} from {offset} in a storage of {held}"
+            )
         return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})
 
 
@@ -174,10 +191,16 @@ def attempt(path, load: Callable[[], object]) -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
         raise UnsafePickle(
-            f"{path}: refused: reading it " + (
-                "takes far more memory than its size" if code > 0 else "does not end"
-                if code == -signal.SIGALRM else f"ends the process with signal {-code}")
-            + "; get the file again from where it was published")
+            f"{path}: refused: reading it "
+            + (
+                "takes far more memory than its size"
+                if code > 0
+                else "does not end"
+                if code == -signal.SIGALRM
+                else f"ends the process with signal {-code}"
+            )
+            + "; get the file again from where it was published"
+        )
 
 
 def load_pickle(path: str | os.PathLike, stand_ins: dict | None = None):
@@ -185,6 +208,7 @@ def load_pickle(path: str | os.PathLike, stand_ins: dict | None = None):
 
     stand_ins: {(module, name): class} for further names. UnsafePickle for any other, or damage.
     """
+
     def load():
         with open(path, "rb") as file:
             return Unpickler(file, stand_ins or {}).load()
@@ -196,18 +220,25 @@ def load_pickle(path: str | os.PathLike, stand_ins: dict | None = None):
         raise UnsafePickle(f"{path}: refused, nothing was executed: the pickle {error}") from None
     except Exception as error:  # damage makes the unpickler raise a dozen types
         raise UnsafePickle(
-            f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
+            f"{path}: not a readable pickle ({type(error).__name__}: {error})"
+        ) from error
 
 
 def load_key_vectors(path: str | os.PathLike) -> tuple[list[str], np.ndarray]:
     """Words and vectors (V, dim) of a gensim .kv: a pickle, with the large array beside it."""
+
     class Plain:
         pass
 
     names = ("KeyedVectors", "Word2VecKeyedVectors", "FastTextKeyedVectors", "CompatVocab", "Vocab")
-    loaded = load_pickle(path, {("gensim.models.keyedvectors", name): Plain for name in names}
-                         | {("copyreg", "_reconstructor"): lambda cls, base, state: Plain(),
-                            ("builtins", "object"): object})
+    loaded = load_pickle(
+        path,
+        {("gensim.models.keyedvectors", name): Plain for name in names}
+        | {
+            ("copyreg", "_reconstructor"): lambda cls, base, state: Plain(),
+            ("builtins", "object"): object,
+        },
+    )
     words = getattr(loaded, "index_to_key", None) or getattr(loaded, "index2word", None)
     vectors = getattr(loaded, "vectors", None)
     if vectors is None:
@@ -215,10 +246,16 @@ def load_key_vectors(path: str | os.PathLike) -> tuple[list[str], np.ndarray]:
             vectors = np.load(f"{path}.vectors.npy", mmap_mode="r", allow_pickle=False)
         except Exception:  # missing, or damaged in one of many ways
             vectors = None
-    if (type(words) is not list or not isinstance(vectors, np.ndarray) or vectors.ndim != 2
-            or vectors.dtype.kind != "f" or len(words) != len(vectors)
-            or not all(type(word) is str for word in words)):
+    if (
+        type(words) is not list
+        or not isinstance(vectors, np.ndarray)
+        or vectors.ndim != 2
+        or vectors.dtype.kind != "f"
+        or len(words) != len(vectors)
+        or not all(type(word) is str for word in words)
+    ):
         raise UnsafePickle(
             f"{path}: no words with vectors in it; a large .kv also needs {path}.vectors.npy "
-            "beside it")
+            "beside it"
+        )
     return words, vectors

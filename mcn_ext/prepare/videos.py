@@ -28,7 +28,8 @@ from mcn_ext.store_writer import StoreWriter, mend
 
 SUFFIXES = frozenset(
     ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .m2ts .mts .flv .wmv .asf .3gp .ogv .vob .mxf "
-    ".wav .mp3 .m4a .aac .flac .ogg .opus .wma".split())
+    ".wav .mp3 .m4a .aac .flac .ogg .opus .wma".split()
+)
 
 
 def find_videos(paths: list[Path]) -> list[Path]:
@@ -36,8 +37,11 @@ def find_videos(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*")
-                           if file.suffix.lower() in SUFFIXES and file.is_file())
+            files = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in SUFFIXES and file.is_file()
+            )
             if not files:
                 raise SystemExit(f"{path}: no video or sound file in it, by their endings")
             found += files
@@ -77,8 +81,10 @@ def _width(folder: Path, name: str, ids: list[str]) -> int:
                 return load_array(file).shape[1]
         except Skipped:
             pass  # reported when its turn comes
-    raise SystemExit(f"--streams {name}={folder}: no readable features of any video; looked for "
-                     f"{ids[0]}.npz, {ids[0]}.npy, {ids[0]}_{name}.npz, {ids[0]}/...")
+    raise SystemExit(
+        f"--streams {name}={folder}: no readable features of any video; looked for "
+        f"{ids[0]}.npz, {ids[0]}.npy, {ids[0]}_{name}.npz, {ids[0]}/..."
+    )
 
 
 class Decoder:
@@ -94,8 +100,9 @@ class Decoder:
         """Yields (kind, array): "f" (h, w, 3) uint8 frames in order, "m" (n, 40) float16 in
         parts."""
         here, there = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=serve, args=(there, str(path)), kwargs=self.options,
-                                       daemon=True)
+        process = self.context.Process(
+            target=serve, args=(there, str(path)), kwargs=self.options, daemon=True
+        )
         try:
             process.start()
             there.close()
@@ -111,8 +118,10 @@ class Decoder:
         except EOFError:
             process.join()
             code = process.exitcode
-            raise Skipped(f"{path}: its decoder ended with "
-                          + (f"signal {-code}" if code < 0 else f"code {code}")) from None
+            raise Skipped(
+                f"{path}: its decoder ended with "
+                + (f"signal {-code}" if code < 0 else f"code {code}")
+            ) from None
         finally:
             process.kill()
             process.join()
@@ -132,8 +141,15 @@ class Reader:
         external: {stream: folder}; widths: {stream: dim}. on_frames: called with their number.
     """
 
-    def __init__(self, decoder: Decoder, features: resnet.Frames2D | None, batch_size: int,
-                 external: dict[str, Path], widths: dict[str, int], on_frames):
+    def __init__(
+        self,
+        decoder: Decoder,
+        features: resnet.Frames2D | None,
+        batch_size: int,
+        external: dict[str, Path],
+        widths: dict[str, int],
+        on_frames,
+    ):
         self.decoder, self.features, self.batch_size = decoder, features, batch_size
         self.external, self.widths, self.on_frames = external, widths, on_frames
         self.turn = threading.Lock()  # one batch on the device at a time
@@ -144,8 +160,10 @@ class Reader:
             if (found := find_features(folder, file.stem, name, bare=True)) is not None:
                 rows[name] = load_array(found)
                 if rows[name].shape[1] != self.widths[name]:
-                    raise Skipped(f"{found}: width {rows[name].shape[1]}, the other videos have "
-                                  f"{self.widths[name]}")
+                    raise Skipped(
+                        f"{found}: width {rows[name].shape[1]}, the other videos have "
+                        f"{self.widths[name]}"
+                    )
         batch, done, mel = [], [], []
         for kind, array in self.decoder(file):
             if kind == "m":
@@ -173,10 +191,21 @@ class Reader:
         return rows.numpy()
 
 
-def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights: Path | None,
-            random_weights: bool = False, streams: list[str] = (), workers: int = 0,
-            batch_size: int = 32, device: str | None = None, time_limit: float = 300,
-            overwrite: bool = False, shard_mib: float = 64) -> str:
+def prepare(
+    paths: list[Path],
+    captions_file: Path | None,
+    out: Path,
+    *,
+    weights: Path | None,
+    random_weights: bool = False,
+    streams: list[str] = (),
+    workers: int = 0,
+    batch_size: int = 32,
+    device: str | None = None,
+    time_limit: float = 300,
+    overwrite: bool = False,
+    shard_mib: float = 64,
+) -> str:
     """Convert; returns the summary that is printed."""
     import_av()
     external, files = parse_streams(streams), find_videos(paths)
@@ -184,31 +213,52 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
         raise SystemExit(f"--captions {captions_file}: no such file or folder")
     captions = Captions(captions_file) if captions_file else None
     if captions and captions.single and len(files) > 1:
-        raise SystemExit(f"--captions {captions_file}: captions of one video, but there are "
-                         f"{len(files)}; give a folder of files named by id, as "
-                         f"{files[0].stem}{captions_file.suffix}")
-    specs = {name: {"dim": _width(folder, name, [file.stem for file in files]), "rate_hz": rate,
-                    "model": f"{name} features as found", "weights_sha256": "unknown"}
-             for name, (folder, rate) in external.items()}
+        raise SystemExit(
+            f"--captions {captions_file}: captions of one video, but there are "
+            f"{len(files)}; give a folder of files named by id, as "
+            f"{files[0].stem}{captions_file.suffix}"
+        )
+    specs = {
+        name: {
+            "dim": _width(folder, name, [file.stem for file in files]),
+            "rate_hz": rate,
+            "model": f"{name} features as found",
+            "weights_sha256": "unknown",
+        }
+        for name, (folder, rate) in external.items()
+    }
     features = None
     if "2d" not in external:
         if weights is None and not random_weights:
-            raise SystemExit(f"--weights: frames need a ResNet-152; {resnet.WHERE}. Or --streams "
-                             "2d=DIR:RATE for features extracted elsewhere, or --random_weights to "
-                             "try the rest")
+            raise SystemExit(
+                f"--weights: frames need a ResNet-152; {resnet.WHERE}. Or --streams "
+                "2d=DIR:RATE for features extracted elsewhere, or --random_weights to "
+                "try the rest"
+            )
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         features = resnet.Frames2D(weights, device)
-        specs["2d"] = {"dim": resnet.DIM, "rate_hz": 1.0, "model": features.model
-                       + ", frame nearest to each second, 224 of 256",
-                       "weights_sha256": features.weights_sha256}
-    specs["mel"] = {"dim": N_MELS, "rate_hz": MEL_RATE, "weights_sha256": "none",
-                    "model": "log-mel, mcn_ext.prepare.logmel"}
+        specs["2d"] = {
+            "dim": resnet.DIM,
+            "rate_hz": 1.0,
+            "model": features.model + ", frame nearest to each second, 224 of 256",
+            "weights_sha256": features.weights_sha256,
+        }
+    specs["mel"] = {
+        "dim": N_MELS,
+        "rate_hz": MEL_RATE,
+        "weights_sha256": "none",
+        "model": "log-mel, mcn_ext.prepare.logmel",
+    }
     specs = {name: specs[name] | {"tool": "mcn_ext.prepare videos"} for name in sorted(specs)}
     random = " (2D features of RANDOM weights)" if features and weights is None else ""
-    writer = StoreWriter(out, specs, f"videos from {', '.join(map(str, paths))}"[:500] + random,
-                         overwrite=overwrite, shard_mib=shard_mib,
-                         settings={"captions": str(captions_file),
-                                   "streams": sorted(map(str, streams))})
+    writer = StoreWriter(
+        out,
+        specs,
+        f"videos from {', '.join(map(str, paths))}"[:500] + random,
+        overwrite=overwrite,
+        shard_mib=shard_mib,
+        settings={"captions": str(captions_file), "streams": sorted(map(str, streams))},
+    )
     resumed, skips, seen, todo = len(writer.done), SkipList(out), {}, []
     for file in files:
         name = mend(file.stem)
@@ -228,9 +278,14 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
         n_frames += number
         progress.set_postfix_str(f"{n_frames} frames")
 
-    read = Reader(decoder, features, batch_size, {name: folder for name, (folder, _) in
-                                                  external.items()},
-                  {name: spec["dim"] for name, spec in specs.items()}, on_frames)
+    read = Reader(
+        decoder,
+        features,
+        batch_size,
+        {name: folder for name, (folder, _) in external.items()},
+        {name: spec["dim"] for name, spec in specs.items()},
+        on_frames,
+    )
     for file, rows in in_order(read, todo, workers):
         progress.update()
         name = mend(file.stem)
@@ -250,6 +305,11 @@ def prepare(paths: list[Path], captions_file: Path | None, out: Path, *, weights
     progress.close()
     silent = missing.pop("captions")
     return finish(
-        writer, skips, len(files), {name: spec["dim"] for name, spec in specs.items()},
-        resumed=resumed, note=random,
-        without=missing | {"captions (training passes over them; give --captions)": silent})
+        writer,
+        skips,
+        len(files),
+        {name: spec["dim"] for name, spec in specs.items()},
+        resumed=resumed,
+        note=random,
+        without=missing | {"captions (training passes over them; give --captions)": silent},
+    )

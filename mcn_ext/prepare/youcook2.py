@@ -27,8 +27,11 @@ from mcn_ext.store_writer import StoreWriter
 # By command: the data set's name, where a stream's and the captions' values are, the best first.
 KINDS = {
     "youcook2": ("YouCook2", {"2d": ["2d"], "3d": ["3d"]}, ["caption"]),
-    "msrvtt": ("MSR-VTT", {"2d": ["2d_pooled", "2d"], "3d": ["3d_pooled", "3d"]},
-               ["eval_caption", "caption"]),
+    "msrvtt": (
+        "MSR-VTT",
+        {"2d": ["2d_pooled", "2d"], "3d": ["3d_pooled", "3d"]},
+        ["eval_caption", "caption"],
+    ),
 }
 
 
@@ -86,40 +89,54 @@ def _captions(item: dict, keys: list[str]) -> list[str]:
     return [as_text(value)]
 
 
-def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2",
-            overwrite: bool = False) -> str:
+def prepare(
+    pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite: bool = False
+) -> str:
     """Convert a pickle of a kind of ``KINDS``; returns the summary that is printed."""
     label, keys, texts = KINDS[kind]
     if not pickle_file.is_file():
         raise SystemExit(
             f"{pickle_file}: no such file; expected {label}'s evaluation pickle"
-            + (", youcook_val_audio.pkl" if kind == "youcook2" else ""))
+            + (", youcook_val_audio.pkl" if kind == "youcook2" else "")
+        )
     items = load_pickle(pickle_file)
     if not isinstance(items, list) or not any(
-            isinstance(i, dict) and any(key in i for key in texts) for i in items):
+        isinstance(i, dict) and any(key in i for key in texts) for i in items
+    ):
         names = [key for options in keys.values() for key in options[:1]]
-        raise SystemExit(f"{pickle_file}: expected a list of dictionaries with {', '.join(names)}, "
-                         f"audio, {' or '.join(texts)}, id")
+        raise SystemExit(
+            f"{pickle_file}: expected a list of dictionaries with {', '.join(names)}, "
+            f"audio, {' or '.join(texts)}, id"
+        )
     items = [item if isinstance(item, dict) else {} for item in items]  # those are skipped, by name
     dims = {}
     for stream, options in keys.items():
-        widths = Counter(len(value) for item in items if getattr(
-            value := _first(item, options), "ndim", isinstance(value, list)) == 1 and len(value))
+        widths = Counter(
+            len(value)
+            for item in items
+            if getattr(value := _first(item, options), "ndim", isinstance(value, list)) == 1
+            and len(value)
+        )
         if widths:
             dims[stream] = widths.most_common(1)[0][0]
     if not dims:
         wanted = " or ".join(f"'{key}'" for options in keys.values() for key in options)
-        raise SystemExit(
-            f"{pickle_file}: no clip has a pooled feature {wanted} of shape (dim,)")
+        raise SystemExit(f"{pickle_file}: no clip has a pooled feature {wanted} of shape (dim,)")
     # Pooled over time already: one row, which every clip's slice contains whatever its length.
     specs = {name: (dim, 1.0, "pooled 2D/3D features as found") for name, dim in dims.items()}
     if any(item.get("audio") is not None for item in items):
         specs["mel"] = (N_MELS, MEL_RATE, "log-mel as found")
-    streams = {name: {"dim": dim, "rate_hz": rate, "model": model,
-                      "tool": f"mcn_ext.prepare {kind}"}
-               for name, (dim, rate, model) in specs.items()}
-    writer = StoreWriter(out, streams, f"{label} clips from {pickle_file.name}",
-                         overwrite=overwrite, settings={"pickle": str(pickle_file)})
+    streams = {
+        name: {"dim": dim, "rate_hz": rate, "model": model, "tool": f"mcn_ext.prepare {kind}"}
+        for name, (dim, rate, model) in specs.items()
+    }
+    writer = StoreWriter(
+        out,
+        streams,
+        f"{label} clips from {pickle_file.name}",
+        overwrite=overwrite,
+        settings={"pickle": str(pickle_file)},
+    )
     skips, repeats, silent, resumed = SkipList(out), Counter(), 0, len(writer.done)
     for number, item in enumerate(tqdm(items, unit="clip", desc="prepare", mininterval=0.5)):
         try:
@@ -139,7 +156,19 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2",
         frames = 0 if rows["mel"] is None else len(rows["mel"])
         silent += "mel" in streams and not frames
         # A silent clip lasts as long as its one pooled row stands for.
-        writer.add(name, rows, [0.0] * len(captions),
-                   [frames / MEL_RATE if frames else 1.0] * len(captions), captions)
-    return finish(writer, skips, len(items), {name: spec[0] for name, spec in specs.items()},
-                  unit="clips", resumed=resumed, without={"audio": silent})
+        writer.add(
+            name,
+            rows,
+            [0.0] * len(captions),
+            [frames / MEL_RATE if frames else 1.0] * len(captions),
+            captions,
+        )
+    return finish(
+        writer,
+        skips,
+        len(items),
+        {name: spec[0] for name, spec in specs.items()},
+        unit="clips",
+        resumed=resumed,
+        without={"audio": silent},
+    )
