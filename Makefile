@@ -13,6 +13,7 @@ demo: setup
 
 test: setup
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m pytest -n 2 --dist loadfile
 
 setup: .venv/dependencies mcn_ext/_C.so
@@ -51,6 +52,7 @@ gpu-profile:
 
 lint: setup
 	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 clean:
 	rm -rf .venv build mcn_ext/_C*.so *.egg-info
