@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from mcn_ext import flags
+from mcn_ext.train import flags
 
 RETRIEVAL, STEPS = ("youcook2", "msrvtt"), ("crosstask", "miningyoutube")
 SETS = (*RETRIEVAL, *STEPS, "moments")
@@ -186,12 +186,14 @@ def main(argv=None):
 
     import numpy as np
 
-    from mcn_ext import distributed, localization, moments, published, retrieval
-    from mcn_ext.embedder import Embedder, open_run, words_of
-    from mcn_ext.log import replace, write_text
-    from mcn_ext.metrics import keep, markdown, summarize, table
-    from mcn_ext.report import similarity_picture
-    from mcn_ext.store import Store, StoreError
+    from mcn_ext import distributed
+    from mcn_ext.data.store import Store, StoreError
+    from mcn_ext.evaluation import localization, moments, retrieval
+    from mcn_ext.evaluation.embedder import Embedder, open_run, words_of
+    from mcn_ext.evaluation.metrics import keep, markdown, summarize, table
+    from mcn_ext.prepare import published
+    from mcn_ext.study.curves import similarity_picture
+    from mcn_ext.train.log import replace, write_text
 
     # ---- what is asked for is opened, and looked at, before the first clip is embedded: stores,
     # ---- steps, sentences, the run

@@ -11,7 +11,7 @@ Without data/howto100m.h5 it trains on the demo data. The same command again res
 import argparse
 from pathlib import Path
 
-from mcn_ext import flags
+from mcn_ext.train import flags
 
 
 def main(argv=None):
@@ -29,8 +29,10 @@ def main(argv=None):
 
     import torch
 
-    from mcn_ext import checkpoint, distributed, dry_run, published, training
+    from mcn_ext import distributed
     from mcn_ext.model import MCN
+    from mcn_ext.prepare import published
+    from mcn_ext.train import checkpoint, dry_run, training
 
     # ------------------------------------------------------------------------------- run, data
     device = distributed.init(args.device)

@@ -11,7 +11,7 @@ Data, sizes and objective are the stage-1 run's unless given. The same command a
 import argparse
 from pathlib import Path
 
-from mcn_ext import flags
+from mcn_ext.train import flags
 
 
 def main(argv=None):
@@ -43,9 +43,11 @@ def main(argv=None):
 
     import torch
 
-    from mcn_ext import checkpoint, distributed, dry_run, published, training
-    from mcn_ext.log import say
+    from mcn_ext import distributed
     from mcn_ext.model import MCN, MODALITIES
+    from mcn_ext.prepare import published
+    from mcn_ext.train import checkpoint, dry_run, training
+    from mcn_ext.train.log import say
 
     # ------------------------------------------------------------------- the run to start from
     device = distributed.init(args.device)

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from fuzz_inputs import BASE, TARGETS, make_base
 
-from mcn_ext import store_file
+from mcn_ext.data import store_file
+from mcn_ext.data.store import StoreError
 from mcn_ext.prepare.unpickle import UnsafePickle
-from mcn_ext.store import StoreError
 
 BATCH, SECONDS, MEMORY = 50, 10, 2 * 2**30  # inputs a child, limits of an input beyond the start
 

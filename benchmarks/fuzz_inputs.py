@@ -15,12 +15,12 @@ import h5py
 import numpy as np
 import torch
 
-from mcn_ext import store_file
-from mcn_ext.data import ClipReader, TrainingClips, collate
+from mcn_ext.data import store_file
+from mcn_ext.data.clips import ClipReader, TrainingClips, collate
+from mcn_ext.data.store import Store, StoreError, StoreWriter, validate
+from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.prepare import howto100m, youcook2
 from mcn_ext.prepare.unpickle import load_pickle
-from mcn_ext.store import Store, StoreError, StoreWriter, validate
-from mcn_ext.words import WordVectors, vectors_for
 
 WORDS = "chop fry boil peel onion carrot egg rice".split()
 STREAMS = {"2d": {"dim": 6, "rate_hz": 1.0}, "mel": {"dim": 40, "rate_hz": 100.0}}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.store import Store, StoreWriter
-from mcn_ext.words import WordVectors, tokenize
+from mcn_ext.data.store import Store, StoreWriter
+from mcn_ext.data.words import WordVectors, tokenize
 
 QUICK = bool(os.environ.get("QUICK"))
 VOCABULARY = [f"word{i}" for i in range(2000)]

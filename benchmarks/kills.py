@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))  # a checkout that was built in place, not install
 
 import torch  # noqa: E402
 
-from mcn_ext import checkpoint  # noqa: E402
-from mcn_ext.log import read  # noqa: E402
+from mcn_ext.train import checkpoint  # noqa: E402
+from mcn_ext.train.log import read  # noqa: E402
 
 COMMAND = (
     "train_stage1.py --pair AV --preset demo --device cpu --epochs 20 --embd_dim 64 "

@@ -234,7 +234,7 @@ def main():
         ]
     )
     if args.run:
-        from mcn_ext import checkpoint
+        from mcn_ext.train import checkpoint
 
         state = checkpoint.load(args.run / checkpoint.LATEST)["training"]["clusters"]
         queue = torch.cat(state["queue"])

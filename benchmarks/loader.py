@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))  # a checkout that was built in place, not install
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from mcn_ext import data  # noqa: E402
-from mcn_ext.store import Store, StoreWriter  # noqa: E402
-from mcn_ext.words import WordVectors  # noqa: E402
+from mcn_ext.data import clips as data  # noqa: E402
+from mcn_ext.data.store import Store, StoreWriter  # noqa: E402
+from mcn_ext.data.words import WordVectors  # noqa: E402
 
 SECONDS, CAPTIONS, FRAMES, MAX_WORDS, MIN_TIME = 390, 100, 1000, 20, 10.0
 STREAMS = {"2d": (2048, 1.0), "3d": (2048, 1.5), "mel": (40, 100.0)}

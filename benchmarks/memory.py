@@ -24,14 +24,14 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from shapes import pretend  # noqa: E402
 
-from mcn_ext import flags  # noqa: E402
-from mcn_ext.batch import to_device  # noqa: E402
+from mcn_ext.data.batch import to_device  # noqa: E402
 from mcn_ext.encoders import BatchNorm  # noqa: E402
-from mcn_ext.guard import Guard  # noqa: E402
-from mcn_ext.metrics import markdown  # noqa: E402
+from mcn_ext.evaluation.metrics import markdown  # noqa: E402
 from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN, MODALITIES  # noqa: E402
-from mcn_ext.training import objective_of  # noqa: E402
+from mcn_ext.train import flags  # noqa: E402
+from mcn_ext.train.guard import Guard  # noqa: E402
+from mcn_ext.train.training import objective_of  # noqa: E402
 
 DEVICE = torch.device("cuda")
 # (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --micro_batch)

@@ -21,9 +21,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mcn_ext.moments import read_annotations  # noqa: E402
-from mcn_ext.store import StoreWriter  # noqa: E402
-from mcn_ext.words import tokenize  # noqa: E402
+from mcn_ext.data.store import StoreWriter  # noqa: E402
+from mcn_ext.data.words import tokenize  # noqa: E402
+from mcn_ext.evaluation.moments import read_annotations  # noqa: E402
 
 DIM = 128
 

@@ -49,7 +49,7 @@ from benchmarks.nan_recipe import (  # noqa: E402
     title,
 )
 from mcn_ext.encoders import GatedUnit  # noqa: E402
-from mcn_ext.metrics import ranks  # noqa: E402
+from mcn_ext.evaluation.metrics import ranks  # noqa: E402
 from mcn_ext.objective import Objective  # noqa: E402
 from mcn_ext.reference import unit_rows  # noqa: E402
 
@@ -122,8 +122,8 @@ class Digits:
     name = "spoken digits"
 
     def __init__(self, path):
-        from mcn_ext.data import ClipReader, collate, draw_spans
-        from mcn_ext.store import Store
+        from mcn_ext.data.clips import ClipReader, collate, draw_spans
+        from mcn_ext.data.store import Store
 
         store = Store(path)
         reader = ClipReader(store, video_streams=("2d", "3d"), audio=True, audio_frames=400)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from mcn_ext import metrics, retrieval  # noqa: E402
+from mcn_ext.evaluation import metrics, retrieval  # noqa: E402
 
 
 def peak_mib() -> float:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mcn_ext import distributed, ops  # noqa: E402
-from mcn_ext.log import read  # noqa: E402
+from mcn_ext.train.log import read  # noqa: E402
 
 TERMS = ("total", "contrastive", "cluster", "reconstruction")
 RUN = (

@@ -16,8 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mcn_ext import flags, study  # noqa: E402
-from mcn_ext.metrics import markdown  # noqa: E402
+from mcn_ext.evaluation.metrics import markdown  # noqa: E402
+from mcn_ext.study import plan as study  # noqa: E402
+from mcn_ext.train import flags  # noqa: E402
 
 DIMS = {"2d": 2048, "3d": 2048}
 SECONDS = 390  # of a video

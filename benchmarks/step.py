@@ -47,15 +47,15 @@ from torch.nn import functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks.step_plain import NAMES, Plain  # noqa: E402
-from mcn_ext import flags  # noqa: E402
 from mcn_ext.clustering import spherical_kmeans  # noqa: E402
-from mcn_ext.data import ClipReader, TrainingClips, collate, to_device  # noqa: E402
-from mcn_ext.guard import Guard  # noqa: E402
+from mcn_ext.data.clips import ClipReader, TrainingClips, collate, to_device  # noqa: E402
+from mcn_ext.data.store import Store, StoreWriter  # noqa: E402
+from mcn_ext.data.words import WordVectors  # noqa: E402
 from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN  # noqa: E402
 from mcn_ext.objective import Objective  # noqa: E402
-from mcn_ext.store import Store, StoreWriter  # noqa: E402
-from mcn_ext.words import WordVectors  # noqa: E402
+from mcn_ext.train import flags  # noqa: E402
+from mcn_ext.train.guard import Guard  # noqa: E402
 
 DIGITS = dict(
     batch_size=16,

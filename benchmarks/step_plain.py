@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mcn_ext.data import to_device
+from mcn_ext.data.clips import to_device
 from mcn_ext.encoders import GatedUnit, reconstruction_head
 
 NAMES = ("video", "audio", "text")

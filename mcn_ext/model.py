@@ -132,7 +132,7 @@ class MCN(nn.Module):
 
         batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
         with ``n_frames`` (B,) int64, which are averaged, and, where more are convolved (see
-        :func:`mcn_ext.batch.fill_up`), ``heard`` (B,), both best on the host, which else waits for
+        :func:`.fill_up`), ``heard`` (B,), both best on the host, which else waits for
         the device; ``text`` (B, words, word_dim) with ``text_mask`` (B, words).
         Only the model's modalities are read.
 
@@ -154,9 +154,9 @@ def load_published(path, video_dims: Mapping[str, int] | None = None) -> MCN:
 
     video_dims: stream name -> width, needed where the file's video is neither 4096 wide (2d and 3d,
     2048 each) nor 2048 (2d). Prints what was used and what was not. SystemExit: see
-    :func:`mcn_ext.published.read_published`.
+    :func:`mcn_ext.prepare.published.read_published`.
     """
-    from mcn_ext import published  # which needs this module
+    from mcn_ext.prepare import published  # which needs this module
 
     found = published.read_published(path)
     print(found.notice())

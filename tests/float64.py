@@ -12,7 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_stage1
-from mcn_ext import clustering, training
+from mcn_ext import clustering
+from mcn_ext.train import training
 
 FLOAT, TO_DEVICE, FIT = torch.Tensor.float, training.to_device, clustering.spherical_kmeans
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mcn_ext.clustering import spherical_kmeans
-from mcn_ext.data import to_device
-from mcn_ext.guard import OVERFLOWS, Guard
+from mcn_ext.data.clips import to_device
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
+from mcn_ext.train.guard import OVERFLOWS, Guard
 from tests.test_model import SIZES, batch
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.data import (
+from mcn_ext.data.clips import (
     ClipReader,
     Loader,
     TrainingClips,
@@ -15,9 +15,9 @@ from mcn_ext.data import (
     perturb_voice,
     to_device,
 )
-from mcn_ext.metrics import ranks, summarize, table
-from mcn_ext.store import Store
-from mcn_ext.words import WordVectors, tokenize, train_vectors, vectors_for
+from mcn_ext.data.store import Store
+from mcn_ext.data.words import WordVectors, tokenize, train_vectors, vectors_for
+from mcn_ext.evaluation.metrics import ranks, summarize, table
 from tests.conftest import WORDS
 
 VECTORS = WordVectors(WORDS, np.eye(len(WORDS)), "test")
@@ -67,7 +67,7 @@ def test_reader_cuts_and_marks_what_is_not_there(store_path):
 
 
 def test_constant_and_broken_sound_is_not_valid(tmp_path):
-    from mcn_ext.store import StoreWriter
+    from mcn_ext.data.store import StoreWriter
     from tests.conftest import STREAMS
 
     writer = StoreWriter(tmp_path / "s.h5", STREAMS, "test")
@@ -245,7 +245,7 @@ def test_summary_of_known_ranks_and_interval():
 
 
 def test_missing_clips_are_misses():
-    from mcn_ext import retrieval
+    from mcn_ext.evaluation import retrieval
 
     eye = torch.eye(4)
     embeddings = {"text": eye, "audio": eye.clone(), "video": eye.clone()}

@@ -4,9 +4,9 @@ import h5py
 import numpy as np
 import pytest
 
+from mcn_ext.data.store import Store, validate
 from mcn_ext.prepare import demo
 from mcn_ext.prepare.__main__ import main as prepare
-from mcn_ext.store import Store, validate
 
 
 @pytest.mark.slow

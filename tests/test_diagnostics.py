@@ -5,9 +5,15 @@ import math
 import pytest
 import torch
 
-from mcn_ext.diagnostics import SAMPLE, diagnose, effective_rank, signs_of_collapse, uniformity
 from mcn_ext.objective import Objective
 from mcn_ext.reference import unit_rows
+from mcn_ext.train.diagnostics import (
+    SAMPLE,
+    diagnose,
+    effective_rank,
+    signs_of_collapse,
+    uniformity,
+)
 
 
 def test_effective_rank():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mcn_ext import distributed, encoders, ops, reference
-from mcn_ext.log import read
+from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, run
 
 NAMES = ("audio", "text", "video")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mcn_ext import flags
+from mcn_ext.train import flags
 from tests.conftest import ROOT, run
 
 SCRIPTS = ("train_stage1.py", "train_stage2.py", "evaluate.py")

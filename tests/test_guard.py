@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext import checkpoint, data, guard, model
-from mcn_ext.log import read
+from mcn_ext import model
+from mcn_ext.data import clips as data
 from mcn_ext.objective import Objective
-from mcn_ext.replay import FirstNotFinite, replay
+from mcn_ext.train import checkpoint, guard
+from mcn_ext.train.log import read
+from mcn_ext.train.replay import FirstNotFinite, replay
 from tests.conftest import ROOT, SMALL, call, run
 from tests.test_model import SIZES, batch
 
@@ -348,7 +350,7 @@ def test_skipped_steps_do_not_move_the_schedule(tmp_path, store_path, monkeypatc
 INJECT = """
 import os, runpy, sys
 import numpy as np
-from mcn_ext import data
+from mcn_ext.data import clips as data
 read = data.TrainingClips.__getitem__
 def broken(self, key):
     item = read(self, key)

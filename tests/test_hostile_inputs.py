@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mcn_ext.data.store import Store, validate
+from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.prepare import Skipped, captions, howto100m, in_order, unpickle, youcook2
 from mcn_ext.prepare.unpickle import UnsafePickle, load_pickle
-from mcn_ext.store import Store, validate
-from mcn_ext.words import WordVectors, vectors_for
 from tests.conftest import WORDS
 
 QUICK = settings(

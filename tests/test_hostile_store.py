@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.data import ClipReader, Loader, TrainingClips
-from mcn_ext.store import Store, StoreError, StoreWriter, main, validate
-from mcn_ext.store_file import SEAL_BYTES, check_seal, seal
+from mcn_ext.data.clips import ClipReader, Loader, TrainingClips
+from mcn_ext.data.store import Store, StoreError, StoreWriter, main, validate
+from mcn_ext.data.store_file import SEAL_BYTES, check_seal, seal
 from tests.conftest import STREAMS, write_store
 
 
@@ -226,7 +226,7 @@ class CountingClips(TrainingClips):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_file_stays_open_over_epochs_shards_and_workers(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("mcn_ext.store.MAX_OPEN", 3)
+    monkeypatch.setattr("mcn_ext.data.store.MAX_OPEN", 3)
     store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))
     assert len(store.files) > 6
     store.ids()  # opened here, then forked

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.batch import SharedRooms
-from mcn_ext.data import (
+from mcn_ext.data.batch import SharedRooms
+from mcn_ext.data.clips import (
     PREFETCH,
     ClipReader,
     Loader,
@@ -24,8 +24,8 @@ from mcn_ext.data import (
     perturb_voice,
     to_device,
 )
-from mcn_ext.store import Store, StoreError, StoreWriter
-from mcn_ext.words import WordVectors, tokenize
+from mcn_ext.data.store import Store, StoreError, StoreWriter
+from mcn_ext.data.words import WordVectors, tokenize
 from tests.conftest import SMALL, STREAMS, WORDS, call
 
 VECTORS = WordVectors(WORDS, np.arange(8.0 * 8).reshape(8, 8), "test")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.localization import (
+from mcn_ext.data.store import StoreError
+from mcn_ext.evaluation.localization import (
     align,
     assign,
     expected_hits,
@@ -23,7 +24,6 @@ from mcn_ext.localization import (
     spread_evenly,
     standardize,
 )
-from mcn_ext.store import StoreError
 
 # ----------------------------------------------------------------------------------- brute force
 

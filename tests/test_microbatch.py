@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mcn_ext import checkpoint, distributed, encoders, training
-from mcn_ext.log import read
+from mcn_ext import distributed, encoders
 from mcn_ext.microbatch import MicroBatched
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
+from mcn_ext.train import checkpoint, training
+from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, call, run
 
 SIZES = dict(

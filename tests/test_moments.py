@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext import localization, moments, retrieval, search
-from mcn_ext.metrics import ranks
-from mcn_ext.places import Places
-from mcn_ext.store import Store, StoreWriter
+from mcn_ext.data.store import Store, StoreWriter
+from mcn_ext.evaluation import localization, moments, retrieval, search
+from mcn_ext.evaluation.metrics import ranks
+from mcn_ext.evaluation.places import Places
 from tests.conftest import ROOT, SMALL, WORDS, call, run, write_store
 
 YOUCOOK2 = ROOT.parent / "shared" / "data" / "youcook2" / "yc2_annotations_trainval.json"
@@ -457,7 +457,7 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     assert "R@1 IoU 0.5" in page and "spread evenly" in page
     search = [
         "-m",
-        "mcn_ext.search",
+        "mcn_ext.evaluation.search",
         "--store",
         videos,
         *common,

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mcn_ext import batch
+from mcn_ext.data import batch
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
 from mcn_ext.packed import Frames

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.localization import load_steps
+from mcn_ext.data.store import Store, validate
+from mcn_ext.data.store_writer import StoreWriter
+from mcn_ext.evaluation.localization import load_steps
 from mcn_ext.prepare import crosstask, youcook2
 from mcn_ext.prepare.__main__ import main
 from mcn_ext.prepare.unpickle import UnsafePickle
-from mcn_ext.store import Store, validate
-from mcn_ext.store_writer import StoreWriter
 
 RATES = {"2d": 1.0, "3d": 1.5, "mel": 100.0}
 

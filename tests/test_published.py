@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mcn_ext import published
-from mcn_ext.batch import fill_up
+from mcn_ext.data.batch import fill_up
 from mcn_ext.model import MCN, load_published
-from mcn_ext.published import read_published
+from mcn_ext.prepare import published
+from mcn_ext.prepare.published import read_published
 from tests.conftest import SMALL, WORDS, call
 
 # ------------------------------------------------- the published model, from its description alone
@@ -389,8 +389,8 @@ def test_evaluation_of_a_file(files, eval_path, tmp_path):
     with np.load(*(tmp_path / "runs").glob("published-avlnet-*/youcook2.npz")) as file:
         kept = {name: file[name] for name in file.files}
     # The original, on the clips padded with zeros as it was evaluated.
-    from mcn_ext.data import ClipReader, collate
-    from mcn_ext.store import Store
+    from mcn_ext.data.clips import ClipReader, collate
+    from mcn_ext.data.store import Store
 
     reader = ClipReader(
         Store(eval_path),

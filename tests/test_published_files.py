@@ -14,7 +14,7 @@ import torch
 
 from mcn_ext.model import load_published
 from mcn_ext.prepare import inert
-from mcn_ext.published import main, read_published
+from mcn_ext.prepare.published import main, read_published
 from tests.test_published import DIMS, Original, original
 
 SLOW = (pytest.mark.slow,)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext import checkpoint, data, interrupt, log, training
-from mcn_ext.log import read
-from mcn_ext.store import Store
+from mcn_ext.data import clips as data
+from mcn_ext.data.store import Store
+from mcn_ext.train import checkpoint, interrupt, log, training
+from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, call, load_script, run, write_store
 
 differences = load_script("benchmarks/kills.py").differences
@@ -451,7 +452,7 @@ def test_a_killed_run_resumes(tmp_path, number):
 
 AT_STEP_3 = """
 import os, runpy, signal, sys
-from mcn_ext import training
+from mcn_ext.train import training
 update = training.Training.update
 def interrupted(self, total):
     if self.step == 2 and os.environ["RANK"] == "1" and not os.environ.get("SPARED"):

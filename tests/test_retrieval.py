@@ -2,10 +2,10 @@
 
 import torch
 
-from mcn_ext import retrieval
-from mcn_ext.data import ClipReader
-from mcn_ext.metrics import keep
-from mcn_ext.store import Store
+from mcn_ext.data.clips import ClipReader
+from mcn_ext.data.store import Store
+from mcn_ext.evaluation import retrieval
+from mcn_ext.evaluation.metrics import keep
 
 
 def rank(*of, **how):

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mcn_ext import guard, ops, reference
+from mcn_ext import ops, reference
 from mcn_ext.objective import Objective
 from mcn_ext.reference import unit_rows
+from mcn_ext.train import guard
 
 
 class Scaled(nn.Module):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from mcn_ext.data.store import Store, StoreError, StoreWriter, main, validate
+from mcn_ext.data.store_file import seal
 from mcn_ext.prepare import howto100m, youcook2
 from mcn_ext.prepare.unpickle import UnsafePickle, load_pickle
-from mcn_ext.store import Store, StoreError, StoreWriter, main, validate
-from mcn_ext.store_file import seal
 from tests.conftest import ROOT, STREAMS, run, write_store
 
 RATES = {"2d": 1.0, "3d": 1.5, "mel": 100.0}
@@ -135,7 +135,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 
 @pytest.mark.slow
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("mcn_ext.store.MAX_OPEN", 3)
+    monkeypatch.setattr("mcn_ext.data.store.MAX_OPEN", 3)
     store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))
     assert len(store.files) > 3
     first = [store.clips(i, "2d", [0], [3])[0] for i in range(12)]

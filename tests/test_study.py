@@ -11,8 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from mcn_ext import chains, flags, minimal, study
-from mcn_ext.study import Study, training_flops
+from mcn_ext import minimal
+from mcn_ext.study import chains
+from mcn_ext.study import plan as study
+from mcn_ext.study.plan import Study, training_flops
+from mcn_ext.train import flags
 from tests.conftest import ROOT, SMALL
 
 EPOCHS = SMALL.index("--epochs")
@@ -281,7 +284,7 @@ def test_a_run_that_ended_early_is_no_success(tmp_path):
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-from mcn_ext import chains
+from mcn_ext.study import chains
 out = Path(sys.argv[1])
 child = [sys.executable, "-c", '''
 import pathlib, signal, sys, time
@@ -329,7 +332,7 @@ def test_a_study_killed_in_the_middle_ends_as_one_left_alone(tmp_path, store_pat
         return [
             sys.executable,
             "-m",
-            "mcn_ext.study",
+            "mcn_ext.study.plan",
             "--data",
             store_path,
             "--youcook2",

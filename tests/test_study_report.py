@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext import study_pictures, study_report
-from mcn_ext.metrics import ranks, summarize
-from mcn_ext.page import Bold, Code, Page
+from mcn_ext.data.store import StoreWriter
+from mcn_ext.evaluation.metrics import ranks, summarize
 from mcn_ext.reference import unit_rows
-from mcn_ext.store import StoreWriter
-from mcn_ext.study_runs import LETTERS, MAIN, Study, StudyError
+from mcn_ext.study import pictures as study_pictures
+from mcn_ext.study import report as study_report
+from mcn_ext.study.page import Bold, Code, Page
+from mcn_ext.study.runs import LETTERS, MAIN, Study, StudyError
 
 pytestmark = pytest.mark.slow  # one made-up study for all: its making is most of the time
 FOODS = "onion carrot egg rice chicken lemon butter garlic basil salmon".split()
@@ -298,7 +299,7 @@ def test_html_stands_alone(study_folder):
 
 
 def test_captions_are_escaped(study_folder, no_pictures, monkeypatch):
-    from mcn_ext import study_examples
+    from mcn_ext.study import examples as study_examples
 
     monkeypatch.setattr(study_examples, "pick", lambda ranks: [("Evil", 0)])
     study_report.write(study_folder)
@@ -308,7 +309,7 @@ def test_captions_are_escaped(study_folder, no_pictures, monkeypatch):
 
 
 def test_examples_are_what_the_ranks_say(study_folder):
-    from mcn_ext.study_examples import pick, top
+    from mcn_ext.study.examples import pick, top
 
     run = Study(study_folder).of("AV_T")[0]
     rank = run.final.ranks[MAIN]
@@ -386,7 +387,7 @@ def test_partial_and_broken_studies(tmp_path, no_pictures):
 
 
 def test_report_command(study_folder, no_pictures, capsys):
-    from mcn_ext import report
+    from mcn_ext.study import curves as report
 
     assert report.main([str(study_folder)]) == 0
     assert capsys.readouterr().out.strip() == str(study_folder / "report.html")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from mcn_ext import study_grid, study_report
-from mcn_ext.metrics import paired_bootstrap, recall_interval
-from mcn_ext.study_runs import MAIN, Study
+from mcn_ext.evaluation.metrics import paired_bootstrap, recall_interval
+from mcn_ext.study import grid as study_grid
+from mcn_ext.study import report as study_report
+from mcn_ext.study.runs import MAIN, Study
 from tests.test_study_report import METHODS, Checker, write_study
 
 pytestmark = pytest.mark.slow  # studies are made, and thousands of resamples drawn

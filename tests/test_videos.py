@@ -13,10 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mcn_ext import resnet
-from mcn_ext.prepare import Skipped, captions, videos
+from mcn_ext.data.store import Store, validate
+from mcn_ext.prepare import Skipped, captions, resnet, videos
 from mcn_ext.prepare.__main__ import main
-from mcn_ext.store import Store, validate
 from tests.conftest import ROOT, run
 from tests.test_decode import CLIP, decoded, make_media, tone
 

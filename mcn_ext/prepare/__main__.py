@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mcn_ext import flags
-from mcn_ext.flags import Parser
+from mcn_ext.train import flags
+from mcn_ext.train.flags import Parser
 
 
 def parser() -> Parser:
@@ -248,8 +248,8 @@ def parser() -> Parser:
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
+    from mcn_ext.data.store import StoreError
     from mcn_ext.prepare.unpickle import UnsafePickle
-    from mcn_ext.store import StoreError
 
     try:
         if args.kind in ("howto100m", "crosstask", "miningyoutube"):

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.log import write_text
 from mcn_ext.prepare import SkipList, Skipped
 from mcn_ext.prepare.captions import as_text
 from mcn_ext.prepare.howto100m import Features, convert, load_array, read_table
+from mcn_ext.train.log import write_text
 
 LABELS = {"crosstask": "CrossTask", "miningyoutube": "MiningYouTube"}
 ONE_TASK = "all"  # of MiningYouTube's videos, which have none

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mcn_ext.data.store import N_MELS, Store, StoreError, StoreWriter
 from mcn_ext.prepare.howto100m import MEL_RATE
-from mcn_ext.store import N_MELS, Store, StoreError, StoreWriter
 
 VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()
 THINGS = (

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from mcn_ext.data.store import Store
+from mcn_ext.data.store_file import N_MELS
+from mcn_ext.data.store_writer import StoreWriter, mend
 from mcn_ext.prepare import SkipList, Skipped, finish, in_order
 from mcn_ext.prepare.captions import Captions
-from mcn_ext.store import Store
-from mcn_ext.store_file import N_MELS
-from mcn_ext.store_writer import StoreWriter, mend
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
 MAX_ARRAY_BYTES = 2**31  # 36 hours of ResNet rows, 7 days of spectrogram: beyond, a header lies

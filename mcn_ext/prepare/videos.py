@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mcn_ext import resnet
-from mcn_ext.prepare import SkipList, Skipped, finish, in_order
+from mcn_ext.data.store_file import N_MELS
+from mcn_ext.data.store_writer import StoreWriter, mend
+from mcn_ext.prepare import SkipList, Skipped, finish, in_order, resnet
 from mcn_ext.prepare.captions import Captions
 from mcn_ext.prepare.decode import import_av, serve
 from mcn_ext.prepare.howto100m import MEL_RATE, find_features, load_array
-from mcn_ext.store_file import N_MELS
-from mcn_ext.store_writer import StoreWriter, mend
 
 SUFFIXES = frozenset(
     ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .m2ts .mts .flv .wmv .asf .3gp .ogv .vob .mxf "

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mcn_ext.data.store_file import N_MELS
+from mcn_ext.data.store_writer import StoreWriter
 from mcn_ext.prepare import SkipList, Skipped, finish
 from mcn_ext.prepare.captions import as_text
 from mcn_ext.prepare.howto100m import MEL_RATE
 from mcn_ext.prepare.unpickle import load_pickle
-from mcn_ext.store_file import N_MELS
-from mcn_ext.store_writer import StoreWriter
 
 # By command: the data set's name, where a stream's and the captions' values are, the best first.
 KINDS = {

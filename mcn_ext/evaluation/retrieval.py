@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcn_ext.data import draw_spans
-from mcn_ext.metrics import check_finite, ranks
+from mcn_ext.data.clips import draw_spans
+from mcn_ext.data.store import Store
+from mcn_ext.evaluation.metrics import check_finite, ranks
 from mcn_ext.reference import unit_rows
-from mcn_ext.store import Store
 
 ORDER = ("video", "audio", "text")
 MAIN = ("text->video+audio", "text->video", "text->audio", "audio->video")

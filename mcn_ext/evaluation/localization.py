@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mcn_ext.retrieval import similarity
-from mcn_ext.store import Store, StoreError
+from mcn_ext.data.store import Store, StoreError
+from mcn_ext.evaluation.retrieval import similarity
 
 BACKGROUND = -1
 # Of align's background, in standard deviations of a step's scores over the video's seconds: set by
@@ -401,7 +401,7 @@ def _summary(column: dict[str, np.ndarray], background: float, seed: int) -> dic
 
 
 def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
-    """Scores of an :class:`~mcn_ext.embedder.Embedder`: similarity of each step's text with what is
+    """Scores of an :class:`.Embedder`: similarity of each step's text with what is
     seen and heard in each second. A second with nothing in it scores as the worst of the step."""
     number = {name: i for i, name in enumerate(store.ids())}
 

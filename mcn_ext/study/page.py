@@ -11,7 +11,7 @@ import html
 import re
 from pathlib import Path
 
-from mcn_ext.log import write_text
+from mcn_ext.train.log import write_text
 
 
 class Bold(str):

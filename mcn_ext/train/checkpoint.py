@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mcn_ext import distributed
-from mcn_ext.log import replace, say
+from mcn_ext.train.log import replace, say
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
@@ -50,7 +50,7 @@ class Damaged(SystemExit):
 
 
 def write(path: Path, content: dict, previous: Path | None = None) -> None:
-    """A dictionary, whole or not at all: :func:`mcn_ext.log.replace`."""
+    """A dictionary, whole or not at all: :func:`mcn_ext.train.log.replace`."""
     replace(path, lambda file: torch.save(content, file), previous)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mcn_ext.store_file import (
+from mcn_ext.data.store_file import (
     SEAL_BYTES,
     TEXTS,
     VERSION,

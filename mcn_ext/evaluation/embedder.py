@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mcn_ext import checkpoint, training
-from mcn_ext.batch import fill_up
-from mcn_ext.data import ClipReader, collate, to_device
+from mcn_ext.data.batch import fill_up
+from mcn_ext.data.clips import ClipReader, collate, to_device
+from mcn_ext.data.store import Store
+from mcn_ext.data.words import WordVectors, vectors_for
+from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
-from mcn_ext.retrieval import Clips
-from mcn_ext.store import Store
-from mcn_ext.words import WordVectors, vectors_for
+from mcn_ext.train import checkpoint, training
 
 AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
 
@@ -24,9 +24,9 @@ class Embedder:
     """The model of a checkpoint in eval mode, with all that its inputs are read by.
 
     Args:
-        content: as :func:`mcn_ext.checkpoint.load` returns it: sizes, args, model; of published
-            weights ``padding``, too, to which :func:`~mcn_ext.batch.fill_up` fills whole clips and
-            sentences up.
+        content: as :func:`~mcn_ext.train.checkpoint.load` returns it: sizes, args, model; of
+            published weights ``padding``, too, to which :func:`~mcn_ext.data.batch.fill_up` fills
+            whole clips and sentences up.
         words: vectors the text encoder was trained on; None without text.
         batch_size: clips at a time.
 
@@ -112,7 +112,7 @@ class Embedder:
         audio_frames: int = AUDIO_FRAMES,
         known_words: bool = False,
     ) -> Clips:
-        """Clips (video, spans) as :meth:`~mcn_ext.data.ClipReader.read` takes them; by default the
+        """Clips (video, spans) as :meth:`.ClipReader.read` takes them; by default the
         first caption's of every video, which is an evaluation store's only one. ``known_words``:
         read with the words of training alone, whatever has been learnt since."""
         clips = [(i, [(0, 0)]) for i in range(len(store))] if clips is None else list(clips)

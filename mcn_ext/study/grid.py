@@ -6,8 +6,8 @@ from math import isfinite, nan
 
 import numpy as np
 
-from mcn_ext.study_pictures import ORDERS, look
-from mcn_ext.study_runs import MAIN, Study
+from mcn_ext.study.pictures import ORDERS, look
+from mcn_ext.study.runs import MAIN, Study
 
 
 def level_name(value) -> str:

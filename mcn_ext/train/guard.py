@@ -16,9 +16,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mcn_ext import checkpoint, distributed
-from mcn_ext.log import say
+from mcn_ext import distributed
 from mcn_ext.objective import Objective
+from mcn_ext.train import checkpoint
+from mcn_ext.train.log import say
 
 MAX_DUMPS = 3  # batches kept in a run folder, the newest: each has the weights beside it
 OVERFLOWS = 24  # in a row are a search for the loss scale, from 65,536 down to 0.004

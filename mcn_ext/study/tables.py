@@ -6,10 +6,10 @@ from math import isfinite
 
 import numpy as np
 
-from mcn_ext import study_pictures
-from mcn_ext.metrics import RECALLS
-from mcn_ext.page import Bold, Page, Text
-from mcn_ext.study_runs import MAIN, Study, paired
+from mcn_ext.evaluation.metrics import RECALLS
+from mcn_ext.study import pictures as study_pictures
+from mcn_ext.study.page import Bold, Page, Text
+from mcn_ext.study.runs import MAIN, Study, paired
 
 
 def number(value: float, digits: int = 1) -> str:

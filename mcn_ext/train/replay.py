@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from mcn_ext import checkpoint
-from mcn_ext.guard import (
+from mcn_ext.objective import Objective
+from mcn_ext.train import checkpoint
+from mcn_ext.train.guard import (
     MAX_DUMPS,
     SHOWN,
     bad_rows,
@@ -23,7 +24,6 @@ from mcn_ext.guard import (
     not_finite,
     some,
 )
-from mcn_ext.objective import Objective
 
 
 def replay(

@@ -380,6 +380,6 @@ def check_seal(path: Path, *, whole: bool = False) -> bool:
         if _crc(path, facts[part]) != facts[f"{part}_crc32"]:
             raise _Broken(
                 f"{path}: {what} differs from what was written (damaged, or edited since); copy it "
-                "again or prepare it again. After an edit on purpose: mcn_ext.store_file.seal()"
+                "again or prepare it again. After an edit on purpose: data.store_file.seal()"
             )
     return True

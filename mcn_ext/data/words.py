@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.log import replace
+from mcn_ext.train.log import replace
 
 MAX_SENTENCES = 500_000
 _WORD = re.compile(r"[\w']+")

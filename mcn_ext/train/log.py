@@ -192,7 +192,7 @@ class RunLog:
             yield batch
 
     def skipped(self, step: int, epoch: int, clips: int, why: dict) -> None:
-        """Count a step that was skipped, and write why (:meth:`mcn_ext.guard.Guard.skip`)."""
+        """Count a step that was skipped, and write why (:meth:`mcn_ext.train.guard.Guard.skip`)."""
         self.clips += clips
         self.bar.update(step - self.bar.n)
         if self.first:

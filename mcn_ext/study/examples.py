@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mcn_ext.page import Bold, Code, Page, Text
-from mcn_ext.store import Store, StoreError
-from mcn_ext.study_runs import MAIN, Run, Study
+from mcn_ext.data.store import Store, StoreError
+from mcn_ext.study.page import Bold, Code, Page, Text
+from mcn_ext.study.runs import MAIN, Run, Study
 
 
 def store_of(study: Study) -> Store | None:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mcn_ext.log import replace
-from mcn_ext.metrics import check_finite
-from mcn_ext.moments import windows
+from mcn_ext.data.store import Store
+from mcn_ext.evaluation.metrics import check_finite
+from mcn_ext.evaluation.moments import windows
+from mcn_ext.evaluation.retrieval import Clips, similarity
 from mcn_ext.reference import unit_rows
-from mcn_ext.retrieval import Clips, similarity
-from mcn_ext.store import Store
+from mcn_ext.train.log import replace
 
 BLOCK = 2**14  # windows
 

@@ -19,9 +19,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from mcn_ext import chains, flags
+from mcn_ext.study import chains
+from mcn_ext.train import flags
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
 # Flags that make another objective: a variant with one of them has a baseline of its own, too.
@@ -226,8 +227,8 @@ class Study:
                     self._baselines(cell, seed)
 
     def _cells(self) -> list[dict]:
+        from mcn_ext.data.store import StoreError
         from mcn_ext.prepare import demo
-        from mcn_ext.store import StoreError
 
         args, out = self.args, self.args.out
         if not args.noise:
@@ -283,9 +284,9 @@ class Study:
 
     def _count(self) -> None:
         """FLOPs of a clip by (modalities, frozen ones); the clips of an epoch."""
-        from mcn_ext import training
-        from mcn_ext.store import Store, StoreError
-        from mcn_ext.words import vectors_for
+        from mcn_ext.data.store import Store, StoreError
+        from mcn_ext.data.words import vectors_for
+        from mcn_ext.train import training
 
         args, settings = self.args, self.settings
         try:
@@ -476,8 +477,8 @@ class Study:
 
     def write(self) -> None:
         """study.json; SystemExit if the folder holds another study."""
-        from mcn_ext.checkpoint import FREE_FLAGS
-        from mcn_ext.log import write_text
+        from mcn_ext.train.checkpoint import FREE_FLAGS
+        from mcn_ext.train.log import write_text
 
         free = FREE_FLAGS | {
             "seed",
@@ -601,13 +602,9 @@ def main(argv=None) -> int:
             f"{args.out}: {len(study.runs)} runs to compare, {len(args.seeds)} seed(s)", flush=True
         )
         failed = chains.run(study.chains, study.cost, args.out, args.jobs, lock)
-    from mcn_ext import study_report
+    from mcn_ext.study import report as study_report
 
     print(study_report.write(args.out))
     for why in failed:
         print(f"FAILED: {why}", file=sys.stderr)
     return int(bool(failed))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

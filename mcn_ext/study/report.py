@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext import study_examples, study_grid, study_pictures, study_tables
-from mcn_ext.diagnostics import signs_of_collapse
-from mcn_ext.page import Bold, Code, Page, Text
-from mcn_ext.study_runs import MAIN, Run, Study, compare_args
-from mcn_ext.study_tables import bold_best, difference, interval, number, spread
+from mcn_ext.study import examples as study_examples
+from mcn_ext.study import grid as study_grid
+from mcn_ext.study import pictures as study_pictures
+from mcn_ext.study import tables as study_tables
+from mcn_ext.study.page import Bold, Code, Page, Text
+from mcn_ext.study.runs import MAIN, Run, Study, compare_args
+from mcn_ext.study.tables import bold_best, difference, interval, number, spread
+from mcn_ext.train.diagnostics import signs_of_collapse
 
 ONE_SEED = (
     "One seed: the intervals count the chance of the queries, not that of the training. "
@@ -23,8 +26,8 @@ ONE_SEED = (
 
 def write(folder: Path) -> Path:
     """Read the study in ``folder``, finished or not, and write its report; the HTML file's path.
-    :class:`mcn_ext.study_runs.StudyError` if study.json cannot be read."""
-    from mcn_ext.report import _pyplot
+    :class:`mcn_ext.study.runs.StudyError` if study.json cannot be read."""
+    from mcn_ext.study.curves import _pyplot
 
     study, plt = Study(Path(folder)), _pyplot()
     if plt:
@@ -54,7 +57,7 @@ def write(folder: Path) -> Path:
 
 
 def _add(page: Page, root: Path, plt, figure, name: str, caption: Text) -> bool:
-    from mcn_ext.report import _save
+    from mcn_ext.study.curves import _save
 
     path = root / "pictures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcn_ext.store import N_MELS
+from mcn_ext.data.store import N_MELS
 
 Room = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mcn_ext.log import read
-from mcn_ext.metrics import paired_bootstrap
+from mcn_ext.evaluation.metrics import paired_bootstrap
 from mcn_ext.reference import unit_rows
+from mcn_ext.train.log import read
 
 MAIN = "text->video+audio"
 LETTERS = {"A": "audio", "V": "video", "T": "text"}

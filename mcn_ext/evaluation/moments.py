@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mcn_ext.retrieval import similarity
-from mcn_ext.store import Store
+from mcn_ext.data.store import Store
+from mcn_ext.evaluation.retrieval import similarity
 
 LENGTHS = (5.0, 10.0, 20.0, 40.0)  # seconds; YouCook2's training segments: 8 of 10 lie within
 STRIDE = 0.25

@@ -1,6 +1,6 @@
 """Pictures of a study, as a paper would print them: one colour an order, safe for the colour-blind.
 
-Each function draws what there is of a :class:`mcn_ext.study_runs.Study` and returns a figure, or
+Each function draws what there is of a :class:`mcn_ext.study.runs.Study` and returns a figure, or
 None when there is nothing to draw.
 """
 
@@ -12,9 +12,9 @@ from math import ceil, isfinite, nan
 import numpy as np
 import torch
 
-from mcn_ext.diagnostics import uniformity
-from mcn_ext.metrics import RECALLS, recall_interval
-from mcn_ext.study_runs import MAIN, Run, Study, paired
+from mcn_ext.evaluation.metrics import RECALLS, recall_interval
+from mcn_ext.study.runs import MAIN, Run, Study, paired
+from mcn_ext.train.diagnostics import uniformity
 
 # Okabe & Ito (2008): orders and modalities share no colour.
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mcn_ext import checkpoint, distributed, dry_run, flags
-from mcn_ext.data import (
+from mcn_ext import distributed
+from mcn_ext.data.clips import (
     ClipReader,
     Loader,
     TrainingClips,
@@ -19,17 +19,18 @@ from mcn_ext.data import (
     lack_of_shared_memory,
     to_device,
 )
-from mcn_ext.diagnostics import diagnose, signs_of_collapse
-from mcn_ext.guard import Guard
-from mcn_ext.heartbeat import Heartbeat
-from mcn_ext.interrupt import StopRequest
-from mcn_ext.log import RunLog, say
+from mcn_ext.data.store import Store, StoreError
+from mcn_ext.data.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
 from mcn_ext.microbatch import MicroBatched
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
-from mcn_ext.replay import replay
-from mcn_ext.store import Store, StoreError
-from mcn_ext.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
+from mcn_ext.train import checkpoint, dry_run, flags
+from mcn_ext.train.diagnostics import diagnose, signs_of_collapse
+from mcn_ext.train.guard import Guard
+from mcn_ext.train.heartbeat import Heartbeat
+from mcn_ext.train.interrupt import StopRequest
+from mcn_ext.train.log import RunLog, say
+from mcn_ext.train.replay import replay
 
 DEMO_BANNER = "\n".join(
     [
@@ -491,7 +492,7 @@ class Training:
         if self.args.dry_run:
             dry_run.finish(self)
         elif distributed.rank() == 0:
-            from mcn_ext.report import curves
+            from mcn_ext.study.curves import curves
 
             picture = curves(self.folder)
             say(

@@ -17,7 +17,7 @@ import torch
 
 from mcn_ext import distributed
 from mcn_ext.clustering import spherical_kmeans
-from mcn_ext.log import read
+from mcn_ext.train.log import read
 
 STEPS = 6
 ROWS = 8192  # a rank, of the refit that is timed
@@ -50,7 +50,7 @@ def _seconds_of_refit(clusters, width: int, device: torch.device, rows: int) -> 
 
 
 def plan(run, refit: float, queue: int) -> list[str]:
-    """Lines for people, of a :class:`~mcn_ext.training.Training` that has done its steps; a refit's
+    """Lines for people, of a :class:`.Training` that has done its steps; a refit's
     seconds and rows."""
     args, objective, model = run.args, run.objective, run.model
     rows = [row for row in read(run.folder / "log.jsonl") if "clips_per_s" in row]

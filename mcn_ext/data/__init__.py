@@ -1,0 +1,1 @@
+"""Stores, clips and words: from files to the batches a model takes."""

@@ -1,0 +1,1 @@
+"""Embeds a store with a trained model, and measures what it finds."""
