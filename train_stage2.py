@@ -1,143 +1,432 @@
-"""Stage 2: add the third modality to a stage-1 run, its encoders kept as they are or finetuned.
+"""Stage 2: add the third modality to the pair that stage 1 aligned.
 
-    python train_stage2.py --add T                          # onto the newest stage-1 run without T
-    torchrun --nproc_per_node 4 train_stage2.py --add T --init runs/stage1-AV
-    python train_stage2.py --add A --stage1_encoders finetune
-    python train_stage2.py --add T --init_published avlnet.pth   # onto published encoders
+    python train_stage2.py --add T                          # from the newest stage-1 run in runs/
+    torchrun --nproc_per_node 4 train_stage2.py --add T     # four GPUs (or four CPU processes)
+    python train_stage2.py --add V --init runs/stage1-AT --stage1_encoders finetune
+    python train_stage2.py --add T --max_steps 20           # a trial
 
-Data, sizes and objective are the stage-1 run's unless given. The same command again resumes.
+Stage 1's flags are the defaults here. To resume after an interruption, run the same command again.
+The run folder, runs/stage2-AV_T, holds the same files as stage 1's.
 """
 
 import argparse
+import contextlib
+import math
+import time
 from pathlib import Path
 
 from mcn_ext.train import flags
 
+# ------------------------------------------------------------------------------------------ flags
+# Taken from the run that stage 2 starts from, unless given: the data, and all that makes the stages
+# comparable.
+INHERITED = (
+    "data",
+    "word2vec",
+    "preset",
+    "n_pair",
+    "min_time",
+    "audio_frames",
+    "audio_augment",
+    "temperature",
+    "margin",
+    "similarity",
+    "cluster_weight",
+    "cluster_size",
+    "queue_size",
+    "recon_weight",
+    "batch_size",
+    "lr",
+    "precision",
+    "seed",
+)
 
-def main(argv=None):
-    # ------------------------------------------------------- flags (torch is not loaded yet)
+
+def get_parser():
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    switch = argparse.BooleanOptionalAction
+    positive, not_negative = flags.positive, flags.not_negative
+
+    add = parser.add_argument_group("data").add_argument
+    add(
         "--add",
-        type=str.upper,
-        choices=("A", "V", "T"),
+        type=flags.letter,
         required=True,
-        help="the modality to add: A audio, V video, T text",
+        metavar="A|V|T",
+        help="modality to add: A audio, V video, T text",
     )
-    parser.add_argument(
-        "--init",
+    add("--init", type=Path, help="stage-1 run folder (the newest in runs/ that lacks --add)")
+    add("--data", type=Path, help="store or folder of shards (stage 1's)")
+    add(
+        "--word2vec",
         type=Path,
-        metavar="RUN",
-        help="stage-1 run folder to start from (default: the newest that lacks the modality)",
+        help="word vectors: word2vec .bin, .txt, .vec, gensim .kv or a "
+        "run's words.npz (stage 1's, else data/word2vec.bin; without one, vectors are trained on "
+        "the captions)",
     )
-    parser.add_argument(
+    add(
+        "--n_pair",
+        type=positive(int),
+        help="clips per video and step; lower it when videos have few captions",
+    )
+    add(
+        "--min_time",
+        type=not_negative(float),
+        help="shortest clip in seconds; lower it for short videos",
+    )
+    add(
+        "--audio_frames",
+        type=positive(int),
+        help="longest sound of a clip, in frames of 10 ms; memory and time grow with it",
+    )
+    add(
+        "--audio_augment",
+        type=not_negative(float),
+        help="strength of random changes "
+        "of voice, pace and room; try 1 when there are few speakers",
+    )
+    add(
+        "--workers",
+        type=not_negative(int),
+        help="reading processes per rank (up to 8 with a GPU, "
+        "0 on a CPU); raise it when data_wait in log.jsonl is not near 0",
+    )
+
+    add = parser.add_argument_group("model").add_argument
+    add(
         "--stage1_encoders",
         choices=("frozen", "finetune"),
         default="frozen",
-        help="frozen: only the new encoder learns (default); finetune: all three pairs train",
+        help="frozen: only the new encoder learns; finetune: all three pairs are trained",
     )
-    flags.add_training_flags(parser, stage=2)
+    add(
+        "--checkpoint_activations",
+        action=switch,
+        default=False,
+        help="compute DAVEnet's "
+        "activations again in backward: less memory, more time, the same gradients",
+    )
+
+    add = parser.add_argument_group("objective").add_argument
+    add(
+        "--temperature",
+        type=positive(float),
+        help="of the softmax; higher (0.1) when data is noisy",
+    )
+    add(
+        "--learn_temperature",
+        action=switch,
+        default=False,
+        help="start at --temperature and learn it, as CLIP does",
+    )
+    add("--margin", type=float, help="subtracted from the positives' similarity")
+    add(
+        "--similarity",
+        choices=("cosine", "dot"),
+        help="dot: the published objective, at temperature 1; it can diverge",
+    )
+    add("--cluster_weight", type=not_negative(float), help="0: no clustering loss")
+    add("--cluster_size", type=positive(int), help="number of centroids")
+    add(
+        "--queue_size",
+        type=positive(int),
+        help="steps whose features are clustered; also the steps between two k-means fits",
+    )
+    add("--recon_weight", type=not_negative(float), help="0: no reconstruction loss")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add(
+        "--batch_size",
+        type=positive(int),
+        help="videos per step over ALL ranks; more negatives help, up to what memory holds",
+    )
+    add("--epochs", type=positive(int), default=10)
+    add(
+        "--lr",
+        type=positive(float),
+        help="peak of the schedule; try 1e-3 for small data",
+    )
+    add("--warmup_steps", type=not_negative(int), help="default: a tenth of all, at most 1000")
+    add(
+        "--clip_grad_norm",
+        type=positive(float),
+        help="try ten times the usual grad_norm in "
+        "log.jsonl when the loss has spikes (default: no clipping)",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        help="of the encoders; losses and "
+        "clustering are always fp32 (bf16 on GPUs that have it, else fp32)",
+    )
+    add("--max_steps", type=positive(int), help="stop early; the schedule stays as it is")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="run folder (runs/stage2-PAIR_ADDED)")
+    add("--resume", action=switch, default=True, help="--no-resume moves the old folder aside")
+    add("--seed", type=not_negative(int))
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add(
+        "--save_every",
+        type=positive(int),
+        default=1000,
+        help="steps between checkpoints: a kill costs at most these",
+    )
+    add(
+        "--log_every",
+        type=positive(int),
+        default=10,
+        help="steps between rows of log.jsonl; each waits for the GPU",
+    )
+
+    return parser
+
+
+def get_args(argv=None, start=None):
+    """``start``: the flags of the run that stage 2 starts from, which become defaults."""
+    parser = get_parser()
     args = parser.parse_args(argv)
-    if args.init and args.init_published:
-        parser.error("--init and --init_published: one start, please")
+    if start is None:
+        return args
+    inherited = {name: start[name] for name in INHERITED if start.get(name) is not None}
+    if args.similarity not in (None, start["similarity"]):
+        inherited["temperature"] = 1.0 if args.similarity == "dot" else 0.05
+    parser.set_defaults(**inherited)
+    args = parser.parse_args(argv)
+    args.word2vec = Path(args.word2vec) if args.word2vec else None
+    args.data, args.preset, args.demo = flags.find_data(Path(args.data), inherited["preset"])
+    flags.check_paths(args)
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)  # before torch is imported: --help answers at once
 
     import torch
+    from torch.nn.parallel import DistributedDataParallel
 
     from mcn_ext import distributed
-    from mcn_ext.model import MCN, MODALITIES
-    from mcn_ext.prepare import published
-    from mcn_ext.train import checkpoint, dry_run, training
-    from mcn_ext.train.log import say
+    from mcn_ext.data.clips import ClipReader, Loader, TrainingClips, default_workers, to_device
+    from mcn_ext.modalities import MODALITIES
+    from mcn_ext.model import MCN
+    from mcn_ext.objective import Objective
+    from mcn_ext.train import checkpoint, inputs
+    from mcn_ext.train.curves import curves
+    from mcn_ext.train.diagnostics import diagnose
+    from mcn_ext.train.guard import Guard
+    from mcn_ext.train.log import RunLog, say
+    from mcn_ext.train.signals import StopRequest
 
     # ------------------------------------------------------------------- the run to start from
-    device = distributed.init(args.device)
-    args.n_ranks = distributed.world()
-    first = {"A": "VT", "V": "AT", "T": "AV"}[args.add]
-    if args.init_published:
-        args = flags.complete(args)
-    else:
-        args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
-        if args.init is None:
-            raise SystemExit(
-                f"no stage-1 run without {args.add} in runs/; train one (python "
-                f"train_stage1.py --pair {first}) or name one with --init"
-            )
-        start = checkpoint.load(args.init / checkpoint.LATEST)
-        first = start["sizes"]["modalities"]
-        if args.add in first or len(first) != 2:
-            fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
-            raise SystemExit(
-                f"--add {args.add}: {args.init} was trained on {first}"
-                + (", it has that modality already" if args.add in first else "")
-                + f"; use {fits + ' or ' if fits else ''}another --init"
-            )
-        args = flags.complete(args, inherited=start["args"])
-        # A retrained stage 1, or one that has gone on, is another start: not resumed from.
-        args.init_run_id, args.init_step = start["run_id"], start["step"]
-        args.first_epoch = start["args"]["epochs"]
-        state = "complete" if start["complete"] else "NOT complete"
-        if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
-            raise SystemExit(
-                f"--word2vec {args.word2vec}: the text encoder of {args.init} was "
-                f"trained on {start['args']['word2vec'] or 'vectors of its own'}; "
-                "leave it out"
-            )
-        say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
+    init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
+    if init is None:
+        raise inputs.no_start(args.add)
+    start = checkpoint.load(init / checkpoint.LATEST)
+    pair = start["sizes"]["modalities"]
+    inputs.check_added(args.add, pair, init)
+    args = get_args(argv, start["args"])
+    # A retrained stage 1, or one that has gone on, is another start: not resumed from.
+    args.init, args.init_run_id, args.init_step = init, start["run_id"], start["step"]
+    args.first_epoch = start["args"]["epochs"]
+    inputs.check_word2vec(args, start["args"], pair)
+    modalities = pair + args.add
 
-    # ------------------------------------------------------------------------------- run, data
-    modalities = first + args.add
-    demo = "-demo" if args.demo else ""
-    folder = args.out or Path("runs") / f"stage2-{first}_{args.add}{demo}"
-    if args.dry_run:
-        folder = dry_run.begin(args, folder)
-    training.check_gensim(args, args.init, folder)
-    store = training.open_store(args, modalities)
-    if args.init_published:
-        start = published.start(args, first, store, folder)
-    training.check_widths(store, start["sizes"], "--data")
-    resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
-    words = training.open_words(args, store, args.init, folder, bool(resumed))
-    if args.init_published:
-        published.check_words(args, start, words)
+    # -------------------------------------------------------------------- processes and precision
+    device = distributed.init(args.device)  # torchrun's or srun's rank; one process otherwise
+    rank, world = distributed.rank(), distributed.world()
+    args.n_ranks = world
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = args.precision or ("bf16" if bf16 else "fp32")
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
-    # ------------------------------------------------------------------------ model, objective
+    def autocast():
+        return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+    # ------------------------------------------------------------------------------- run and data
+    name = f"stage2-{pair}_{args.add}{'-demo' if args.demo else ''}"
+    folder = args.out or Path("runs") / name
+    inputs.check_gensim(args, init, folder)
+    store = inputs.open_store(args, modalities)
+    inputs.check_widths(store, start["sizes"], "--data")
+    lock = checkpoint.lock(folder)  # noqa: F841  (held until the end: one run in a folder)
+    resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
+    words = inputs.open_words(args, store, init, folder, bool(resumed))
+    word_vectors = torch.from_numpy(words.vectors).to(device)
+    video_dims = start["sizes"]["video_dims"] if "V" in pair else inputs.video_dims(store)
+    reader = ClipReader(
+        store,
+        video_streams=tuple(video_dims),
+        audio=True,
+        words=words,
+        audio_frames=args.audio_frames,
+        audio_augment=args.audio_augment,
+    )
+    # A clip depends on (seed, epoch, video) alone: any number of ranks sees the same batch.
+    clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
+    inputs.check_batch_size(args, len(clips))
+    workers = default_workers(device) if args.workers is None else args.workers
+    # Clips go on where stage 1 ended: in epochs that it has not drawn.
+    loader = Loader(clips, args.batch_size, workers, device, args.first_epoch)
+    n_clips = args.batch_size * args.n_pair
+    inputs.warn_of_shared_memory(reader, n_clips // world, workers)
+
+    # ------------------------------------------------------------------------ model and objective
     torch.manual_seed(args.seed)
-    recon_dim = args.recon_dim if args.recon_weight else 0
-    sizes = start["sizes"] | {"modalities": modalities, "recon_dim": recon_dim}
-    if "V" not in first:
-        sizes["video_dims"] = training.video_dims(store)
-    if "T" not in first:
+    sizes = start["sizes"] | {"modalities": modalities, "video_dims": video_dims}
+    sizes["recon_dim"] = start["args"]["recon_dim"] if args.recon_weight else 0
+    if "T" not in pair:
         sizes["word_dim"] = words.dim
     model = MCN(**sizes).to(device)
-    known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads may come or go
+    known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads come or go
     model.load_state_dict({key: start["model"][key] for key in known}, strict=False)
     frozen = args.stage1_encoders == "frozen"
     if frozen:
-        model.freeze(MODALITIES[m] for m in first)
-    objective = training.objective_of(
-        args, modalities, trained=args.add if frozen else modalities, first=first
-    )
-    run = training.Training(args, folder, store, words, model, objective, device, resumed)
-    hint = "Next: python evaluate.py --youcook2" + (f" --run {folder}" if args.out else "")
-    if run.done:
-        run.say_done(hint)
-        return distributed.finish()
-
-    if args.detect is not None:
-        run.detect()
-        return distributed.finish()
-
-    # ----------------------------------------------------------------------------------- train
+        model.freeze(MODALITIES[letter].name for letter in pair)
+    model.checkpoint_activations = args.checkpoint_activations
     model.train()
-    for epoch in run.epochs():
-        for batch in run.batches(epoch):
-            with run.autocast():
-                embeddings, errors = run.net(batch)
+    objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
+        model.modalities,
+        trained=[MODALITIES[args.add].name] if frozen else model.modalities,
+        temperature=args.temperature,
+        learn_temperature=args.learn_temperature,
+        margin=args.margin,
+        similarity=args.similarity,
+        cluster_weight=args.cluster_weight,
+        recon_weight=args.recon_weight,
+        cluster_size=args.cluster_size,
+        queue_size=args.queue_size,
+        seed=args.seed,
+    ).to(device)
+
+    # --------------------------------------------------------------------- optimiser and schedule
+    parameters = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    total_steps = args.epochs * loader.steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(1000, math.ceil(total_steps / 10))
+
+    def learning_rate(step):  # linear warm-up, then half a cosine down to 0
+        if step < warmup_steps:
+            return args.lr * (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    # A step whose loss or gradient is not finite is undone, explained and counted: see guard.py.
+    guard = Guard(model, objective, scaler, folder, describe=reader.describe)
+
+    # -------------------------------------------------------------------------- resume and save
+    torch.manual_seed(args.seed + rank)  # dropout and the like: ranks differ
+    step, run_id = 0, checkpoint.new_run_id()
+    if resumed:
+        step, run_id, state = resumed["step"], resumed["run_id"], resumed["training"]
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        guard.load_state_dict(state["guard"])
+        objective.load_training_state(state, device)
+        checkpoint.set_random_state(state["rng"], device)
+
+    def save(epoch_done=None):  # all ranks call this; rank 0 writes, atomically
+        checkpoint.save(
+            folder,
+            args=flags.as_dict(args),
+            sizes=model.sizes,
+            step=step,
+            run_id=run_id,
+            epoch_done=epoch_done,
+            complete=step >= total_steps,
+            model=model.state_dict(),
+            training={
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "guard": guard.state_dict(),
+                **objective.training_state(),
+                "rng": checkpoint.random_states(device),
+            },
+        )
+
+    hint = flags.next_command(folder, modalities, named=bool(args.out))
+    if step >= last_step:
+        say(f"{folder} is at step {step} of {total_steps}: nothing to do. {hint}")
+        return distributed.finish()
+
+    # ------------------------------------------------------------------------------ several ranks
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model)
+        if device.type == "cpu":  # gloo adds up in an order that a resumed run would not repeat
+            net.register_comm_hook(None, distributed.mean_in_rank_order)
+    log = RunLog(folder, flags.as_dict(args), device, step, total_steps)
+    stop = StopRequest()  # SIGTERM, SIGINT and SIGUSR1 end the run after a step, and save it
+    say(
+        f"{folder}: {'resumed' if resumed else f'from {init}'}, step {step} of {total_steps} "
+        f"({args.epochs} epochs x {loader.steps_per_epoch}), {len(clips)} videos of {args.data}\n"
+        f"  a step: {args.batch_size} videos x {args.n_pair} clips = {n_clips} clips on {world} "
+        f"rank(s), {precision}, {device}; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
+        "parameters learn"
+    )
+    inputs.warn_of_clusters(objective, n_clips, total_steps)
+
+    # -------------------------------------------------------------------------------------- train
+    stopped = False
+    while step < last_step and not stopped:
+        epoch = step // loader.steps_per_epoch + 1
+        waiting = time.perf_counter()
+        for batch in loader.epoch(epoch, start=step % loader.steps_per_epoch):
+            log.waited += time.perf_counter() - waiting
+            batch = to_device(batch, device, word_vectors)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - guard.skipped)
+            guard.remember()  # BatchNorm's statistics, should the step be undone
+
+            with autocast():
+                embeddings, errors = net(batch)
             terms = objective(embeddings, errors, batch)  # fp32, over the global batch
-            run.update(terms["total"])  # or skip the step, and say why
-            run.log(epoch, terms)
-        run.save(epoch)
-    run.finish(hint)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(terms.total).backward()
+            distributed.average_gradients(list(objective.parameters()))  # DDP does the model's
+            step += 1
+
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if args.clip_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad_norm, norm)
+            why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
+            if why:
+                row = guard.skip(step, why, terms, flags.as_dict(args))
+                log.skipped(step, epoch, n_clips, row)
+                guard.give_up(step)
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+                objective.update_clusters(terms)  # into the queue; k-means when due
+                log.count(step, n_clips)
+                if step % args.log_every == 0 or step == last_step:
+                    log.write(
+                        {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]},
+                        terms.scalars(),
+                        {"grad_norm": guard.norm, "skipped_steps": guard.skipped}
+                        | objective.statistics()
+                        | diagnose(objective, terms),
+                    )
+
+            if step >= last_step or stopped or step % loader.steps_per_epoch == 0:
+                break
+            if step % args.save_every == 0:
+                save()
+            waiting = time.perf_counter()
+        save(epoch_done=epoch if step % loader.steps_per_epoch == 0 else None)
+
+    log.close()
+    if stopped and step < last_step:
+        stop.end(f"{folder} is saved at step {step} of {total_steps}; run the same command again")
+    if rank == 0:
+        curves(folder)
+        say(f"{folder}: step {step} of {total_steps}, curves in {folder / 'curves.png'}. {hint}")
+    distributed.barrier()
     distributed.finish()
 
 

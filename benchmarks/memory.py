@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from mcn_ext.train.training import objective_of  # noqa: E402
 from shapes import pretend  # noqa: E402
 
 from mcn_ext.data.batch import to_device  # noqa: E402
@@ -31,7 +32,6 @@ from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN, MODALITIES  # noqa: E402
 from mcn_ext.train import flags  # noqa: E402
 from mcn_ext.train.guard import Guard  # noqa: E402
-from mcn_ext.train.training import objective_of  # noqa: E402
 
 DEVICE = torch.device("cuda")
 # (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --micro_batch)

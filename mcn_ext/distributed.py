@@ -64,7 +64,8 @@ def init(device: str) -> torch.device:
             device = f"cuda:{local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     if int(env.get("WORLD_SIZE", 1)) > 1:
-        timeout = datetime.timedelta(minutes=30)
+        # A rank that waits so long for the others (one has died, or hangs) ends the job.
+        timeout = datetime.timedelta(minutes=10)
         store, me, n_ranks = next(rendezvous("env://", timeout=timeout))
         if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
             # torchrun's store outlives a restart, and in it are the addresses of ranks that died.

@@ -1,41 +1,61 @@
-"""Contrastive + clustering + reconstruction: one step's terms by name, and their weighted sum."""
+"""The objective of a step: contrastive + clustering + reconstruction, over the global batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mcn_ext import distributed, ops, reference
+from mcn_ext import distributed, ops
 from mcn_ext.clustering import OnlineClusters
 from mcn_ext.reference import LossTerms, unit_rows
 
+LARGEST_SCALE = 100.0  # of a learnt 1 / temperature, as CLIP limits it
 
-class Objective:
-    """total = contrastive + cluster_weight * cluster + recon_weight * reconstruction.
 
-    All are of the global batch. Contrastive terms are averaged over pairs, the others over
-    modalities, so that stages and orders compare.
+@dataclass
+class Terms:
+    """What :class:`Objective` returns: scalars of the step, and what they were computed from.
 
-    ``joint_pairs`` adds to the pairs, with three modalities, each one and the mean of the other
-    two: what is asked for when a text looks for a clip's video and sound together (after
-    Shvetsova et al., CVPR 2022).
-
-    Args:
-        modalities: names, all that the model embeds; all are in the mean that is clustered.
-        trained: those that learn; pairs without one are left out, and only these are clustered and
-            reconstructed.
-        similarity: "cosine" (unit length, the default objective) or "dot" (the published one).
-        loss_impl: "fused" (:mod:`mcn_ext.ops`) or "reference" (:mod:`mcn_ext.reference`).
-        clean_first: the share of the run in which noisy clips come in, see :meth:`clean`; of a
-            second stage, whose first pair is ``first``.
-
-    Attributes: ``progress``, the share of the run that is done, which whoever trains keeps.
+    total = contrastive + cluster_weight * cluster + recon_weight * reconstruction; only ``total``
+    is to be differentiated. ``embeddings`` and ``errors`` by modality name are detached; ``joint``
+    (B, D) is what the clustering queue takes.
     """
 
-    progress = 0.0
+    total: Tensor
+    contrastive: Tensor
+    cluster: Tensor
+    reconstruction: Tensor
+    embeddings: dict[str, Tensor]
+    errors: dict[str, Tensor]
+    batch: Mapping
+    joint: Tensor | None
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The four terms, detached, by name."""
+        names = ("total", "contrastive", "cluster", "reconstruction")
+        return {name: getattr(self, name).detach() for name in names}
+
+
+class Objective(nn.Module):
+    """Computes a step's loss from embeddings (B, D) and reconstruction errors (B,).
+
+    Contrastive terms are averaged over pairs, the others over modalities, so that stages and orders
+    compare. Every term is that of the global batch: averaged over ranks, as DistributedDataParallel
+    does, gradients are those of one process.
+
+    Args:
+        modalities: names of all that the model embeds; all are in the mean that is clustered.
+        trained: names of those that learn; pairs without one are left out, and only these are
+            clustered and reconstructed.
+        learn_temperature: the temperature is a parameter, ``log_scale`` = log(1 / temperature).
+        similarity: "cosine" (unit rows, the default objective) or "dot" (the published one).
+        queue_size: steps whose features are clustered, and steps between two k-means fits.
+    """
 
     def __init__(
         self,
@@ -43,87 +63,69 @@ class Objective:
         trained: list[str],
         *,
         temperature: float = 0.05,
+        learn_temperature: bool = False,
         margin: float = 0.001,
         similarity: str = "cosine",
-        loss_impl: str = "fused",
         cluster_weight: float = 1.0,
         recon_weight: float = 50.0,
         cluster_size: int = 256,
         queue_size: int = 20,
-        refit_every: int = 20,
         seed: int = 0,
-        joint_pairs: bool = False,
-        clean_first: float = 0.0,
-        first: tuple[str, str] | None = None,
     ):
-        self.clean_first, self.first = clean_first, first
+        super().__init__()
         self.modalities, self.trained = list(modalities), list(trained)
-        names = sorted(modalities)
-        self.pairs = [p for p in combinations(names, 2) if set(p) & set(trained)]
-        self.joint_pairs = [
-            ("+".join(n for n in names if n != name), name)
-            for name in names
-            if joint_pairs and len(names) == 3 and trained
-        ]
-        self.unit = similarity == "cosine"
-        self.loss = dict(temperature=temperature, margin=margin, normalize=self.unit)
-        self.mcn_loss = (ops if loss_impl == "fused" else reference).mcn_loss
+        self.pairs = [p for p in combinations(sorted(modalities), 2) if set(p) & set(trained)]
+        self.fixed_temperature = temperature
+        scale = torch.tensor(-math.log(temperature))
+        self.log_scale = nn.Parameter(scale) if learn_temperature else None
+        self.margin, self.normalize = margin, similarity == "cosine"
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
-        self.clusters = (
-            OnlineClusters(cluster_size, queue_size, refit_every, seed) if cluster_weight else None
-        )
+        self.clusters = None
+        if cluster_weight:
+            self.clusters = OnlineClusters(cluster_size, queue_size, queue_size, seed)
 
-    def __call__(
+    @property
+    def temperature(self) -> float | Tensor:
+        if self.log_scale is None:
+            return self.fixed_temperature
+        return (-self.log_scale.clamp(max=math.log(LARGEST_SCALE))).exp()
+
+    def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping
-    ) -> dict[str, Tensor]:
-        """A step's ``total`` to differentiate, ``contrastive``, ``cluster`` and ``reconstruction``.
-
-        batch: ``valid`` {modality: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64.
-        The clustering queue takes the batch in only with :meth:`enqueue`.
-        """
-        if self.clusters is not None:
-            self._joint = self.joint(embeddings, batch["valid"])
-        if self.clean_first and self.progress < self.clean_first:
-            batch = {**batch, "valid": self.clean(embeddings, batch["valid"])}
-        self.last = (
+    ) -> Terms:
+        """batch: ``valid`` {name: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64."""
+        joint = self.joint(embeddings, batch["valid"]) if self.clusters else None
+        loss = self.losses(embeddings, batch, joint, self.pairs, self.trained)
+        reconstruction = self.reconstruction(errors, batch["valid"])
+        return Terms(
+            loss.total + self.recon_weight * reconstruction,
+            loss.contrastive,
+            loss.cluster,
+            reconstruction,
             {name: x.detach() for name, x in embeddings.items()},
             {name: x.detach() for name, x in errors.items()},
             batch,
+            joint,
         )
-        terms = self._losses(embeddings, batch, self.pairs + self.joint_pairs, self.trained)
-        reconstruction = self.reconstruction(errors, batch["valid"])
-        return {
-            "total": terms.total + self.recon_weight * reconstruction,
-            "contrastive": terms.contrastive,
-            "cluster": terms.cluster,
-            "reconstruction": reconstruction,
-        }
 
-    def _losses(self, embeddings, batch, pairs, clustered) -> LossTerms:
+    def losses(self, embeddings, batch, joint: Tensor | None, pairs, clustered) -> LossTerms:
         """The contrastive terms of ``pairs`` and the clustering terms of ``clustered``."""
         centroids = labels = None
-        if self.clusters is not None and self.clusters.centroids is not None and clustered:
-            centroids = self.clusters.centroids
-            labels = self.clusters.label(self._joint)
-        rows = {name: embeddings[name] for name in self.modalities}
-        valid = dict(batch["valid"])
-        for joint, _ in pairs:
-            names = joint.split("+")
-            if len(names) == 1:
-                continue
-            rows[joint] = self._mean(embeddings, valid, names, self.unit)
-            valid[joint] = torch.stack([valid[name] for name in names]).any(dim=0)
-        return self.mcn_loss(
-            rows,
+        if self.clusters and self.clusters.centroids is not None and clustered:
+            centroids, labels = self.clusters.centroids, self.clusters.label(joint)
+        return ops.mcn_loss(
+            {name: embeddings[name] for name in self.modalities},
             pairs,
             centroids,
             labels,
             clustered=clustered,
             cluster_weight=self.cluster_weight,
-            ids={p: self.ids(p, batch) for p in pairs},
-            valid=valid,
+            temperature=self.temperature,
+            margin=self.margin,
+            normalize=self.normalize,
+            ids={pair: self.ids(pair, batch) for pair in pairs},
+            valid=dict(batch["valid"]),
             group=distributed.default_group(),
-            **self.loss,
         )
 
     @staticmethod
@@ -132,82 +134,67 @@ class Objective:
         with text, the same words, which have one embedding."""
         return batch["caption_id" if "text" in pair else "clip_id"]
 
-    @torch.no_grad()
-    def clean(
-        self,
-        embeddings: Mapping[str, Tensor],
-        valid: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Masks (B,) that leave out the noisiest clips of the global batch, by the cosine of the
-        first pair's embeddings: a share of (1 - progress / clean_first) / 2, half of them at the
-        start. The pair was trained on clean and noisy clips alike, and agrees less on the noisy
-        ones. Clips that lack one of the pair stay. The clustering queue takes all clips.
+    def joint(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
+        """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero for none."""
+        rows = []
+        for name in self.modalities:
+            # Zeros go in before unit_rows: an invalid row may hold NaN.
+            present = torch.where(valid[name][:, None], embeddings[name].detach().float(), 0.0)
+            rows.append(unit_rows(present))
+        count = sum(valid[name].float() for name in self.modalities)
+        return sum(rows) / count.clamp_min(1.0)[:, None]
+
+    def reconstruction(self, errors: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
+        """Mean over modalities of the mean MSE over the global batch's valid rows.
+
+        The value is this rank's share times the number of ranks: averaged over ranks it is the
+        global mean, also when ranks hold different numbers of valid rows.
         """
-        a, b = (unit_rows(embeddings[name].float()) for name in self.first)
-        both = valid[self.first[0]] & valid[self.first[1]]
-        agreement = torch.where(both, (a * b).sum(dim=1), torch.inf)
-        agreement = torch.where(agreement.isnan(), -torch.inf, agreement)
-        every = distributed.gather(agreement, distributed.default_group()).sort().values
-        number = (every < torch.inf).sum()  # a tensor: the device need not be waited for
-        out = (number * ((1 - self.progress / self.clean_first) / 2)).long()
-        keep = agreement >= every.index_select(0, out.clamp_max(len(every) - 1).reshape(1))
-        return {name: mask & keep for name, mask in valid.items()}
+        terms = []
+        for name, error in errors.items():
+            n = distributed.total(valid[name].sum()).clamp_min(1)
+            mine = torch.where(valid[name], error, torch.zeros_like(error)).sum()
+            terms.append(mine * distributed.world() / n)
+        if not terms:
+            return torch.zeros((), device=next(iter(valid.values())).device)
+        return sum(terms) / len(terms)
 
-    def enqueue(self) -> None:
-        """Take the last batch into the clustering queue; refit when due. Not for a skipped step."""
-        if self.clusters is not None:
-            self.clusters.push(distributed.gather(self._joint, distributed.default_group()))
+    def update_clusters(self, terms: Terms) -> None:
+        """Take a step's features into the clustering queue; k-means when due. All ranks call
+        this, and not for a step that was skipped."""
+        if self.clusters:
+            self.clusters.push(distributed.gather(terms.joint, distributed.default_group()))
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers for log.jsonl: of the clusters, and a learnt temperature."""
+        learnt = {} if self.log_scale is None else {"temperature": float(self.temperature)}
+        return {**(self.clusters.statistics if self.clusters else {}), **learnt}
 
     @torch.no_grad()
-    def parts(self) -> dict[str, float]:
-        """Every term of the last batch by pair or modality, unweighted; all ranks call this."""
-        embeddings, errors, batch = self.last
+    def parts(self, terms: Terms) -> dict[str, float]:
+        """Every term by pair or modality, unweighted, for a report; all ranks call this."""
+        embeddings, batch, joint = terms.embeddings, terms.batch, terms.joint
         parts = {
-            f"contrastive {a}-{b}": self._losses(embeddings, batch, [(a, b)], []).contrastive
-            for a, b in self.pairs + self.joint_pairs
+            f"contrastive {a}-{b}": self.losses(embeddings, batch, joint, [(a, b)], []).contrastive
+            for a, b in self.pairs
         }
-        if self.clusters is not None and self.clusters.centroids is not None:
-            parts |= {
-                f"cluster {name}": self._losses(embeddings, batch, [], [name]).cluster
-                for name in self.trained
-            }
-        parts |= {
-            f"reconstruction {name}": self.reconstruction({name: error}, batch["valid"])
-            for name, error in errors.items()
-        }
+        if self.clusters and self.clusters.centroids is not None:
+            for name in self.trained:
+                parts[f"cluster {name}"] = self.losses(embeddings, batch, joint, [], [name]).cluster
+        for name, error in terms.errors.items():
+            parts[f"reconstruction {name}"] = self.reconstruction({name: error}, batch["valid"])
         return {
             name: float(distributed.total(value)) / distributed.world()
             for name, value in parts.items()
         }
 
-    def joint(self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
-        """Mean of the present modalities' unit embeddings (B, D), fp32, detached; zero for none."""
-        detached = {name: embeddings[name].detach() for name in self.modalities}
-        return self._mean(detached, valid, self.modalities)
+    def training_state(self) -> dict:
+        """For a checkpoint: the clustering queue and centroids, and what is learnt."""
+        clusters = self.clusters.state_dict() if self.clusters else None
+        return {"clusters": clusters, "objective": self.state_dict()}
 
-    @staticmethod
-    def _mean(embeddings, valid, names: list[str], unit: bool = True) -> Tensor:
-        # Zeros go in before unit_rows: an invalid row may hold NaN, which would reach gradients.
-        rows = [torch.where(valid[name][:, None], embeddings[name].float(), 0.0) for name in names]
-        total = sum(unit_rows(x) if unit else x for x in rows)
-        return total / sum(valid[name].float() for name in names).clamp_min(1.0)[:, None]
-
-    def reconstruction(self, errors: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> Tensor:
-        """Mean over modalities of the mean MSE over the global batch's valid rows.
-
-        The value is this rank's share times the number of ranks: averaged over ranks, as DDP does
-        with gradients, it is the global mean even when ranks hold different numbers of valid rows.
-        """
-        terms = []
-        for name, error in errors.items():
-            n = distributed.total(valid[name].sum()).clamp_min(1)
-            terms.append(
-                torch.where(valid[name], error, torch.zeros_like(error)).sum()
-                * distributed.world()
-                / n
-            )
-        return (
-            sum(terms) / len(terms)
-            if terms
-            else torch.zeros((), device=next(iter(valid.values())).device)
-        )
+    def load_training_state(self, state: Mapping, device: torch.device) -> None:
+        """What :meth:`training_state` gave; first-edition checkpoints have no "objective"."""
+        self.load_state_dict(state.get("objective", {}))
+        if self.clusters:
+            self.clusters.load_state_dict(state["clusters"], device)

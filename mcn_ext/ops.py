@@ -70,6 +70,8 @@ def has_cuda() -> bool:
 
 
 def _compiled_for(x: Tensor) -> bool:
+    if os.environ.get("MCN_LOSS") == "reference":  # to compare
+        return False
     return not _unavailable and (x.device.type == "cpu" or (x.is_cuda and _cuda))
 
 

@@ -129,7 +129,7 @@ def call(script, *args, cwd, check=True, pictures=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         if not pictures:
-            patch.setattr(report, "curves", lambda run: None)
+            patch.setattr("mcn_ext.train.curves.curves", lambda run: None)
             patch.setattr(report, "similarity_picture", lambda *args: None)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -162,8 +162,6 @@ SMALL = (
     4,
     "--queue_size",
     2,
-    "--refit_every",
-    2,
     "--epochs",
     2,
     "--log_every",
@@ -172,8 +170,6 @@ SMALL = (
     "cpu",
     "--min_time",
     1,
-    "--max_words",
-    20,
     "--lr",
     1e-3,
     "--temperature",

@@ -19,7 +19,7 @@ from mcn_ext import distributed
 from mcn_ext.data.batch import SharedRooms, collate, own, to_device
 from mcn_ext.data.store import N_MELS, Store
 from mcn_ext.data.words import WordVectors
-from mcn_ext.train.interrupt import born_deaf, outlive_signals
+from mcn_ext.data.workers import born_deaf, outlive_signals
 
 __all__ = ["ClipReader", "Loader", "TrainingClips", "collate", "draw_spans", "to_device"]
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.

@@ -15,7 +15,7 @@ from mcn_ext.data.store import Store
 from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
-from mcn_ext.train import checkpoint, training
+from mcn_ext.train import checkpoint, inputs
 
 AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
 
@@ -50,7 +50,7 @@ class Embedder:
 
     def check(self, store: Store, flag: str) -> None:
         """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
-        training.check_widths(store, self.sizes, flag)
+        inputs.check_widths(store, self.sizes, flag)
         if "A" in self.sizes["modalities"] and "mel" not in store.dims:
             raise SystemExit(f"{flag} {store.path}: no stream 'mel' for the run's audio in it")
 
@@ -77,7 +77,7 @@ class Embedder:
             video_streams=tuple(self.sizes["video_dims"]) if "V" in modalities else (),
             audio="A" in modalities,
             words=words,
-            max_words=self.args["max_words"],
+            max_words=self.args.get("max_words", 20),
             audio_frames=audio_frames,
         )
 
@@ -184,9 +184,9 @@ def words_of(run: Path, content: dict) -> WordVectors | None:
     """The word vectors that lie in a run folder; None for a run without text."""
     if "T" not in content["sizes"]["modalities"]:
         return None
-    if not (run / training.WORDS).exists():
+    if not (run / inputs.WORDS).exists():
         raise SystemExit(
-            f"--run {run}: no {training.WORDS} in it, the words the text encoder was "
+            f"--run {run}: no {inputs.WORDS} in it, the words the text encoder was "
             "trained on; is it the run's own folder?"
         )
-    return WordVectors.load(run / training.WORDS)
+    return WordVectors.load(run / inputs.WORDS)

@@ -28,9 +28,10 @@ from mcn_ext.encoders import davenet_widths
 from mcn_ext.model import MCN, MODALITIES, MODULES
 from mcn_ext.prepare import inert
 from mcn_ext.prepare.unpickle import UnsafePickle
-from mcn_ext.train import checkpoint, flags, training
+from mcn_ext.train import flags, inputs
 from mcn_ext.train.log import replace, say
 
+PROTOCOL = dict(audio_frames=1000, min_time=10.0, n_pair=32, audio_augment=0.0, seed=0)
 WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "module"}
 STREAMS = {4096: {"2d": 2048, "3d": 2048}, 2048: {"2d": 2048}}
 PADDING = {"audio": 5120, "text": 20}  # to which the published evaluation filled clips up
@@ -275,71 +276,6 @@ def read_published(path) -> Published:
 # ------------------------------------------------------------------------------ for the scripts
 
 
-def start(args: argparse.Namespace, first: str, store: Store, folder: Path) -> dict:
-    """What a stage begins with, as :func:`.checkpoint.load` gives it for a run: the tensors
-    of the modalities ``first``. Fills in the sizes of ``args`` that were not given, and
-    ``init_run_id``, by which a resumed run knows its file.
-
-    SystemExit names the flag: for sizes given that are not the file's, modalities it lacks, text
-    without --word2vec. A run that is resumed does not need the file again.
-    """
-    path = args.init_published
-    kept = next(
-        (
-            folder / name
-            for name in (checkpoint.LATEST, checkpoint.PREVIOUS)
-            if (folder / name).exists()
-        ),
-        None,
-    )
-    if args.resume and kept is not None and not path.is_file():
-        run = checkpoint.load(kept)
-        if run["args"].get("init_published") == str(path):
-            for name in flags.SIZES:
-                if getattr(args, name) is None:
-                    setattr(args, name, run["args"][name])
-            args.init_run_id, args.init_step = run["args"]["init_run_id"], 0
-            return run | {"model": {}}
-    if not path.is_file():
-        raise SystemExit(f"--init_published {path}: no such file")
-    found = read_published(path)
-    say(found.notice())
-    lacking = [MODALITIES[m] for m in first if m not in found.sizes["modalities"]]
-    if lacking:
-        raise SystemExit(
-            f"--init_published {path}: no {' and no '.join(lacking)} in it, only "
-            f"{found.sizes['modalities']}"
-        )
-    sizes = found.fit(training.video_dims(store)) | {"modalities": first}
-    if "T" in first and args.word2vec is None:
-        raise SystemExit(
-            f"--init_published {path}: its text encoder knows the word vectors it was "
-            "trained on, GoogleNews' word2vec: give them with --word2vec"
-        )
-    same = {
-        "embd_dim": lambda a, b: a == b,
-        "recon_dim": lambda a, b: a == b or not b,
-        "audio_width": lambda a, b: "A" not in first or davenet_widths(a) == davenet_widths(b),
-    }
-    for name in flags.SIZES:
-        value, asked = sizes[name], getattr(args, name)
-        if asked is not None and not same[name](asked, value):
-            raise SystemExit(f"--{name} {asked}: {path} has {value:g}; leave the flag out")
-        if asked is None:  # a file without heads, or without sound, does not say
-            says = {"embd_dim": True, "recon_dim": value, "audio_width": "A" in first}[name]
-            setattr(args, name, value if says else flags.PRESETS[args.preset][name])
-    sizes["audio_width"] = args.audio_width
-    args.init_run_id, args.init_step = found.sha256[:16], 0
-    mine = tuple(f"{module}." for m in first for module in MODULES[MODALITIES[m]])
-    return {
-        "sizes": sizes,
-        "complete": True,
-        "step": 0,
-        "run_id": args.init_run_id,
-        "model": {key: value for key, value in found.state.items() if key.startswith(mine)},
-    }
-
-
 def check_words(args: argparse.Namespace, begin: dict, words) -> None:
     """SystemExit if a published text encoder cannot read vectors of ``words``' width."""
     if "T" in begin["sizes"]["modalities"] and words.dim != begin["sizes"]["word_dim"]:
@@ -360,7 +296,7 @@ def for_evaluation(
     word2vec, words = word2vec or flags.WORD2VEC, None
     found = read_published(path)
     say(found.notice())
-    sizes = found.fit(training.video_dims(store))
+    sizes = found.fit(inputs.video_dims(store))
     if "T" in sizes["modalities"]:
         if not word2vec.is_file():
             raise SystemExit(
@@ -373,7 +309,7 @@ def for_evaluation(
         check_words(argparse.Namespace(word2vec=word2vec), {"sizes": sizes}, words)
     run = Path("runs") / f"published-{path.stem}-{found.sha256[:8]}"
     run.mkdir(parents=True, exist_ok=True)
-    protocol = flags.PRESETS["paper"] | {
+    protocol = PROTOCOL | {
         "similarity": "dot",
         "temperature": 1.0,
         "demo": False,

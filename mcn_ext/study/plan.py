@@ -14,6 +14,7 @@ that were made elsewhere from --print's list are taken as they are. Ends with re
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -27,19 +28,17 @@ ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
 # Flags that make another objective: a variant with one of them has a baseline of its own, too.
 OBJECTIVE = (
-    "joint_pairs",
     "temperature",
+    "learn_temperature",
     "margin",
     "similarity",
-    "loss_impl",
     "cluster_weight",
     "recon_weight",
     "cluster_size",
     "queue_size",
-    "refit_every",
 )
 STAGE1_ONLY = ("embd_dim", "recon_dim", "audio_width")
-OURS = ("data", "out", "seed", "resume", "detect", "max_steps")  # of no use within a study
+OURS = ("pair", "data", "out", "seed", "resume", "max_steps")  # of no use within a study
 
 
 def parser() -> flags.Parser:
@@ -183,8 +182,8 @@ def training_flops(
         "video": {name: torch.rand(n, dim) for name, dim in dims.items()},
         "audio": torch.rand(n, 40, args.audio_frames),
         "n_frames": torch.full((n,), args.audio_frames),
-        "text": torch.rand(n, args.max_words, word_dim),
-        "text_mask": torch.ones(n, args.max_words, dtype=torch.bool),
+        "text": torch.rand(n, 20, word_dim),
+        "text_mask": torch.ones(n, 20, dtype=torch.bool),
     }
     with minimal.direct(), FlopCounterMode(display=False) as counter:
         embeddings, errors = model(batch)
@@ -203,7 +202,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, rest: list[str], words: list[str]):
         self.args, self.rest, self.words = args, rest, words
         args.seeds = list(dict.fromkeys(args.seeds))
-        given = _checked(rest, 1, "python -m mcn_ext.study")
+        _checked(rest, 1, "python -m mcn_ext.study")
         self.variants = {"": "--stage1_encoders frozen"} if "frozen" in args.stage1_encoders else {}
         if "finetune" in args.stage1_encoders:
             self.variants["finetune"] = "--stage1_encoders finetune"
@@ -214,8 +213,8 @@ class Study:
             _checked(shlex.split(words), 2, f"--variant {name}")
             self.variants[name] = words
         self.cells = self._cells()
-        given.data = self.cells[0]["data"]
-        self.settings = flags.complete(given)
+        data = ("--pair", "AVT", "--data", str(self.cells[0]["data"]))
+        self.settings = _script(1).get_args([*data, *rest])
         self.runs, self.chains = [], []
         self._count()
         for cell in self.cells:
@@ -286,7 +285,7 @@ class Study:
         """FLOPs of a clip by (modalities, frozen ones); the clips of an epoch."""
         from mcn_ext.data.store import Store, StoreError
         from mcn_ext.data.words import vectors_for
-        from mcn_ext.train import training
+        from mcn_ext.train import inputs
 
         args, settings = self.args, self.settings
         try:
@@ -308,9 +307,7 @@ class Study:
             ).dim
 
         def flops(modalities, frozen=""):
-            return training_flops(
-                settings, training.video_dims(store), modalities, frozen, word_dim
-            )
+            return training_flops(settings, inputs.video_dims(store), modalities, frozen, word_dim)
 
         first, joint = args.epochs[0], flops(BASELINE)
         self.flops, self.baselines = {}, {}
@@ -370,7 +367,7 @@ class Study:
         if self.settings.device != "auto":
             evaluate += ["--device", self.settings.device]
         return folder, [
-            self._command(*train, "--no-keep_epochs", "--out", folder),
+            self._command(*train, "--out", folder),
             list(map(str, evaluate)),
         ]
 
@@ -535,19 +532,25 @@ class Study:
         write_text(file, json.dumps(content, indent=1) + "\n")
 
 
-def _checked(words: list[str], stage: int, prog: str) -> argparse.Namespace:
-    """Words for the training script of a stage, parsed: an error names the flag, before any work
-    is done."""
-    training = flags.Parser(prog=prog, usage="%(prog)s [...], and the training scripts' flags")
-    flags.add_training_flags(training, stage)
-    if stage == 2:
-        training.add_argument("--stage1_encoders", choices=("frozen", "finetune"))
-    training.also = tuple(parser()._option_string_actions) if stage == 1 else ()
-    given = training.parse_args(words)
-    for name in OURS + ("epochs",) * (stage == 1):
-        if getattr(given, name) != training.get_default(name):
-            training.error(f"--{name}: the study sets it for each of its runs")
-    return given
+def _script(stage: int):
+    """A training script as a module: its flags and their defaults."""
+    path = ROOT / f"train_stage{stage}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _checked(words: list[str], stage: int, prog: str) -> list[str]:
+    """Words for the training script of a stage: an error names the flag, before any work is
+    done."""
+    parser = _script(stage).get_parser()
+    parser.prog = prog
+    parser.parse_args([*(("--pair", "AVT") if stage == 1 else ("--add", "T")), *words])
+    for group in _groups(words):
+        if _name(group) in OURS + ("epochs",) * (stage == 1):
+            parser.error(f"--{_name(group)}: the study sets it for each of its runs")
+    return words
 
 
 def _method(order: str, variant: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
+import platform
 import re
 import secrets
 import shutil
 import struct
+import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -28,21 +32,16 @@ FREE_FLAGS = {
     "max_steps",
     "save_every",
     "log_every",
-    "tensorboard",
     "resume",
-    "micro_batch",
-    "dry_run",
+    "checkpoint_activations",
+    "clip_grad_norm",
     "out",
     "n_ranks",
     "init_run_id",
     "init_step",
-    "max_bad_steps",
-    "grad_outliers",
-    "grad_factor",
-    "detect",
-    "hang_minutes",
-    "keep_epochs",
 }
+# Flags of the first edition whose value, where it is not the one now fixed, is another run.
+FIXED = {"joint_pairs": False, "clean_first": 0.0, "max_words": 20, "init_published": None}
 
 
 class Damaged(SystemExit):
@@ -119,7 +118,15 @@ def save(
     training: dict,
 ) -> None:
     """Write ``checkpoint.pt``, keep the one before as ``checkpoint.previous.pt``, and, after an
-    epoch, write its weights as ``epoch-NN.pt``. SystemExit on a full disk."""
+    epoch, write its weights as ``epoch-NN.pt``. All ranks call this. SystemExit on a full disk, and
+    for weights that are not finite."""
+    if not all(value.isfinite().all() for value in model.values()):
+        raise SystemExit(
+            f"step {step}: the weights are not finite and are not saved; what is in {folder} is "
+            "from before. Lower --lr, or --precision fp32"
+        )
+    if distributed.rank() != 0:
+        return distributed.barrier()
     content = {
         "mcn_checkpoint": FORMAT,
         "args": args,
@@ -132,6 +139,59 @@ def save(
     if epoch_done is not None:  # first: a kill in between costs the epoch again, not its file
         write(folder / f"epoch-{epoch_done:02d}.pt", content)
     write(folder / LATEST, content | {"training": training}, previous=folder / PREVIOUS)
+    distributed.barrier()
+
+
+def random_states(device: torch.device) -> list[dict]:
+    """The states of torch's random numbers on every rank; all ranks call this."""
+    mine = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(device)
+    return distributed.gather_objects(mine)
+
+
+def set_random_state(states: list[dict], device: torch.device) -> None:
+    """Go on with this rank's random numbers; drawn anew if the number of ranks has changed."""
+    if len(states) != distributed.world():
+        say(
+            f"resuming on {distributed.world()} rank(s) what ran on {len(states)}: the same batches"
+            " and losses, but sums round differently, and random numbers are drawn anew"
+        )
+        return
+    mine = states[distributed.rank()]
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine and device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda"], device)
+
+
+def lock(folder: Path) -> TextIO | None:
+    """Keep a run folder for this process for as long as it holds what is returned. All ranks call
+    this. SystemExit if another run has it: its host, process and time.
+
+    A lock of the operating system on a file beside the folder: however a run ends, it is free.
+    """
+    file = why = None
+    if distributed.rank() == 0:
+        path = folder.with_name(f".{folder.name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"host {platform.node()}, process {os.getpid()}, since {now}")
+            file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            why = (
+                f"{folder}: another run is writing here ({file.read() or 'it has just started'}); "
+                "wait for it, end it, or give another --out"
+            )
+        except OSError:  # a file system without locks
+            pass
+    if why := distributed.broadcast_object(why):
+        raise SystemExit(why)
+    return file
 
 
 def new_run_id() -> str:
@@ -152,12 +212,12 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     resume = resume or any(distributed.gather_objects(restarted))  # the count is each node's own
     content = why = None
     if distributed.rank() == 0:
-        if not resume and folder.exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            shutil.move(folder, aside)
         try:
+            if not resume and folder.exists():
+                number = 1
+                while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                    number += 1
+                shutil.move(folder, aside)
             content = _recover(folder)
         except SystemExit as error:
             why = str(error)
@@ -172,11 +232,12 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
             f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
             "can go on; train anew with --no-resume or another --out"
         )
-    # A run from before there were these flags.
-    old = {"init_published": None, "clean_first": 0.0} | content["args"]
-    compared = sorted(args.keys() & old.keys() - FREE_FLAGS)
+    old, now = content["args"], FIXED | args
+    now["refit_every"] = now.get("queue_size")
     changed = [
-        f"--{name} {old[name]} (now {args[name]})" for name in compared if old[name] != args[name]
+        f"--{name} {old[name]} (now {now[name]})"
+        for name in sorted(now.keys() & old.keys() - FREE_FLAGS)
+        if old[name] != now[name]
     ]
     if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
         changed.append(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mcn_ext import distributed
-from mcn_ext.objective import Objective
+from mcn_ext.objective import Objective, Terms
 from mcn_ext.reference import unit_rows
 
 SAMPLE = 512
@@ -47,12 +47,12 @@ def _sample(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def diagnose(objective: Objective) -> dict[str, float]:
-    """Of the objective's last batch, by modality: ``norm_*``, mean length of the embeddings;
+def diagnose(objective: Objective, terms: Terms) -> dict[str, float]:
+    """Of a step's batch, by modality: ``norm_*``, mean length of the embeddings;
     ``rank_*``, their :func:`effective_rank` at unit length; ``uniformity_*``. By pair: mean cosine
     of ``positive_*`` and ``negative_*`` clips, ``alignment_*``, mean |x - y|^2 of positives. All
     ranks call this; waits for the device."""
-    embeddings, _, batch = objective.last
+    embeddings, batch = terms.embeddings, terms.batch
     out, unit, valid = {}, {}, {}
     for name in objective.modalities:
         rows = _sample(embeddings[name]).float()

@@ -1,15 +1,16 @@
-"""The flags both training scripts share. Imports nothing heavy: ``--help`` is to answer at once."""
+"""Parsing flags, and what they default to. Imports nothing heavy: ``--help`` answers at once."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import math
 import os
 import sys
 import time
 from pathlib import Path
+
+from mcn_ext.modalities import MODALITIES, PAIRS
 
 DATA = Path("data/howto100m.h5")
 # Evaluation stores where the scripts look, and what makes them.
@@ -28,50 +29,23 @@ PREPARE = {
 }
 WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
 
-# paper: the published and requested experiment. demo: the same code on 2 cores in two minutes.
-PRESETS = {
-    "paper": dict(
-        batch_size=128,
-        n_pair=32,
-        lr=1e-4,
-        embd_dim=6144,
-        recon_dim=1024,
-        audio_width=1.0,
-        audio_frames=1000,
-        min_time=10.0,
-        max_words=20,
-        cluster_size=256,
-        queue_size=20,
-        refit_every=20,
-        temperature=0.05,
-        margin=0.001,
-        cluster_weight=1.0,
-        recon_weight=50.0,
-        audio_augment=0.0,
-    ),
-    "demo": dict(
-        batch_size=16,
-        n_pair=8,
-        lr=2e-3,
-        embd_dim=256,
-        recon_dim=128,
-        audio_width=0.125,
-        audio_frames=300,
-        min_time=1.0,
-        max_words=20,
-        cluster_size=64,
-        queue_size=20,
-        refit_every=20,
-        temperature=0.1,
-        margin=0.001,
-        cluster_weight=0.3,
-        recon_weight=5.0,
-        audio_augment=0.0,
-    ),
+# Flags of the first edition, and what to use now.
+GONE = {
+    "--micro_batch": "use --checkpoint_activations when memory is short",
+    "--dry_run": "use --max_steps 20; log.jsonl then has the time, the waiting and the memory",
+    "--hang_minutes": "a rank that waits 10 minutes for the others ends the job",
+    "--max_bad_steps": "a run stops after 10 bad steps in a row",
+    "--grad_outliers": "use --clip_grad_norm",
+    "--grad_factor": "use --clip_grad_norm",
+    "--refit_every": "k-means runs every --queue_size steps",
+    "--max_words": "20 words of a caption are used",
+    "--loss_impl": "the environment variable MCN_LOSS=reference chooses the plain PyTorch losses",
+    "--clean_first": "it is no longer supported",
+    "--joint_pairs": "it is no longer supported",
+    "--tensorboard": "log.jsonl has all numbers, and curves.png shows them",
+    "--detect": "use python -m mcn_ext.train.replay FILE",
+    "--keep_epochs": "each epoch's weights are kept in epoch-NN.pt; remove what you do not need",
 }
-EPOCHS = {1: 20, 2: 10}
-SIZES = ("embd_dim", "recon_dim", "audio_width")
-PAIRS = ("AV", "VT", "AT", "AVT")
 
 
 def _hook(kind, value, trace) -> None:
@@ -118,6 +92,10 @@ class Parser(argparse.ArgumentParser):
                 self,
             )
             flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            for flag in flags:
+                name = flag.replace("-", "_").replace("__", "--", 1).replace("--no_", "--")
+                if name in GONE:
+                    chosen.error(f"{flag} is gone: {GONE[name]}")
             known = [*chosen._option_string_actions, *self.also]
             near = {flag: difflib.get_close_matches(flag, known, 1, 0.7) for flag in flags}
             chosen.error(
@@ -186,348 +164,51 @@ def not_negative(kind):
     return _checked(kind, lambda value: value >= 0, "0 or more")
 
 
-def add_training_flags(parser: Parser, stage: int) -> None:
-    """All flags of a training run but the pair. What is not given, :func:`complete` fills in."""
-    paper, demo = PRESETS["paper"], PRESETS["demo"]
-    switch = argparse.BooleanOptionalAction
-
-    def add(name, kind, metavar, text, **kwargs):
-        if name in paper:
-            text += f" (paper {paper[name]:g}, demo {demo[name]:g})"
-        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text, **kwargs)
-
-    group = parser.add_argument_group("data")
-    add("data", Path, "PATH", f"store or folder of shards (default {DATA}, else the demo data)")
-    add(
-        "word2vec",
-        Path,
-        "FILE",
-        "word vectors: word2vec .bin, text .txt/.vec, gensim .kv, or a "
-        f"run's words.npz; the last two without gensim (default {WORD2VEC}; without one, vectors "
-        "are trained on the captions)",
-    )
-    add(
-        "preset",
-        str,
-        None,
-        "paper: the published experiment; demo: small, for a CPU (default: "
-        "paper when there is data)",
-        choices=("paper", "demo"),
-    )
-    add("n_pair", positive(int), "N", "clips per video and step; lower it for few captions a video")
-    add(
-        "min_time",
-        not_negative(float),
-        "S",
-        "seconds a clip has at least, grown by neighbouring captions; lower it for short videos",
-    )
-    add("max_words", positive(int), "N", "words of a clip that are used")
-    add(
-        "audio_frames",
-        positive(int),
-        "N",
-        "frames of 10 ms of a clip's sound that are used; memory and time grow with it",
-    )
-    add(
-        "audio_augment",
-        not_negative(float),
-        "X",
-        "strength of random changes of voice, pace and "
-        "room of training clips; 1 when there are few speakers",
-    )
-    add(
-        "workers",
-        not_negative(int),
-        "N",
-        "processes that read ahead, per rank; raise it when "
-        "data_wait in log.jsonl is not near 0 (default: up to 8 with a GPU, 0 on a CPU)",
-    )
-
-    if stage == 1:
-        group = parser.add_argument_group("model")
-        add(
-            "embd_dim",
-            positive(int),
-            "D",
-            "width of the joint space; the first to lower when memory is short",
-        )
-        add("recon_dim", positive(int), "D", "hidden width of the reconstruction heads")
-        add(
-            "audio_width",
-            positive(float),
-            "X",
-            "width of DAVEnet, 1 as published; 0.25 for small data",
-        )
-
-    group = group if stage == 1 else parser.add_argument_group("model")
-    add(
-        "init_published",
-        Path,
-        "FILE",
-        "start from published weights (.pth, .pt, .safetensors; "
-        "the MCN's or AVLnet's): the pair's encoders and heads; sizes are the file's"
-        + ("" if stage == 1 else ". In place of --init; data and words are flags then"),
-    )
-
-    group = parser.add_argument_group("objective")
-    add(
-        "temperature",
-        positive(float),
-        "T",
-        "of contrastive and clustering terms; higher when "
-        "data is noisy (0.05 to 0.15). 1 with --similarity dot",
-    )
-    add("margin", float, "M", "taken off the positives' similarity")
-    add(
-        "similarity",
-        str,
-        None,
-        "cosine, or dot: the published objective, which can diverge (default cosine)",
-        choices=("cosine", "dot"),
-    )
-    add(
-        "loss_impl",
-        str,
-        None,
-        "fused: compiled, within MCN_LOSS_BUDGET bytes (default 2 GiB); "
-        "reference: plain PyTorch, to compare (default fused)",
-        choices=("fused", "reference"),
-        default="fused",
-    )
-    group.add_argument(
-        "--joint_pairs",
-        action=switch,
-        default=None,
-        help="with three modalities, "
-        "also align each with the mean of the other two; try it when one is noisy, "
-        "or when two are searched together (default off, as published)",
-    )
-    if stage == 2:
-        add(
-            "clean_first",
-            not_negative(float),
-            "SHARE",
-            "leave out the clips whose first pair "
-            "agrees least: half of each batch at the start, none after this share of the run; try "
-            "0.5 when data is noisy (default 0: off)",
-            default=0.0,
-        )
-    add("cluster_weight", not_negative(float), "W", "weight of the clustering loss, 0: without")
-    add("recon_weight", not_negative(float), "W", "weight of the reconstruction loss, 0: without")
-    add(
-        "cluster_size",
-        positive(int),
-        "K",
-        "number of centroids; the queue must hold many times as many clips",
-    )
-    add("queue_size", positive(int), "STEPS", "steps whose features are clustered")
-    add("refit_every", positive(int), "STEPS", "steps between two k-means fits")
-
-    group = parser.add_argument_group("optimisation")
-    add(
-        "batch_size",
-        positive(int),
-        "N",
-        "videos per step over ALL ranks; more negatives help, up to what memory holds",
-    )
-    add(
-        "micro_batch",
-        not_negative(int),
-        "N",
-        "clips per rank that are encoded at a time: when "
-        "memory is short, at the price of running the encoders' forward twice; same gradients, "
-        "BatchNorm of the whole batch (default 0: all at once)",
-        default=0,
-    )
-    add(
-        "epochs",
-        positive(int),
-        "N",
-        f"passes over the videos (default {EPOCHS[stage]})",
-        default=EPOCHS[stage],
-    )
-    add("lr", positive(float), "LR", "Adam's learning rate at its peak; try 1e-3 for small data")
-    add(
-        "warmup_steps",
-        not_negative(int),
-        "N",
-        "steps of linear warm-up before the cosine decay "
-        "(default: a tenth of all steps, at most 1000)",
-    )
-    add(
-        "precision",
-        str,
-        None,
-        "of the encoders; losses and clustering are always fp32 (default: "
-        "bf16 on GPUs that have it, else fp32)",
-        choices=("fp32", "bf16", "fp16"),
-    )
-    group.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="take a few steps, keep nothing, and "
-        "say what the run will cost: time, memory, disk; before a long one",
-    )
-    add("max_steps", positive(int), "N", "stop after so many steps; the schedule stays as it is")
-    add(
-        "max_bad_steps",
-        positive(int),
-        "N",
-        "stop after so many steps in a row whose loss or "
-        "gradient is not finite; each is skipped and explained (default 10)",
-        default=10,
-    )
-    add(
-        "grad_outliers",
-        str,
-        None,
-        "what to do with a gradient whose norm is over --grad_factor "
-        "times the median of the last 100 steps: clip it to that, or skip the step; try clip when "
-        "the loss has spikes (default off)",
-        choices=("off", "clip", "skip"),
-        default="off",
-    )
-    add("grad_factor", positive(float), "X", "see --grad_outliers (default 10)", default=10.0)
-
-    group = parser.add_argument_group("run")
-    add("out", Path, "DIR", "run folder (default runs/stage..., by pair and data)")
-    group.add_argument(
-        "--resume",
-        action=switch,
-        default=True,
-        help="go on from the run folder's "
-        "checkpoint if there is one; --no-resume keeps the old folder as <name>.1 "
-        "and starts anew",
-    )
-    add("seed", not_negative(int), "N", "of weights, sampling and clustering (default 0)")
-    add("device", str, "DEV", "auto, cpu, cuda or cuda:N (default auto)", default="auto")
-    add(
-        "save_every",
-        positive(int),
-        "STEPS",
-        "steps between checkpoints within an epoch (default 1000); a kill costs at most these",
-        default=1000,
-    )
-    group.add_argument(
-        "--keep_epochs",
-        action=switch,
-        default=True,
-        help="keep each epoch's weights, epoch-NN.pt; --no-keep_epochs when disk is short",
-    )
-    add(
-        "log_every",
-        positive(int),
-        "STEPS",
-        "steps between lines of log.jsonl (default 10); each waits for the GPU",
-        default=10,
-    )
-    add(
-        "hang_minutes",
-        positive(float),
-        "MIN",
-        "of several ranks: when a step takes longer, name "
-        "the rank and the step it hangs at, and end the job (default 10)",
-        default=10.0,
-    )
-    group.add_argument(
-        "--detect",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="FILE",
-        help="train nothing: replay a bad step kept in the run folder (default: its "
-        "last) and print the first module and tensor that is not finite",
-    )
-    group.add_argument(
-        "--tensorboard",
-        action=switch,
-        default=False,
-        help="also write TensorBoard events to the run folder (pip install tensorboard)",
-    )
+def letter(text: str) -> str:
+    """The letter of a modality, in any case."""
+    if text.upper() not in MODALITIES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(MODALITIES)}")
+    return text.upper()
 
 
-# What stage 2 takes from the run it starts from unless it is given: the data and all that must not
-# differ between stages.
-INHERITED = (
-    "data",
-    "word2vec",
-    "n_pair",
-    "min_time",
-    "max_words",
-    "audio_frames",
-    "audio_augment",
-    "embd_dim",
-    "recon_dim",
-    "audio_width",
-    "temperature",
-    "margin",
-    "similarity",
-    "joint_pairs",
-    "cluster_weight",
-    "recon_weight",
-    "cluster_size",
-    "queue_size",
-    "refit_every",
-    "batch_size",
-    "lr",
-    "precision",
-    "seed",
-    "preset",
-)
+def find_data(data: Path | None, preset: str | None) -> tuple[Path, str, bool]:
+    """(training data, preset, whether it is the demo data) for what --data and --preset say."""
+    if data is None:
+        found = next((path for path in (DATA, DATA.with_suffix("")) if path.exists()), None)
+        if preset == "paper" and found is None:
+            raise SystemExit(
+                f"--preset paper: no data at {DATA}; prepare it (python -m mcn_ext.prepare "
+                "howto100m --help) or give --data"
+            )
+        data = DEMO / "train.h5" if found is None or preset == "demo" else found
+    demo = data.resolve() == (DEMO / "train.h5").resolve()
+    return data, preset or ("demo" if demo else "paper"), demo
 
 
-def complete(args: argparse.Namespace, inherited: dict | None = None) -> argparse.Namespace:
-    """Fill in what was not given: from ``inherited``, then from the preset the data asks for.
-    SystemExit for what cannot work, before anything is read."""
+def check_paths(args: argparse.Namespace) -> None:
+    """SystemExit for what cannot work, before anything is read; the default of --word2vec."""
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise SystemExit(f"--out {args.out}: a file, not a folder; give another")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise SystemExit(
-            "--tensorboard needs: pip install tensorboard (or pip install -e '.[tensorboard]')"
-        )
-    inherited = dict(inherited or {})
-    if args.similarity not in (None, inherited.get("similarity")):
-        inherited.pop("temperature", None)  # the other similarity has another scale
-    for name in INHERITED:
-        if getattr(args, name, None) is None:
-            value = inherited.get(name)
-            setattr(args, name, Path(value) if value and name in ("data", "word2vec") else value)
-    if args.data is None:
-        found = next((path for path in (DATA, DATA.with_suffix("")) if path.exists()), None)
-        if args.preset == "paper" and found is None:
-            raise SystemExit(
-                f"--preset paper: no data at {DATA}; prepare it (python -m "
-                "mcn_ext.prepare howto100m --help) or give --data"
-            )
-        args.data = DEMO / "train.h5" if found is None or args.preset == "demo" else found
-    args.demo = args.data.resolve() == (DEMO / "train.h5").resolve()
     if not args.demo and not args.data.exists():
         raise SystemExit(
-            f"--data {args.data}: no such store; prepare one with python -m "
-            "mcn_ext.prepare, or check the path"
+            f"--data {args.data}: no such store; prepare one with python -m mcn_ext.prepare, or "
+            "check the path"
         )
-    args.preset = args.preset or ("demo" if args.demo else "paper")
-    preset = dict(PRESETS[args.preset])
-    if args.similarity == "dot":  # the published objective: the dot product at temperature 1
-        preset["temperature"] = 1.0
-    for name, value in preset.items():
-        if (
-            getattr(args, name, None) is None  # sizes of a published file are the file's
-            and not (name in SIZES and getattr(args, "init_published", None))
-        ):
-            setattr(args, name, value)
-    args.similarity = args.similarity or "cosine"
-    args.resume = args.resume or args.detect is not None  # the kept step lies in the run folder
-    args.seed, args.joint_pairs = args.seed or 0, bool(args.joint_pairs)
-    has_words = "T" in inherited.get("pair", "")  # stage 1's text encoder knows its own vectors
-    if args.word2vec is None and WORD2VEC.exists() and not args.demo and not has_words:
+    if args.word2vec is None and WORD2VEC.exists() and not args.demo:
         args.word2vec = WORD2VEC
     if args.word2vec is not None and not args.word2vec.is_file():
         raise SystemExit(
-            f"--word2vec {args.word2vec}: no such file; leave it out to train vectors "
-            "on the captions"
+            f"--word2vec {args.word2vec}: no such file; leave it out to train vectors on the "
+            "captions"
         )
-    return args
+
+
+def next_command(folder: Path, modalities: str, named: bool) -> str:
+    """What to run after a stage; ``named``: with its folder, which is not the default one."""
+    missing = next((m for m in MODALITIES if m not in modalities), None)
+    script = f"train_stage2.py --add {missing}" if missing else "evaluate.py --youcook2"
+    where = f" --{'init' if missing else 'run'} {folder}" if named else ""
+    return f"Next: python {script}{where}"
 
 
 def as_dict(args: argparse.Namespace) -> dict:

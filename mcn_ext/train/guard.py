@@ -1,33 +1,30 @@
-"""Steps that went wrong: skipped without a trace, explained, kept for a replay (:mod:`.replay`).
+"""Skips steps whose loss or gradient is not finite, reports the cause, and keeps the batch.
 
-A step is bad when the loss or a gradient is not finite, or, by rule, when its gradient's norm is an
-outlier. It then changes nothing: weights, optimiser, schedule, clustering queue and BatchNorm
-statistics stay as they were.
+A skipped step changes nothing: weights, optimiser, schedule, clustering queue and BatchNorm
+statistics stay as they were. ``python -m mcn_ext.train.replay FILE`` replays a kept batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from mcn_ext import distributed
-from mcn_ext.objective import Objective
+from mcn_ext.objective import Objective, Terms
 from mcn_ext.train import checkpoint
 from mcn_ext.train.log import say
 
+MAX_BAD_STEPS = 10  # in a row: then the run stops
 MAX_DUMPS = 3  # batches kept in a run folder, the newest: each has the weights beside it
 OVERFLOWS = 24  # in a row are a search for the loss scale, from 65,536 down to 0.004
-NORMS, ENOUGH_NORMS = 100, 20  # steps whose gradient norms are remembered; fewest for a rule
 SHOWN, LISTED = 5, 50  # clips or tensors that a report names, clips that log.jsonl lists
 MANY = 8  # overflows in a row are said
-COUNTS = ("skipped", "clipped", "in_a_row", "overflows")
-GRADIENT, OUTLIER = "the gradient is not finite", "the gradient is an outlier"
+COUNTS = ("skipped", "in_a_row", "overflows")
+GRADIENT = "the gradient is not finite"
 
 
 def bad_rows(x: Tensor) -> Tensor:
@@ -44,14 +41,15 @@ def _inputs(batch: Mapping, modality: str) -> list[Tensor]:
     return [batch["audio"]]
 
 
-def find_clips(objective: Objective) -> list[dict]:
-    """Where the last batch first goes wrong on this rank: per modality, the first of its inputs,
+def find_clips(modalities: list[str], terms: Terms) -> list[dict]:
+    """Where a batch first goes wrong on this rank: per modality, the first of its inputs,
     embeddings and reconstruction errors that is not finite, with the clips it is so for."""
-    embeddings, errors, batch = objective.last
-    found = []
-    for name in objective.modalities:
-        stages = [("input", x) for x in _inputs(batch, name)] + [("embedding", embeddings[name])]
-        stages += [("reconstruction", errors[name])] if name in errors else []
+    batch, found = terms.batch, []
+    for name in modalities:
+        stages = [("input", x) for x in _inputs(batch, name)]
+        stages.append(("embedding", terms.embeddings[name]))
+        if name in terms.errors:
+            stages.append(("reconstruction", terms.errors[name]))
         for stage, x in stages:
             bad = bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
             if bad.any():
@@ -113,95 +111,60 @@ def found_lines(clips: list[dict], terms: dict, describe) -> list[str]:
 
 
 class Guard:
-    """Decides whether a step counts; ``skipped`` and ``clipped`` steps in all, ``in_a_row`` bad
-    ones until now.
+    """Decides whether a step counts.
 
     Args:
         scaler: steps whose gradients overflow while it looks for its scale are skipped, but are not
             bad, up to OVERFLOWS in a row.
-        max_bad_steps: how many in a row :meth:`give_up` bears.
-        outliers: "off", or "clip" or "skip" gradients whose norm is above ``factor`` times the
-            median of the last steps'. Skipped ones are not bad steps either.
         describe: clip ids -> texts that a person understands.
+
+    Attributes: ``skipped`` steps in all, ``in_a_row`` bad ones until now, ``norm`` of the last
+    gradient.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         folder: Path,
-        *,
-        max_bad_steps: int = 10,
-        outliers: str = "off",
-        factor: float = 10.0,
         describe: Callable[[list[int]], list[str]] = lambda ids: list(map(str, ids)),
     ):
-        self.model, self.objective = model, objective
-        self.optimizer, self.scaler = optimizer, scaler
-        self.folder, self.max_bad_steps, self.describe = folder, max_bad_steps, describe
-        self.outliers, self.factor = outliers, factor
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.model, self.objective, self.scaler = model, objective, scaler
+        self.folder, self.describe = folder, describe
         self.buffers = list(model.buffers())  # BatchNorm statistics
-        self.before_step = [buffer.clone() for buffer in self.buffers]
-        self.skipped = self.clipped = self.in_a_row = self.overflows = 0
-        self.norms: deque[float] = deque(maxlen=NORMS)
-        self.stop = False  # a rank was asked to end
-        self.norm = math.nan  # of the last step's gradient, before clipping
+        self.remembered = [buffer.clone() for buffer in self.buffers]
+        self.skipped = self.in_a_row = self.overflows = 0
+        self.norm = math.nan
 
-    def before(self) -> None:
+    def remember(self) -> None:
         """Note what a forward pass changes by itself."""
         if self.buffers:
-            torch._foreach_copy_(self.before_step, self.buffers)
+            torch._foreach_copy_(self.remembered, self.buffers)
 
-    def check(self, total: Tensor, stop: bool = False) -> str:
-        """Why the optimiser must not step, or ""; the same on every rank. Call after backward.
+    def check(self, total: Tensor, norm: Tensor, stop: bool = False) -> tuple[str, bool]:
+        """(why the optimiser must not step, or ""; whether to stop), the same on every rank.
 
-        ``stop``: this rank is asked to end; ``self.stop`` then is True on all, at the same step.
-
-        Gradients are unscaled, and clipped if that is the rule. This waits for the device, once.
+        total: the loss. norm: of the unscaled gradient. stop: this rank is asked to end; all ranks
+        then stop after the same step. This waits for the device, once.
         """
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
         # Ranks hold their shares of the loss, and one decision must serve them all.
-        ours = torch.stack(
-            [
-                total.detach().float(),
-                norm.float().to(total.device),
-                total.new_full((), float(stop), dtype=torch.float32),
-            ]
-        )
-        loss, self.norm, stops = (distributed.total(ours) / distributed.world()).tolist()
-        self.stop = stops > 0
+        stop = total.new_full((), float(stop), dtype=torch.float32)
+        mine = torch.stack([total.detach().float(), norm.float().to(total.device), stop])
+        mean = distributed.total(mine) / distributed.world()
+        loss, self.norm, stops = mean.tolist()
+        why = "" if math.isfinite(self.norm) else GRADIENT
         if not math.isfinite(loss):
-            return "the loss is not finite"
-        if not math.isfinite(self.norm):
-            return GRADIENT
-        limit = math.inf
-        if self.outliers != "off" and len(self.norms) >= ENOUGH_NORMS:
-            limit = self.factor * median(self.norms)
-        # Outliers too: they hardly move a median, and where gradients stay large it comes to them.
-        self.norms.append(self.norm)
-        self.in_a_row = self.overflows = 0
-        if self.norm <= limit:
-            return ""
-        if self.outliers == "skip":
-            return (
-                f"{OUTLIER}: norm {self.norm:.4g} is over {limit:.4g}, {self.factor:g} times "
-                "the median"
-            )
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        self.clipped += 1
-        return ""
+            why = "the loss is not finite"
+        if not why:
+            self.in_a_row = self.overflows = 0
+        return why, stops > 0
 
-    def skip(self, step: int, why: str, args: dict, sizes: dict) -> dict:
+    def skip(self, step: int, why: str, terms: Terms, args: dict) -> dict:
         """Undo a bad step and explain it, on the console too; returns what log.jsonl is to hold of
         it. All ranks call this."""
         if self.buffers:
-            torch._foreach_copy_(self.buffers, self.before_step)
+            torch._foreach_copy_(self.buffers, self.remembered)
         self.skipped += 1
         named = list(self.model.named_parameters())
         gradients = some(not_finite((name, p.grad) for name, p in named))
@@ -220,50 +183,48 @@ class Guard:
                 return {"skipped": why, "gradients": gradients}
         elif self.scaler.is_enabled():
             self.scaler.update(scale)  # a bad batch says nothing of the scale: it stays
-        if why.startswith(OUTLIER):
-            say(f"step {step} skipped: {why}")
-            return {"skipped": why}
         self.in_a_row += 1
+        clips = find_clips(self.objective.modalities, terms)
         row = {
             "skipped": why,
             "in_a_row": self.in_a_row,
             "gradient_norm": str(self.norm),
-            "terms": {name: str(value) for name, value in self.objective.parts().items()},
+            "terms": {name: str(value) for name, value in self.objective.parts(terms).items()},
             "weights": some(not_finite(named)),
             "gradients": gradients,
-            "clips": merge(distributed.gather_objects(find_clips(self.objective))),
-            "file": self._dump(step, why, args, sizes, scale),
+            "clips": merge(distributed.gather_objects(clips)),
+            "file": self._dump(step, why, terms, args, scale),
         }
         if distributed.rank() == 0:
             say(self.report(step, row))
         return row
 
     def give_up(self, step: int) -> None:
-        """SystemExit after ``max_bad_steps`` bad steps in a row."""
-        if self.in_a_row >= self.max_bad_steps:
+        """SystemExit after MAX_BAD_STEPS bad steps in a row."""
+        if self.in_a_row >= MAX_BAD_STEPS:
             raise SystemExit(
-                f"step {step}: {self.in_a_row} bad steps in a row (--max_bad_steps); the run stops."
-                f" They changed nothing: what is saved in {self.folder} is of before. The "
-                "reports above are in log.jsonl, too. If they name single clips, look at their "
-                "features; if weights, or all clips, go back to an earlier epoch or train anew "
-                "(--no-resume) with a lower --lr, --precision fp32 or --similarity cosine"
+                f"step {step}: {self.in_a_row} bad steps in a row; the run stops. They changed "
+                f"nothing: what is saved in {self.folder} is of before. The reports above are in "
+                "log.jsonl, too. If they name single clips, look at their features; if weights, or "
+                "all clips, go back to an earlier epoch or train anew (--no-resume) with a lower "
+                "--lr, --precision fp32 or --similarity cosine"
             )
 
     def report(self, step: int, row: dict) -> str:
         """What :meth:`skip` found, for people."""
         lines = [
             f"step {step} skipped: {row['skipped']} ({row['in_a_row']} in a row, the run "
-            f"stops at {self.max_bad_steps})"
+            f"stops at {MAX_BAD_STEPS})"
         ]
         lines += found_lines(row["clips"], row["terms"], self.describe)
         for kind in ("weights", "gradients"):
             if row[kind]:
                 lines.append(f"  {kind} not finite: {row[kind]}")
         if row["file"]:
-            lines.append(f"  kept in {row['file']}: the same command with --detect replays it")
+            lines.append(f"  to replay it: python -m mcn_ext.train.replay {row['file']}")
         return "\n".join(lines)
 
-    def _dump(self, step: int, why: str, args: dict, sizes: dict, scale: float) -> str | None:
+    def _dump(self, step: int, why: str, terms: Terms, args: dict, scale: float) -> str | None:
         """Keep the batch, each rank its own, and rank 0 the model, in place of the oldest kept.
         None for later ones in a row, which have the same cause, and without room on the disk."""
         if self.in_a_row > MAX_DUMPS:
@@ -276,12 +237,12 @@ class Guard:
             "why": why,
             "n_ranks": distributed.world(),
             "loss_scale": scale,
-            "batch": self.objective.last[2],
+            "batch": terms.batch,
         }
         if rank == 0:
             content |= {
                 "args": args,
-                "sizes": sizes,
+                "sizes": self.model.sizes,
                 "model": self.model.state_dict(),
                 "centroids": clusters.centroids if clusters is not None else None,
             }
@@ -297,12 +258,11 @@ class Guard:
         return str(path)
 
     def state_dict(self) -> dict:
-        return {**{name: getattr(self, name) for name in COUNTS}, "norms": list(self.norms)}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def load_state_dict(self, state: dict) -> None:
         for name in COUNTS:
             setattr(self, name, state.get(name, 0))
-        self.norms.extend(state["norms"])
 
 
 def find_dumps(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a run says and keeps, on rank 0: console, progress, args, env, log.jsonl, TensorBoard."""
+"""What a run prints and keeps, on rank 0: console, progress, args, env, log.jsonl."""
 
 from __future__ import annotations
 
@@ -132,21 +132,12 @@ class RunLog:
     """One run folder's records, and the bar with the time left.
 
     log.jsonl has one object per logged step, and one per skipped step ("skipped": why). A resumed
-    run goes on after the step it resumed from.
+    run goes on after the step it resumed from. ``waited``: seconds for data since the last row,
+    which whoever loops over batches adds to.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        args: dict,
-        device: torch.device,
-        *,
-        step: int,
-        total_steps: int,
-        last_step: int,
-    ):
-        self.folder, self.device, self.first = folder, device, distributed.rank() == 0
-        self.last = last_step
+    def __init__(self, folder: Path, args: dict, device: torch.device, step: int, total_steps: int):
+        self.device, self.first = device, distributed.rank() == 0
         self.last_time, self.waited, self.clips = time.perf_counter(), 0.0, 0
         self.bar = tqdm(
             total=total_steps,
@@ -157,7 +148,6 @@ class RunLog:
             desc=folder.name,
             dynamic_ncols=True,
         )
-        self.board = None
         if not self.first:
             return
         with writing(folder):
@@ -166,79 +156,38 @@ class RunLog:
         append(folder / "env.txt", environment(device) + "\n")  # one block per start
         self.file = log = folder / "log.jsonl"
         if log.exists():  # drop what came after the checkpoint, and a line cut short by a kill
-            write_text(
-                log, "".join(json.dumps(row) + "\n" for row in read(log) if row["step"] <= step)
-            )
-        if args.get("tensorboard"):
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise SystemExit(
-                    "--tensorboard needs: pip install tensorboard "
-                    "(or pip install -e '.[tensorboard]')"
-                ) from None
-            self.board = SummaryWriter(str(folder))
+            rows = [json.dumps(row) + "\n" for row in read(log) if row["step"] <= step]
+            write_text(log, "".join(rows))
 
-    def timed(self, batches):
-        """Pass batches through, measuring how long the loop waited for them."""
-        batches = iter(batches)
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - begin
-            yield batch
-
-    def skipped(self, step: int, epoch: int, clips: int, why: dict) -> None:
-        """Count a step that was skipped, and write why (:meth:`mcn_ext.train.guard.Guard.skip`)."""
-        self.clips += clips
+    def count(self, step: int, n_clips: int) -> None:
+        """Count a step of ``n_clips`` clips over all ranks."""
+        self.clips += n_clips
         self.bar.update(step - self.bar.n)
+
+    def skipped(self, step: int, epoch: int, n_clips: int, why: dict) -> None:
+        """Count a step that was skipped, and write why (:meth:`.Guard.skip`)."""
+        self.count(step, n_clips)
         if self.first:
             append(self.file, json.dumps({"step": step, "epoch": epoch, **why}) + "\n")
 
-    def step(
-        self,
-        step: int,
-        epoch: int,
-        lr: float,
-        terms: dict[str, torch.Tensor],
-        clips: int,
-        every: int,
-        extra: Callable[[], dict],
-    ) -> None:
-        """Count a step of ``clips`` clips over all ranks; when it is due, write a row with what
-        ``extra`` returns."""
-        self.clips += clips
-        self.bar.update(step - self.bar.n)
-        if step % every and step != self.last:
-            return
-        # The mean over ranks: each holds its share of the terms that are not of the global batch.
-        # This waits for the device.
+    def write(self, row: dict, terms: dict[str, torch.Tensor], more: dict) -> None:
+        """Add a row: ``row``, the terms' means over ranks, speed, then ``more``. All ranks call
+        this; it waits for the device."""
+        # Each rank holds its share of the terms that are not of the global batch.
         mean = distributed.total(torch.stack(list(terms.values())).float()) / distributed.world()
         values = dict(zip(terms, mean.tolist(), strict=True))
         now = time.perf_counter()
         seconds = now - self.last_time
-        row = {
-            "step": step,
-            "epoch": epoch,
-            "lr": lr,
-            **values,
+        speed = {
             "clips_per_s": round(self.clips / seconds, 1),
             "data_wait": round(self.waited / seconds, 4),
             "peak_mib": round(self._peak_mib(), 1),
-            **extra(),
         }
         self.last_time, self.waited, self.clips = now, 0.0, 0
-        self.bar.set_postfix_str(
-            " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items()), refresh=False
-        )
+        shown = " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items())
+        self.bar.set_postfix_str(shown, refresh=False)
         if self.first:
-            append(self.file, json.dumps(row) + "\n")
-            if self.board:
-                for name, value in row.items():
-                    self.board.add_scalar(name, value, step)
+            append(self.file, json.dumps({**row, **values, **speed, **more}) + "\n")
 
     def _peak_mib(self) -> float:
         if self.device.type == "cuda":
@@ -251,8 +200,6 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.board:
-            self.board.close()
 
 
 def read(path: Path) -> list[dict]:

@@ -1,193 +1,148 @@
-"""A kept bad step run again (``--detect``): where it first goes wrong, forward and backward."""
+"""Replays a batch that a run skipped, and says where it first goes wrong.
+
+    python -m mcn_ext.train.replay runs/stage1-AV/bad-step-000123.pt
+
+One process, fp32 unless --precision; the batches of all ranks are joined. Forward hooks tell the
+first module whose output is not finite, tensor hooks the first gradient.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.module_tracker import ModuleTracker
 
+from mcn_ext.modalities import MODALITIES
+from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
 from mcn_ext.train import checkpoint
-from mcn_ext.train.guard import (
-    MAX_DUMPS,
-    SHOWN,
-    bad_rows,
-    find_clips,
-    find_dumps,
-    found_lines,
-    merge,
-    not_finite,
-    some,
+from mcn_ext.train.guard import SHOWN, bad_rows, find_clips, found_lines, merge, not_finite, some
+
+OBJECTIVE = (
+    "temperature margin similarity cluster_weight recon_weight cluster_size queue_size seed".split()
 )
 
 
-def replay(
-    file: Path,
-    folder: Path,
-    model: torch.nn.Module,
-    objective: Objective,
-    autocast,
-    device: torch.device,
-    describe,
-) -> str:
-    """Run a kept bad step again, in one process, and say where it first goes wrong.
-
-    ``file``: as kept by :class:`Guard`; the folder's last if it is Path(). Changes ``model``. The
-    ranks' batches are joined.
-    """
-    if file == Path():
-        kept = find_dumps(folder)
-        if not kept:
-            raise SystemExit(
-                f"--detect: no bad-step-*.pt in {folder}; a run keeps its newest "
-                f"{MAX_DUMPS} bad steps there"
-            )
-        file = kept[-1]
+def load(file: Path) -> tuple[dict, dict]:
+    """(what rank 0 kept of the step, the batch of all ranks)."""
     dump = checkpoint.load(file, kind="mcn_bad_step")
-    parts = [dump] + [
-        checkpoint.load(file.with_name(f"{file.stem}.rank{r}.pt"), "mcn_bad_step")
-        for r in range(1, dump["n_ranks"])
-    ]
-    if dump["sizes"] != model.sizes:
-        raise SystemExit(
-            f"--detect {file}: kept from a model of {dump['sizes']}, not "
-            f"{model.sizes}; give the run's own flags"
-        )
+    if "model" not in dump:
+        raise SystemExit(f"{file}: another rank's part; give the file without .rankN")
+    others = [file.with_name(f"{file.stem}.rank{rank}.pt") for rank in range(1, dump["n_ranks"])]
+    parts = [dump, *(checkpoint.load(other, kind="mcn_bad_step") for other in others)]
+    return dump, join([part["batch"] for part in parts])
+
+
+def join(batches: list[Mapping]) -> dict:
+    """Ranks' batches as one, audio padded to the longest."""
+    out = {}
+    for key, value in batches[0].items():
+        values = [batch[key] for batch in batches]
+        if isinstance(value, Mapping):
+            out[key] = join(values)
+            continue
+        if key == "audio":
+            longest = max(v.shape[-1] for v in values)
+            values = [nn.functional.pad(v, (0, longest - v.shape[-1])) for v in values]
+        out[key] = torch.cat(values)
+    return out
+
+
+def build(dump: dict) -> tuple[MCN, Objective]:
+    """The model and the objective as they were before the step."""
+    args, model = dump["args"], MCN(**dump["sizes"])
     model.load_state_dict(dump["model"])
+    names = model.modalities
+    if "add" in args and args["stage1_encoders"] == "frozen":
+        model.freeze([name for name in names if name != MODALITIES[args["add"]].name])
     model.train()
-    if objective.clusters is not None:
-        centroids = dump["centroids"]
-        objective.clusters.centroids = None if centroids is None else centroids.to(device)
-    batch = _joined([part["batch"] for part in parts], device)
-    lines = [f"{file}: step {dump['step']}, {dump['why']}; {len(batch['clip_id'])} clips"]
-    weights = not_finite(model.named_parameters())
-    lines += [f"  weights not finite: {some(weights)}"] if weights else []
-    first: list[str] = []  # gradients that are not finite, in the order they arrive
+    trained = [name for name in names if name not in model.frozen]
+    objective = Objective(names, trained, **{name: args[name] for name in OBJECTIVE})
+    if objective.clusters:
+        objective.clusters.centroids = dump["centroids"]
+    return model, objective
 
-    def watch(tensor: Tensor, name: str, of_clips: bool = False) -> None:
+
+def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor) -> None:
+    """Note in ``first`` the first output ("forward") and gradient ("backward") not finite."""
+
+    def on_gradient(name: str):
         def hook(gradient):
-            if torch.isfinite(gradient).all():
-                return
-            text = name
-            if of_clips:
-                bad = batch["clip_id"][bad_rows(gradient)]
-                text += f", for {len(bad)} clips: {some(describe(bad[:SHOWN].tolist()), len(bad))}"
-            first.append(text)
+            if "backward" not in first and not torch.isfinite(gradient).all():
+                first["backward"] = f"the gradient of {name}"
+                if len(gradient) == len(clip_ids):
+                    bad = clip_ids[bad_rows(gradient)].tolist()
+                    first["backward"] += f", for {len(bad)} clips: {some(list(map(str, bad)))}"
 
-        tensor.register_hook(hook)
+        return hook
 
-    def watch_outputs(name: str):
-        def hook(_module, _inputs, output):
+    def on_output(name: str):
+        def hook(_module, inputs, output):
             for x in tree_leaves(output):
-                if isinstance(x, Tensor) and x.requires_grad:
-                    watch(
-                        x,
-                        f"the output of {name or 'the model'}",
-                        of_clips=len(x) == len(batch["clip_id"]),
+                if not isinstance(x, Tensor) or not x.is_floating_point():
+                    continue
+                if "forward" not in first and not torch.isfinite(x).all():
+                    came = [i for i in tree_leaves(inputs) if isinstance(i, Tensor)]
+                    finite = all(torch.isfinite(i).all() for i in came if i.is_floating_point())
+                    first["forward"] = (
+                        f"the output of {name}, {int((~torch.isfinite(x)).sum())} of {x.numel()} "
+                        f"numbers, from {'finite inputs' if finite else 'an input that is not'}"
                     )
+                if x.requires_grad:
+                    x.register_hook(on_gradient(f"the output of {name}"))
 
         return hook
 
     for name, module in model.named_modules():
-        module.register_forward_hook(watch_outputs(name))
+        if name and not isinstance(module, nn.ModuleList):
+            module.register_forward_hook(on_output(name))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            watch(parameter, name)
-    with FirstNotFinite() as forward, autocast:
+            parameter.register_hook(on_gradient(name))
+
+
+def replay(file: Path, precision: str = "fp32") -> str:
+    """What a kept step shows when it is run again, for people."""
+    dump, batch = load(file)
+    model, objective = build(dump)
+    lines = [f"{file}: step {dump['step']}, {dump['why']}; {len(batch['clip_id'])} clips"]
+    if weights := not_finite(model.named_parameters()):
+        lines.append(f"  weights not finite: {some(weights)}")
+    first: dict[str, str] = {}
+    watch(model, first, batch["clip_id"])
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    autocast = torch.autocast("cpu", kinds[precision]) if precision in kinds else None
+    with autocast or contextlib.nullcontext():
         embeddings, errors = model(batch)
-    # Cut between encoders and losses: what the losses do inside is their own affair (the reference
-    # masks with -inf), what they send back is looked at.
-    sides = {"embedding": embeddings, "reconstruction": errors}
-    leaves = {
-        side: {name: x.detach().requires_grad_(x.requires_grad) for name, x in xs.items()}
-        for side, xs in sides.items()
-    }
-    objective.progress = 1.0  # with all clips, also such as --clean_first has left out
-    terms = objective(leaves["embedding"], leaves["reconstruction"], batch)
-    lines += found_lines(merge([find_clips(objective)]), objective.parts(), describe)
-    lines.append(f"  forward: {forward}")
-    if torch.isfinite(terms["total"]):
-        (terms["total"] * dump["loss_scale"]).backward()
-        ends = [
-            (f"the {name} {side}", sides[side][name], leaf.grad)
-            for side, xs in leaves.items()
-            for name, leaf in xs.items()
-            if leaf.grad is not None
-        ]
-        lines += [
-            f"  losses: the gradient of {name} is not finite"
-            for name, _, grad in ends
-            if not torch.isfinite(grad).all()
-        ]
-        with FirstNotFinite() as backward:
-            torch.autograd.backward([x for _, x, _ in ends], [grad for _, _, grad in ends])
-        lines.append(f"  backward: {backward}")
-        lines += [f"  first gradient that is not finite: {first[0]}"] if first else []
+    terms = objective(embeddings, errors, batch)
+    found = merge([find_clips(objective.modalities, terms)])
+    lines += found_lines(found, objective.parts(terms), lambda ids: list(map(str, ids[:SHOWN])))
+    if torch.isfinite(terms.total):
+        (terms.total * dump["loss_scale"]).backward()
+    lines += [f"  first not finite, {way}: {what}" for way, what in first.items()]
+    if not first:
+        lines.append("  all outputs and gradients are finite here; try the run's --precision")
     return "\n".join(lines)
 
 
-def _joined(batches: list[Mapping], device: torch.device) -> dict:
-    """Ranks' batches as one, audio padded to the longest."""
-    first, out = batches[0], {}
-    for key, value in first.items():
-        values = [batch[key] for batch in batches]
-        if isinstance(value, Mapping):
-            out[key] = _joined(values, device)
-            continue
-        if key == "audio":
-            longest = max(v.shape[-1] for v in values)
-            values = [torch.nn.functional.pad(v, (0, longest - v.shape[-1])) for v in values]
-        out[key] = torch.cat(values).to(device)
-    return out
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mcn_ext.train.replay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="bad-step-NNNNNN.pt of a run folder")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    args = parser.parse_args(argv)
+    print(replay(args.file, args.precision))
+    return 0
 
 
-aten = torch.ops.aten
-OVERWRITE = {aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default}
-
-
-class FirstNotFinite(TorchDispatchMode):
-    """Notes the first operation that yields NaN or inf, and, forward, its module."""
-
-    def __init__(self):
-        super().__init__()
-        self.tracker, self.found = ModuleTracker(), "all finite"
-
-    def __enter__(self):
-        self.tracker.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.tracker.__exit__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        # Neither makes numbers: views share theirs, and memory just asked for holds any.
-        if self.found != "all finite" or func.is_view or "empty" in str(func):
-            return func(*args, **kwargs)
-        # Looked at before, for what is written in place; what is only written to is not read.
-        read = {name: value for name, value in kwargs.items() if name != "out"}
-        inputs = [
-            x for x in tree_leaves((args[func in OVERWRITE :], read)) if isinstance(x, Tensor)
-        ]
-        before = not_finite((str(i), x) for i, x in enumerate(inputs))
-        out = func(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all():
-                module = max(self.tracker.parents - {"Global"}, key=len, default="")
-                self.found = (
-                    f"first {f'in {module}: ' if module else ''}{func} yields "
-                    f"{int((~torch.isfinite(x)).sum())} of {x.numel()} entries not finite in "
-                    f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from "
-                    + ("an input that was not finite" if before else "finite inputs")
-                )
-                break
-        return out
-
-    def __str__(self) -> str:
-        return self.found
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What a stage reads before it starts: store, word vectors; and the checks that need no model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcn_ext import distributed
+from mcn_ext.data.clips import ClipReader, lack_of_shared_memory
+from mcn_ext.data.store import Store, StoreError
+from mcn_ext.data.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
+from mcn_ext.modalities import PAIRS
+from mcn_ext.objective import Objective
+from mcn_ext.train import flags
+from mcn_ext.train.log import say
+
+DEMO_BANNER = "\n".join(
+    [
+        "=" * 78,
+        "  DEMO DATA (made up): these numbers say that it runs, nothing about real data",
+        "=" * 78,
+    ]
+)
+WORDS = "words.npz"  # in a run folder
+
+
+def open_store(args: argparse.Namespace, modalities: str) -> Store:
+    """The training store (the demo's is made first). SystemExit if it lacks a stream."""
+    try:
+        if args.demo:
+            from mcn_ext.prepare import demo
+
+            say(DEMO_BANNER)
+            distributed.first_rank_first(
+                lambda: demo.is_there(flags.DEMO) or demo.prepare(flags.DEMO)
+            )
+        store = Store(args.data)
+    except (StoreError, OSError) as error:
+        raise SystemExit(f"--data {error}") from None
+    streams = ", ".join(store.dims)
+    if "A" in modalities and "mel" not in store.dims:
+        raise SystemExit(f"--data {args.data}: no stream 'mel' for audio in it, only {streams}")
+    if "V" in modalities and not video_dims(store):
+        raise SystemExit(f"--data {args.data}: no video stream in it, only {streams}")
+    return store
+
+
+def video_dims(store: Store) -> dict[str, int]:
+    """Streams a video is embedded from, with their widths: all but the spectrogram."""
+    return {name: dim for name, dim in store.dims.items() if name != "mel"}
+
+
+def check_widths(store: Store, sizes: dict, flag: str) -> None:
+    """SystemExit if a model of ``sizes`` cannot read the store's video streams."""
+    if "V" not in sizes["modalities"]:
+        return
+    wrong = [
+        f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
+        for name, dim in sizes["video_dims"].items()
+        if store.dims.get(name) != dim
+    ]
+    if wrong:
+        raise SystemExit(
+            f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features the run was "
+            "trained on, or use another run"
+        )
+
+
+def check_batch_size(args: argparse.Namespace, n_videos: int) -> None:
+    """SystemExit if a batch does not fit the data or the ranks."""
+    if args.batch_size > n_videos:
+        raise SystemExit(
+            f"--batch_size {args.batch_size}: {args.data} has {n_videos} videos with captions; use "
+            f"--batch_size {n_videos} or less"
+        )
+    n_ranks = args.n_ranks
+    if args.batch_size % n_ranks:
+        fitting = args.batch_size // n_ranks * n_ranks or n_ranks
+        raise SystemExit(
+            f"--batch_size {args.batch_size} videos do not divide by {n_ranks} ranks; use "
+            f"--batch_size {fitting}"
+        )
+
+
+def check_added(added: str, pair: str, init: Path) -> None:
+    """SystemExit if the modality ``added`` cannot be added to the run ``init`` of ``pair``."""
+    if added not in pair and len(pair) == 2:
+        return
+    fits = " or ".join(f"--add {m}" for m in "AVT" if m not in pair and len(pair) == 2)
+    raise SystemExit(
+        f"--add {added}: {init} was trained on {pair}"
+        + (", it has that modality already" if added in pair else "")
+        + f"; use {fits + ' or ' if fits else ''}another --init"
+    )
+
+
+def check_word2vec(args: argparse.Namespace, start: dict, pair: str) -> None:
+    """SystemExit if stage 2 is given other word vectors than stage 1's text encoder learnt with."""
+    if "T" in pair and str(args.word2vec) != str(start["word2vec"]):
+        raise SystemExit(
+            f"--word2vec {args.word2vec}: the text encoder of {args.init} was trained on "
+            f"{start['word2vec'] or 'vectors of its own'}; leave it out"
+        )
+
+
+def no_start(added: str) -> SystemExit:
+    """The error of a stage 2 that finds no run to start from."""
+    pair = next(pair for pair in PAIRS if added not in pair)
+    return SystemExit(
+        f"no stage-1 run without {added} in runs/; train one (python train_stage1.py --pair {pair})"
+        " or name one with --init"
+    )
+
+
+def check_gensim(args: argparse.Namespace, init: Path | None, folder: Path) -> None:
+    """SystemExit if :func:`open_words` will need gensim and it is not installed, before a store or
+    a run folder is made or moved."""
+    kept = [run / WORDS for run in (init, folder if args.resume else None) if run is not None]
+    if not any(path.exists() for path in kept) and not (
+        args.word2vec and is_kept(args.word2vec, _words_beside(args.data))
+    ):
+        require_gensim(args.word2vec)
+
+
+def _words_beside(store: Path) -> Path:
+    """Where the words of a store's captions are kept, as --word2vec has them."""
+    return store.with_name(store.name + ".words.npz")
+
+
+def open_words(
+    args: argparse.Namespace, store: Store, init: Path | None, folder: Path, resumed: bool
+) -> WordVectors:
+    """Word vectors, kept in the run folder: the start run's, or --word2vec's, or trained here."""
+    kept = folder / WORDS
+
+    def find() -> WordVectors:
+        if resumed and kept.exists():
+            return WordVectors.load(kept)
+        if init is not None and (init / WORDS).exists():
+            words = WordVectors.load(init / WORDS)
+        elif args.word2vec is not None:
+            words = vectors_for(store, args.word2vec, _words_beside(store.path))
+        else:
+            say(f"no --word2vec: training word vectors on {store.n_captions} captions")
+            words = train_vectors(store, seed=args.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        words.save(kept)
+        return words
+
+    words = find() if distributed.rank() == 0 else None
+    distributed.barrier()
+    return words or WordVectors.load(kept)
+
+
+def warn_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> None:
+    """Say if the workers' batches of ``n_clips`` clips may not fit into /dev/shm."""
+    if lack := lack_of_shared_memory(reader, n_clips, workers):
+        say(f"WARNING: {lack}")
+
+
+def warn_of_clusters(objective: Objective, n_clips: int, total_steps: int) -> None:
+    """Say if a run of ``total_steps`` steps of ``n_clips`` clips will never cluster."""
+    clusters = objective.clusters
+    if clusters is None:
+        return
+    n_steps, n_rows = clusters.queue_size, clusters.queue_size * n_clips
+    if n_rows < clusters.k:
+        say(
+            f"  NO clustering will take place: --queue_size {n_steps} steps of {n_clips} clips are "
+            f"fewer clips than --cluster_size {clusters.k}; use --cluster_size {n_rows // 4 or 1} "
+            "or less"
+        )
+    elif n_steps >= total_steps:
+        say(
+            f"  NO clustering will take place: with --queue_size {n_steps} the first fit is at "
+            f"step {n_steps}, the run has {total_steps}; lower it, or raise --epochs"
+        )
