@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_stage1
 from mcn_ext import clustering
-from mcn_ext.train import training
+from mcn_ext.data import clips
 
-FLOAT, TO_DEVICE, FIT = torch.Tensor.float, training.to_device, clustering.spherical_kmeans
+FLOAT, TO_DEVICE, FIT = torch.Tensor.float, clips.to_device, clustering.spherical_kmeans
 
 
 def wide(value):
@@ -39,6 +39,6 @@ def use_float64():
 
 if __name__ == "__main__":
     use_float64()
-    training.to_device = lambda *arguments: wide(TO_DEVICE(*arguments))
+    clips.to_device = lambda *arguments: wide(TO_DEVICE(*arguments))
     clustering.spherical_kmeans = fit
     train_stage1.main(sys.argv[1:])

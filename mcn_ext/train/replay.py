@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mcn_ext.data.clips import ClipReader
+from mcn_ext.data.store import Store, StoreError
 from mcn_ext.modalities import MODALITIES
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
@@ -69,7 +71,7 @@ def build(dump: dict) -> tuple[MCN, Objective]:
     return model, objective
 
 
-def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor) -> None:
+def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor, describe) -> None:
     """Note in ``first`` the first output ("forward") and gradient ("backward") not finite."""
 
     def on_gradient(name: str):
@@ -78,7 +80,8 @@ def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor) -> None:
                 first["backward"] = f"the gradient of {name}"
                 if len(gradient) == len(clip_ids):
                     bad = clip_ids[bad_rows(gradient)].tolist()
-                    first["backward"] += f", for {len(bad)} clips: {some(list(map(str, bad)))}"
+                    first["backward"] += f", for {len(bad)} clips: "
+                    first["backward"] += some(describe(bad[:SHOWN]), len(bad))
 
         return hook
 
@@ -107,6 +110,14 @@ def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor) -> None:
             parameter.register_hook(on_gradient(name))
 
 
+def describe_clips(args: dict):
+    """Clip ids -> video, seconds and words, where the run's data still lie there."""
+    try:
+        return ClipReader(Store(Path(args["data"]))).describe
+    except (StoreError, OSError):
+        return lambda ids: [f"clip {i}" for i in ids]
+
+
 def replay(file: Path, precision: str = "fp32") -> str:
     """What a kept step shows when it is run again, for people."""
     dump, batch = load(file)
@@ -115,14 +126,15 @@ def replay(file: Path, precision: str = "fp32") -> str:
     if weights := not_finite(model.named_parameters()):
         lines.append(f"  weights not finite: {some(weights)}")
     first: dict[str, str] = {}
-    watch(model, first, batch["clip_id"])
+    describe = describe_clips(dump["args"])
+    watch(model, first, batch["clip_id"], describe)
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     autocast = torch.autocast("cpu", kinds[precision]) if precision in kinds else None
     with autocast or contextlib.nullcontext():
         embeddings, errors = model(batch)
     terms = objective(embeddings, errors, batch)
     found = merge([find_clips(objective.modalities, terms)])
-    lines += found_lines(found, objective.parts(terms), lambda ids: list(map(str, ids[:SHOWN])))
+    lines += found_lines(found, objective.parts(terms), describe)
     if torch.isfinite(terms.total):
         (terms.total * dump["loss_scale"]).backward()
     lines += [f"  first not finite, {way}: {what}" for way, what in first.items()]
