@@ -216,7 +216,7 @@ def main(argv=None):
     from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs
     from mcn_ext.train.curves import curves
-    from mcn_ext.train.diagnostics import diagnose
+    from mcn_ext.train.diagnostics import diagnose, signs_of_collapse
     from mcn_ext.train.guard import Guard
     from mcn_ext.train.log import RunLog, say
     from mcn_ext.train.signals import StopRequest
@@ -237,7 +237,7 @@ def main(argv=None):
     if "T" in args.pair:
         inputs.check_gensim(args, None, folder)
     store = inputs.open_store(args, args.pair)
-    lock = checkpoint.lock(folder)  # noqa: F841  (held until the end: one run in a folder)
+    checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
     words = (
         inputs.open_words(args, store, None, folder, bool(resumed)) if "T" in args.pair else None
@@ -393,13 +393,12 @@ def main(argv=None):
                 objective.update_clusters(terms)  # into the queue; k-means when due
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:
-                    log.write(
-                        {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]},
-                        terms.scalars(),
-                        {"grad_norm": guard.norm, "skipped_steps": guard.skipped}
-                        | objective.statistics()
-                        | diagnose(objective, terms),
-                    )
+                    row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+                    more = {"grad_norm": guard.norm, "skipped_steps": guard.skipped}
+                    more |= objective.statistics() | diagnose(objective, terms)
+                    log.write(row, terms.scalars(), more)
+                    if step > warmup_steps:  # new encoders map everything to much the same
+                        log.warn_once(step, signs_of_collapse(more))
 
             if step >= last_step or stopped or step % loader.steps_per_epoch == 0:
                 break

@@ -42,7 +42,7 @@ from mcn_ext.train.log import read  # noqa: E402
 COMMAND = (
     "train_stage1.py --pair AV --preset demo --device cpu --epochs 20 --embd_dim 64 "
     "--recon_dim 32 --audio_width 0.0625 --audio_frames 200 --batch_size 16 --n_pair 4 "
-    "--cluster_size 16 --queue_size 4 --refit_every 4 --save_every 5 --log_every 1"
+    "--cluster_size 16 --queue_size 4 --save_every 5 --log_every 1"
 ).split()
 MODES = {"process": 1, "rank": 2, "ranks": 2, "rank4": 4}
 OF_ONE = {"rank", "rank4"}  # torchrun lives on, and starts the ranks again

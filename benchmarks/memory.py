@@ -22,15 +22,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from mcn_ext.train.training import objective_of  # noqa: E402
 from shapes import pretend  # noqa: E402
 
+import train_stage1  # noqa: E402
 from mcn_ext.data.batch import to_device  # noqa: E402
 from mcn_ext.encoders import BatchNorm  # noqa: E402
 from mcn_ext.evaluation.metrics import markdown  # noqa: E402
 from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN, MODALITIES  # noqa: E402
-from mcn_ext.train import flags  # noqa: E402
+from mcn_ext.objective import Objective  # noqa: E402
 from mcn_ext.train.guard import Guard  # noqa: E402
 
 DEVICE = torch.device("cuda")
@@ -58,7 +58,7 @@ def clips(args, n: int, short: float, words: int) -> dict:
     batch = {
         "audio": sound.transpose(1, 2),
         "n_frames": lengths,
-        "words": torch.zeros(n, args.max_words, dtype=torch.int64).random_(words),
+        "words": torch.zeros(n, 20, dtype=torch.int64).random_(words),
         "clip_id": torch.arange(n),
         "caption_id": torch.arange(n),
     }
@@ -69,9 +69,9 @@ def clips(args, n: int, short: float, words: int) -> dict:
 
 def arguments(preset: str = "paper", **changed) -> argparse.Namespace:
     """A training run's flags: their defaults, the preset's and what is changed."""
-    training = flags.Parser()
-    flags.add_training_flags(training, stage=2)  # has --clean_first
-    return argparse.Namespace(**(vars(training.parse_args([])) | flags.PRESETS[preset] | changed))
+    args = train_stage1.get_parser().parse_args(["--pair", "AVT"])
+    sizes = train_stage1.DEMO if preset == "demo" else {}
+    return argparse.Namespace(**(vars(args) | sizes | changed))
 
 
 def measure(
@@ -96,7 +96,15 @@ def measure(
         if added:
             model.freeze(MODALITIES[letter] for letter in pair)
         model.train()
-        objective = objective_of(args, pair + added, added or pair, pair if added else None)
+        objective = Objective(
+            model.modalities,
+            [MODALITIES[letter] for letter in added or pair],
+            temperature=args.temperature,
+            similarity=args.similarity,
+            recon_weight=args.recon_weight,
+            cluster_size=args.cluster_size,
+            queue_size=args.queue_size,
+        )
         clusters = objective.clusters
         clusters.centroids = torch.zeros(args.cluster_size, args.embd_dim, device=DEVICE)
         clusters.queue = [
@@ -105,9 +113,8 @@ def measure(
         queue = sum(rows.nbytes for rows in clusters.queue)
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(learning, lr=args.lr, fused=True)
-        guard = Guard(
-            model, objective, optimizer, torch.amp.GradScaler("cuda", enabled=False), Path(folder)
-        )
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        guard = Guard(model, objective, scaler, Path(folder))
 
         def autocast():
             return torch.autocast("cuda", dtype=torch.bfloat16)
@@ -115,21 +122,22 @@ def measure(
         net = MicroBatched(model, micro_batch, autocast) if micro_batch else model
         gpu.waits, gpu.allowed = 0, 2
         for _ in range(2):  # the first makes gradients and Adam's moments
-            guard.before()
+            guard.remember()
             batch = to_device(host, DEVICE, table)
             before, held.peak = held.live, held.live
             gpu.operators = gpu.moved = 0
             with autocast():
                 embeddings, errors = net(batch)
-            total = objective(embeddings, errors, batch)["total"]
+            terms = objective(embeddings, errors, batch)
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            terms.total.backward()
             if micro_batch:
                 net.backward()
-            if guard.check(total):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in learning])
+            if guard.check(terms.total, norm)[0]:
                 raise AssertionError("a step that counts was expected")
             optimizer.step()
-            objective.enqueue()
+            objective.update_clusters(terms)
         gib = 2**30
         return {
             "pair": pair,

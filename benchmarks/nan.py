@@ -42,7 +42,6 @@ from benchmarks.nan_recipe import (  # noqa: E402
     ABLATION,
     DIM,
     QUEUE,
-    REFIT,
     K,
     Recipe,
     half,
@@ -63,7 +62,6 @@ class Ours:
             ["audio", "video"],
             cluster_size=K,
             queue_size=QUEUE,
-            refit_every=REFIT,
             recon_weight=0.0,
         )
 
@@ -74,10 +72,11 @@ class Ours:
             {},
             {"valid": {"audio": valid, "video": valid}, "clip_id": clip},
         )
-        return terms["total"], terms["contrastive"], terms["cluster"]
+        self.terms = terms
+        return terms.total, terms.contrastive, terms.cluster
 
     def after_step(self):
-        self.objective.enqueue()
+        self.objective.update_clusters(self.terms)
 
     @property
     def centroids(self):

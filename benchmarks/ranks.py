@@ -31,7 +31,7 @@ TERMS = ("total", "contrastive", "cluster", "reconstruction")
 RUN = (
     "--pair AV --preset demo --device cpu --max_steps 50 --log_every 1 --batch_size 16 --n_pair "
     "4 --embd_dim 64 --recon_dim 32 --audio_width 0.0625 --audio_frames 200 --cluster_size 16 "
-    "--queue_size 5 --refit_every 5"
+    "--queue_size 5"
 ).split()
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import train_stage1  # noqa: E402
 from mcn_ext.evaluation.metrics import markdown  # noqa: E402
 from mcn_ext.study import plan as study  # noqa: E402
-from mcn_ext.train import flags  # noqa: E402
 
 DIMS = {"2d": 2048, "3d": 2048}
 SECONDS = 390  # of a video
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3, help="of the peak, assumed")
     parser.add_argument("--fp32_share", type=float, default=0.6, help="the same of k-means")
     args = parser.parse_args()
-    paper = argparse.Namespace(**flags.PRESETS["paper"])
+    paper = train_stage1.get_parser().parse_args(["--pair", "AVT"])
     encoders = study.training_flops(paper, DIMS, "AV", "", 300)
     clip = sum(BYTES.values()) * (CLIP_SECONDS + 1)
     store = args.videos * SECONDS * sum(BYTES.values())

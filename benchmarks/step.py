@@ -14,9 +14,10 @@ Encoders run in --precision, the plain step in --plain_precision (a GPU: bf16 an
 Time: median of the repeats, in each of which the implementations take turns; wall, and processor
 time, which the machine's other work changes less (of a GPU: the host's, until all is launched).
 Parts wait for the device; "in a row" are steps that do not, on one batch, by the clock outside.
-k-means: a refit divided by --refit_every. GFLOP: counted as executed, from shapes (a multiply and
-an add are 2). The ceiling is a matrix product of 1536 cubed in fp32, on a GPU of 8192 cubed in
---precision, in the same repeats and threads; fractions of it are by processor time, on a GPU wall.
+k-means: a refit divided by --queue_size, the steps between two. GFLOP: counted as executed, from
+shapes (a multiply and an add are 2). The ceiling is a matrix product of 1536 cubed in fp32, on a
+GPU of 8192 cubed in --precision, in the same repeats and threads; fractions of it are by processor
+time, on a GPU wall.
 Memory: what a step takes above weights, optimiser and batch, in a process of its own after a
 warm-up step: growth of VmHWM over VmRSS (Linux); on a GPU, with the batch, of allocated memory.
 --no-peaks leaves them out: each reads the clips again.
@@ -46,6 +47,7 @@ import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import train_stage1  # noqa: E402
 from benchmarks.step_plain import NAMES, Plain  # noqa: E402
 from mcn_ext.clustering import spherical_kmeans  # noqa: E402
 from mcn_ext.data.clips import ClipReader, TrainingClips, collate, to_device  # noqa: E402
@@ -54,7 +56,6 @@ from mcn_ext.data.words import WordVectors  # noqa: E402
 from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN  # noqa: E402
 from mcn_ext.objective import Objective  # noqa: E402
-from mcn_ext.train import flags  # noqa: E402
 from mcn_ext.train.guard import Guard  # noqa: E402
 
 DIGITS = dict(
@@ -71,7 +72,7 @@ DIGITS = dict(
     recon_weight=5.0,
     cluster_weight=0.3,
 )
-PRESETS = flags.PRESETS | {"digits": flags.PRESETS["paper"] | DIGITS}  # the README's command
+PRESETS = {"paper": {}, "demo": train_stage1.DEMO, "digits": DIGITS}  # digits: the README's command
 SIZES = {
     **dict.fromkeys(
         ("batch_size", "n_pair", "audio_frames", "embd_dim", "recon_dim", "cluster_size"), int
@@ -137,7 +138,7 @@ def make_store(path: Path, args, n_captions: int) -> Path:
             )
             for name, spec in specs.items()
         }
-        words = [" ".join(f"w{i}" for i in rng.integers(0, 999, args.max_words)) for _ in start]
+        words = [" ".join(f"w{i}" for i in rng.integers(0, 999, 20)) for _ in start]
         writer.add(f"v{video}", rows, start, start + seconds, words)
     return writer.close()
 
@@ -170,7 +171,7 @@ class Clips:
             audio=True,
             words=self.words,
             audio_frames=args.audio_frames,
-            max_words=args.max_words,
+            max_words=20,
         )
         self.clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=0)
         self.table, self.n, self.read_ = torch.from_numpy(vectors), args.batch_size, 0
@@ -205,13 +206,12 @@ class Ours:
             temperature=args.temperature,
             cluster_weight=args.cluster_weight,
             recon_weight=args.recon_weight,
-            refit_every=10**9,
         )
+        self.objective.clusters.refit_every = 10**9  # refits are timed apart
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4, fused=True)
         self.guard = Guard(
             self.model,
             self.objective,
-            self.optimizer,
             torch.amp.GradScaler(device.type, enabled=False),
             folder,
         )
@@ -221,7 +221,7 @@ class Ours:
     def step(self, clock, batch):
         with clock("transfer"):
             batch = to_device(batch, self.device, self.table)
-        self.guard.before()
+        self.guard.remember()
         found = {}
         if self.micro:
             with clock("encoders forward"):
@@ -235,8 +235,8 @@ class Ours:
                 for side in (0, 1)
             )
         with clock("losses"):
-            total = self.objective(embeddings, errors, batch)["total"]
-            total.backward()
+            terms = self.objective(embeddings, errors, batch)
+            terms.total.backward()
         if self.micro:
             with clock("encoders backward"):
                 self.net.backward()
@@ -244,10 +244,11 @@ class Ours:
             with clock(f"{name} backward"):
                 torch.autograd.backward(ends, [embeddings[name].grad, errors[name].grad])
         with clock("optimiser"):
-            self.guard.check(total)
+            grads = [p.grad for p in self.model.parameters()]
+            self.guard.check(terms.total, torch.nn.utils.get_total_norm(grads))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.objective.enqueue()
+        self.objective.update_clusters(terms)
 
     def refit(self, queue, k):
         clusters = self.objective.clusters
@@ -319,7 +320,7 @@ def measure(args, folder: Path) -> dict:
                 step.refit(queue, args.cluster_size)
             del queue
             for taken in (clocks[name].wall, clocks[name].cpu):
-                taken["k-means"][-1] /= args.refit_every
+                taken["k-means"][-1] /= args.queue_size
             if device.type == "cuda" or args.strong:
                 row[name].append(in_a_row(step, batch, device))
         fill.append(float(batch["n_frames"].sum()) / len(batch["n_frames"]) / args.audio_frames)
@@ -476,7 +477,8 @@ def arguments(words=None) -> argparse.Namespace:
     parser.add_argument("--strong", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(words)
-    args = argparse.Namespace(**PRESETS[given.preset])
+    args = train_stage1.get_parser().parse_args(["--pair", "AVT"])
+    vars(args).update(PRESETS[given.preset])
     for name, value in vars(given).items():
         if value is not None or not hasattr(args, name):
             setattr(args, name, value)

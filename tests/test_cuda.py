@@ -33,14 +33,12 @@ def test_step_on_a_gpu_equals_the_cpu(dtype, full):
         device = moved["audio"].device.type
         model = model.to(device)
         model.zero_grad()
-        objective = Objective(
-            model.modalities, model.modalities, cluster_size=2, queue_size=1, refit_every=1
-        )
+        objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1)
         with torch.autocast(
             device, dtype=dtype, enabled=device == "cuda" and dtype != torch.float32
         ):
             embeddings, errors = model(moved)
-        total = objective(embeddings, errors, moved)["total"]
+        total = objective(embeddings, errors, moved).total
         total.backward()
         found.append((total.cpu(), [p.grad.cpu() for p in model.parameters()]))
     (want, slopes), (got, near) = found
@@ -73,12 +71,10 @@ def test_clusters_on_a_gpu_are_the_cpus_and_repeat_bit_for_bit(dtype):
 def test_a_bad_step_on_a_gpu_leaves_no_trace(fault, tmp_path):
     torch.manual_seed(0)
     model = MCN("AVT", **SIZES).cuda()
-    objective = Objective(
-        model.modalities, model.modalities, cluster_size=2, queue_size=1, refit_every=1
-    )
+    objective = Objective(model.modalities, model.modalities, cluster_size=2, queue_size=1)
     optimizer = torch.optim.Adam(model.parameters())
     scaler = torch.amp.GradScaler("cuda", init_scale=64.0)
-    guard = Guard(model, objective, optimizer, scaler, tmp_path)
+    guard = Guard(model, objective, scaler, tmp_path)
     guard.overflows = OVERFLOWS
     data = on_gpu(batch())
     if fault == "loss":
@@ -86,15 +82,17 @@ def test_a_bad_step_on_a_gpu_leaves_no_trace(fault, tmp_path):
     if fault == "gradient":
         model.GU_video.fc.weight.register_hook(lambda g: g * float("nan"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    guard.before()
+    guard.remember()
     with torch.autocast("cuda", dtype=torch.float16):
         embeddings, errors = model(data)
-    total = objective(embeddings, errors, data)["total"]
-    scaler.scale(total).backward()
-    why = guard.check(total)
+    terms = objective(embeddings, errors, data)
+    scaler.scale(terms.total).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    why, _ = guard.check(terms.total, norm)
     assert why == (f"the {fault} is not finite" if fault else "")
     if fault:
-        row = guard.skip(1, why, {}, model.sizes)
+        row = guard.skip(1, why, terms, {})
         assert (row["clips"][0]["modality"] == "text") if fault == "loss" else not row["clips"]
         assert scaler.get_scale() == (64 if fault == "loss" else 32)
         assert not objective.clusters.queue
@@ -102,5 +100,5 @@ def test_a_bad_step_on_a_gpu_leaves_no_trace(fault, tmp_path):
     else:
         scaler.step(optimizer)
         scaler.update()
-        objective.enqueue()
+        objective.update_clusters(terms)
         assert len(objective.clusters.queue) == 1 and guard.norm > 0

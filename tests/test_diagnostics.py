@@ -41,7 +41,7 @@ def objective_with(audio, video, valid=None, clip_id=None):
     n = len(audio)
     objective = Objective(["audio", "video"], ["audio", "video"], recon_weight=0.0)
     everything = torch.ones(n, dtype=torch.bool)
-    objective(
+    return objective, objective(
         {"audio": audio, "video": video},
         {},
         {
@@ -49,7 +49,6 @@ def objective_with(audio, video, valid=None, clip_id=None):
             "clip_id": torch.arange(n) if clip_id is None else clip_id,
         },
     )
-    return objective
 
 
 def test_diagnose_against_plain_sums():
@@ -58,7 +57,7 @@ def test_diagnose_against_plain_sums():
     valid, clip = torch.rand(40, generator=g) < 0.8, torch.arange(40) // 2
     audio[~valid] = float("nan")  # not there: in no number
     video[3], valid[3] = float("inf"), False  # in no loss, though its own modality is there
-    got = diagnose(objective_with(audio, video, valid, clip))
+    got = diagnose(*objective_with(audio, video, valid, clip))
     a, v = unit_rows(audio), unit_rows(video)
     at = valid.nonzero().flatten().tolist()
     positive = sum(float(a[i] @ v[i]) for i in at) / len(at)
@@ -75,13 +74,13 @@ def test_diagnose_against_plain_sums():
 
 def test_large_batches_are_sampled():
     x = torch.randn(3 * SAMPLE + 1, 4, generator=torch.Generator().manual_seed(0))
-    got = diagnose(objective_with(x, x))
+    got = diagnose(*objective_with(x, x))
     assert got["positive_audio_video"] == pytest.approx(1) and got["rank_audio"] <= 4
 
 
 def test_collapse_is_said():
     x = torch.ones(64, 16) + 1e-3 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-    signs = signs_of_collapse(diagnose(objective_with(x, x)) | {"largest_share": 0.9})
+    signs = signs_of_collapse(diagnose(*objective_with(x, x)) | {"largest_share": 0.9})
     assert len(signs) == 4 and "one cluster holds more than half of the clips" in signs[0]
     nobody = torch.zeros(8, dtype=torch.bool)
-    assert not signs_of_collapse(diagnose(objective_with(x[:8], torch.randn(8, 16), nobody)))
+    assert not signs_of_collapse(diagnose(*objective_with(x[:8], torch.randn(8, 16), nobody)))

@@ -6,7 +6,6 @@ This file is also the program that every rank runs: ``python tests/test_distribu
 import contextlib
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -294,24 +293,10 @@ def ranks_of(torchrun):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_hanging_rank_is_named(tmp_path, store_path, number):
+def test_a_dead_rank_ends_the_job_and_is_named(tmp_path, store_path):
+    command = [*LAUNCH, 2, ROOT / "train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            *map(str, LAUNCH),
-            "2",
-            str(ROOT / "train_stage1.py"),
-            "--pair",
-            "AV",
-            "--data",
-            str(store_path),
-            *map(str, SMALL),
-            "--epochs",
-            "2000",
-            "--hang_minutes",
-            "0.05",
-        ],
+        [sys.executable, *map(str, command), "--epochs", "2000"],
         cwd=tmp_path,
         env=os.environ | ONE,
         stdout=subprocess.DEVNULL,
@@ -327,19 +312,9 @@ def test_a_dead_or_hanging_rank_is_named(tmp_path, store_path, number):
                 break
             time.sleep(0.1)
         ranks = ranks_of(process.pid)
-        victim = ranks[1]
-        os.kill(victim, number)
-        begin, said = time.monotonic(), ""
-        for line in process.stderr:
-            said += line
-            if line.startswith("the same command goes on"):
-                break
-        assert time.monotonic() - begin < 60 and f"process {victim}) has ended or is" in said
-        assert re.search(
-            r"rank 1 \(host .*(reading|computing|saving) step \d+\n"
-            r"  the others are (computing|saving) step \d+",
-            said,
-        ), said
+        os.kill(ranks[1], signal.SIGKILL)
+        said = process.communicate(timeout=90)[1]
+        assert process.returncode and f"local_rank: 1 (pid: {ranks[1]})" in said, said[-3000:]
     finally:
         for pid in (process.pid, *ranks.values()):
             with contextlib.suppress(ProcessLookupError):

@@ -14,7 +14,8 @@ import torch
 
 from mcn_ext.data import clips as data
 from mcn_ext.data.store import Store
-from mcn_ext.train import checkpoint, interrupt, log, training
+from mcn_ext.model import MCN
+from mcn_ext.train import checkpoint, guard, log, signals
 from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, call, load_script, run, write_store
 
@@ -184,7 +185,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(
         == 0
     )
     done = train(store_path, folder)
-    assert f"{latest}: damaged" in done.stdout and "going on at step 2 of 4" in done.stdout
+    assert f"{latest}: damaged" in done.stdout and "resumed, step 2 of 4" in done.stdout
     assert (folder / "checkpoint.damaged.pt").exists() and not differences(whole, folder)
 
     flip(latest)
@@ -250,14 +251,14 @@ def test_an_epoch_is_saved_before_the_run_says_so(tmp_path, store_path, monkeypa
 @pytest.mark.slow
 def test_random_numbers_go_on(tmp_path, store_path, monkeypatch):
     """With a model that draws: dropout on its embeddings."""
-    forward = training.MCN.forward
+    forward = MCN.forward
 
     def dropping(self, batch):
         embeddings, errors = forward(self, batch)
         drop = torch.nn.functional.dropout
         return {k: drop(x, 0.1, self.training) for k, x in embeddings.items()}, errors
 
-    monkeypatch.setattr(training.MCN, "forward", dropping)
+    monkeypatch.setattr(MCN, "forward", dropping)
     train(store_path, tmp_path / "whole")
     for steps in (1, 3, 4):
         train(store_path, tmp_path / "pieces", "--max_steps", steps)
@@ -265,17 +266,20 @@ def test_random_numbers_go_on(tmp_path, store_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_before_resume(tmp_path, store_path, whole):
+def test_a_checkpoint_of_the_first_edition_resumes(tmp_path, store_path, whole):
     folder = tmp_path / "run"
     train(store_path, folder, "--max_steps", 3)
     content = checkpoint.load(folder / "checkpoint.pt")
-    del content["training"]["rng"]
-    for name in ("in_a_row", "overflows"):
-        del content["training"]["guard"][name]
-    checkpoint.write(folder / "checkpoint.pt", content)
-    (folder / "checkpoint.previous.pt").unlink()
-    train(store_path, folder)
-    assert [d for d in differences(whole, folder) if not d.endswith("rng")] == []
+    del content["training"]["objective"]
+    content["training"]["guard"] |= {"clipped": 0, "norms": [1.0, 2.0]}
+    first = {"max_words": 20, "refit_every": 2, "micro_batch": 0, "loss_impl": "fused"}
+    for joint_pairs in (True, False):
+        content["args"] |= first | {"joint_pairs": joint_pairs}
+        checkpoint.write(folder / "checkpoint.pt", content)
+        done = train(store_path, folder, check=False)
+        if joint_pairs:
+            assert "holds a run with --joint_pairs True (now False)" in done.stderr
+    assert not done.returncode and not differences(whole, folder)
 
 
 @pytest.mark.slow
@@ -290,7 +294,7 @@ def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         monkeypatch.setenv(name, "1")
         done = train(store_path, folder, "--no-resume")
-        assert "going on at step 3" in done.stdout or "is done" in done.stdout
+        assert "resumed, step 3" in done.stdout or "step 4 of 4: nothing" in done.stdout
         monkeypatch.delenv(name)
     assert not (tmp_path / "run.2").exists() and not differences(whole, folder)
 
@@ -305,16 +309,17 @@ def test_a_restart_by_the_launcher_resumes_even_with_no_resume(
     ],
 )
 def test_a_signal_saves_and_ends_with_0(tmp_path, store_path, whole, monkeypatch, number, step):
-    update, folder = training.Training.update, tmp_path / "run"
+    check, folder, calls = guard.Guard.check, tmp_path / "run", []
 
-    def signalled(self, total):
-        if self.step == step - 1:
+    def signalled(self, total, norm, stop):
+        calls.append(1)
+        if len(calls) == step:
             signal.raise_signal(number)
-            signal.raise_signal(number)  # of torchrun and of SLURM
-        update(self, total)
+            stop = True
+        return check(self, total, norm, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "update", signalled)
+        patch.setattr(guard.Guard, "check", signalled)
         done = train(store_path, folder, "--save_every", 100, check=False)
     assert f"{number.name}: {folder} is saved at step {step} of 4" in done.stdout
     assert done.returncode == (130 if number == signal.SIGINT else 0)
@@ -323,32 +328,42 @@ def test_a_signal_saves_and_ends_with_0(tmp_path, store_path, whole, monkeypatch
     assert not differences(whole, folder)  # the epoch that ended with the signal has its file
 
 
-def test_the_same_signal_later_ends_at_once(monkeypatch):
-    monkeypatch.setattr(interrupt, "SAME", 0.0)
+def test_ctrl_c_again_ends_at_once():
     child = os.fork()
     if child == 0:
-        request = interrupt.StopRequest()
-        signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGTERM)  # another one
-        if list(request.came) == ["SIGUSR1", "SIGTERM"]:
-            signal.raise_signal(signal.SIGTERM)
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
-
-
-@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])  # as torchrun passes it on
-def test_ctrl_c_again_ends_at_once(monkeypatch, again):
-    now = [0.0]
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
-    child = os.fork()
-    if child == 0:
-        interrupt.StopRequest()
+        request = signals.StopRequest()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # of SLURM, and passed on by torchrun
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # of the terminal, and passed on
-        now[0] = 2.0
-        signal.raise_signal(again)
+        if request.requested:
+            signal.raise_signal(signal.SIGINT)
         os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == again
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGINT
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_ends_at_once(tmp_path, store_path):
+    command = ["train_stage1.py", "--pair", "AV", "--data", store_path, *EVERY, "--epochs", 999]
+    words = [sys.executable, *map(str, command)]
+    words[1] = str(ROOT / words[1])
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(words, cwd=tmp_path, **quiet)
+    try:
+        folder = tmp_path / "runs/stage1-AV"
+        for _ in range(600):
+            if (folder / "checkpoint.pt").exists():
+                break
+            time.sleep(0.1)
+        for more in ((), ("--no-resume",)):
+            done = run(*command, *more, cwd=tmp_path, check=False)
+            assert done.returncode == 1 and "another run is writing here" in done.stderr
+            assert f"process {first.pid}, since 2" in done.stderr
+        assert not (tmp_path / "runs/stage1-AV.1").exists()
+    finally:
+        first.kill()
+        first.wait()
+    done = run(*command, "--max_steps", 1, cwd=tmp_path)  # the lock has ended with the process
+    assert "nothing to do" in done.stdout
 
 
 def test_processes_that_read_ahead_outlive_signals(store_path):
@@ -372,7 +387,7 @@ def test_processes_that_read_ahead_outlive_signals(store_path):
     "pair,extra",
     [
         ("AV", ()),
-        ("AVT", ("--grad_outliers", "clip")),
+        ("AVT", ("--clip_grad_norm", 0.5, "--learn_temperature")),
         ("VT", ("--precision", "bf16")),
         ("AT", ("--precision", "fp16", "--epochs", 12)),
     ],
@@ -446,20 +461,22 @@ def test_a_killed_run_resumes(tmp_path, number):
         assert process.returncode == 0 and f"is saved at step {step} of 60" in output, output
         assert len(read(folder / "log.jsonl")) == step
     done = run(*command[1:], cwd=tmp_path)
-    assert f"going on at step {step} of 60" in done.stdout
+    assert f"resumed, step {step} of 60" in done.stdout
     assert [r["step"] for r in read(folder / "log.jsonl")] == list(range(1, 61))
 
 
 AT_STEP_3 = """
 import os, runpy, signal, sys
-from mcn_ext.train import training
-update = training.Training.update
-def interrupted(self, total):
-    if self.step == 2 and os.environ["RANK"] == "1" and not os.environ.get("SPARED"):
+from mcn_ext.train import guard
+check, calls = guard.Guard.check, []
+def interrupted(self, total, norm, stop):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1" and not os.environ.get("SPARED"):
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             signal.raise_signal(getattr(signal, os.environ["SEND"]))
-    update(self, total)
-training.Training.update = interrupted
+            stop = True
+    return check(self, total, norm, stop)
+guard.Guard.check = interrupted
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -495,13 +512,13 @@ def test_ranks_resume_together(tmp_path, store_path):
 
     ranks("whole", SPARED="1")
     killed = ranks("killed", "--no-resume", SEND="SIGKILL")
-    assert "going on at step 2" in killed.stdout
+    assert "resumed, step 2" in killed.stdout
     assert not differences(tmp_path / "whole", tmp_path / "killed")
     ended = ranks("ended", "--save_every", 100, SEND="SIGTERM")
     assert "another rank: ended is saved at step 3 of 4" in ended.stdout
     content = checkpoint.load(tmp_path / "ended/checkpoint.pt")["training"]["rng"]
     assert len(content) == 2 and not torch.equal(content[0]["cpu"], content[1]["cpu"])
     alone = train(store_path, tmp_path / "ended")
-    assert "resuming on 1 rank(s) what ran on 2" in alone.stdout and "at step 3" in alone.stdout
+    assert "resuming on 1 rank(s) what ran on 2" in alone.stdout and "step 3 of 4" in alone.stdout
     assert [row["step"] for row in read(tmp_path / "ended/log.jsonl")] == [1, 2, 3, 4]
     assert all(np.isfinite(row["total"]) for row in read(tmp_path / "ended/log.jsonl"))

@@ -95,8 +95,8 @@ def test_words_that_a_run_has_kept_need_no_gensim(tmp_path, store_path, npz, mon
         source,
     )
     with monkeypatch.context() as patch:  # as if gensim had been there
-        patch.setattr("mcn_ext.train.training.check_gensim", lambda *args: None)
-        patch.setattr("mcn_ext.train.training.vectors_for", lambda *args: WordVectors.load(npz))
+        patch.setattr("mcn_ext.train.inputs.check_gensim", lambda *args: None)
+        patch.setattr("mcn_ext.train.inputs.vectors_for", lambda *args: WordVectors.load(npz))
         call(*command, "--max_steps", 1, cwd=tmp_path)
     call(*command, cwd=tmp_path)
     call("train_stage2.py", "--add", "A", "--device", "cpu", "--max_steps", 1, cwd=tmp_path)

@@ -164,17 +164,19 @@ def set_random_state(states: list[dict], device: torch.device) -> None:
         torch.cuda.set_rng_state(mine["cuda"], device)
 
 
-def lock(folder: Path) -> TextIO | None:
-    """Keep a run folder for this process for as long as it holds what is returned. All ranks call
-    this. SystemExit if another run has it: its host, process and time.
+_locks: dict[Path, TextIO] = {}  # held until this process ends, however it ends
 
-    A lock of the operating system on a file beside the folder: however a run ends, it is free.
-    """
-    file = why = None
+
+def lock(folder: Path) -> None:
+    """Keep a run folder for this process. All ranks call this. SystemExit if another process has
+    it: its host, number and time. (A lock of the operating system, on a file beside the folder.)"""
+    why = None
     if distributed.rank() == 0:
         path = folder.with_name(f".{folder.name}.lock")
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
+        if path in _locks:  # an earlier run of this process
+            _locks.pop(path).close()
+        file = _locks[path] = open(path, "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
@@ -191,7 +193,6 @@ def lock(folder: Path) -> TextIO | None:
             pass
     if why := distributed.broadcast_object(why):
         raise SystemExit(why)
-    return file
 
 
 def new_run_id() -> str:

@@ -139,6 +139,7 @@ class RunLog:
     def __init__(self, folder: Path, args: dict, device: torch.device, step: int, total_steps: int):
         self.device, self.first = device, distributed.rank() == 0
         self.last_time, self.waited, self.clips = time.perf_counter(), 0.0, 0
+        self.warned: set[str] = set()
         self.bar = tqdm(
             total=total_steps,
             initial=step,
@@ -188,6 +189,13 @@ class RunLog:
         self.bar.set_postfix_str(shown, refresh=False)
         if self.first:
             append(self.file, json.dumps({**row, **values, **speed, **more}) + "\n")
+
+    def warn_once(self, step: int, signs: list[str]) -> None:
+        """Say each sign of collapse the first time that it shows."""
+        for sign in signs:
+            if sign not in self.warned:
+                self.warned.add(sign)
+                say(f"step {step}: collapse? {sign}; see curves.png and docs/nan.md")
 
     def _peak_mib(self) -> float:
         if self.device.type == "cuda":
