@@ -72,12 +72,12 @@ if ! "$PY" -c 'import sys; from mcn_ext import ops; sys.exit(not (ops.has_cuda()
 fi
 step built 30 "$PY" -m mcn_ext
 step data 60 "$PY" "$ROOT/benchmarks/gpu_data.py" stores "$WORK"
-SIZES=() LOSS=() STAGE1=() STAGE=(--max_steps 12 --queue_size 8 --refit_every 8) DEMO=()
+SIZES=() LOSS=() STAGE1=() STAGE=(--max_steps 12 --queue_size 8) DEMO=()
 if [ -n "$QUICK" ]; then
   SIZES=(--batch_size 2 --n_pair 4 --audio_width 0.0625 --embd_dim 32 --cluster_size 4 --audio_frames 200)
   LOSS=(--rows quick)
   STAGE1=(--audio_width 0.0625 --embd_dim 32 --recon_dim 8)  # stage 2 inherits them
-  STAGE=(--batch_size 4 --n_pair 4 --cluster_size 4 --audio_frames 200 --min_time 1 --max_steps 2 --queue_size 2 --refit_every 2)
+  STAGE=(--batch_size 4 --n_pair 4 --cluster_size 4 --audio_frames 200 --min_time 1 --max_steps 2 --queue_size 2)
   DEMO=(--max_steps 2)
 fi
 
@@ -93,9 +93,7 @@ if [ "$MODE" = main ]; then
     --repeats 3 --no-peaks --strong --json "$OUT/step.json"
   # A worker keeps three batches of 0.33 GB each in shared memory.
   WORKERS=$(df --output=avail -BM /dev/shm | awk 'NR == 2 { n = int($1 / 1300); print (n > 6 ? 6 : n) }')
-  PAPER=(--preset paper --data "$WORK/paper.h5" --epochs 30 --log_every 2 --no-keep_epochs "${STAGE[@]}")
-  step "paper: dry run" 45 "$PY" "$ROOT/train_stage1.py" --pair AV --dry_run --device "$DEVICE" --workers "$WORKERS" --out runs/dry \
-    "${PAPER[@]}" "${STAGE1[@]}"
+  PAPER=(--preset paper --data "$WORK/paper.h5" --epochs 30 --log_every 2 "${STAGE[@]}")
   stages paper --workers "$WORKERS" "${PAPER[@]}" "${STAGE1[@]}" -- --workers "$WORKERS" "${PAPER[@]:4}"
   stages demo --preset demo --workers 2 "${DEMO[@]}" -- --workers 2 "${DEMO[@]}"
   for file in runs/*/log.jsonl runs/*/metrics.json; do

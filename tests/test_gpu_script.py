@@ -20,7 +20,6 @@ STEPS = [
     "machine",
     "loss",
     "step",
-    "paper: dry run",
     "paper: stage 1",
     "paper: words",
     "paper: stage 2",
