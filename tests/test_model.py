@@ -1,5 +1,7 @@
 """Encoders, model and objective."""
 
+import math
+
 import pytest
 import torch
 
@@ -188,3 +190,24 @@ def test_autocast_training_step_is_finite(dtype):
     assert terms.cluster > 0
     assert terms.total.dtype == torch.float32 and torch.isfinite(terms.total)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_learnt_temperature_is_a_parameter_within_limits():
+    model, data = MCN("VT", **SIZES), batch()
+    options = {"cluster_weight": 0.0, "recon_weight": 0.0}
+    fixed = Objective(model.modalities, model.modalities, temperature=0.2, **options)
+    learnt = Objective(
+        model.modalities, model.modalities, temperature=0.2, learn_temperature=True, **options
+    )
+    ends = model(data)
+    total = learnt(*ends, data).total
+    torch.testing.assert_close(total, fixed(*ends, data).total)
+    total.backward()
+    (scale,) = learnt.parameters()
+    near = [Objective(["video", "text"], ["text"], temperature=t, **options) for t in (0.2, 0.201)]
+    a, b = (float(o(*ends, data).total) for o in near)
+    slope = (b - a) / (math.log(1 / 0.201) - math.log(1 / 0.2))
+    assert float(scale.grad) == pytest.approx(slope, rel=0.02) and not list(fixed.parameters())
+    with torch.no_grad():
+        scale.fill_(9.0)  # 1 / temperature is at most 100
+    assert float(learnt.temperature) == pytest.approx(0.01)

@@ -437,6 +437,7 @@ def test_no_resume_keeps_the_old_folder(tmp_path, store_path):
 def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, ranks):
     """VT has no BatchNorm, so only rounding may differ between one process and several."""
     common = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL)
+    common = (*common, "--learn_temperature")
     run(*common, "--out", "one", cwd=tmp_path, env=ONE_THREAD)
     words = np.load(tmp_path / "one/words.npz")["vectors"]
     launch = (
@@ -454,6 +455,8 @@ def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, rank
     np.testing.assert_allclose(several, one, rtol=2e-4, atol=1e-6)
     a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("one", "several"))
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+    learnt = [read(tmp_path / name / "log.jsonl")[-1]["temperature"] for name in ("one", "several")]
+    assert learnt[0] != 0.07 and learnt[1] == pytest.approx(learnt[0], rel=1e-5)
     if ranks == 2:
         done = run(*launch, "--out", "odd", "--batch_size", 5, cwd=tmp_path, check=False)
         assert done.returncode
