@@ -14,8 +14,7 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 
-def main(argv=None):
-    # ------------------------------------------------------- flags (torch is not loaded yet)
+def get_args(argv=None):
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--add",
@@ -40,6 +39,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.init and args.init_published:
         parser.error("--init and --init_published: one start, please")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)  # torch is not loaded yet
 
     import torch
 
