@@ -19,7 +19,6 @@ STYLE = {
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.axisbelow": True,
     "hatch.linewidth": 0.6,
     "legend.fontsize": 8,
     "figure.constrained_layout.use": True,
@@ -57,7 +56,6 @@ def recall(plt, study: Study):
     axis.errorbar(range(3), chance, xerr=0.46, fmt="none", color="red", label="chance")
     axis.set_xticks(range(3), [f"R@{k}" for k in RECALLS])
     axis.set(ylabel=f"{MAIN}, %", ylim=(0, None))
-    axis.grid(False, axis="x")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -86,14 +84,9 @@ def differences(plt, study: Study):
 
 
 # ---------------------------------------------------------------------------- a grid of noise
-def level_name(level) -> str:
-    return "none" if level is None else f"{level:g}"
-
-
-def levels(study: Study, axis: str) -> list:
-    """The levels of "video_noise" or "audio_noise", lowest first; None is the data's own."""
-    found = {cell.get(axis) for cell in study.cells}
-    return sorted(found, key=lambda level: (level is not None, level or 0.0))
+def levels(study: Study, axis: str) -> list[float]:
+    """The levels of "video_noise" or "audio_noise", lowest first."""
+    return sorted({cell[axis] for cell in study.cells})
 
 
 def winners(plt, study: Study):
@@ -103,8 +96,8 @@ def winners(plt, study: Study):
         return None
     video, audio = levels(study, "video_noise"), levels(study, "audio_noise")
     figure, axis = plt.subplots(figsize=(1.5 * len(video) + 1.3, 1.2 * len(audio) + 1.2))
-    axis.set_xticks(range(len(video)), map(level_name, video))
-    axis.set_yticks(range(len(audio)), map(level_name, audio))
+    axis.set_xticks(range(len(video)), video)
+    axis.set_yticks(range(len(audio)), audio)
     axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5), aspect=0.8)
     axis.set(xlabel="video noise", ylabel="audio noise", title=f"Best order by {MAIN} R@10, %")
     axis.grid(False)
@@ -142,8 +135,8 @@ def noise(plt, study: Study):
             spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
             style |= {"label": study.labels[method], "markersize": 4, "capsize": 2}
             axis.errorbar(range(len(video)), [mean(v) for v in values], spread, **style)
-        axis.set_xticks(range(len(video)), map(level_name, video))
-        axis.set(title=f"audio noise {level_name(level)}", xlabel="video noise")
+        axis.set_xticks(range(len(video)), video)
+        axis.set(title=f"audio noise {level:g}", xlabel="video noise")
     axes[0, 0].set_ylabel(f"{MAIN} R@10, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), **BELOW)
     return figure

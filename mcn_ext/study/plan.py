@@ -164,12 +164,6 @@ def get_cells(args: argparse.Namespace, settings: argparse.Namespace) -> list[di
         if settings.demo:
             prepare_demo(data.parent)
         store = store or (data.parent / "eval.h5" if settings.demo else flags.STORES["youcook2"])
-        for name, path in (("data", data), ("youcook2", store)):
-            if not path.exists():
-                raise SystemExit(
-                    f"--{name} {path}: no such store; prepare one with python -m mcn_ext.prepare, "
-                    "or check the path"
-                )
         return [cell | {"data": str(data), "youcook2": str(store)}]
     if args.data or args.youcook2:
         raise SystemExit("--noise makes data of its own: leave out --data and --youcook2")
@@ -247,7 +241,7 @@ def get_methods(args, settings, variants: dict[str, str], clips: int, dims: dict
     joint = clips * training_flops(settings, dims, BASELINE)
     methods: list[dict] = []
     baselines: dict[tuple, dict] = {}
-    for order in ORDERS:
+    for order in [order for order in ORDERS if order in args.orders]:
         pair, third = order.split("_")
         stage1 = clips * training_flops(settings, dims, pair)
         frozen_epoch = clips * training_flops(settings, dims, pair + third, frozen=pair)
@@ -272,14 +266,14 @@ def get_methods(args, settings, variants: dict[str, str], clips: int, dims: dict
             same = max(1, round(flops / joint))
             if abs(same - total) <= 0.05 * same:
                 same = total  # another baseline of nearly as many epochs would say nothing new
-            for kind, epochs in (("steps", total), ("compute", same)):
-                for of in {"", variant if objective else ""} if order in args.orders else ():
-                    if kind in args.baselines:
-                        key = (epochs, of)
-                        entry = baselines.setdefault(key, {"steps": [], "compute": [], "flags": []})
-                        entry[kind].append(name)
-                        entry["flags"] = objective if of else []
-    for (epochs, variant), entry in baselines.items():
+            for kind, epochs in {"steps": total, "compute": same}.items():
+                if kind not in args.baselines:
+                    continue
+                for of in ("", variant) if objective else ("",):
+                    entry = baselines.setdefault((epochs, of), {"steps": [], "compute": []})
+                    entry[kind].append(name)
+                    entry["flags"] = objective if of else []
+    for (epochs, variant), entry in baselines.items() if BASELINE in args.orders else ():
         methods.append(
             {
                 "method": f"{BASELINE}-{epochs}" + (f"-{variant}" if variant else ""),
@@ -294,7 +288,7 @@ def get_methods(args, settings, variants: dict[str, str], clips: int, dims: dict
                 "flags": entry["flags"],
             }
         )
-    return [method for method in methods if method["order"] in args.orders]
+    return methods
 
 
 def get_chains(args, methods: list[dict], cells: list[dict], rest: list[str], device: str):
@@ -345,21 +339,17 @@ def write_json(out: Path, given: dict, variants: dict[str, str], **content) -> N
 
     file = out / "study.json"
     given = {k: str(v) for k, v in sorted(given.items()) if k not in FREE_FLAGS | {"seed"}}
+    now = given | {f"variant {name}": words for name, words in variants.items()}
     if file.exists():
         try:
             old = json.loads(file.read_text())
-            old_flags, old_variants = old["flags"], old["variants"]
+            before = old["flags"] | {f"variant {n}": words for n, words in old["variants"].items()}
         except (ValueError, KeyError, TypeError):
             raise SystemExit(f"{file} is not a study's; give another --out") from None
         other = [
-            f"--{name} {old_flags[name]} (now {value})"
-            for name, value in given.items()
-            if str(old_flags.get(name, value)) != value
-        ]
-        other += [
-            f"--variant {name}={old_variants[name]} (now {words})"
-            for name, words in variants.items()
-            if old_variants.get(name, words) != words
+            f"--{name} {before[name]} (now {value})"
+            for name, value in now.items()
+            if str(before.get(name, value)) != value
         ]
         if other:
             raise SystemExit(
@@ -393,9 +383,10 @@ def main(argv=None) -> int:
     if args.show:
         lines = [" && ".join(shlex.join(c) for _, two in chain for c in two) for chain in chains]
         gpus = int(by_flag(shlex.split(args.launch)).get("nproc_per_node", ["", 1])[1])
-        numbers = {"n": len(lines), "gpus": gpus, "cpus": 8 * gpus}
         text = "\n".join(lines)
-        print(run.SLURM.format(chains=text, **numbers).strip() if args.show == "slurm" else text)
+        if args.show == "slurm":
+            text = run.SLURM.format(n=len(lines), gpus=gpus, cpus=8 * gpus, chains=text).strip()
+        print(text)
         return 0
     command = shlex.join(["python", "-m", "mcn_ext.study", *words])
     stores = {name: None if args.noise else cells[0][name] for name in ("data", "youcook2")}

@@ -12,13 +12,11 @@ from math import isfinite, nan
 from pathlib import Path
 
 import numpy as np
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mcn_ext.data.store import Store, StoreError
 from mcn_ext.study import figures
-from mcn_ext.study.statistics import MAIN, Run, Study, compare_ranks, mean
+from mcn_ext.study.statistics import MAIN, Study, compare_ranks, mean
 from mcn_ext.train.curves import _pyplot, _save
 from mcn_ext.train.log import write_text
 
@@ -44,10 +42,8 @@ def _markdown(text) -> Markup:
 
 
 def _markdown_code(text) -> Markup:
-    # The fence is longer than any run of backticks inside.
-    longest = max(map(len, re.findall("`+", str(text))), default=0)
-    fence, pad = "`" * (longest + 1), " " if longest else ""
-    return Markup(f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|"))
+    text = str(text).replace("`", "'").replace("|", "\\|")  # a pipe would end a table's cell
+    return Markup(f"`{text}`")
 
 
 def _picture(path: Path, folder: Path) -> dict:
@@ -88,61 +84,6 @@ def render(folder: Path, pictures: list[Path], **context) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------ examples
-def open_eval_store(study: Study) -> Store | None:
-    """The first cell's evaluation store, None where it is gone."""
-    named = Path(study.cells[0].get("youcook2") or "")
-    for path in (named, study.root / named):
-        if path.is_file() or any(path.glob("shard-*.h5")):
-            try:
-                return Store(path)
-            except StoreError:
-                continue
-    return None
-
-
-def top_clips(run: Run, queries: list[int], k: int = 3) -> list[list[int]]:
-    """The first k clips of text->video+audio for each query, as evaluate.py ranks them."""
-    e = run.final.embeddings()
-    scores = sum(e["text"][queries].nan_to_num() @ e[m].nan_to_num().T for m in ("video", "audio"))
-    empty = (e["video"].isnan() & e["audio"].isnan()).all(dim=1)
-    return scores.masked_fill(empty, -torch.inf).topk(min(k, len(empty))).indices.tolist()
-
-
-def pick_queries(ranks: list[np.ndarray]) -> dict[str, int | None]:
-    """Queries to show, of ranks (queries,) of each method: the one whose worst rank is best, the
-    one on which methods differ most, the one whose best rank is worst. A query is found if its
-    rank is at most 10; None where there is no such query."""
-    best, worst = np.min(ranks, axis=0), np.max(ranks, axis=0)
-    ratio = np.where((best <= 3) & (worst > 10), worst / best, 0)
-    return {
-        "All find it": int(worst.argmin()) if worst.min() <= 10 else None,
-        "Only some find it": int(ratio.argmax()) if ratio.max() > 0 else None,
-        "None finds it": int(best.argmax()) if best.max() > 10 else None,
-    }
-
-
-def examples(study: Study, n_clips: int) -> list[tuple]:
-    """[(title, query, [(name of the run, rank, first clips), ...]), ...]."""
-    methods = study.best_by_order() + study.baselines()[:1]
-    runs = [study.of(method)[0] for method in methods]
-    runs = [run for run in runs if len(run.final.ranks.get(MAIN, ())) == n_clips > 0]
-    if not runs:
-        return []
-    picked = pick_queries([run.final.ranks[MAIN] for run in runs])
-    queries = [query for query in picked.values() if query is not None]
-    found = [dict(zip(queries, top_clips(run, queries), strict=True)) for run in runs]
-    out = []
-    for title, query in picked.items():
-        rows = [
-            (f"{run.label}, seed {run.seed}", run.final.ranks[MAIN][query], clips[query])
-            for run, clips in zip(runs, found, strict=True)
-            if query is not None
-        ]
-        out.append((title, query, rows))
-    return out
-
-
 # ---------------------------------------------------------------------------------- the report
 def bold_best(values: list[float], texts: list[str], lowest: bool = False) -> list:
     """Table cells, in which report.jinja sets {"bold": text} in bold."""
@@ -154,9 +95,6 @@ def bold_best(values: list[float], texts: list[str], lowest: bool = False) -> li
 def _context(study: Study) -> dict:
     """The values report.jinja shows."""
     methods = [method for method in study.methods if study.of(method)]
-    store = open_eval_store(study)
-    ids = store.ids() if store else []
-    captions = [(store.caption_texts(i) or [""])[0] for i in range(len(ids))]
 
     def row(metric: str, direction: str = MAIN) -> list:
         values = [study.values(method, metric, direction) for method in methods]
@@ -177,12 +115,9 @@ def _context(study: Study) -> dict:
         "bold_best": bold_best,
         "compare_ranks": compare_ranks,
         "chance": lambda k: 100 * min(k / study.n_queries[-1], 1),
-        "total": lambda runs, quantity: [run.total(quantity) for run in runs],
+        "total": lambda runs, name: [sum(getattr(s, name) for s in run.stages) for run in runs],
         "last": lambda runs, key: mean(run.final.last(key) for run in runs),
-        "demo": any(run.final.args.get("demo") for run in study.runs)
-        or bool(store and store.source.startswith("demo data")),
-        "clips": [{"id": i, "caption": text} for i, text in zip(ids, captions, strict=True)],
-        "examples": examples(study, len(ids)),
+        "demo": any(run.final.args.get("demo") for run in study.runs) or study.grid,
     }
 
 

@@ -33,13 +33,10 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c "trap : USR1 TERM; $CHAIN"
 
 def _alive(pid: str) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
         return False
-    except PermissionError:  # of another user
-        return True
-    stat = Path(f"/proc/{pid}/stat")  # a process that ended and was not waited for counts as ended
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return state != "Z"  # a process that has ended and that nobody has waited for
 
 
 @contextlib.contextmanager
@@ -75,16 +72,12 @@ def only_one(out: Path, patience: float = 60.0) -> Iterator[Path]:
 
 def finished(run: Path, store: str | None = None) -> bool:
     """Whether a run was trained to its end and evaluated since, on ``store``."""
-    metrics, ranks, weights = (run / f for f in ("metrics.json", "youcook2.npz", "checkpoint.pt"))
+    metrics, weights = run / "metrics.json", run / "checkpoint.pt"
     try:
         result = json.loads(metrics.read_text())["youcook2"]
         newer = not weights.exists() or metrics.stat().st_mtime >= weights.stat().st_mtime
-        return (
-            bool(result["complete"])
-            and ranks.exists()
-            and newer
-            and store in (None, result["data"])
-        )
+        evaluated = newer and (run / "youcook2.npz").exists()
+        return bool(evaluated and result["complete"] and store in (None, result["data"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -108,7 +101,7 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
     """
     todo, total = list(filter(None, map(unfinished, chains))), sum(map(len, chains))
     left, begin = sum(map(len, todo)), time.monotonic()
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(1, n_cores // jobs)), **os.environ}
     signals: list[int] = []
     processes: set[subprocess.Popen] = set()

@@ -14,15 +14,12 @@ from math import isfinite, nan
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from mcn_ext.reference import unit_rows
+from mcn_ext.study.plan import BASELINE, MODALITIES
 from mcn_ext.train.diagnostics import signs_of_collapse
 from mcn_ext.train.log import read
 
 MAIN = "text->video+audio"
-BASELINE = "AVT"
-MODALITIES = {"V": "video", "A": "audio", "T": "text"}
 # Flags in which runs of a study differ by design, or that do not change what is learned.
 NOT_COMPARED = frozenset(
     "pair add out epochs seed init init_published init_run_id init_step first_epoch resume detect "
@@ -36,14 +33,14 @@ class StudyError(ValueError):
 
 # ----------------------------------------------------------------------------------- bootstrap
 @lru_cache(maxsize=1)  # a study compares many methods on the same queries
-def _query_counts(n: int, resamples: int, seed: int) -> np.ndarray:
+def _query_counts(n: int, resamples: int) -> np.ndarray:
     """How often each of n queries is in each resample, (n, resamples) fp32."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)]
     return np.stack(drawn, axis=1).astype(np.float32)
 
 
-def _bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def _bootstrap_means(values: np.ndarray, resamples: int) -> np.ndarray:
     """Bootstrap draws of the mean of ``values`` (seeds, queries), both resampled, crossed.
 
     Seeds and queries are two random samples that meet in every cell, so each is resampled as a
@@ -56,8 +53,8 @@ def _bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarra
     """
     n_seeds, n = values.shape
     correction = np.sqrt(n_seeds / (n_seeds - 1)) if n_seeds > 1 else 0.0
-    per_seed = values.astype(np.float32) @ _query_counts(n, resamples, seed) / n
-    rng = np.random.default_rng([seed, 1])  # another stream than the one that draws queries
+    per_seed = values.astype(np.float32) @ _query_counts(n, resamples) / n
+    rng = np.random.default_rng([0, 1])  # another stream than the one that draws queries
     counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples).T
     return per_seed.mean(axis=0) + correction * ((counts - 1) * per_seed).mean(axis=0)
 
@@ -75,7 +72,7 @@ STUDENT_T = {
 }
 
 
-def interval95(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def interval95(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
     """95 % interval of the mean of ``values`` (seeds, queries): t times the bootstrap's standard
     deviation.
 
@@ -83,7 +80,7 @@ def interval95(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tupl
     freedom: S - 1 where seeds are all the variance, many where queries are.
     """
     n_seeds, mean = len(values), float(values.mean())
-    variance = float(_bootstrap_means(values, resamples, seed).var())
+    variance = float(_bootstrap_means(values, resamples).var())
     of_seeds = float(values.mean(axis=1).var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
     df = (n_seeds - 1) * max(1.0, variance / of_seeds) ** 2 if of_seeds else np.inf
     inverse = [1 / x for x in STUDENT_T]
@@ -150,32 +147,15 @@ class RunFolder:
         file = self.path / "log.jsonl"
         return read(file) if file.exists() else []
 
-    def _arrays(self, prefix: str) -> dict[str, np.ndarray]:
-        try:
-            with np.load(self.path / "youcook2.npz", allow_pickle=False) as file:
-                names = [name for name in file.files if name.startswith(prefix)]
-                return {name.removeprefix(prefix): file[name] for name in names}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            return {}
-
     @cached_property
     def ranks(self) -> dict[str, np.ndarray]:
         """{direction: rank of each query's answer}."""
-        return self._arrays("rank:")
-
-    def embeddings(self) -> dict[str, torch.Tensor]:
-        """{modality: (n, D) fp32}, unit rows unless the run compares by dot product; rows that are
-        missing or not finite are NaN. Read at each call: they are large."""
-        valid, out = self._arrays("valid:"), {}
-        for name, rows in self._arrays("embedding:").items():
-            x = torch.from_numpy(rows).float()
-            if self.args.get("similarity") != "dot":
-                x = unit_rows(x)
-            x[~torch.isfinite(x).all(dim=1)] = nan
-            if name in valid:
-                x[~torch.from_numpy(valid[name])] = nan
-            out[name] = x
-        return out
+        try:
+            with np.load(self.path / "youcook2.npz", allow_pickle=False) as file:
+                names = [name for name in file.files if name.startswith("rank:")]
+                return {name.removeprefix("rank:"): file[name] for name in names}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return {}
 
     @property
     def problem(self) -> str:
@@ -184,7 +164,7 @@ class RunFolder:
             return "not trained"
         if not self.metrics:
             return "not evaluated (no youcook2 in metrics.json)"
-        return "" if self.ranks else "no youcook2.npz: no intervals, no embeddings of it"
+        return "" if self.ranks else "no youcook2.npz, so no intervals"
 
     def recall(self, direction: str, metric: str = "R@10") -> float:
         return self.metrics.get(direction, {}).get(metric, nan)
@@ -234,10 +214,6 @@ class Run:
     def name(self) -> str:
         return f"{self.cell + ': ' if self.cell else ''}{self.label}, seed {self.seed}"
 
-    def total(self, quantity: str) -> float:
-        """Of "skipped", "clips" or "seconds", over the stages."""
-        return sum(getattr(stage, quantity) for stage in self.stages)
-
 
 class Study:
     """All runs of a study folder, by method, seed and (for a noise grid) cell."""
@@ -272,8 +248,8 @@ class Study:
     def trained(self) -> dict[str, list[Run]]:
         """{method: its runs that have a log}, over all cells."""
         logged = [run for run in self.runs if any(stage.log for stage in run.stages)]
-        by_method = {m: [run for run in logged if run.method == m] for m in self.methods}
-        return {method: runs for method, runs in by_method.items() if runs}
+        methods = [m for m in self.methods if m in {run.method for run in logged}]
+        return {m: [run for run in logged if run.method == m] for m in methods}
 
     def values(
         self, method: str, metric: str = "R@10", direction: str = MAIN, cell: str = ""
@@ -288,8 +264,8 @@ class Study:
 
     def ranked(self, methods, cell: str = "") -> list[str]:
         """Methods that have a main result, the best by R@10 first."""
-        means = {method: self.mean(method, cell=cell) for method in methods}
-        return sorted((m for m in means if isfinite(means[m])), key=lambda m: -means[m])
+        found = [method for method in methods if isfinite(self.mean(method, cell))]
+        return sorted(found, key=lambda method: -self.mean(method, cell))
 
     def best_by_order(self, cell: str = "") -> list[str]:
         """The best method of each two-stage order, best first."""
@@ -371,18 +347,16 @@ class Study:
                     rows.append(row | {"before": before, "after": after})
         return rows
 
-    def flags(self) -> dict[str, dict[str, list[str]]]:
+    def flags(self) -> dict[str, dict[str, dict]]:
         """{flag: {value: the runs that have it}} of args.json, without flags that differ by design;
         the value of most runs first."""
-        seen: dict[str, dict[str, list[str]]] = {}
+        seen: dict[str, dict[str, dict]] = {}
         hidden = NOT_COMPARED | ({"data"} if self.grid else set())
         for run in self.runs:
             for number, stage in enumerate(run.stages, 1):
                 where = run.label + (f", stage {number}" if run.first else "")
                 for flag in stage.args.keys() - hidden:
-                    names = seen.setdefault(flag, {}).setdefault(str(stage.args[flag]), [])
-                    if where not in names:
-                        names.append(where)
+                    seen.setdefault(flag, {}).setdefault(str(stage.args[flag]), {})[where] = None
         return {
             flag: dict(sorted(seen[flag].items(), key=lambda item: -len(item[1])))
             for flag in sorted(seen)
