@@ -78,7 +78,6 @@ def differences(plt, study: Study):
     axis.axvline(0, color="black", linewidth=0.9)
     axis.set_yticks(range(len(compared)), [study.labels[method] for method in compared])
     axis.set_ylim(len(compared) - 0.4, -0.6)
-    axis.grid(False, axis="y")
     axis.set_xlabel(f"{MAIN} R@10 minus that of {study.labels[ranked[0]]}, points")
     return figure
 

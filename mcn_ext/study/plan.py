@@ -58,13 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=[*ORDERS, BASELINE],
         help="default: all three, and the one-stage baseline AVT",
     )
-    add(
-        "--seeds",
-        nargs="+",
-        type=flags.not_negative(int),
-        default=[0, 1, 2],
-        help="one run of each method for each (0 1 2)",
-    )
+    add("--seeds", nargs="+", type=flags.not_negative(int), default=[0, 1, 2], help="(0 1 2)")
     add(
         "--stage1_encoders",
         nargs="+",
