@@ -192,7 +192,7 @@ def main(argv=None):
     from mcn_ext.evaluation.embedder import Embedder, open_run, words_of
     from mcn_ext.evaluation.metrics import keep, markdown, summarize, table
     from mcn_ext.prepare import published
-    from mcn_ext.study.curves import similarity_picture
+    from mcn_ext.report import similarity_picture
     from mcn_ext.train.log import replace, write_text
 
     # ---- what is asked for is opened, and looked at, before the first clip is embedded: stores,

@@ -173,7 +173,7 @@ def picture(
     import numpy as np
 
     from mcn_ext.evaluation.places import spoken
-    from mcn_ext.study.curves import _pyplot, _save
+    from mcn_ext.train.curves import _pyplot, _save
 
     if (plt := _pyplot()) is None:
         return None
