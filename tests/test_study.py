@@ -38,7 +38,7 @@ def command(tmp_path, store_path, eval_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------ the plan
 def test_all_orders_and_the_baselines_that_are_equal(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run", lambda *_: [])
-    variants = ("joint=--stage1_encoders finetune --joint_pairs", "long=--epochs 20")
+    variants = ("joint=--stage1_encoders finetune --learn_temperature", "long=--epochs 20")
     command("--variant", variants[0], "--variant", variants[1], show=())
     runs = json.loads((tmp_path / "a study/study.json").read_text())["runs"]
     methods = {entry["method"]: entry for entry in runs if entry["seed"] == 3}

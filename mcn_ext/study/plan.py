@@ -34,7 +34,7 @@ MODALITIES = {"A": "audio", "V": "video", "T": "text"}
 # Flags that change the objective: a variant with one of them gets a baseline of its own.
 OBJECTIVE = (
     "temperature learn_temperature margin similarity cluster_weight recon_weight cluster_size "
-    "queue_size joint_pairs"
+    "queue_size learn_temperature"
 ).split()
 STAGE1_ONLY = "embd_dim recon_dim audio_width".split()
 SET_BY_STUDY = "pair add init data out seed resume max_steps".split()
