@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from mcn_ext import minimal
 from mcn_ext.study import chains
 from mcn_ext.study import plan as study
 from mcn_ext.study.plan import Study, training_flops
@@ -129,17 +128,6 @@ def test_flops_are_those_of_the_layers():
     assert both == video + text + sum(backward)
     assert training_flops(Args, dims, "VT", "V", w) == video + text + backward[1]
     assert training_flops(Args, dims, "AVT", "", w) > 10 * both
-
-
-@pytest.mark.slow
-def test_flops_do_not_depend_on_how_a_machine_convolves(monkeypatch):
-    class Args:
-        embd_dim, recon_dim, recon_weight, audio_width = 16, 8, 0.0, 0.5
-        audio_frames, max_words = 256, 4
-
-    with_fewer_products = training_flops(Args, {}, "AT", "", 5)
-    monkeypatch.setattr(minimal, "pays", lambda *_: False)
-    assert with_fewer_products == training_flops(Args, {}, "AT", "", 5)
 
 
 @pytest.mark.parametrize(

@@ -160,12 +160,10 @@ def training_flops(
     args: argparse.Namespace, dims: dict[str, int], modalities: str, frozen: str, word_dim: int
 ) -> float:
     """FLOPs (a multiply and an add count 2) of the encoders' forward and backward for one clip of
-    full length. The losses' own are left out: small beside DAVEnet, but more with more pairs.
-    Counted of direct convolutions, whatever takes fewer products on the machine at hand."""
+    full length. The losses' own are left out: small beside DAVEnet, but more with more pairs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mcn_ext import minimal
     from mcn_ext.model import MCN, MODALITIES
 
     model = MCN(
@@ -186,7 +184,7 @@ def training_flops(
         "text": torch.rand(n, args.max_words, word_dim),
         "text_mask": torch.ones(n, args.max_words, dtype=torch.bool),
     }
-    with minimal.direct(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         embeddings, errors = model(batch)
         learning = [x for x in (*embeddings.values(), *errors.values()) if x.requires_grad]
         torch.stack([x.sum() for x in learning]).sum().backward()

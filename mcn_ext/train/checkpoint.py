@@ -30,7 +30,7 @@ FREE_FLAGS = {
     "log_every",
     "tensorboard",
     "resume",
-    "micro_batch",
+    "checkpoint_activations",
     "dry_run",
     "out",
     "n_ranks",

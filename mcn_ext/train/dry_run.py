@@ -107,8 +107,7 @@ def _advice(waiting: float, args: argparse.Namespace) -> str:
             "the step waits for its data: more --workers, a local disk, or nothing to do if "
             "this was the first time that the store was read"
         )
-    less = f", less than {args.micro_batch}" if args.micro_batch else ""
-    return f"the data keep up; out of memory on a GPU? --micro_batch{less}"
+    return "the data keep up; out of memory on a GPU? --checkpoint_activations"
 
 
 def _time(seconds: float) -> str:

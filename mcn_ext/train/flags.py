@@ -330,14 +330,12 @@ def add_training_flags(parser: Parser, stage: int) -> None:
         "N",
         "videos per step over ALL ranks; more negatives help, up to what memory holds",
     )
-    add(
-        "micro_batch",
-        not_negative(int),
-        "N",
-        "clips per rank that are encoded at a time: when "
-        "memory is short, at the price of running the encoders' forward twice; same gradients, "
-        "BatchNorm of the whole batch (default 0: all at once)",
-        default=0,
+    group.add_argument(
+        "--checkpoint_activations",
+        action=switch,
+        default=False,
+        help="compute DAVEnet's activations again in the backward instead of keeping them, when "
+        "memory is short: same gradients, its forward twice",
     )
     add(
         "epochs",

@@ -21,7 +21,6 @@ from mcn_ext.data.clips import (
 )
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
-from mcn_ext.microbatch import MicroBatched
 from mcn_ext.model import MCN, MODALITIES
 from mcn_ext.objective import Objective
 from mcn_ext.train import checkpoint, dry_run, flags
@@ -234,9 +233,9 @@ class Training:
                 "that all of them share"
             )
         self.net = model
-        if args.micro_batch:
-            self.net = MicroBatched(model, args.micro_batch, self.autocast)
-        elif world > 1:
+        if "audio" in model.modalities:
+            model.DAVEnet.checkpoint_activations = args.checkpoint_activations
+        if world > 1:
             self.net = DistributedDataParallel(model)
             if device.type == "cpu":
                 self.net.register_comm_hook(None, distributed.mean_in_rank_order)
@@ -344,8 +343,6 @@ class Training:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
-        if self.args.micro_batch:
-            self.net.backward()  # on from the embeddings' gradients to the encoders'
         self.step += 1
         why, self.skip_row = self.guard.check(total, bool(self.stop.came)), None
         if why:
