@@ -270,7 +270,8 @@ def main(argv=None):
         recon_dim=args.recon_dim if args.recon_weight else 0,
         audio_width=args.audio_width,
     ).to(device)
-    model.checkpoint_activations = args.checkpoint_activations
+    if "audio" in model.modalities:
+        model.DAVEnet.checkpoint_activations = args.checkpoint_activations
     model.train()
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,

@@ -282,7 +282,8 @@ def main(argv=None):
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[letter].name for letter in pair)
-    model.checkpoint_activations = args.checkpoint_activations
+    if "audio" in model.modalities:
+        model.DAVEnet.checkpoint_activations = args.checkpoint_activations
     model.train()
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,

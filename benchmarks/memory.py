@@ -1,7 +1,7 @@
 """What a GPU must hold for one training step, without one: by shapes (benchmarks/shapes.py).
 
     python benchmarks/memory.py                                  # the published sizes, a table
-    python benchmarks/memory.py --pair AVT --clips 2048 --micro_batch 256
+    python benchmarks/memory.py --pair AVT --clips 2048 --checkpoint_activations
 
 The training code runs as it is, on tensors that have no numbers; every tensor that the device would
 hold is counted, with what the compiled losses take inside, and the operators that it is given, with
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -25,27 +26,25 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from shapes import pretend  # noqa: E402
 
 import train_stage1  # noqa: E402
+from mcn_ext import batchnorm  # noqa: E402
 from mcn_ext.data.batch import to_device  # noqa: E402
-from mcn_ext.encoders import BatchNorm  # noqa: E402
 from mcn_ext.evaluation.metrics import markdown  # noqa: E402
-from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN, MODALITIES  # noqa: E402
 from mcn_ext.objective import Objective  # noqa: E402
 from mcn_ext.train.guard import Guard  # noqa: E402
 
 DEVICE = torch.device("cuda")
-# (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --micro_batch)
+# (stage 1's pair, added in stage 2, clips on the GPU, clips of all GPUs, --checkpoint_activations)
 PAPER = [
-    ("AV", "", 1024, 4096, 0),
-    ("AV", "", 2048, 4096, 0),
-    ("AV", "", 4096, 4096, 0),
-    ("AV", "", 4096, 4096, 1024),
-    ("AV", "", 16384, 16384, 4096),
-    ("AV", "", 16384, 16384, 1024),
-    ("VT", "", 4096, 4096, 0),
-    ("AVT", "", 4096, 4096, 0),
-    ("AV", "T", 4096, 4096, 0),
-    ("VT", "A", 4096, 4096, 0),
+    ("AV", "", 1024, 4096, False),
+    ("AV", "", 2048, 4096, False),
+    ("AV", "", 4096, 4096, False),
+    ("AV", "", 4096, 4096, True),
+    ("AV", "", 16384, 16384, True),
+    ("VT", "", 4096, 4096, False),
+    ("AVT", "", 4096, 4096, False),
+    ("AV", "T", 4096, 4096, False),
+    ("VT", "A", 4096, 4096, False),
 ]
 
 
@@ -75,14 +74,14 @@ def arguments(preset: str = "paper", **changed) -> argparse.Namespace:
 
 
 def measure(
-    args, pair: str, added: str, n: int, everywhere: int, micro_batch: int, short: float = 0.0
+    args, pair: str, added: str, n: int, everywhere: int, checkpoint: bool, short: float = 0.0
 ) -> dict:
     """GiB at the peak of a step, and of what stays from step to step. Fewer clips here than
     everywhere: as one of several ranks, but for what they send each other."""
-    forward = BatchNorm.of_all_ranks if n < everywhere else BatchNorm.forward
+    ranks = SimpleNamespace(world=lambda: everywhere // n, stack=lambda x: x[None])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(BatchNorm, "forward", forward),
+        patch.object(batchnorm, "distributed", ranks),
         pretend(allowed_waits=10**9) as gpu,
     ):
         host, held = clips(args, n, short, 1000), gpu.held
@@ -92,6 +91,7 @@ def measure(
             embd_dim=args.embd_dim,
             recon_dim=args.recon_dim,
             audio_width=args.audio_width,
+            checkpoint_activations=checkpoint,
         ).to(DEVICE)
         if added:
             model.freeze(MODALITIES[letter] for letter in pair)
@@ -116,23 +116,17 @@ def measure(
         scaler = torch.amp.GradScaler("cuda", enabled=False)
         guard = Guard(model, objective, scaler, Path(folder))
 
-        def autocast():
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-
-        net = MicroBatched(model, micro_batch, autocast) if micro_batch else model
         gpu.waits, gpu.allowed = 0, 2
         for _ in range(2):  # the first makes gradients and Adam's moments
             guard.remember()
             batch = to_device(host, DEVICE, table)
             before, held.peak = held.live, held.live
             gpu.operators = gpu.moved = 0
-            with autocast():
-                embeddings, errors = net(batch)
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                embeddings, errors = model(batch)
             terms = objective(embeddings, errors, batch)
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
-            if micro_batch:
-                net.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in learning])
             if guard.check(terms.total, norm)[0]:
                 raise AssertionError("a step that counts was expected")
@@ -144,7 +138,7 @@ def measure(
             "added": added,
             "clips": n,
             "clips of all GPUs": everywhere,
-            "micro_batch": micro_batch,
+            "checkpoint_activations": checkpoint,
             "short": short,
             "peak_gib": held.peak / gib,
             "weights_gib": sum(
@@ -167,7 +161,7 @@ def main() -> None:
     parser.add_argument("--add", default="", help="the modality that a second stage adds")
     parser.add_argument("--clips", type=int, default=4096, help="on the GPU")
     parser.add_argument("--all_clips", type=int, default=None, help="on all GPUs (--clips)")
-    parser.add_argument("--micro_batch", type=int, default=0)
+    parser.add_argument("--checkpoint_activations", action="store_true")
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument(
         "--short",
@@ -177,7 +171,7 @@ def main() -> None:
     )
     own = parser.parse_args()
     args = arguments()
-    cases = [(own.pair, own.add, own.clips, own.all_clips or own.clips, own.micro_batch)]
+    cases = [(own.pair, own.add, own.clips, own.all_clips or own.clips, own.checkpoint_activations)]
     rows, body = [], []
     for case in cases if own.pair else PAPER:
         row = measure(args, *case, own.short)
@@ -187,7 +181,7 @@ def main() -> None:
                 f"{row['pair']}{', then ' + row['added'] if row['added'] else ''}",
                 f"{row['clips']:,}",
                 f"{row['clips of all GPUs']:,}",
-                str(row["micro_batch"] or "-"),
+                "yes" if row["checkpoint_activations"] else "-",
                 *(f"{row[name]:.1f}" for name in ("peak_gib", "weights_gib", "queue_gib")),
                 f"{row['operators']:,}",
                 f"{row['moved_gb']:.0f}",
@@ -198,7 +192,7 @@ def main() -> None:
         "stage",
         "clips on the GPU",
         "of all GPUs",
-        "`--micro_batch`",
+        "`--checkpoint_activations`",
         "GiB at the peak",
         "weights, gradients, Adam",
         "queue",

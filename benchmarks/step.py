@@ -4,7 +4,7 @@
     python benchmarks/step.py --preset digits --data digits/train.h5
     python benchmarks/step.py --preset paper --batch_size 1 --n_pair 8 --cluster_size 64
     python benchmarks/step.py --preset paper                            # a GPU: 4096 clips
-    python benchmarks/step.py --preset paper --batch_size 512 --micro_batch 1024 --memory ours
+    python benchmarks/step.py --preset paper --batch_size 512 --checkpoint_activations --memory ours
 
 Sizes are the preset's, each changed by its flag; --json adds the result to a file. Without --data,
 demo is the demo data, others made-up clips of full length. Loading is the same, not compared.
@@ -53,7 +53,6 @@ from mcn_ext.clustering import spherical_kmeans  # noqa: E402
 from mcn_ext.data.clips import ClipReader, TrainingClips, collate, to_device  # noqa: E402
 from mcn_ext.data.store import Store, StoreWriter  # noqa: E402
 from mcn_ext.data.words import WordVectors  # noqa: E402
-from mcn_ext.microbatch import MicroBatched  # noqa: E402
 from mcn_ext.model import MCN  # noqa: E402
 from mcn_ext.objective import Objective  # noqa: E402
 from mcn_ext.train.guard import Guard  # noqa: E402
@@ -81,10 +80,6 @@ SIZES = {
 }
 
 
-# What torch's counter leaves out.
-IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1]}
-
-
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -106,11 +101,7 @@ class Clock:
             return
         wait(self.device)
         cpu, wall = time.process_time(), time.perf_counter()
-        with (
-            FlopCounterMode(display=False, custom_mapping=IN_PLACE)
-            if self.counting
-            else nullcontext()
-        ) as counter:
+        with FlopCounterMode(display=False) if self.counting else nullcontext() as counter:
             yield
         self.cpu[part].append(1e3 * (time.process_time() - cpu))
         wait(self.device)
@@ -190,13 +181,13 @@ class Ours:
     def __init__(self, args, table, device, autocast, folder: Path):
         torch.manual_seed(0)
         self.table, self.device, self.autocast = table, device, autocast
-        self.micro = args.micro_batch
         self.model = MCN(
             "AVT",
             video_dims=args.dims,
             embd_dim=args.embd_dim,
             recon_dim=args.recon_dim,
             audio_width=args.audio_width,
+            checkpoint_activations=args.checkpoint_activations,
         ).to(device)
         self.objective = Objective(
             list(NAMES),
@@ -215,7 +206,6 @@ class Ours:
             torch.amp.GradScaler(device.type, enabled=False),
             folder,
         )
-        self.net = MicroBatched(self.model, self.micro, autocast) if self.micro else None
         self.model.train()
 
     def step(self, clock, batch):
@@ -223,23 +213,16 @@ class Ours:
             batch = to_device(batch, self.device, self.table)
         self.guard.remember()
         found = {}
-        if self.micro:
-            with clock("encoders forward"):
-                embeddings, errors = self.net(batch)
-        else:
-            for name in NAMES:
-                with clock(f"{name} forward"), self.autocast():
-                    found[name] = self.model.embed(name, batch)
-            embeddings, errors = (
-                {name: ends[side].detach().requires_grad_() for name, ends in found.items()}
-                for side in (0, 1)
-            )
+        for name in NAMES:
+            with clock(f"{name} forward"), self.autocast():
+                found[name] = self.model.embed(name, batch)
+        embeddings, errors = (
+            {name: ends[side].detach().requires_grad_() for name, ends in found.items()}
+            for side in (0, 1)
+        )
         with clock("losses"):
             terms = self.objective(embeddings, errors, batch)
             terms.total.backward()
-        if self.micro:
-            with clock("encoders backward"):
-                self.net.backward()
         for name, ends in found.items():
             with clock(f"{name} backward"):
                 torch.autograd.backward(ends, [embeddings[name].grad, errors[name].grad])
@@ -398,31 +381,17 @@ def peak(args, folder: Path) -> float:
 
 def peaks_of(args) -> dict[str, float | None]:
     """:func:`peak` of each way, in a process of its own; None, and why, if that fails."""
-    parts = args.micro_batch or args.batch_size * args.n_pair // 4
-    found, ways = (
-        {},
-        {
-            "plain": ("plain", 0),
-            "ours": ("ours", 0),
-            f"ours, --micro_batch {parts}": ("ours", parts),
-        },
-    )
-    for way, (name, n) in ways.items():
-        command = [
-            sys.executable,
-            __file__,
-            *sys.argv[1:],
-            "--data",
-            args.data,
-            "--memory",
-            name,
-            "--micro_batch",
-            n,
-        ]
+    found, flag = {}, "--checkpoint_activations"
+    for way, words in {
+        "plain": ["plain"],
+        "ours": ["ours", flag.replace("--", "--no-")],
+        f"ours, {flag}": ["ours", flag],
+    }.items():
+        command = [sys.executable, __file__, *sys.argv[1:], "--data", args.data, "--memory", *words]
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
         found[way] = None if done.returncode else float(done.stdout)
         if done.returncode:
-            print(f"--memory {name}, --micro_batch {n}: {done.stderr.strip()[-300:]}")
+            print(f"--memory {' '.join(words)}: {done.stderr.strip()[-300:]}")
     return found
 
 
@@ -440,10 +409,6 @@ def table(result: dict) -> list[str]:
         {kind: sum(row[kind] for part, row in rows.items() if part != "load") for kind in kinds}
         for rows in (plain, ours)
     ]
-    for way in ("forward", "backward"):  # of --micro_batch
-        plain[f"encoders {way}"] = {
-            kind: sum(plain[f"{name} {way}"][kind] for name in NAMES) for kind in kinds
-        }
     named = [(part, plain[part], ours[part]) for part in ours]
     for part, p, o in [*named, ("**step** without load", *whole)]:
         rate = o["gflop"] / max(o[by], 1e-9) * 1e3
@@ -470,7 +435,7 @@ def arguments(words=None) -> argparse.Namespace:
     for name, kind in SIZES.items():
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--video_dims", type=int, nargs=2, default=(2048, 2048))
-    parser.add_argument("--micro_batch", type=int, default=0)
+    parser.add_argument("--checkpoint_activations", action=argparse.BooleanOptionalAction)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", choices=("plain", "ours"), help="print a step's peak, MiB")
     parser.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True)

@@ -174,28 +174,6 @@ def mean_in_rank_order(_, bucket):
     return future
 
 
-def average_gradients(parameters: list[Tensor], bucket: int = 2**24) -> None:
-    """What DistributedDataParallel does during a backward, after it: ``bucket`` elements or more
-    at a time, on CPUs in rank order. All ranks must have gradients of the same parameters."""
-    if world() == 1:
-        return
-    waiting: list[Tensor] = []
-    grads = [p.grad for p in parameters if p.grad is not None]
-    for i, grad in enumerate(grads):
-        waiting.append(grad)
-        last = i + 1 == len(grads) or grads[i + 1].dtype != grad.dtype
-        if not last and sum(g.numel() for g in waiting) < bucket:
-            continue
-        flat = torch.cat([g.flatten() for g in waiting])
-        if flat.is_cuda:
-            dist.all_reduce(flat.div_(world()))
-        else:
-            _mean_in_rank_order(flat)
-        for g, mean in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
-            g.copy_(mean.view_as(g))
-        waiting = []
-
-
 class Ranks:
     """A process group's ranks and how many rows each of them holds.
 

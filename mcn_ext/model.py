@@ -27,6 +27,7 @@ class MCN(nn.Module):
         video_dims: stream name -> width, in the order the streams are concatenated.
         word_dim, embd_dim, recon_dim: widths of words, joint space, reconstruction heads (0: none).
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
+        checkpoint_activations: see :class:`.ResDAVEnet`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class MCN(nn.Module):
         embd_dim: int = 6144,
         recon_dim: int = 1024,
         audio_width: float = 1.0,
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         video_dims = dict(video_dims or {"2d": 2048, "3d": 2048})
@@ -60,7 +62,7 @@ class MCN(nn.Module):
             self.GU_video = GatedUnit(dim, embd_dim)
             self.recon_v = head(dim)
         if "audio" in self.modalities:
-            self.DAVEnet = ResDAVEnet(audio_width)
+            self.DAVEnet = ResDAVEnet(audio_width, checkpoint_activations=checkpoint_activations)
             # Gated at DAVEnet's width, then projected: 36 times fewer weights than gating at 6144.
             self.GU_audio = GatedUnit(self.DAVEnet.dim, self.DAVEnet.dim)
             self.DAVEnet_projection = nn.Linear(self.DAVEnet.dim, embd_dim)
@@ -97,9 +99,8 @@ class MCN(nn.Module):
         features = torch.cat(streams, dim=1)
         return features, self.GU_video(features)
 
-    def _audio(self, batch, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if features is None:
-            features = self.DAVEnet(batch["audio"], batch["n_frames"], batch.get("heard"))
+    def _audio(self, batch) -> tuple[Tensor, Tensor]:
+        features = self.DAVEnet(batch["audio"], batch["n_frames"], batch.get("heard"))
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     def _text(self, batch) -> tuple[Tensor, Tensor]:
@@ -110,18 +111,9 @@ class MCN(nn.Module):
         """(features before projection (B, F), embedding (B, embd_dim)) of one modality."""
         return getattr(self, f"_{modality}")(batch)
 
-    def embed(
-        self,
-        modality: str,
-        batch: Mapping,
-        sound: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality.
-
-        ``sound``: DAVEnet's features (B, F) of the batch, where they are known.
-        """
-        known = {} if sound is None else {"features": sound}
-        features, embedding = getattr(self, f"_{modality}")(batch, **known)
+    def embed(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor | None]:
+        """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality."""
+        features, embedding = self.encode(modality, batch)
         head = getattr(self, MODULES[modality][-1])
         if head is None or modality in self.frozen:
             return embedding, None
@@ -132,8 +124,8 @@ class MCN(nn.Module):
 
         batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
         with ``n_frames`` (B,) int64, which are averaged, and, where more are convolved (see
-        :func:`.fill_up`), ``heard`` (B,), both best on the host, which else waits for
-        the device; ``text`` (B, words, word_dim) with ``text_mask`` (B, words).
+        :func:`.fill_up`), ``heard`` (B,), both best on the host; ``text`` (B, words, word_dim)
+        with ``text_mask`` (B, words).
         Only the model's modalities are read.
 
         Returns ({modality: embedding (B, embd_dim)}, {modality: reconstruction MSE (B,) fp32}); the

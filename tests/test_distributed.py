@@ -190,15 +190,17 @@ def main(out):
         t = torch.tensor(0.07, requires_grad=rank == 0)
         ops.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=t, group=group)
 
-    torch.manual_seed(0)
-    net = DistributedDataParallel(encoders.ResDAVEnet(0.0625).double())
     sizes = SPLITS[world][-1]
     mel, frames, target = (t.split(list(sizes))[rank] for t in sounds())
-    for _ in range(2):
-        loss = ((net(mel, frames) - target) * torch.arange(64.0)).square().sum() * world
-        loss.backward()
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        net = encoders.ResDAVEnet(0.0625, checkpoint_activations=checkpointed).double()
+        net = DistributedDataParallel(net)
+        for _ in range(2):
+            loss = ((net(mel, frames) - target) * torch.arange(64.0)).square().sum() * world
+            loss.backward()
+        found["BatchNorm", checkpointed] = [p.grad for p in net.parameters()] + list(net.buffers())
     if rank == 0:
-        found["BatchNorm"] = [p.grad for p in net.parameters()] + list(net.buffers())
         torch.save(found, out)
     distributed.finish()
 
@@ -259,7 +261,9 @@ def test_batch_norm_is_over_the_global_batch(ranks):
     for _ in range(2):
         ((net(mel, frames) - target) * torch.arange(64.0)).square().sum().backward()
     want = [p.grad for p in net.parameters()] + list(net.buffers())
-    assert distance([t.float() for t in ranks[1]["BatchNorm"]], [t.float() for t in want]) < 1e-5
+    for checkpointed in (False, True):
+        got = ranks[1]["BatchNorm", checkpointed]
+        assert distance([t.double() for t in got], [t.double() for t in want]) < 1e-10
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from mcn_ext.encoders import ResDAVEnet, SentenceMaxPool
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
 
@@ -53,47 +52,6 @@ def test_published_parameter_names_and_shapes():
         "DAVEnet.layer1.1.downsample.0.weight" not in shapes
         and "DAVEnet.layer1.0.downsample.0.weight" in shapes
     )
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_audio_embedding_does_not_depend_on_padding(training):
-    torch.manual_seed(0)
-    net = ResDAVEnet(0.0625).train(training)
-    mel, n = torch.randn(5, 40, 80) * 20, torch.tensor([80, 33, 17, 50, 0])
-    short = net(mel, n)
-    padded = torch.cat([mel, torch.full((5, 40, 112), 1e4)], dim=2)
-    for i, frames in enumerate(n):
-        padded[i, :, frames:] = -1e4  # what is in the padding must not matter
-    torch.testing.assert_close(net(padded, n), short, rtol=1e-4, atol=1e-5)
-    assert not short[4].any()
-
-
-def test_audio_embedding_of_a_clip_alone_is_that_in_a_batch():
-    torch.manual_seed(0)
-    net = ResDAVEnet(0.0625).eval()
-    mel, n = torch.randn(3, 40, 90) * 20, torch.tensor([90, 41, 16])
-    together = net(mel, n)
-    for i in range(3):
-        torch.testing.assert_close(
-            net(mel[i : i + 1, :, : n[i]], n[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5
-        )
-
-
-def test_batch_of_silence_trains_and_leaves_statistics_alone():
-    net = ResDAVEnet(0.0625).train()
-    before = net.bn1.running_mean.clone()
-    out = net(torch.zeros(4, 40, 32), torch.zeros(4, dtype=torch.int64))
-    out.sum().backward()
-    assert torch.isfinite(out).all() and torch.equal(net.bn1.running_mean, before)
-
-
-def test_sentence_max_pool_ignores_padding():
-    pool = SentenceMaxPool(5, 7)
-    torch.nn.init.constant_(pool.fc.bias, 3.0)  # ReLU(bias) of a padding word would win
-    words = torch.zeros(1, 3, 5)
-    words[0, 0] = -torch.ones(5)
-    masked = pool(words, torch.tensor([[True, False, False]]))
-    torch.testing.assert_close(masked, pool(words[:, :1], torch.ones(1, 1)))
 
 
 @pytest.mark.parametrize("modalities", ["AV", "VT", "AT", "AVT"])

@@ -8,10 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mcn_ext.data import batch
+from mcn_ext import encoders
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
-from mcn_ext.packed import Frames
 from tests.conftest import load_script
 from tests.test_model import SIZES
 from tests.test_model import batch as small_batch
@@ -30,40 +29,38 @@ def arguments(**changed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pair, added, micro_batch, short, changed",
+    "pair, added, everywhere, checkpoint, short",
     [
-        ("AV", "T", 0, 0.0, {"similarity": "dot"}),
-        ("AVT", "", 0, 0.3, {"cluster_size": 8}),
-        ("AT", "", 3, 0.0, {}),
-        ("VT", "A", 3, 0.8, {"recon_weight": 0.0}),
+        ("AV", "T", 8, False, 0.0),
+        ("AVT", "", 16, False, 0.3),
+        ("AT", "", 16, True, 0.0),
+        ("VT", "A", 8, True, 0.8),
     ],
 )
-def test_a_step_waits_once(pair, added, micro_batch, short, changed):
-    found = memory.measure(arguments(**changed), pair, added, 8, 16, micro_batch, short)
+def test_a_step_waits_once(pair, added, everywhere, checkpoint, short):
+    found = memory.measure(arguments(), pair, added, 8, everywhere, checkpoint, short)
     assert found["waits"] == 1
     assert found["peak_gib"] > found["before_gib"] > found["weights_gib"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["lengths", "copy"])
-def test_a_wait_more_is_found(fault, monkeypatch):
-    """Lengths on the device, of which the host makes the layout of convolutions; that layout copied
-    from memory that is not pinned."""
-    to_device = batch.to_device
+def test_a_wait_more_is_found(monkeypatch):
+    """Lengths that are copied from memory that is not pinned."""
 
-    def everything(flat, device, table):
-        return to_device(flat, device, table) | {"n_frames": flat["n_frames"].to(device)}
+    def real(n_frames, x):
+        return torch.arange(x.shape[-1], device=x.device) < n_frames.to(x.device)[:, None]
 
-    if fault == "lengths":
-        monkeypatch.setattr(memory, "to_device", everything)
-    else:
-        monkeypatch.setattr(
-            Frames,
-            "on_device",
-            lambda self, array: torch.from_numpy(array).to(self.device, non_blocking=True),
-        )
+    monkeypatch.setattr(encoders, "_real", real)
     with pytest.raises(shapes.Waits, match="waits for the device"):
-        memory.measure(arguments(), "AV", "", 8, 16, 0)
+        memory.measure(arguments(), "AV", "", 8, 8, False, 0.5)
+
+
+@pytest.mark.slow
+def test_checkpoints_take_less_memory():
+    args = arguments(audio_frames=1000)
+    kept, again = (memory.measure(args, "AT", "", 64, 64, on) for on in (False, True))
+    taken = [found["peak_gib"] - found["before_gib"] for found in (kept, again)]
+    assert taken[1] < 0.7 * taken[0]
 
 
 def test_what_a_gpu_would_refuse():
@@ -115,10 +112,10 @@ def test_the_graph_is_walked_as_torch_does_and_holds_as_much():
         with Watch() as watch:
             if ours:
                 with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-                    total = objective(*model(data), data).total
+                    total = objective(*model(data), data)["total"]
                 shapes._backward(saved)(total)
             else:
-                objective(*model(data), data).total.backward()
+                objective(*model(data), data)["total"].backward()
         found.append(({name: p.grad for name, p in model.named_parameters()}, watch.held.peak))
     (grads, peak), (same, near) = found
     for name, grad in grads.items():
