@@ -388,7 +388,7 @@ def main(argv=None):
             terms = objective(embeddings, errors, batch)  # fp32, over the global batch
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(terms.total).backward()
-            distributed.average_gradients(list(objective.parameters()))  # DDP does the model's
+            distributed.average_gradients(objective.parameters())  # DDP does the model's
             step += 1
 
             scaler.unscale_(optimizer)

@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -172,6 +172,14 @@ def mean_in_rank_order(_, bucket):
     future = torch.futures.Future()
     future.set_result(_mean_in_rank_order(bucket.buffer()))
     return future
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Set each gradient to its mean over ranks, for parameters that DistributedDataParallel does
+    not hold. All ranks must have gradients of the same ones."""
+    for parameter in parameters:
+        if parameter.grad is not None and world() > 1:
+            dist.all_reduce(parameter.grad.div_(world()))
 
 
 class Ranks:
