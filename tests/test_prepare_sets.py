@@ -168,22 +168,6 @@ def test_a_killed_conversion_goes_on_where_it_was(convert, tmp_path):
 
 
 @pytest.mark.slow
-@given(st.sampled_from(["start", "end", "text"]), VALUES, st.booleans())
-@QUICK
-def test_any_captions_are_kept_or_listed(convert, tmp_path, key, value, whole):
-    (tmp_path / "features").mkdir(exist_ok=True)
-    for name in ("v0", "v1"):
-        np.savez(tmp_path / f"features/{name}_2d.npz", features=np.ones((30, 4), np.float16))
-    (tmp_path / "list.csv").write_text("path\nv0\nv1\n")
-    good = {"start": [0.0, 4.0], "end": [2.0, 6.0], "text": ["chop", "fry"]}
-    bad = good | {key: value if whole else [value, good[key][1]]}
-    (tmp_path / "caption.pickle").write_bytes(pickle.dumps({"v0": good, "v1": bad}))
-    said, _ = convert(*HOWTO, "caption.pickle", "--overwrite")
-    assert "2 of 2 videos" in said or "1 of 2 videos" in said and "1 skipped" in said
-    validate(tmp_path / "out.h5")
-
-
-@pytest.mark.slow
 def test_real_recordings_convert(convert, tmp_path, digits):
     folders = ["--list", digits / "videopaths.txt", "--features", digits / "features"]
     said, _ = convert("howto100m", *folders, "--captions", digits / "caption.pickle")

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from mcn_ext.data.store import Store, validate
 from mcn_ext.prepare import Skipped, captions, resnet, videos
 from mcn_ext.prepare.__main__ import main
-from tests.conftest import ROOT, run
-from tests.test_decode import CLIP, decoded, make_media, tone
+from tests.test_decode import decoded, make_media, tone
 
 # --------------------------------------------------------------------------------- ResNet-152
 
@@ -257,41 +255,3 @@ def _die(pipe, path, options):
 def test_decoders_that_hang_or_die_cost_one_video(child, limit, reason):
     with pytest.raises(Skipped, match=f"x.mp4: .*{reason}"):
         list(videos.decode_apart("x.mp4", limit, {}, target=child))
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_the_store_trains(tmp_path):
-    for name in ("in", "2d"):
-        (tmp_path / name).mkdir()
-    cues = [f"{k}\n00:00:0{k},000 --> 00:00:0{k + 1},500\nstep {k} fry\n\n" for k in range(6)]
-    for i in range(12):
-        make_media(tmp_path / f"in/v{i:02d}.mkv", np.arange(0, 8, 0.2), sound=tone(8, 300 + i))
-        (tmp_path / f"in/v{i:02d}.srt").write_text("".join(cues))
-        features = np.random.default_rng(i).random((8, 12), np.float32)
-        np.save(tmp_path / f"2d/v{i:02d}.npy", features)
-    command = "-m mcn_ext.prepare videos in --captions in --streams 2d=2d:1 --workers 1".split()
-    command += ["--shard_mib", "0.1", "--out", "o.h5"]
-    env = {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=tmp_path, env=os.environ | env, stderr=subprocess.DEVNULL
-    )
-    while len(list(tmp_path.glob("o.h5.parts/shard-*.h5"))) < 2 and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "o.h5").exists()
-    said = run(*command, cwd=tmp_path, env=env).stdout
-    assert "12 of 12 videos" in said and "from an earlier, interrupted run" in said
-    assert validate(tmp_path / "o.h5")["captions"] == 72
-    train = "train_stage1.py --pair AV --data o.h5 --preset demo --device cpu".split()
-    sizes = "--batch_size 4 --n_pair 4 --max_steps 2".split()
-    run(*train, *sizes, cwd=tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not beside this checkout")
-def test_the_real_clip_through_the_chain(tmp_path):
-    out = tmp_path / "clip.h5"
-    assert main(["videos", str(CLIP), "--random_weights", "--out", str(out)]) == 0
-    rows = Store(out).clips(0, "2d", [0], [99])[0].astype(np.float32)
-    assert len(rows) == 19 and np.isfinite(rows).all() and rows.std(0).max() > 0.01

@@ -169,7 +169,6 @@ def convert_features(
             "dim": dim,
             "rate_hz": rates[name],
             "model": models[name],
-            "weights_sha256": "unknown",
             "tool": f"mcn_ext.prepare {kind}",
         }
         for name, dim in sorted(dims.items())

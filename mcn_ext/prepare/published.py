@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,8 @@ from mcn_ext.train import checkpoint, flags
 from mcn_ext.train.log import write_text
 
 WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "module"}
-# Where the width of the joint space is read, by modality.
-ANCHORS = {
-    "A": "DAVEnet_projection.weight",
-    "V": "GU_video.fc.weight",
-    "T": "GU_text_captions.fc.weight",
-}
+# The last layer of each modality's encoder, as wide as the joint space.
+LAST = {"A": "DAVEnet_projection.bias", "V": "GU_video.fc.bias", "T": "GU_text_captions.fc.bias"}
 STREAMS = {4096: {"2d": 2048, "3d": 2048}, 2048: {"2d": 2048}}
 DAVENET_WIDTH = 1024  # channels of the published audio encoder
 PADDING = {"audio": 5120, "text": 20}  # the published evaluation pads clips to these lengths
@@ -69,16 +64,16 @@ class Published:
 
     def notice(self) -> str:
         """What was read, and by name what was not used, not there, not read."""
-        names = " ".join(MODALITIES[letter] for letter in self.sizes["modalities"])
-        lines = [f"{self.path}: {names}; {self.sizes}"]
-        counts: Counter = Counter()
-        for name, value in self.state.items():
-            counts[name.split(".")[0]] += value.numel()
-        lines += [f"  {module:<22}{count:>12,}" for module, count in counts.items()]
-        lines.append(f"  unused:     {_brief(self.unused)}")
-        lines.append(f"  not in it:  {_brief(self.missing)}")
-        lines.append(f"  not read:   {_brief(self.not_read)}")
-        return "\n".join(lines)
+        sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())
+        n = sum(value.numel() for value in self.state.values())
+        return "\n".join(
+            [
+                f"{self.path}: {sizes}; {len(self.state)} tensors used, {n:,} numbers",
+                f"  unused:     {_brief(self.unused)}",
+                f"  not in it:  {_brief(self.missing)}",
+                f"  not read:   {_brief(self.not_read)}",
+            ]
+        )
 
 
 def _brief(names: Iterable[str]) -> str:
@@ -93,34 +88,30 @@ def _brief(names: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------- reading a file
 
 
-def _placeholder(name: str, not_read: set[str]) -> tuple[type, str]:
-    """A class that stands for ``name``, takes whatever it is given, and does nothing."""
+class Placeholder:
+    """Stands for any object that is not read: takes whatever it is given, and does nothing."""
 
-    class Placeholder:
-        def __new__(cls, *args, **kwargs):
-            not_read.add(name)
-            return super().__new__(cls)
+    def __init__(self, *args, **kwargs):
+        pass
 
-        def __init__(self, *args, **kwargs):
-            pass
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
 
-        def __setstate__(self, state):
-            pass
-
-    return Placeholder, name
+    def __setstate__(self, state):
+        pass
 
 
 def _load_torch(path: Path) -> tuple[object, list[str]]:
     """(whatever a file of torch.save holds, names of what became a placeholder)."""
-    not_read: set[str] = set()
-    names = set(PLAIN)
-    if zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):  # the legacy format, whose names torch does not list
+        names = PLAIN
+    else:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             if bad := archive.testzip():
                 raise ValueError(f"the checksum of {bad} is wrong; get the file again")
-        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    with torch.serialization.safe_globals([_placeholder(name, not_read) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True), sorted(not_read)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True), sorted(names)
 
 
 def _load(path: Path) -> tuple[object, list[str]]:
@@ -163,9 +154,8 @@ def _sizes(state: dict[str, Tensor], video_dims: Mapping[str, int] | None) -> di
     """Arguments of MCN, from the tensors' shapes."""
 
     def size(name: str, axis: int) -> int:
-        if name not in state or state[name].ndim <= axis:
-            shape = tuple(state[name].shape) if name in state else "missing"
-            raise ValueError(f"{name} is {shape}, which the model's sizes are taken from")
+        if name not in state:
+            raise ValueError(f"{name} is missing, from which the model's sizes are taken")
         return state[name].shape[axis]
 
     modules = {name.split(".")[0] for name in state}
@@ -176,7 +166,7 @@ def _sizes(state: dict[str, Tensor], video_dims: Mapping[str, int] | None) -> di
         "modalities": letters,
         "video_dims": dict(video_dims or STREAMS[4096]),
         "word_dim": size("text_pooling_caption.fc.weight", 1) if "T" in letters else 300,
-        "embd_dim": size(ANCHORS[letters[-1]], 0),
+        "embd_dim": size(LAST[letters[-1]], 0),
         "recon_dim": 0,
         "audio_width": 1.0,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -49,18 +50,14 @@ def parse_streams(specs: list[str]) -> dict[str, tuple[Path, float]]:
     """NAME=DIR:RATE, each -> {name: (folder, rows per second)}."""
     streams = {}
     for spec in specs:
-        name, _, rest = spec.partition("=")
-        folder, _, rate = rest.rpartition(":")
-        try:
-            hz = float(rate)
-        except ValueError:
-            hz = 0
-        if not (name.isidentifier() or name in ("2d", "3d")) or not folder or not 0 < hz < 1e6:
+        match = re.fullmatch(r"(\w+)=(.+):(\d+\.?\d*)", spec)
+        if not match:
             raise SystemExit(f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5")
+        name, folder, rate = match.groups()
         if name in ("mel", "video", "caption"):
             raise SystemExit(f"--streams {spec}: {name} is not a name for features")
         require(f"--streams {spec}:", Path(folder))
-        streams[name] = Path(folder), hz
+        streams[name] = Path(folder), float(rate)
     return streams
 
 
@@ -131,7 +128,6 @@ def _specs(external: dict, files: list[Path], features: resnet.Frames2D | None) 
             "dim": _width(folder, name, ids),
             "rate_hz": rate,
             "model": f"{name} features as found",
-            "weights_sha256": "unknown",
         }
         for name, (folder, rate) in external.items()
     }

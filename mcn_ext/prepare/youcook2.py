@@ -38,12 +38,18 @@ def _first(item: dict, keys: list[str]):
     return next((item[key] for key in keys if item.get(key) is not None), None)
 
 
-def _array(value, what: str) -> np.ndarray:
-    """float32 array of a tensor, an array or a list of numbers; Skipped for anything else."""
+def _rows(value, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """float16 array of a tensor, an array or a list of numbers; Skipped for anything else, or
+    another shape (None: any length)."""
     try:
-        return np.asarray(value, np.float32)
+        array = np.asarray(value, np.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Skipped(f"{what} is not an array of numbers ({error})") from error
+    if array.ndim != len(shape) or any(
+        n not in (None, m) for n, m in zip(shape, array.shape, strict=True)
+    ):
+        raise Skipped(f"{what} has shape {array.shape}, the other clips have {shape}")
+    return as_rows(array, what)
 
 
 def _pooled(item: dict, keys: list[str], dim: int) -> np.ndarray:
@@ -51,20 +57,7 @@ def _pooled(item: dict, keys: list[str], dim: int) -> np.ndarray:
     value = _first(item, keys)
     if value is None:
         raise Skipped(f"no {' or '.join(keys)} features")
-    features = _array(value, keys[-1])
-    if features.shape != (dim,):
-        raise Skipped(f"{keys[-1]} has shape {features.shape}, the other clips have ({dim},)")
-    return as_rows(features[None], keys[-1])
-
-
-def _mel(item: dict) -> np.ndarray | None:
-    """(frames, 40) float16 dB."""
-    if item.get("audio") is None:
-        return None
-    audio = _array(item["audio"], "audio")
-    if audio.ndim != 2 or audio.shape[0] != N_MELS:
-        raise Skipped(f"audio has shape {audio.shape}, expected ({N_MELS}, frames)")
-    return as_rows(audio.T, "audio")
+    return _rows(value, keys[-1], (dim,))[None]
 
 
 def _captions(item: dict, keys: list[str]) -> list[str]:
@@ -124,10 +117,10 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=F
 
     def read(name: str, item: dict):
         rows = {stream: _pooled(item, keys[stream], specs[stream]["dim"]) for stream in pooled}
-        rows["mel"], captions = _mel(item), _captions(item, texts)
-        frames = 0 if rows["mel"] is None else len(rows["mel"])
-        # A silent clip lasts as long as its one pooled row stands for.
-        end = frames / MEL_RATE if frames else 1.0
+        captions, end = _captions(item, texts), 1.0  # without sound: the time of the pooled row
+        if item.get("audio") is not None:
+            rows["mel"] = _rows(item["audio"], "audio", (N_MELS, None)).T
+            end = len(rows["mel"]) / MEL_RATE or end
         return rows, ([0.0] * len(captions), [end] * len(captions), captions)
 
     return convert(writer, SkipList(out), clips, read, unit="clips")
