@@ -49,6 +49,7 @@ def test_prefixes_wrappers_and_the_legacy_format(read, legacy):
     ):
         found = read(content, legacy)
         assert found.unused == ["classification.weight"] and len(found.state) == len(state) - 1
+        assert not found.not_read
 
 
 def test_avlnet_old_files_half_precision_and_some_heads(read):

@@ -88,30 +88,33 @@ def _brief(names: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------- reading a file
 
 
-class Placeholder:
-    """Stands for any object that is not read: takes whatever it is given, and does nothing."""
+def _placeholder(name: str, not_read: set[str]) -> tuple[type, str]:
+    """A class that stands for ``name``: takes whatever it is given, and does nothing."""
 
-    def __init__(self, *args, **kwargs):
-        pass
+    class Placeholder:
+        def __new__(cls, *args, **kwargs):
+            not_read.add(name)
+            return super().__new__(cls)
 
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
+        def __init__(self, *args, **kwargs):
+            pass
 
-    def __setstate__(self, state):
-        pass
+        def __setstate__(self, state):
+            pass
+
+    return Placeholder, name
 
 
 def _load_torch(path: Path) -> tuple[object, list[str]]:
     """(whatever a file of torch.save holds, names of what became a placeholder)."""
-    if not zipfile.is_zipfile(path):  # the legacy format, whose names torch does not list
-        names = PLAIN
-    else:
+    names, not_read = PLAIN, set()
+    if zipfile.is_zipfile(path):  # torch does not list the names in the older format
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             if bad := archive.testzip():
                 raise ValueError(f"the checksum of {bad} is wrong; get the file again")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Placeholder, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True), sorted(names)
+    with torch.serialization.safe_globals([_placeholder(name, not_read) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True), sorted(not_read)
 
 
 def _load(path: Path) -> tuple[object, list[str]]:
@@ -245,7 +248,7 @@ def read_published(
         if lacking := [MODALITIES[m] for m in pair or "" if m not in sizes["modalities"]]:
             raise ValueError(f"--pair {pair}: no {' and no '.join(lacking)} in it")
         used, missing = _fit(asked, sizes)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: a tensor of fewer axes
         raise SystemExit(f"{path}: {error}") from error
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

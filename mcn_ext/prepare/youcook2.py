@@ -42,7 +42,8 @@ def _rows(value, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """float16 array of a tensor, an array or a list of numbers; Skipped for anything else, or
     another shape (None: any length)."""
     try:
-        array = np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(value, np.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Skipped(f"{what} is not an array of numbers ({error})") from error
     if array.ndim != len(shape) or any(
