@@ -31,6 +31,8 @@ WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
 
 # Flags of the first edition, and what to use now.
 GONE = {
+    "--init_published": "python -m mcn_ext.prepare published FILE --out RUN makes a run of it, for "
+    "train_stage2.py --init RUN and evaluate.py --run RUN",
     "--micro_batch": "use --checkpoint_activations when memory is short",
     "--dry_run": "use --max_steps 20; log.jsonl then has the time, the waiting and the memory",
     "--hang_minutes": "a rank that waits 10 minutes for the others ends the job",
