@@ -18,6 +18,18 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 # ------------------------------------------------------------------------------------------ flags
+# The demo preset, where the run that stage 2 starts from does not say (published weights do not).
+DEMO = dict(
+    batch_size=16,
+    n_pair=8,
+    lr=2e-3,
+    audio_frames=300,
+    min_time=1.0,
+    cluster_size=64,
+    temperature=0.1,
+    cluster_weight=0.3,
+    recon_weight=5.0,
+)
 # Taken from the run that stage 2 starts from, unless given: the data, and all that makes the stages
 # comparable.
 INHERITED = (
@@ -64,24 +76,29 @@ def get_parser():
         "run's words.npz (stage 1's, else data/word2vec.bin; without one, vectors are trained on "
         "the captions)",
     )
+    add("--preset", choices=("paper", "demo"), help="demo: small, for a CPU (stage 1's)")
     add(
         "--n_pair",
         type=positive(int),
+        default=32,
         help="clips per video and step; lower it when videos have few captions",
     )
     add(
         "--min_time",
         type=not_negative(float),
+        default=10.0,
         help="shortest clip in seconds; lower it for short videos",
     )
     add(
         "--audio_frames",
         type=positive(int),
+        default=1000,
         help="longest sound of a clip, in frames of 10 ms; memory and time grow with it",
     )
     add(
         "--audio_augment",
         type=not_negative(float),
+        default=0.0,
         help="strength of random changes "
         "of voice, pace and room; try 1 when there are few speakers",
     )
@@ -111,6 +128,7 @@ def get_parser():
     add(
         "--temperature",
         type=positive(float),
+        default=0.05,
         help="of the softmax; higher (0.1) when data is noisy",
     )
     add(
@@ -119,31 +137,35 @@ def get_parser():
         default=False,
         help="start at --temperature and learn it, as CLIP does",
     )
-    add("--margin", type=float, help="subtracted from the positives' similarity")
+    add("--margin", type=float, default=0.001, help="subtracted from the positives' similarity")
     add(
         "--similarity",
         choices=("cosine", "dot"),
+        default="cosine",
         help="dot: the published objective, at temperature 1; it can diverge",
     )
-    add("--cluster_weight", type=not_negative(float), help="0: no clustering loss")
-    add("--cluster_size", type=positive(int), help="number of centroids")
+    add("--cluster_weight", type=not_negative(float), default=1.0, help="0: no clustering loss")
+    add("--cluster_size", type=positive(int), default=256, help="number of centroids")
     add(
         "--queue_size",
         type=positive(int),
+        default=20,
         help="steps whose features are clustered; also the steps between two k-means fits",
     )
-    add("--recon_weight", type=not_negative(float), help="0: no reconstruction loss")
+    add("--recon_weight", type=not_negative(float), default=50.0, help="0: no reconstruction loss")
 
     add = parser.add_argument_group("optimisation").add_argument
     add(
         "--batch_size",
         type=positive(int),
+        default=128,
         help="videos per step over ALL ranks; more negatives help, up to what memory holds",
     )
     add("--epochs", type=positive(int), default=10)
     add(
         "--lr",
         type=positive(float),
+        default=1e-4,
         help="peak of the schedule; try 1e-3 for small data",
     )
     add("--warmup_steps", type=not_negative(int), help="default: a tenth of all, at most 1000")
@@ -164,7 +186,7 @@ def get_parser():
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder (runs/stage2-PAIR_ADDED)")
     add("--resume", action=switch, default=True, help="--no-resume moves the old folder aside")
-    add("--seed", type=not_negative(int))
+    add("--seed", type=not_negative(int), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add(
         "--save_every",
@@ -189,12 +211,14 @@ def get_args(argv=None, start=None):
     if start is None:
         return args
     inherited = {name: start[name] for name in INHERITED if start.get(name) is not None}
-    if args.similarity not in (None, start["similarity"]):
-        inherited["temperature"] = 1.0 if args.similarity == "dot" else 0.05
-    parser.set_defaults(**inherited)
+    preset = args.preset or inherited["preset"]
+    parser.set_defaults(**((DEMO if preset == "demo" else {}) | inherited))
     args = parser.parse_args(argv)
+    if args.similarity != start["similarity"]:  # the other one has another scale
+        parser.set_defaults(temperature=1.0 if args.similarity == "dot" else 0.05)
+        args = parser.parse_args(argv)
     args.word2vec = Path(args.word2vec) if args.word2vec else None
-    args.data, args.preset, args.demo = flags.find_data(Path(args.data), inherited["preset"])
+    args.data, args.preset, args.demo = flags.find_data(Path(args.data), preset)
     flags.check_paths(args)
     return args
 

@@ -230,7 +230,7 @@ def test_stage_2_adds_a_modality_to_published_encoders(begin, store_path, tmp_pa
     assert content["sizes"]["modalities"] == "AVT" and content["sizes"]["word_dim"] == 10
     assert content["args"]["similarity"] == "dot"
     (tmp_path / "avlnet.pth").unlink()
-    assert "going on at step 2" in call(*command, cwd=tmp_path).stdout
+    assert "resumed, step 2" in call(*command, cwd=tmp_path).stdout
 
 
 @pytest.mark.slow
