@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.train.log import replace
+from mcn_ext.data.files import replace
+from mcn_ext.data.unpickle import load_key_vectors
 
 MAX_SENTENCES = 500_000
 _WORD = re.compile(r"[\w']+")
@@ -107,8 +108,6 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
                 raise ValueError("its vectors have no numbers")
             return words.index, words.vectors
         if path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
-            from mcn_ext.prepare.unpickle import load_key_vectors
-
             names, vectors = load_key_vectors(path)
             return {word: i for i, word in enumerate(names)}, vectors
         from gensim.models import KeyedVectors

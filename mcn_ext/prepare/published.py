@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from mcn_ext.data.store import Store
+from mcn_ext.data.unpickle import PLAIN
 from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.encoders import davenet_widths
 from mcn_ext.model import MCN, MODALITIES, MODULES
-from mcn_ext.prepare import inert
-from mcn_ext.prepare.unpickle import UnsafePickle
 from mcn_ext.train import checkpoint, flags, training
 from mcn_ext.train.log import replace, say
 
@@ -129,13 +128,30 @@ def _content(path: Path) -> tuple[object, list[str]]:
                     raise SystemExit(
                         f"{path}: damaged: the checksum of {bad} is wrong; get the file again"
                     )
-        return torch.load(path, map_location="cpu", weights_only=True), []
-    except Exception:  # more than tensors, or damage, for which torch raises a dozen types
-        pass  # the next reader says which
-    try:
-        return inert.read(path)
-    except UnsafePickle as error:
-        raise SystemExit(str(error)) from error
+        with torch.serialization.safe_globals(PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True), []
+    except Exception as error:  # for damage, torch raises a dozen types
+        raise SystemExit(
+            f"{path}: damaged, or more than tensors and plain values in it ({_first_line(error)}). "
+            "Nothing in it was run. Where its code is at hand, load it and save its state_dict() "
+            "with torch.save"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _tensors(content: object, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors in dictionaries and lists, by their path ("state_dict.module.conv1.weight")."""
+    if isinstance(content, Tensor):
+        return {prefix: content.detach()}
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content))
+    found: dict[str, Tensor] = {}
+    for key, value in content.items() if isinstance(content, dict) else ():
+        found |= _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
 
 
 def _find(path: Path, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -227,7 +243,7 @@ def read_published(path) -> Published:
             f"{path}: a checkpoint of this program, not published weights; give its "
             "folder to train_stage2.py --init or evaluate.py --run"
         )
-    state, unused = _find(path, inert.tensors(content))
+    state, unused = _find(path, _tensors(content))
     for prefix, description in OTHER_MODELS.items():
         if any(key.startswith(prefix) for key in state):
             raise SystemExit(
