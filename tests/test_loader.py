@@ -234,12 +234,12 @@ def test_collate_grows_with_longer_and_more_clips_than_the_first_item_has():
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])
 def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
-    """By the bytes that a worker's batch has: clips of 190 frames, of which 120 are used."""
+    """By the bytes that a worker's batch has: clips of 190 frames, of which 128 are used."""
     reader = ClipReader(
         Store(store_path),
         video_streams=("2d", "3d"),
         audio=True,
-        audio_frames=120,
+        audio_frames=128,
         audio_augment=augment,
     )
     clips = TrainingClips(reader, n_pair=4, min_time=1.0, seed=0)
@@ -253,10 +253,10 @@ def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
     needed = 2 * (PREFETCH + 1) * held
     assert say(needed) == say(0, workers=0) == ""
     text = say(needed - 1)
-    assert text.startswith("--workers 2: they keep up to 0.00 GB of batches in shared memory")
+    assert text.startswith("--workers 2 on 1 rank(s) keep up to 0.00 GB of batches in shared")
     assert text.endswith("Use --workers 1, or, in a container, docker run --shm-size 1g")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "on 2 ranks" in say(needed) and "Use --workers 1" in say(needed)
+    assert "on 2 rank(s)" in say(needed) and "Use --workers 1" in say(needed)
     monkeypatch.setattr(reader, "audio_frames", 10**6)
     assert "--workers 0, or, in a container, docker run --shm-size" in say(10**6)
 
@@ -265,7 +265,10 @@ def test_training_goes_on_with_little_shared_memory(tmp_path, store_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps", 1)
     done = call(*command, "--workers", 1, cwd=tmp_path)
-    assert "WARNING: --workers 1: they keep up to" in done.stdout and "step 1 of 4" in done.stdout
+    assert (
+        "WARNING: --workers 1 on 1 rank(s) keep up to" in done.stdout
+        and "step 1 of 4" in done.stdout
+    )
     assert "WARNING" not in call(*command, "--out", "alone", cwd=tmp_path).stdout
 
 

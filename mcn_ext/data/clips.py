@@ -19,11 +19,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from mcn_ext import distributed
-from mcn_ext.data.batch import collate, to_device
+from mcn_ext.data.batch import collate, to_device  # noqa: F401
 from mcn_ext.data.store import N_MELS, Store
 from mcn_ext.data.words import WordVectors
 
-__all__ = ["ClipReader", "ClipSampler", "TrainingClips", "collate", "make_loader", "to_device"]
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
 SILENCE_DB = 0.1
 PREFETCH = 2  # batches of a worker read ahead
@@ -137,17 +136,12 @@ class ClipReader:
         Features that are not finite, silent sound and captions without a known word are not valid.
         """
         number, start, end = self.store.caption_times(video)
-        ids = [((number + first) << 20) + last - first for first, last in spans]
-        out = {"clip_id": np.array(ids, np.int64)}
-        out |= self.cut(
-            video,
-            np.array([start[first] for first, _ in spans]),
-            np.array([end[last] for _, last in spans]),
-            rng,
-        )
+        first, last = np.array(spans, np.int64).T
+        out = {"clip_id": ((number + first) << 20) + last - first}
+        out |= self.cut(video, start[first], end[last], rng)
         if self.words is not None:
             texts = self.store.caption_texts(video)
-            out |= self.look_up([" ".join(texts[first : last + 1]) for first, last in spans])
+            out |= self.look_up([" ".join(texts[a : b + 1]) for a, b in spans])
         return out
 
     def cut(
@@ -193,30 +187,26 @@ class ClipReader:
 
     def look_up(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Texts as rows of the word vectors, -1 after the last word."""
-        out = {
-            "words": np.full((len(texts), self.max_words), -1, np.int64),
-            "caption_id": np.zeros(len(texts), np.int64),
-        }
+        words = np.full((len(texts), self.max_words), -1, np.int64)
+        ids = np.zeros(len(texts), np.int64)
         for i, text in enumerate(texts):
             rows = self.words.rows(text, self.max_words)
-            out["words"][i, : len(rows)] = rows
-            out["caption_id"][i] = caption_id(rows)
-        out["valid.text"] = out["words"][:, 0] >= 0
-        return out
+            words[i, : len(rows)] = rows
+            ids[i] = caption_id(rows)
+        return {"words": words, "caption_id": ids, "valid.text": words[:, 0] >= 0}
 
     def describe(self, clip_ids: list[int]) -> list[str]:
         """Clips as a person finds them: video id, seconds, words."""
-        last = np.cumsum(self.store.caption_counts())
+        n_until = np.cumsum(self.store.caption_counts())
         names, out = self.store.ids() if clip_ids else [], []
         for clip_id in clip_ids:
             caption, more = clip_id >> 20, clip_id & (1 << 20) - 1  # as in read()
-            video = int(np.searchsorted(last, caption, side="right"))
+            video = int(np.searchsorted(n_until, caption, side="right"))
             number, start, end = self.store.caption_times(video)
             first = caption - number
-            words = " ".join(self.store.caption_texts(video)[first : first + more + 1])
-            out.append(
-                f'{names[video]} {start[first]:.1f} to {end[first + more]:.1f} s "{words[:60]}"'
-            )
+            last = first + more
+            words = " ".join(self.store.caption_texts(video)[first : last + 1])
+            out.append(f'{names[video]} {start[first]:.1f} to {end[last]:.1f} s "{words[:60]}"')
         return out
 
 
@@ -237,11 +227,8 @@ class TrainingClips(torch.utils.data.Dataset):
         video = int(self.videos[index])
         _, start, end = self.reader.store.caption_times(video)
         rng = np.random.default_rng((self.seed, epoch, video))
-        return self.reader.read(
-            video,
-            draw_spans(start, end, self.n_pair, self.min_time, rng),
-            rng if self.reader.audio_augment else None,
-        )
+        spans = draw_spans(start, end, self.n_pair, self.min_time, rng)
+        return self.reader.read(video, spans, rng if self.reader.audio_augment else None)
 
 
 class ClipSampler(torch.utils.data.Sampler):
@@ -311,27 +298,25 @@ def _end_workers(loader: weakref.ref) -> None:
 
 
 def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str:
-    """A warning if the batches of all workers of this machine may not fit into /dev/shm, else "".
+    """A warning if the batches read ahead on this machine may not fit into /dev/shm, else "".
 
-    ``n_clips``: of a batch on a rank. Each worker fills PREFETCH + 1 batches, of clips as long as
-    the longest, in turn. One that finds no memory there ends with a bus error, which names nothing.
+    ``n_clips``: of a batch on a rank. A worker that finds no memory there ends with a bus error,
+    which names nothing.
     """
     if not workers or not os.path.isdir("/dev/shm"):
         return ""
     n_bytes = 2 * sum(reader.store.dims[name] for name in reader.video_streams)  # float16
     if reader.audio:
-        frames = -(-reader.audio_frames // 16) * 16
-        n_bytes += (4 if reader.audio_augment else 2) * frames * N_MELS
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    for_one = ranks * (PREFETCH + 1) * n_clips * n_bytes
-    needed, free = workers * for_one, shutil.disk_usage("/dev/shm").free
+        n_bytes += (4 if reader.audio_augment else 2) * reader.audio_frames * N_MELS
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    one_each = n_ranks * (PREFETCH + 1) * n_clips * n_bytes
+    needed, free = workers * one_each, shutil.disk_usage("/dev/shm").free
     if needed <= free:
         return ""
     return (
-        f"--workers {workers}: {f'on {ranks} ranks ' if ranks > 1 else ''}they keep up to "
-        f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has "
-        f"{free / 1e9:.2f} GB free: a worker may end with a bus error. Use --workers "
-        f"{free // for_one}, or, in a container, docker run --shm-size "
+        f"--workers {workers} on {n_ranks} rank(s) keep up to {needed / 1e9:.2f} GB of batches in "
+        f"shared memory, and /dev/shm has {free / 1e9:.2f} GB free: a worker may end with a bus "
+        f"error. Use --workers {free // one_each}, or, in a container, docker run --shm-size "
         f"{needed // 2**30 + 1}g"
     )
 

@@ -176,24 +176,17 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
     ids twice. ``checksums`` of the result tells whether there were any.
     """
     store = Store(path)
-    info = {
-        "path": str(path),
-        "source": store.source,
-        "videos": len(store),
-        "captions": store.n_captions,
-        "checksums": True,
-        "streams": {},
-    }
+    info = {"source": store.source, "videos": len(store), "captions": store.n_captions}
+    info["streams"] = []
     for name, dim in store.dims.items():
         counts = store.row_counts(name)
-        info["streams"][name] = {
-            "dim": dim,
-            "rate_hz": store.rates[name],
-            "rows": int(counts.sum()),
-            "videos_without": int((counts == 0).sum()),
-        }
+        info["streams"].append(
+            f"{name:4s} {counts.sum()} rows x {dim}, {store.rates[name]:g} per second, "
+            f"{(counts == 0).sum()} videos without"
+        )
     if not check_rows:
         return info
+    info["checksums"] = True
     for shard in store.shards:
         with reading(shard.path), open_hdf5(shard.path) as file:
             for group in file:
@@ -236,13 +229,10 @@ def main(argv=None) -> int:
     except StoreError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{info['path']}: valid mcn-store version {VERSION}, {info['source']}")
+    print(f"{args.path}: valid mcn-store version {VERSION}, {info['source']}")
     print(f"  {info['videos']} videos, {info['captions']} captions")
     if not args.quick:
-        print(f"  {'checksums agree' if info['checksums'] else 'no checksums (an older store)'}")
-    for name, s in info["streams"].items():
-        print(
-            f"  {name:4s} {s['rows']} rows x {s['dim']}, {s['rate_hz']:g} per second, "
-            f"{s['videos_without']} videos without"
-        )
+        print("  checksums agree" if info["checksums"] else "  no checksums (an older store)")
+    for line in info["streams"]:
+        print(" ", line)
     return 0
