@@ -211,7 +211,14 @@ def main(argv=None):
     from torch.nn.parallel import DistributedDataParallel
 
     from mcn_ext import distributed
-    from mcn_ext.data.clips import ClipReader, Loader, TrainingClips, default_workers, to_device
+    from mcn_ext.data.clips import (
+        ClipReader,
+        ClipSampler,
+        TrainingClips,
+        default_workers,
+        make_loader,
+        to_device,
+    )
     from mcn_ext.model import MCN
     from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs
@@ -256,7 +263,8 @@ def main(argv=None):
     clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
     inputs.check_batch_size(args, len(clips))
     workers = default_workers(device) if args.workers is None else args.workers
-    loader = Loader(clips, args.batch_size, workers, device)
+    sampler = ClipSampler(len(clips), args.batch_size, args.seed)
+    loader = make_loader(clips, sampler, workers, device)
     n_clips = args.batch_size * args.n_pair
     inputs.warn_of_shared_memory(reader, n_clips // world, workers)
 
@@ -291,7 +299,7 @@ def main(argv=None):
     parameters = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    total_steps = args.epochs * loader.steps_per_epoch
+    total_steps = args.epochs * sampler.steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
     warmup_steps = args.warmup_steps
     if warmup_steps is None:
@@ -352,7 +360,7 @@ def main(argv=None):
     stop = StopRequest()  # SIGTERM, SIGINT and SIGUSR1 end the run after a step, and save it
     say(
         f"{folder}: {'resumed' if resumed else 'new run'}, step {step} of {total_steps} "
-        f"({args.epochs} epochs x {loader.steps_per_epoch}), {len(clips)} videos of {args.data}\n"
+        f"({args.epochs} epochs x {sampler.steps_per_epoch}), {len(clips)} videos of {args.data}\n"
         f"  a step: {args.batch_size} videos x {args.n_pair} clips = {n_clips} clips on {world} "
         f"rank(s), {precision}, {device}; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
         "parameters learn"
@@ -362,9 +370,10 @@ def main(argv=None):
     # -------------------------------------------------------------------------------------- train
     stopped = False
     while step < last_step and not stopped:
-        epoch = step // loader.steps_per_epoch + 1
+        epoch = step // sampler.steps_per_epoch + 1
         waiting = time.perf_counter()
-        for batch in loader.epoch(epoch, start=step % loader.steps_per_epoch):
+        sampler.set_epoch(epoch, start=step % sampler.steps_per_epoch)
+        for batch in loader:
             log.waited += time.perf_counter() - waiting
             batch = to_device(batch, device, word_vectors)
             for group in optimizer.param_groups:
@@ -401,12 +410,12 @@ def main(argv=None):
                     if step > warmup_steps:  # new encoders map everything to much the same
                         log.warn_once(step, signs_of_collapse(more))
 
-            if step >= last_step or stopped or step % loader.steps_per_epoch == 0:
+            if step >= last_step or stopped or step % sampler.steps_per_epoch == 0:
                 break
             if step % args.save_every == 0:
                 save()
             waiting = time.perf_counter()
-        save(epoch_done=epoch if step % loader.steps_per_epoch == 0 else None)
+        save(epoch_done=epoch if step % sampler.steps_per_epoch == 0 else None)
 
     log.close()
     if stopped and step < last_step:
