@@ -20,7 +20,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     # Gathered, then added up in rank order: the same bits on all ranks.
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x):
         return distributed.stack(x).sum(dim=0)
 
     @staticmethod
@@ -33,7 +33,7 @@ class _Sums(torch.autograd.Function):
 
     # A Function because autograd would keep an fp32 copy of 16-bit x for the gradient.
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x):
         ctx.save_for_backward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return torch.cat([y.sum((0, 2, 3), dtype=torch.float64) for y in (wide, wide.square())])
@@ -41,13 +41,15 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        shift, scale = grad.to(torch.promote_types(x.dtype, torch.float32)).chunk(2)
+        shift, scale = grad.chunk(2)
         return affine(x, 2 * scale, shift)
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * x + shift per channel, in x's dtype: x (B, C, 1, T), scale and shift (C,)."""
     # batch_norm with mean 0 and variance 1: one pass that reads 16-bit x and computes in fp32.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, shift = scale.to(wide), shift.to(wide)
     zero = torch.zeros_like(scale)
     return F.batch_norm(x, zero, zero + 1, scale, shift, eps=0.0)
 
@@ -67,29 +69,28 @@ class BatchNorm(nn.BatchNorm2d):
             y = affine(x, *self._scale_and_shift(x, mask))
         else:
             y = super().forward(x)
-        return y if mask is None else y * mask
+        return y if mask is None else y.mul_(mask)
 
     def _scale_and_shift(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The normalisation as (scale, shift) (C,); x must be 0 where the mask is False."""
+        """The normalisation, (C,) float64 each; x must be 0 where the mask is False."""
         frames = torch.ones_like(x[:, 0]) if mask is None else mask
         sums = torch.cat([_Sums.apply(x), frames.sum(dtype=torch.float64).view(1)])
-        if distributed.world() > 1:
-            sums = _SumOverRanks.apply(sums)
+        sums = _SumOverRanks.apply(sums)
         count = sums[-1]
         mean, mean_square = (sums[:-1] / count.clamp_min(1)).chunk(2)
         # In float64, because this cancels where the mean is far from 0.
         var = (mean_square - mean.square()).clamp_min(0)
-        self._update_running(mean.detach(), var.detach(), count.detach())
+        self._update_running(mean, var, count)
         enough = count > 1  # `if` would wait for a GPU
         mean = torch.where(enough, mean, self.running_mean)
         var = torch.where(enough, var, self.running_var)
         scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return scale.to(self.weight.dtype), shift.to(self.weight.dtype)
+        return scale, self.bias - mean * scale
 
+    @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        rate = self.momentum * (count > 1).to(self.running_mean.dtype)  # 0 in silence
+        rate = self.momentum * (count > 1).to(self.running_mean)  # 0 in silence
         unbiased = var * count / (count - 1).clamp_min(1)
-        self.running_mean.lerp_(mean.to(rate.dtype), rate)
-        self.running_var.lerp_(unbiased.to(rate.dtype), rate)
+        self.running_mean.lerp_(mean.to(rate), rate)
+        self.running_var.lerp_(unbiased.to(rate), rate)
         self.num_batches_tracked += count > 1

@@ -109,7 +109,7 @@ class ResDAVEnet(nn.Module):
     rest again. The same gradients from less memory, for 4/3 of the convolutions.
     """
 
-    def __init__(self, width: float = 1.0, n_mels: int = 40, checkpoint_activations: bool = False):
+    def __init__(self, width: float = 1.0, checkpoint_activations: bool = False, n_mels: int = 40):
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         widths = davenet_widths(width)

@@ -62,7 +62,7 @@ class MCN(nn.Module):
             self.GU_video = GatedUnit(dim, embd_dim)
             self.recon_v = head(dim)
         if "audio" in self.modalities:
-            self.DAVEnet = ResDAVEnet(audio_width, checkpoint_activations=checkpoint_activations)
+            self.DAVEnet = ResDAVEnet(audio_width, checkpoint_activations)
             # Gated at DAVEnet's width, then projected: 36 times fewer weights than gating at 6144.
             self.GU_audio = GatedUnit(self.DAVEnet.dim, self.DAVEnet.dim)
             self.DAVEnet_projection = nn.Linear(self.DAVEnet.dim, embd_dim)
@@ -75,20 +75,19 @@ class MCN(nn.Module):
     def freeze(self, modalities) -> None:
         """Fix encoders, in ``train()`` too: no gradients, BatchNorm in eval, no reconstruction."""
         self.frozen = list(modalities)
-        for name in self.frozen:
-            for module in self._modules_of(name):
-                module.requires_grad_(False)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for name in self.frozen:
-            for module in self._modules_of(name):
-                module.eval()
+        for module in self._frozen_modules():
+            module.eval()
         return self
 
-    def _modules_of(self, modality: str):
-        return [m for m in (getattr(self, name) for name in MODULES[modality]) if m is not None]
+    def _frozen_modules(self) -> list[nn.Module]:
+        modules = [getattr(self, name) for modality in self.frozen for name in MODULES[modality]]
+        return [module for module in modules if module is not None]
 
     def _video(self, batch) -> tuple[Tensor, Tensor]:
         # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.

@@ -59,8 +59,9 @@ def plain(net, clips, n_averaged):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize(
+    "lengths, filled", [("ragged", False), ("ragged", True), ("full", False), ("one", False)]
+)
 def test_davenet_is_that_of_each_clip_alone(lengths, filled, training, dtype, bound):
     """``filled``: clips are convolved with zeros to the same length, and averaged without."""
     net, (mel, n) = network(dtype).train(training), sounds(LENGTHS[lengths], dtype)
@@ -77,8 +78,9 @@ def test_davenet_is_that_of_each_clip_alone(lengths, filled, training, dtype, bo
     for y, inputs in ((found, [mel, *net.parameters()]), (want, [x, *exact.parameters()])):
         weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         gradients.append(torch.autograd.grad((y * weights).sum(), inputs))
-    for got, right in ((found, want), *zip(*gradients, strict=True)):
-        assert (got - right).norm() <= bound * right.norm() + bound * (dtype == torch.float32)
+    assert (found - want).norm() <= bound * want.norm()
+    for got, right in zip(*gradients, strict=True):
+        assert (got - right).norm() <= 10 * bound * (right.norm() + 1)
 
 
 def test_running_statistics_are_of_real_frames():
