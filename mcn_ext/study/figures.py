@@ -13,14 +13,9 @@ from mcn_ext.study.statistics import MAIN, Study, mean, recall_interval
 
 # Okabe & Ito (2008).
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
-DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-HATCHES, MARKERS = ("", "////", "....", "xxxx", "----"), "osD^v"
+DASHES, HATCHES, MARKERS = ("-", "--", ":", "-."), ("", "////", "....", "xxxx"), "osD^"
 STYLE = {
-    "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "hatch.linewidth": 0.6,
-    "legend.fontsize": 8,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
 }
@@ -31,8 +26,12 @@ def look(study: Study, method: str) -> dict:
     """Colour by order; dash, hatch and marker tell the methods of one order apart."""
     order = study.orders[method]
     i = [m for m in study.methods if study.orders[m] == order].index(method) % len(DASHES)
-    color = ORDERS.get(order, "#000000")
-    return {"color": color, "linestyle": DASHES[i], "hatch": HATCHES[i], "marker": MARKERS[i]}
+    return {
+        "color": ORDERS[order],
+        "linestyle": DASHES[i],
+        "hatch": HATCHES[i],
+        "marker": MARKERS[i],
+    }
 
 
 def recall(plt, study: Study):
@@ -97,7 +96,7 @@ def winners(plt, study: Study):
     figure, axis = plt.subplots(figsize=(1.5 * len(video) + 1.3, 1.2 * len(audio) + 1.2))
     axis.set_xticks(range(len(video)), video)
     axis.set_yticks(range(len(audio)), audio)
-    axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5), aspect=0.8)
+    axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5))
     axis.set(xlabel="video noise", ylabel="audio noise", title=f"Best order by {MAIN} R@10, %")
     axis.grid(False)
     for row in rows:

@@ -93,7 +93,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--noise",
         nargs="+",
         type=flags.not_negative(float),
-        metavar="X",
         help="instead of --data, demo data with each level of video noise and each of audio "
         "noise; 0 is clean, 1 the demo's",
     )
@@ -102,7 +101,6 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--launch",
         default="",
-        metavar="WORDS",
         help="put before the training scripts, such as 'torchrun --nproc_per_node 4'",
     )
     add(
@@ -134,7 +132,7 @@ def stage_args(stage: int, words: list[str]) -> argparse.Namespace:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     required = ["--pair", BASELINE] if stage == 1 else ["--add", "T"]
-    return script.get_args([*required, *words])
+    return script.get_args(required + words)
 
 
 def check_flags(words: list[str], where: str = "") -> None:
@@ -152,24 +150,22 @@ def prepare_demo(folder: Path, *words) -> None:
 
 def get_cells(args: argparse.Namespace, settings: argparse.Namespace) -> list[dict]:
     """The data sets: one, or the cells of the noise grid."""
-    cell = {"name": "", "video_noise": None, "audio_noise": None}
     if not args.noise:
         data, store = settings.data, args.youcook2
         if settings.demo:
             prepare_demo(data.parent)
         store = store or (data.parent / "eval.h5" if settings.demo else flags.STORES["youcook2"])
-        return [cell | {"data": str(data), "youcook2": str(store)}]
+        return [{"name": "", "data": str(data), "youcook2": str(store)}]
     if args.data or args.youcook2:
         raise SystemExit("--noise makes data of its own: leave out --data and --youcook2")
     cells = []
-    for video in dict.fromkeys(args.noise):
-        for audio in dict.fromkeys(args.noise):
-            name = f"v{video:g}-a{audio:g}"
-            folder = args.out / "data" / name
-            levels = ("--video_noise", video, "--audio_noise", audio)
-            prepare_demo(folder, *levels, "--videos", args.videos)
-            paths = {"data": str(folder / "train.h5"), "youcook2": str(folder / "eval.h5")}
-            cells.append({"name": name, **paths, "video_noise": video, "audio_noise": audio})
+    for video, audio in itertools.product(dict.fromkeys(args.noise), repeat=2):
+        name = f"v{video:g}-a{audio:g}"
+        folder = args.out / "data" / name
+        levels = ("--video_noise", video, "--audio_noise", audio)
+        prepare_demo(folder, *levels, "--videos", args.videos)
+        paths = {"data": str(folder / "train.h5"), "youcook2": str(folder / "eval.h5")}
+        cells.append({"name": name, **paths, "video_noise": video, "audio_noise": audio})
     return cells
 
 
@@ -331,7 +327,7 @@ def write_json(out: Path, given: dict, variants: dict[str, str], **content) -> N
     from mcn_ext.train.log import write_text
 
     file = out / "study.json"
-    given = {k: str(v) for k, v in sorted(given.items()) if k not in FREE_FLAGS | {"seed"}}
+    given = {k: str(v) for k, v in sorted(given.items()) if k not in FREE_FLAGS}
     now = given | {f"variant {name}": words for name, words in variants.items()}
     if file.exists():
         try:
@@ -369,6 +365,7 @@ def main(argv=None) -> int:
         rest += ["--preset", "demo"]
     settings = stage_args(1, rest + (["--data", str(args.data)] if args.data else []))
     cells = get_cells(args, settings)
+    settings = stage_args(1, [*rest, "--data", cells[0]["data"]])
     if hasattr(settings, "keep_epochs"):
         rest += ["--no-keep_epochs"]
     methods = get_methods(args, settings, variants, *clips_and_dims(cells[0], settings))

@@ -6,8 +6,6 @@ import sys
 from math import nan
 from pathlib import Path
 
-from mcn_ext.train.log import read
-
 COLOURS = {"video": "tab:blue", "audio": "tab:orange", "text": "tab:green"}
 
 # A panel's title and the quantity it shows: one line for the key itself, or one for each key
@@ -94,6 +92,8 @@ def curves(run: Path) -> Path | None:
 
     Returns its path, None without a logged step or without matplotlib.
     """
+    from mcn_ext.train.log import read  # it imports torch, which --help does not need
+
     log = read(run / "log.jsonl") if (run / "log.jsonl").exists() else []
     rows = [row for row in log if "total" in row]
     plt = _pyplot() if rows else None
