@@ -6,8 +6,8 @@
 Videos of 390 s with 2048-wide 2D and 3D rows, a spectrogram and 100 captions, as HowTo100M has
 them, as a store, as .npz and as compressed .npz. All readers draw the same clips (draw_spans) and
 make the same batches, which is checked: maxima over time, (B, 40, 1000) float32 spectrograms, rows
-of words. Ours: ClipReader and Loader, up to the float32 of to_device. The .npz readers do what the
-published loaders do: open each stream's file, decompress it whole, convert, slice, max, pad.
+of words. Ours: ClipReader and make_loader, up to the float32 of to_device. The .npz readers do what
+the published loaders do: open each stream's file, decompress it whole, convert, slice, max, pad.
 
 Readers take turns within a repeat; medians. Cold: every file is put out of the page cache before
 the epoch (fsync, posix_fadvise), and mincore(2) tells what stayed. CPU: user and system time of
@@ -116,24 +116,17 @@ class NpzClips(torch.utils.data.Dataset):
         return out
 
 
-def npz_loader(clips: NpzClips, batch_size: int, workers: int):
-    """Epochs of :class:`NpzClips` in the order of ours."""
-    sampler = data.ShardedBatches(len(clips), batch_size, 0)
-    loader = torch.utils.data.DataLoader(
+def npz_loader(clips: NpzClips, sampler: data.ClipSampler, workers: int):
+    """A loader of :class:`NpzClips` in the order of ours."""
+    return torch.utils.data.DataLoader(
         clips,
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=data.PREFETCH if workers else None,
         worker_init_fn=data._start_worker,
         collate_fn=lambda items: {k: torch.cat([item[k] for item in items]) for k in items[0]},
     )
-
-    def epoch(number):
-        sampler.epoch = number
-        return iter(loader)
-
-    return epoch, loader
 
 
 def finished(batch: dict, device: torch.device) -> dict:
@@ -208,16 +201,15 @@ def measure(args, folder: Path) -> list[dict]:
     for workers in args.workers:
         loaders = {}
         for name in places:
+            sampler = data.ClipSampler(len(ours), args.batch_size, 0)
             if name == "store":
-                loader = data.Loader(ours, args.batch_size, workers, device)
-                loaders[name] = loader.epoch, loader.loader
+                loaders[name] = data.make_loader(ours, sampler, workers, device)
             else:
-                loaders[name] = npz_loader(
-                    NpzClips(folder / name, store, words, args.n_pair), args.batch_size, workers
-                )
+                theirs = NpzClips(folder / name, store, words, args.n_pair)
+                loaders[name] = npz_loader(theirs, sampler, workers)
         first = {}
-        for name, (epoch, _) in loaders.items():  # starts the workers, fills the page cache
-            for i, batch in enumerate(epoch(0)):
+        for name, loader in loaders.items():  # starts the workers, fills the page cache
+            for i, batch in enumerate(loader):
                 batch = finished(batch, device)
                 first[name] = batch if i == 0 else first[name]
         for name, batch in first.items():
@@ -241,11 +233,12 @@ def measure(args, folder: Path) -> list[dict]:
                 for name in places
             }
             for repeat in range(args.repeats):
-                for name, (epoch, loader) in loaders.items():
+                for name, loader in loaders.items():
+                    loader.batch_sampler.set_epoch(repeat + 1)
                     if cache == "cold":
                         rows[name]["stayed"].append(evict(places[name]))
                     cpu, begin = cpu_seconds(loader), time.perf_counter()
-                    n = sum(len(finished(batch, device)["words"]) for batch in epoch(repeat + 1))
+                    n = sum(len(finished(batch, device)["words"]) for batch in loader)
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     rows[name]["seconds"].append(time.perf_counter() - begin)

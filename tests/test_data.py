@@ -6,12 +6,13 @@ import torch
 
 from mcn_ext.data.clips import (
     ClipReader,
-    Loader,
+    ClipSampler,
     TrainingClips,
     caption_id,
     caption_span,
     collate,
     draw_spans,
+    make_loader,
     perturb_voice,
     to_device,
 )
@@ -96,10 +97,6 @@ def test_caption_id_is_that_of_the_known_words():
     assert caption_id(rows("chop the onion", 9)) != caption_id(rows("chop the egg", 9))
 
 
-def flat(batches):
-    return [{k: v.clone() for k, v in b.items()} for b in batches]
-
-
 def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
     def batches(workers, epoch, start=0, seed=0):
         reader = ClipReader(
@@ -111,7 +108,9 @@ def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
             audio_augment=1.0,
         )
         clips = TrainingClips(reader, n_pair=3, min_time=1.0, seed=seed)
-        return flat(Loader(clips, 4, workers, torch.device("cpu")).epoch(epoch, start))
+        sampler = ClipSampler(len(clips), 4, seed)
+        sampler.set_epoch(epoch, start)
+        return list(make_loader(clips, sampler, workers, torch.device("cpu")))
 
     here, elsewhere = batches(0, 1), batches(2, 1)
     assert len(here) == len(elsewhere) == 2

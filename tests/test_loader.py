@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import h5py
@@ -9,24 +13,24 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.data.batch import SharedRooms
 from mcn_ext.data.clips import (
     PREFETCH,
     ClipReader,
-    Loader,
+    ClipSampler,
     TrainingClips,
     caption_id,
     caption_span,
     collate,
     is_silent,
     lack_of_shared_memory,
-    maxima,
+    make_loader,
     perturb_voice,
     to_device,
 )
-from mcn_ext.data.store import Store, StoreError, StoreWriter
+from mcn_ext.data.store import Store, StoreWriter
 from mcn_ext.data.words import WordVectors, tokenize
-from tests.conftest import SMALL, STREAMS, WORDS, call
+from mcn_ext.train import checkpoint
+from tests.conftest import ROOT, SMALL, STREAMS, WORDS, call
 
 VECTORS = WordVectors(WORDS, np.arange(8.0 * 8).reshape(8, 8), "test")
 FRAMES, N_WORDS = 150, 3
@@ -179,15 +183,15 @@ def test_batches_are_those_of_a_simple_loader(tmp_path, workers, augment, name):
         max_words=N_WORDS,
         audio_augment=augment,
     )
-    loader = Loader(
-        TrainingClips(reader, n_pair=5, min_time=1.0, seed=3), 2, workers, torch.device("cpu")
-    )
+    clips = TrainingClips(reader, n_pair=5, min_time=1.0, seed=3)
+    sampler = ClipSampler(len(clips), 2, clips.seed)
+    loader = make_loader(clips, sampler, workers, torch.device("cpu"))
     valid, videos = np.zeros(2), read_all(store.files)
     for epoch in range(2):
-        loader.batches.epoch = epoch
+        sampler.set_epoch(epoch)
         # All kept while the worker goes on, so that none may lie where a later one does.
-        kept = list(loader.epoch(epoch))
-        for keys, batch in zip(list(loader.batches), kept, strict=True):
+        kept = list(loader)
+        for keys, batch in zip(list(sampler), kept, strict=True):
             wanted = simple_batch(videos, keys, 5, 3, augment)
             words = batch["words"]
             batch = to_device(batch, torch.device("cpu"), torch.from_numpy(VECTORS.vectors))
@@ -206,40 +210,11 @@ def test_batches_are_those_of_a_simple_loader(tmp_path, workers, augment, name):
     assert (valid > 2).all() and (valid < 12).all()  # both kinds were seen
 
 
-def test_maxima_and_silence_of_any_bits():
-    """Every kind of float16 beside every other."""
-    rng = np.random.default_rng(0)
-    kinds = np.array(
-        [
-            0x0000,
-            0x8000,
-            0x0001,
-            0x8001,
-            0x3C00,
-            0xBC00,
-            0x7BFF,
-            0xFBFF,
-            0x7C00,
-            0xFC00,
-            0x7E00,
-            0xFE00,
-        ],
-        np.uint16,
-    ).view(np.float16)
-    for n_kinds in (2, 6, 10, 12):
-        clips = [rng.choice(rng.permutation(kinds[:n_kinds])[:3], (n, 40)) for n in range(0, 30)]
-        for rows, most in zip(clips, maxima(clips, 40), strict=True):
-            wanted = rows.max(axis=0) if len(rows) else np.zeros(40, np.float16)
-            np.testing.assert_array_equal(np.isnan(most), np.isnan(wanted))
-            known = ~np.isnan(wanted)
-            assert most[known].tobytes() == wanted[known].tobytes()
-            wide = rows.astype(np.float32)
-            assert is_silent(rows) == (
-                not len(rows) or not np.isfinite(wide).all() or bool(np.ptp(wide) <= 0.1)
-            )
-    for step in (0.0999, 0.1, 0.1001):
-        assert is_silent(np.array([[0, step]], np.float16)) == (np.float16(step) <= 0.1)
-        assert is_silent(np.array([[-step, 0]], np.float16)) == (np.float16(step) <= 0.1)
+@pytest.mark.parametrize("step", [0.0999, 0.1, 0.1001])
+def test_sound_is_silent_within_a_tenth_of_a_decibel(step):
+    for mel in ([[0, step]], [[-step, 0]], [[-40 - step, -40]]):
+        mel = np.array(mel, np.float16)
+        assert is_silent(mel) == (np.ptp(mel.astype(np.float64)) <= 0.1)
 
 
 def test_collate_grows_with_longer_and_more_clips_than_the_first_item_has():
@@ -259,17 +234,17 @@ def test_collate_grows_with_longer_and_more_clips_than_the_first_item_has():
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])
 def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
-    """By the bytes that a worker's batch has: clips of 190 frames, of which 120 are used."""
+    """By the bytes that a worker's batch has: clips of 190 frames, of which 128 are used."""
     reader = ClipReader(
         Store(store_path),
         video_streams=("2d", "3d"),
         audio=True,
-        audio_frames=120,
+        audio_frames=128,
         audio_augment=augment,
     )
-    clips, rooms = TrainingClips(reader, n_pair=4, min_time=1.0, seed=0), SharedRooms(1)
-    rooms([clips[0, i] for i in range(3)])
-    held = sum(room.nbytes() for room in rooms.rooms[0].values())
+    clips = TrainingClips(reader, n_pair=4, min_time=1.0, seed=0)
+    batch = collate([clips[0, i] for i in range(3)])
+    held = sum(batch[key].nbytes for key in ("audio", "video.2d", "video.3d"))
 
     def say(free, workers=2):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
@@ -278,10 +253,10 @@ def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
     needed = 2 * (PREFETCH + 1) * held
     assert say(needed) == say(0, workers=0) == ""
     text = say(needed - 1)
-    assert text.startswith("--workers 2: they keep up to 0.00 GB of batches in shared memory")
+    assert text.startswith("--workers 2 on 1 rank(s) keep up to 0.00 GB of batches in shared")
     assert text.endswith("Use --workers 1, or, in a container, docker run --shm-size 1g")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "on 2 ranks" in say(needed) and "Use --workers 1" in say(needed)
+    assert "on 2 rank(s)" in say(needed) and "Use --workers 1" in say(needed)
     monkeypatch.setattr(reader, "audio_frames", 10**6)
     assert "--workers 0, or, in a container, docker run --shm-size" in say(10**6)
 
@@ -290,16 +265,51 @@ def test_training_goes_on_with_little_shared_memory(tmp_path, store_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps", 1)
     done = call(*command, "--workers", 1, cwd=tmp_path)
-    assert "WARNING: --workers 1: they keep up to" in done.stdout and "step 1 of 4" in done.stdout
+    assert (
+        "WARNING: --workers 1 on 1 rank(s) keep up to" in done.stdout
+        and "step 1 of 4" in done.stdout
+    )
     assert "WARNING" not in call(*command, "--out", "alone", cwd=tmp_path).stdout
 
 
-def test_a_store_that_is_cut_while_it_is_read_is_named(tmp_path):
-    path = awkward_store(tmp_path / "s.h5")
-    store = Store(path)
-    store.clips(0, "mel", [0], [1])
-    with h5py.File(path) as file:
-        end = file["mel/data"].id.get_offset() + 8000
-    os.truncate(path, end)
-    with pytest.raises(StoreError, match=r"s\.h5: mel/data: rows \d+ to \d+ cannot be read"):
-        store.clips(9, "mel", [0], [1])
+def is_empty(group, seconds=10):
+    """Whether a process group has no process left, at the latest after so long."""
+    for _ in range(10 * seconds):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_saves_the_run_and_leaves_none(tmp_path, store_path):
+    """As SLURM sends it at the end of a time limit: to the run and to its workers."""
+    command = ["train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--workers", 2]
+    command = [str(word) for word in [*command, "--epochs", 10_000, "--out", tmp_path / "run"]]
+    run = subprocess.Popen([sys.executable, *command], cwd=ROOT, start_new_session=True)
+    log = tmp_path / "run/log.jsonl"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 0 and checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] > 2
+    assert is_empty(run.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["raise ValueError", "os.kill(os.getpid(), 9)"])
+def test_workers_end_with_their_run(store_path, end):
+    code = f"""if True:
+        import os, torch
+        from mcn_ext.data.clips import *
+        from mcn_ext.data.store import Store
+        clips = TrainingClips(ClipReader(Store({str(store_path)!r}), audio=True),
+                              n_pair=2, min_time=1, seed=0)
+        loader = make_loader(clips, ClipSampler(10, 2, 0), 2, torch.device("cpu"))
+        next(iter(loader))
+        {end}
+    """
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    assert run.wait(60) in (1, -9)
+    assert is_empty(run.pid)

@@ -354,14 +354,14 @@ def test_ctrl_c_again_ends_at_once(monkeypatch, again):
 def test_processes_that_read_ahead_outlive_signals(store_path):
     reader = data.ClipReader(Store(store_path), audio=True)
     clips = data.TrainingClips(reader, n_pair=2, min_time=1, seed=0)
-    loader = data.Loader(clips, 2, 1, torch.device("cpu"))
-    batches = loader.epoch(1)
+    loader = data.make_loader(clips, data.ClipSampler(10, 2, 0), 1, torch.device("cpu"))
+    batches = iter(loader)
     next(batches)
-    (worker,) = loader.loader._iterator._workers
-    for name in ("-TERM", "-USR1", "-TERM"):
+    (worker,) = loader._iterator._workers
+    for name in ("-TERM", "-USR1", "-INT"):
         subprocess.run(["kill", name, str(worker.pid)], check=True)
-    assert len(list(batches)) == 4 and len(list(loader.epoch(2))) == 5 and worker.is_alive()
-    worker.terminate()
+    assert len(list(batches)) == 4 and len(list(loader)) == 5 and worker.is_alive()
+    del loader, batches
     worker.join(10)
     assert worker.exitcode == 0
 

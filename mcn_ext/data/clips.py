@@ -1,31 +1,31 @@
-"""Clip sampling, data sets, batches.
+"""Which clips a step trains on, and how they are read: reader, data set, sampler, loader.
 
-What a step trains on depends on (seed, epoch, video) alone, not on workers, ranks or what was read
+The clips of a step depend on (seed, epoch, video) alone, not on workers, ranks or what was read
 before: runs resume exactly, and any number of processes sees the same global batch.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
+import signal
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mcn_ext import distributed
-from mcn_ext.data.batch import SharedRooms, collate, own, to_device
+from mcn_ext.data.batch import collate, to_device  # noqa: F401
 from mcn_ext.data.store import N_MELS, Store
 from mcn_ext.data.words import WordVectors
-from mcn_ext.train.interrupt import born_deaf, outlive_signals
 
-__all__ = ["ClipReader", "Loader", "TrainingClips", "collate", "draw_spans", "to_device"]
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
 SILENCE_DB = 0.1
 PREFETCH = 2  # batches of a worker read ahead
-SLAB_BYTES = 2**23  # 10 minutes of 3D rows or 17 of sound
 
 
 def caption_span(
@@ -88,39 +88,20 @@ def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) ->
 
 
 def maxima(clips: list[np.ndarray], dim: int) -> np.ndarray:
-    """Maxima over time (n, dim) float16 of clips (rows, dim) float16; 0 where there are no rows.
-
-    rows.max(axis=0) takes 30 times as long: numpy has no float16 arithmetic. But the bits of
-    numbers without a sign are ordered as the numbers are, and those with a sign are larger.
-    """
-    bits = np.zeros((len(clips), dim), np.uint16)
-    for rows, most in zip(clips, bits, strict=True):
-        if len(rows):
-            rows.view(np.uint16).max(axis=0, out=most)
-    best = bits.view(np.float16)
-    if bits.size and bits.max() < 0x8000:  # features after a ReLU
-        return best
-    for i in np.flatnonzero((bits >= 0x8000).any(axis=1)):
-        signed = clips[i].view(np.int16).max(axis=0)
-        unsure = (signed <= 0) | (bits[i] > 0xFC00)  # nothing above 0, or a NaN with a sign
-        best[i] = signed.view(np.float16)
-        best[i, unsure] = clips[i][:, unsure].max(axis=0)
-    return best
+    """Maxima over time (n, dim) float16 of clips (rows, dim) float16; 0 where there are no rows."""
+    out = np.zeros((len(clips), dim), np.float16)
+    for rows, into in zip(clips, out, strict=True):
+        if len(rows):  # by torch: numpy takes ten times as long for float16
+            torch.amax(torch.from_numpy(rows), 0, out=torch.from_numpy(into))
+    return out
 
 
 def is_silent(mel: np.ndarray) -> bool:
     """Whether (frames, 40) float16 in dB is empty, not finite, or within SILENCE_DB everywhere."""
     if not mel.size:
         return True
-    # As in maxima(). A set sign bit makes the larger number the smaller one. NaN has the largest
-    # bits of its sign, so that it gets into the difference; so does infinity.
-    bits = mel.reshape(-1).view(np.uint16)
-    signed = bits.view(np.int16)
-    low, high = bits.max(), signed.max()
-    low = (low if low >= 0x8000 else bits.min()).view(np.float16)
-    high = (high if high >= 0 else signed.min()).view(np.float16)
-    spread = np.float64(high) - np.float64(low)
-    return not SILENCE_DB < spread < np.inf
+    low, high = (float(x) for x in torch.aminmax(torch.from_numpy(mel)))
+    return not SILENCE_DB < high - low < np.inf  # also where it is NaN
 
 
 class ClipReader:
@@ -146,16 +127,6 @@ class ClipReader:
         self.store, self.video_streams, self.audio = store, tuple(video_streams), audio
         self.words, self.audio_frames, self.max_words = words, audio_frames, max_words
         self.audio_augment = audio_augment
-        self._slab: np.ndarray | None = None
-
-    def __getstate__(self):
-        return self.__dict__ | {"_slab": None}
-
-    def _memory(self) -> np.ndarray:
-        """Bytes for a stream's rows until the next stream is read; longer slabs get their own."""
-        if self._slab is None:
-            self._slab = np.empty(SLAB_BYTES, np.uint8)
-        return self._slab
 
     def read(
         self, video: int, spans: list[tuple[int, int]], rng: np.random.Generator | None = None
@@ -165,17 +136,12 @@ class ClipReader:
         Features that are not finite, silent sound and captions without a known word are not valid.
         """
         number, start, end = self.store.caption_times(video)
-        ids = [((number + first) << 20) + last - first for first, last in spans]
-        out = {"clip_id": np.array(ids, np.int64)}
-        out |= self.cut(
-            video,
-            np.array([start[first] for first, _ in spans]),
-            np.array([end[last] for _, last in spans]),
-            rng,
-        )
+        first, last = np.array(spans, np.int64).T
+        out = {"clip_id": ((number + first) << 20) + last - first}
+        out |= self.cut(video, start[first], end[last], rng)
         if self.words is not None:
             texts = self.store.caption_texts(video)
-            out |= self.look_up([" ".join(texts[first : last + 1]) for first, last in spans])
+            out |= self.look_up([" ".join(texts[a : b + 1]) for a, b in spans])
         return out
 
     def cut(
@@ -190,70 +156,57 @@ class ClipReader:
         Features and sound stay float16 until :func:`to_device`, half the bytes to hand on; sound
         that was perturbed is float32. ``audio`` (n, 40, frames) is a view of (n, frames, 40).
         """
-        n, out = len(begin), {}
+        out = {}
         if self.video_streams:
-            valid = np.ones(n, bool)
+            out["valid.video"] = np.ones(len(begin), bool)
             for name in self.video_streams:
-                features = maxima(
-                    self.store.clips(video, name, begin, stop, self._memory()),
-                    self.store.dims[name],
-                )
-                magnitude = features.view(np.uint16) & 0x7FFF
-                usable = (magnitude < 0x7C00).all(axis=1) & magnitude.any(axis=1)  # finite, not 0
+                clips = self.store.clips(video, name, begin, stop)
+                features = maxima(clips, self.store.dims[name])
+                usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
                 features[~usable] = 0
-                valid &= usable
+                out["valid.video"] &= usable
                 out[f"video.{name}"] = features
-            out["valid.video"] = valid
         if self.audio:
+            clips = self.store.clips(video, "mel", begin, stop)
             # A caption may last ten hours: 3.6 million frames, of which audio_frames are used.
-            clips = [
-                c[: 16 * self.audio_frames]
-                for c in self.store.clips(video, "mel", begin, stop, self._memory())
-            ]
-            silent = [is_silent(c) for c in clips]
+            clips = [clip[: 16 * self.audio_frames] for clip in clips]
+            valid = np.array([not is_silent(clip) for clip in clips])
             if rng is not None:
-                clips = [
-                    c if quiet else perturb_voice(c.astype(np.float32), rng, self.audio_augment)
-                    for c, quiet in zip(clips, silent, strict=True)
-                ]
-            out["n_frames"] = np.array([min(len(c), self.audio_frames) for c in clips], np.int64)
-            audio = np.empty(
-                (n, max(16, out["n_frames"].max()), N_MELS),
-                np.float16 if rng is None else np.float32,
-            )
-            out["n_frames"][silent] = 0
-            out["valid.audio"] = ~np.array(silent)
-            for rows, frames, mel in zip(clips, out["n_frames"], audio, strict=True):
-                mel[:frames], mel[frames:] = rows[:frames], 0
-            out["audio"] = audio.transpose(0, 2, 1)
+                for i in np.flatnonzero(valid):
+                    mel = clips[i].astype(np.float32)
+                    clips[i] = perturb_voice(mel, rng, self.audio_augment)
+            clips = [clip[: self.audio_frames] for clip in clips]
+            n_frames = np.array([len(clip) for clip in clips], np.int64)
+            shape = (len(clips), max(16, n_frames.max()), N_MELS)
+            audio = np.zeros(shape, np.float16 if rng is None else np.float32)
+            n_frames[~valid] = 0
+            for mel, clip, n in zip(audio, clips, n_frames, strict=True):
+                mel[:n] = clip[:n]
+            out |= {"audio": audio.transpose(0, 2, 1), "n_frames": n_frames, "valid.audio": valid}
         return out
 
     def look_up(self, texts: list[str]) -> dict[str, np.ndarray]:
         """Texts as rows of the word vectors, -1 after the last word."""
-        out = {
-            "words": np.full((len(texts), self.max_words), -1, np.int64),
-            "caption_id": np.zeros(len(texts), np.int64),
-        }
+        words = np.full((len(texts), self.max_words), -1, np.int64)
+        ids = np.zeros(len(texts), np.int64)
         for i, text in enumerate(texts):
             rows = self.words.rows(text, self.max_words)
-            out["words"][i, : len(rows)] = rows
-            out["caption_id"][i] = caption_id(rows)
-        out["valid.text"] = out["words"][:, 0] >= 0
-        return out
+            words[i, : len(rows)] = rows
+            ids[i] = caption_id(rows)
+        return {"words": words, "caption_id": ids, "valid.text": words[:, 0] >= 0}
 
     def describe(self, clip_ids: list[int]) -> list[str]:
         """Clips as a person finds them: video id, seconds, words."""
-        last = np.cumsum(self.store.caption_counts())
+        n_until = np.cumsum(self.store.caption_counts())
         names, out = self.store.ids() if clip_ids else [], []
         for clip_id in clip_ids:
             caption, more = clip_id >> 20, clip_id & (1 << 20) - 1  # as in read()
-            video = int(np.searchsorted(last, caption, side="right"))
+            video = int(np.searchsorted(n_until, caption, side="right"))
             number, start, end = self.store.caption_times(video)
             first = caption - number
-            words = " ".join(self.store.caption_texts(video)[first : first + more + 1])
-            out.append(
-                f'{names[video]} {start[first]:.1f} to {end[first + more]:.1f} s "{words[:60]}"'
-            )
+            last = first + more
+            words = " ".join(self.store.caption_texts(video)[first : last + 1])
+            out.append(f'{names[video]} {start[first]:.1f} to {end[last]:.1f} s "{words[:60]}"')
         return out
 
 
@@ -274,119 +227,98 @@ class TrainingClips(torch.utils.data.Dataset):
         video = int(self.videos[index])
         _, start, end = self.reader.store.caption_times(video)
         rng = np.random.default_rng((self.seed, epoch, video))
-        return self.reader.read(
-            video,
-            draw_spans(start, end, self.n_pair, self.min_time, rng),
-            rng if self.reader.audio_augment else None,
-        )
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> _Lazily:
-        """The items of a batch, each read when :func:`collate` comes to it."""
-        return _Lazily(self, keys)
+        spans = draw_spans(start, end, self.n_pair, self.min_time, rng)
+        return self.reader.read(video, spans, rng if self.reader.audio_augment else None)
 
 
-class _Lazily:
-    """Items of keys, read as they are asked for."""
-
-    def __init__(self, clips: TrainingClips, keys: list[tuple[int, int]]):
-        self.clips, self.keys = clips, keys
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return map(self.clips.__getitem__, self.keys)
-
-
-class ShardedBatches(torch.utils.data.Sampler):
-    """This rank's part of every global batch, as lists of (epoch, video).
+class ClipSampler(torch.utils.data.Sampler):
+    """This rank's part of every global batch of an epoch, as lists of (epoch, video).
 
     Rank r owns the r-th contiguous part, so that ranks' rows in order are the single-process batch.
-    The epoch's last, smaller batch is left out.
+    The epoch's last, smaller batch is left out. Epochs count on from ``first_epoch``: a second
+    stage draws clips its first has not drawn.
     """
 
-    def __init__(self, n_videos: int, batch_size: int, seed: int):
+    def __init__(self, n_videos: int, batch_size: int, seed: int, first_epoch: int = 0):
         self.n_videos, self.batch_size, self.seed = n_videos, batch_size, seed
-        self.epoch = self.start = 0
-        self.n_batches = n_videos // batch_size
+        self.first_epoch, self.epoch, self.start = first_epoch, 0, 0
+        self.steps_per_epoch = n_videos // batch_size
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next pass over the loader is of ``epoch``, from its step ``start`` on."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return self.n_batches - self.start
+        return self.steps_per_epoch - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_videos)
-        local = self.batch_size // distributed.world()
-        for batch in range(self.start, self.n_batches):
-            begin = batch * self.batch_size + distributed.rank() * local
-            yield [(self.epoch, int(i)) for i in order[begin : begin + local]]
+        epoch = self.first_epoch + self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.n_videos)
+        n_local = self.batch_size // distributed.world()
+        for step in range(self.start, self.steps_per_epoch):
+            begin = step * self.batch_size + distributed.rank() * n_local
+            yield [(epoch, int(i)) for i in order[begin : begin + n_local]]
 
 
-class Loader:
-    """Batches of an epoch from any step on, read ahead by ``workers`` processes.
+def make_loader(
+    clips: TrainingClips, sampler: ClipSampler, workers: int, device: torch.device
+) -> DataLoader:
+    """A DataLoader of this rank's batches, read ahead by ``workers`` processes."""
+    loader = DataLoader(
+        clips,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # workers' seeds: not from the model's random numbers
+    )
+    if workers:
+        atexit.register(_end_workers, weakref.ref(loader))
+    return loader
 
-    Epochs count on from ``first_epoch``: a second stage draws clips its first has not drawn.
+
+def _start_worker(_worker: int) -> None:
+    """Ignore signals meant for the run, which without its workers would fail before it has saved.
+
+    SLURM and torchrun signal every process, a terminal's Ctrl-C the whole group.
     """
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
-    def __init__(
-        self,
-        clips: TrainingClips,
-        batch_size: int,
-        workers: int,
-        device: torch.device,
-        first_epoch: int = 0,
-    ):
-        self.first_epoch = first_epoch
-        self.batches = ShardedBatches(len(clips), batch_size, clips.seed)
-        self.steps_per_epoch = self.batches.n_batches
-        self.copied = not workers or device.type == "cuda"  # pinned memory is a copy
-        self.loader = torch.utils.data.DataLoader(
-            clips,
-            batch_sampler=self.batches,
-            num_workers=workers,
-            # One more than a worker may have under way: the one that is being copied here.
-            collate_fn=SharedRooms(PREFETCH + 1) if workers else collate,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
-        )  # a seed per iterator: not from the model's random numbers
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        self.batches.epoch, self.batches.start = self.first_epoch + epoch, start
-        with born_deaf():  # map() starts the iterator at once
-            return iter(self.loader) if self.copied else map(own, self.loader)
+def _end_workers(loader: weakref.ref) -> None:
+    """Tell workers to end, before multiprocessing sends the SIGTERM they ignore, and waits."""
+    iterator = loader() and loader()._iterator
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str:
-    """A warning if the batches of all workers of this machine may not fit into /dev/shm, else "".
+    """A warning if the batches read ahead on this machine may not fit into /dev/shm, else "".
 
-    ``n_clips``: of a batch on a rank. Each worker fills PREFETCH + 1 batches, of clips as long as
-    the longest, in turn. One that finds no memory there ends with a bus error, which names nothing.
+    ``n_clips``: of a batch on a rank. A worker that finds no memory there ends with a bus error,
+    which names nothing.
     """
     if not workers or not os.path.isdir("/dev/shm"):
         return ""
     n_bytes = 2 * sum(reader.store.dims[name] for name in reader.video_streams)  # float16
     if reader.audio:
-        frames = -(-reader.audio_frames // 16) * 16
-        n_bytes += (4 if reader.audio_augment else 2) * frames * N_MELS
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    for_one = ranks * (PREFETCH + 1) * n_clips * n_bytes
-    needed, free = workers * for_one, shutil.disk_usage("/dev/shm").free
+        n_bytes += (4 if reader.audio_augment else 2) * reader.audio_frames * N_MELS
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    one_each = n_ranks * (PREFETCH + 1) * n_clips * n_bytes
+    needed, free = workers * one_each, shutil.disk_usage("/dev/shm").free
     if needed <= free:
         return ""
     return (
-        f"--workers {workers}: {f'on {ranks} ranks ' if ranks > 1 else ''}they keep up to "
-        f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has "
-        f"{free / 1e9:.2f} GB free: a worker may end with a bus error. Use --workers "
-        f"{free // for_one}, or, in a container, docker run --shm-size "
+        f"--workers {workers} on {n_ranks} rank(s) keep up to {needed / 1e9:.2f} GB of batches in "
+        f"shared memory, and /dev/shm has {free / 1e9:.2f} GB free: a worker may end with a bus "
+        f"error. Use --workers {free // one_each}, or, in a container, docker run --shm-size "
         f"{needed // 2**30 + 1}g"
     )
-
-
-def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
-    outlive_signals()
 
 
 def default_workers(device: torch.device) -> int:

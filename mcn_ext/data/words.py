@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.train.log import replace
+from mcn_ext.data.files import replace
+from mcn_ext.data.unpickle import load_key_vectors
 
 MAX_SENTENCES = 500_000
+LOG = logging.getLogger("mcn")
 _WORD = re.compile(r"[\w']+")
 
 
@@ -24,18 +26,14 @@ def tokenize(text: str) -> list[str]:
 
 
 class WordVectors:
-    """A vocabulary and its vectors (V, dim) float32; ``absent``: words that were asked for, too,
-    and are not in ``source``."""
+    """A vocabulary and its vectors (V, dim) float32; ``source``: the file they are from;
+    ``absent``: words that were looked for there, and are not in it."""
 
     def __init__(
         self, words: list[str], vectors: np.ndarray, source: str, absent: Iterable[str] = ()
     ):
-        self.words, self.vectors, self.source = (
-            words,
-            np.ascontiguousarray(vectors, np.float32),
-            source,
-        )
-        self.absent = set(absent)
+        self.words, self.source, self.absent = words, source, set(absent)
+        self.vectors = np.ascontiguousarray(vectors, np.float32)
         self.index = {word: i for i, word in enumerate(words)}
 
     @property
@@ -44,8 +42,8 @@ class WordVectors:
 
     def rows(self, text: str, max_words: int) -> np.ndarray:
         """Rows of ``vectors``, int64, of a caption's first ``max_words`` known words, if any."""
-        found = map(self.index.get, tokenize(text))
-        return np.array([row for row in found if row is not None][:max_words], np.int64)
+        rows = [self.index[word] for word in tokenize(text) if word in self.index]
+        return np.array(rows[:max_words], np.int64)
 
     def agrees(self, other: WordVectors) -> bool:
         """Whether words in both have the same vectors."""
@@ -54,45 +52,40 @@ class WordVectors:
         return self.dim == other.dim and np.array_equal(self.vectors[mine], other.vectors[theirs])
 
     def save(self, path: Path) -> None:
+        """Write an .npz: vectors, and texts as UTF-8 bytes, which need no pickle."""
         texts = {
             "words": "\n".join(self.words),
             "source": self.source,
             "absent": "\n".join(sorted(self.absent)),
         }
-        replace(
-            path,
-            lambda file: np.savez(
-                file,
-                vectors=self.vectors,
-                **{name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()},
-            ),
-        )
+        arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+        replace(path, lambda file: np.savez(file, vectors=self.vectors, **arrays))
 
     @classmethod
     def load(cls, path: Path) -> WordVectors:
+        """Read what :meth:`save` wrote; damage raises one of a dozen types."""
         with np.load(path, allow_pickle=False) as file:
-            words, vectors = file["words"].tobytes().decode().split("\n"), file["vectors"]
-            if vectors.ndim != 2 or len(words) != len(vectors):
-                raise ValueError(f"{path}: {len(words)} words, vectors of shape {vectors.shape}")
-            absent = file["absent"].tobytes().decode() if "absent" in file else ""
-            return cls(words, vectors, file["source"].tobytes().decode(), absent.split())
+            vectors = file["vectors"]
+            texts = {name: file[name].tobytes().decode() for name in file if name != "vectors"}
+        words = texts["words"].split("\n")
+        if vectors.ndim != 2 or len(words) != len(vectors):
+            raise ValueError(f"{path}: {len(words)} words, vectors of shape {vectors.shape}")
+        return cls(words, vectors, texts["source"], texts.get("absent", "").split())
 
 
 def require_gensim(word2vec: Path | None) -> None:
     """SystemExit if gensim is not installed and needed: for all of --word2vec but .npz and .kv, and
     to train vectors where it is not given."""
-    if word2vec is not None and word2vec.suffix in (".npz", ".kv"):
+    if word2vec is None:
+        what = "without --word2vec, word vectors are trained on the captions, which"
+    elif word2vec.suffix in (".npz", ".kv"):
         return
+    else:
+        what = f"--word2vec {word2vec}: a file that is not .npz or .kv"
     if importlib.util.find_spec("gensim") is None:
-        what = (
-            "without --word2vec, word vectors are trained on the captions, which"
-            if word2vec is None
-            else f"--word2vec {word2vec}: a file that is not .npz or .kv"
-        )
         raise SystemExit(
-            f"{what} needs gensim, and it is not installed: pip install gensim, or "
-            "give --word2vec FILE.npz (words.npz of another run), which does not "
-            "need it"
+            f"{what} needs gensim, and it is not installed: pip install gensim, or give --word2vec "
+            "FILE.npz (words.npz of another run), which does not need it"
         )
 
 
@@ -102,23 +95,20 @@ def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
     require_gensim(path)
     try:
         if path.suffix == ".npz":
-            words = WordVectors.load(path)
-            if not words.dim:
-                raise ValueError("its vectors have no numbers")
-            return words.index, words.vectors
-        if path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
-            from mcn_ext.prepare.unpickle import load_key_vectors
+            found = WordVectors.load(path)
+            words, vectors = found.words, found.vectors
+        elif path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
+            words, vectors = load_key_vectors(path)
+        else:
+            from gensim.models import KeyedVectors
 
-            names, vectors = load_key_vectors(path)
-            return {word: i for i, word in enumerate(names)}, vectors
-        from gensim.models import KeyedVectors
-
-        keyed = KeyedVectors.load_word2vec_format(
-            str(path), binary=path.suffix not in (".txt", ".vec"), unicode_errors="replace"
-        )
-        if not keyed.vector_size:
+            binary = path.suffix not in (".txt", ".vec")
+            load = KeyedVectors.load_word2vec_format
+            found = load(str(path), binary=binary, unicode_errors="replace")
+            words, vectors = found.index_to_key, found.vectors
+        if not vectors.shape[1]:
             raise ValueError("its vectors have no numbers")
-        return keyed.key_to_index, keyed.vectors
+        return {word: row for row, word in enumerate(words)}, vectors
     except (FileNotFoundError, ImportError):  # a gensim that is broken is not the file's fault
         raise
     except Exception as error:  # gensim checks little: damage surfaces as a dozen types
@@ -140,19 +130,16 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
         )
     rows = vectors[[row_of[word] for word in known]]
     finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        broken = [word for word, good in zip(known, finite, strict=True) if not good]
-        logging.getLogger("mcn").warning(
+    broken = [word for word, good in zip(known, finite, strict=True) if not good]
+    if broken:
+        LOG.warning(
             "%s: the vectors of %d words are not finite and are left out: %s",
             word2vec,
             len(broken),
             ", ".join(broken[:10]),
         )
-    return WordVectors(
-        [w for w, good in zip(known, finite, strict=True) if good],
-        rows[finite],
-        source or str(word2vec),
-    )
+    words = [word for word, good in zip(known, finite, strict=True) if good]
+    return WordVectors(words, rows[finite], source or str(word2vec))
 
 
 def is_kept(word2vec: Path, cache: Path) -> bool:
@@ -183,7 +170,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
                     return cached
                 seen, absent = set(cached.words), cached.absent
         except Exception as error:  # damage makes zip and numpy raise a dozen types
-            logging.getLogger("mcn").warning("%s: damaged (%s), made again", cache, error)
+            LOG.warning("%s: damaged (%s), made again", cache, error)
     if seen is None:
         seen = {word for text in store.texts() for word in tokenize(text)}
     words = vectors_of(seen | asked, word2vec, f"{store.path}'s captions", source)
@@ -192,9 +179,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
         try:
             words.save(cache)
         except SystemExit:  # a read-only or full data folder: slower next time, nothing else
-            logging.getLogger("mcn").warning(
-                "could not keep word vectors in %s; they are read again next time", cache
-            )
+            LOG.warning("could not keep word vectors in %s; they are read again next time", cache)
     return words
 
 
@@ -203,7 +188,7 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     require_gensim(None)
     from gensim.models import Word2Vec
 
-    # Enough for good vectors; all 136 million captions of HowTo100M would take days and 100 GB.
+    # Not all 136 million captions of HowTo100M, which would take days and 100 GB.
     every = max(1, store.n_captions // MAX_SENTENCES)
     sentences = [tokenize(text) for text in islice(store.texts(), 0, None, every)]
     # One worker and a fixed seed: the same captions give the same vectors.
@@ -227,6 +212,5 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     # (Mu & Viswanath 2018).
     vectors = model.wv.vectors - model.wv.vectors.mean(axis=0)
     # The scale of GoogleNews' vectors, whose rms norm is about 2: encoders are initialised for it.
-    return WordVectors(
-        words, vectors * (2.0 / np.sqrt((vectors**2).sum(1).mean())), f"trained on {store.path}"
-    )
+    scale = 2.0 / np.sqrt((vectors**2).sum(1).mean())
+    return WordVectors(words, vectors * scale, f"trained on {store.path}")

@@ -133,7 +133,7 @@ def parser() -> Parser:
 def main(argv=None) -> int:
     args = vars(parser().parse_args(argv))
     from mcn_ext.data.store import StoreError
-    from mcn_ext.prepare.unpickle import UnsafePickle
+    from mcn_ext.data.unpickle import UnsafePickle
 
     kind = args.pop("kind")
     module = importlib.import_module(f"mcn_ext.prepare.{MODULES.get(kind, kind)}")

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from mcn_ext.data.store_writer import mend
+from mcn_ext.data.unpickle import load_pickle
 from mcn_ext.prepare import Skipped
-from mcn_ext.prepare.unpickle import load_pickle
 
 KEYS = ("start", "end", "text")
 _CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)"

@@ -17,10 +17,10 @@ import numpy as np
 
 from mcn_ext.data.store_file import N_MELS
 from mcn_ext.data.store_writer import StoreWriter
+from mcn_ext.data.unpickle import load_pickle
 from mcn_ext.prepare import SkipList, Skipped, convert
 from mcn_ext.prepare.captions import as_text
 from mcn_ext.prepare.howto100m import MEL_RATE, as_rows
-from mcn_ext.prepare.unpickle import load_pickle
 
 # By command: the data set's name, the keys of a stream and of the captions, the best first.
 KINDS = {

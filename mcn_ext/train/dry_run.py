@@ -58,7 +58,7 @@ def plan(run, refit: float, queue: int) -> list[str]:
     later = rows[1:] or rows  # the first step starts workers, and compiles or picks kernels
     step = median(n_clips / row["clips_per_s"] for row in later)
     waiting = median(row["data_wait"] for row in later)
-    steps = run.loader.steps_per_epoch
+    steps = run.sampler.steps_per_epoch
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     clusters = objective.clusters
@@ -71,7 +71,7 @@ def plan(run, refit: float, queue: int) -> list[str]:
     later_memory = max(0, queue - len(rows) * n_clips) * width * 4 / 2**30
     lines = [
         f"DRY RUN, {STEPS} steps on {distributed.world()} rank(s), {run.device}; nothing was kept",
-        f"  data        {len(run.loader.loader.dataset)} videos with captions, {steps} steps an "
+        f"  data        {len(run.loader.dataset)} videos with captions, {steps} steps an "
         f"epoch, {args.epochs} epochs, {steps * args.epochs} steps",
         f"  a step      {step:.3g} s ({n_clips / step:.0f} clips a second), of which waiting for "
         f"data {100 * waiting:.0f} %",

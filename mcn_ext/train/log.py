@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import platform
@@ -11,88 +9,22 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
 from mcn_ext import __version__, distributed
+from mcn_ext.data.files import append, replace, write_text, writing
+
+__all__ = ["RunLog", "environment", "read", "replace", "say", "write_text"]
 
 
 def say(text: str) -> None:
     """Print on rank 0, above the progress bar."""
     if distributed.rank() == 0:
         tqdm.write(text)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A disk that is full, or refuses, as a SystemExit that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
-            raise
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise SystemExit(
-            f"{path}: could not be written ({cause.strerror or cause}); what was "
-            "saved before is untouched. "
-            + (
-                "Make room and run the same command again"
-                if full
-                else "Is the place right, and may you write there?"
-            )
-        ) from error
-
-
-def replace(path: Path, fill: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
-    """Write, fsync, rename: at every moment ``path`` is the old file or the new one, complete.
-
-    ``fill`` writes the content; the old file is kept as ``previous``. SystemExit on a full disk.
-    """
-    tmp = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            with open(tmp, "wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous is not None and path.exists():
-                _keep(path, previous)
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the names too; not every file system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """Give a file a second name, and that only, so that ``path`` is there at every moment."""
-    link = previous.with_name(previous.name + ".tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # no links on this disk: for a moment, only ``previous`` is there
-        link = path
-    os.replace(link, previous)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one move. SystemExit on a full disk."""
-    replace(path, lambda file: file.write(text.encode()))
-
-
-def append(path: Path, text: str) -> None:
-    """Add to a file, which is not held open. SystemExit on a full disk."""
-    with writing(path), open(path, "a") as file:
-        file.write(text)
 
 
 def environment(device: torch.device) -> str:

@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mcn_ext import distributed
 from mcn_ext.data.clips import (
     ClipReader,
-    Loader,
+    ClipSampler,
     TrainingClips,
     default_workers,
     lack_of_shared_memory,
+    make_loader,
     to_device,
 )
 from mcn_ext.data.store import Store, StoreError
@@ -196,8 +197,10 @@ class Training:
         workers = default_workers(device) if args.workers is None else args.workers
         # A run begun before there was first_epoch goes on with the clips it had.
         begun = (resumed or {}).get("args", {"first_epoch": getattr(args, "first_epoch", 0)})
-        self.loader = Loader(clips, args.batch_size, workers, device, begun.get("first_epoch", 0))
-        self.total_steps = args.epochs * self.loader.steps_per_epoch
+        first_epoch = begun.get("first_epoch", 0)
+        self.sampler = ClipSampler(len(clips), args.batch_size, args.seed, first_epoch)
+        self.loader = make_loader(clips, self.sampler, workers, device)
+        self.total_steps = args.epochs * self.sampler.steps_per_epoch
         self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
         self.warmup = args.warmup_steps
         if self.warmup is None:
@@ -247,7 +250,7 @@ class Training:
         fixed = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained)
         say(
             f"{folder}: {f'going on at step {self.step}' if self.step else 'new run'} of "
-            f"{self.total_steps} ({args.epochs} epochs x {self.loader.steps_per_epoch} steps), "
+            f"{self.total_steps} ({args.epochs} epochs x {self.sampler.steps_per_epoch} steps), "
             f"{len(clips)} videos of {args.data}"
             + (f" ({dropped} without captions left out)" if dropped else "")
         )
@@ -307,16 +310,17 @@ class Training:
 
     def epochs(self) -> Iterator[int]:
         """Epochs left, from 1."""
-        first = self.step // self.loader.steps_per_epoch
+        first = self.step // self.sampler.steps_per_epoch
         for epoch in range(first, self.args.epochs):
             if self.step < self.last_step:
                 yield epoch + 1
 
     def batches(self, epoch: int) -> Iterator[dict]:
         """Batches of an epoch on the device, from where a resumed run stood."""
-        start = self.step - (epoch - 1) * self.loader.steps_per_epoch
+        start = self.step - (epoch - 1) * self.sampler.steps_per_epoch
+        self.sampler.set_epoch(epoch, start)
         self.heartbeat.at(self.step + 1, "reading")
-        for batch in self.log_.timed(self.loader.epoch(epoch, start)):
+        for batch in self.log_.timed(self.loader):
             self.heartbeat.at(self.step + 1, "computing")
             self.guard.before()
             self.objective.progress = self.step / self.total_steps
@@ -450,7 +454,7 @@ class Training:
             raise SystemExit(why)
 
     def _write(self, epoch: int, state: dict, rng: list[dict]) -> None:
-        ended = self.step == epoch * self.loader.steps_per_epoch
+        ended = self.step == epoch * self.sampler.steps_per_epoch
         clusters = self.objective.clusters
         training = {
             "optimizer": self.optimizer.state_dict(),

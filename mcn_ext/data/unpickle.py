@@ -1,0 +1,149 @@
+"""Reads pickles of arrays and containers without letting them run anything.
+
+A pickle is a program: loading one may call any importable function. Here every name a pickle asks
+for is on a list of constructors, of arrays of numbers, torch tensors and containers; anything else
+is an error that names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import re
+
+import numpy as np
+import torch
+
+
+class UnsafePickle(ValueError):
+    """A damaged pickle, or one that asks for something off the list; names the file and request."""
+
+
+class Dtype:
+    """A dtype of numbers. Its state may change the byte order, nothing else: numpy would believe a
+    state that says object pointers are plain bytes."""
+
+    def __init__(self, code: str, *_):
+        if not re.fullmatch("[biuf][1248]|f16|c8|c16", code):
+            raise UnsafePickle(f"asks for an array of {code[:40]!r}, which are not numbers")
+        self.numpy = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.numpy = self.numpy.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array with a :class:`Dtype`; numpy checks that its bytes fit its shape."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        super().__setstate__((1, shape, dtype.numpy, fortran, bytes(raw)))
+
+
+def scalar(dtype: Dtype, raw: bytes):
+    return np.frombuffer(raw, dtype.numpy)[0]
+
+
+NUMPY = ("numpy.core", "numpy._core")  # numpy < 2, and since
+# What files of torch.save keep beside tensors; for torch.serialization.safe_globals.
+PLAIN = [argparse.Namespace, (Dtype, "numpy.dtype")]
+PLAIN += [(scalar, f"{core}.multiarray.scalar") for core in NUMPY]
+
+
+class Unpickler(pickle.Unpickler):
+    """Allows what it names and ``more``: {(module, name): constructor}.
+
+    Constructors are methods or cannot be changed: of functions, a pickle may set attributes.
+    """
+
+    def __init__(self, file, more: dict):
+        super().__init__(file)
+        kinds = (set, frozenset, complex, list, dict, tuple, int, float, bytes)
+        self.known = {("builtins", kind.__name__): kind for kind in kinds} | {
+            ("_codecs", "encode"): self._encode,
+            ("collections", "OrderedDict"): dict,
+            ("collections", "defaultdict"): self._defaultdict,
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): Dtype,
+            ("torch", "Size"): tuple,
+            ("torch.storage", "_load_from_bytes"): self._storage,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+        }
+        for core in NUMPY:
+            self.known[f"{core}.multiarray", "_reconstruct"] = self._array
+            self.known[f"{core}.multiarray", "scalar"] = self._scalar
+            self.known[f"{core}.numeric", "_frombuffer"] = self._frombuffer
+        self.known |= more
+
+    def find_class(self, module: str, name: str):
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        if (module, name) not in self.known:
+            raise UnsafePickle(
+                f"asks for {module}.{name}, which is not an array, a tensor or a container"
+            )
+        return self.known[module, name]
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        return text.encode({"latin1": "latin1", "latin-1": "latin1"}[encoding])
+
+    def _defaultdict(self, _factory=None):
+        return {}
+
+    def _array(self, *_):
+        return _Array(0, np.int8)
+
+    def _scalar(self, dtype, raw):
+        return scalar(dtype, raw)
+
+    def _frombuffer(self, raw, dtype, shape, order):
+        return np.frombuffer(bytes(raw), dtype.numpy).reshape(shape, order=order)
+
+    def _storage(self, data: bytes):
+        # torch pickles a storage as a torch file, and reads it with everything allowed. Not here.
+        return torch.load(io.BytesIO(data), weights_only=True)
+
+    def _tensor(self, storage, offset, size, stride, *_):
+        # as_strided checks that the tensor lies in its storage; torch's own constructor does not.
+        flat = torch.empty(0, dtype=storage.dtype).set_(storage)
+        return flat.as_strided(size, stride, offset)
+
+
+def load_pickle(path: str | os.PathLike, more: dict | None = None):
+    """The object in a pickle made of numpy arrays, torch tensors, containers, numbers and strings.
+
+    ``more``: {(module, name): constructor} to allow, too. UnsafePickle for any other, or damage.
+    """
+    with open(path, "rb") as file:
+        try:
+            return Unpickler(file, more or {}).load()
+        except UnsafePickle as error:
+            raise UnsafePickle(f"{path}: refused, nothing was run: the pickle {error}") from None
+        except Exception as error:  # damage makes the unpickler raise a dozen types
+            raise UnsafePickle(
+                f"{path}: not a readable pickle ({type(error).__name__}: {error}); get the file "
+                "again from where it was published"
+            ) from error
+
+
+def load_key_vectors(path: str | os.PathLike) -> tuple[list[str], np.ndarray]:
+    """Words and vectors (V, dim) of a gensim .kv: a pickle, with a large array beside it."""
+
+    class Plain:
+        pass
+
+    names = ("KeyedVectors", "Word2VecKeyedVectors", "FastTextKeyedVectors", "CompatVocab", "Vocab")
+    more = {("gensim.models.keyedvectors", name): Plain for name in names}
+    more["copyreg", "_reconstructor"] = lambda cls, base, state: Plain()
+    more["builtins", "object"] = object
+    loaded = load_pickle(path, more)
+    words = getattr(loaded, "index_to_key", None) or getattr(loaded, "index2word", None)
+    vectors = getattr(loaded, "vectors", None)
+    beside = f"{path}.vectors.npy"
+    if vectors is None and os.path.exists(beside):
+        vectors = np.load(beside, mmap_mode="r", allow_pickle=False)
+    is_matrix = isinstance(vectors, np.ndarray) and vectors.ndim == 2 and vectors.dtype.kind == "f"
+    if not is_matrix or type(words) is not list or len(words) != len(vectors):
+        raise UnsafePickle(f"{path}: no words with vectors; a large .kv needs {beside} beside it")
+    return [str(word) for word in words], vectors
