@@ -41,7 +41,7 @@ def test_as_good_as_scikit_learn(data, request):
     """The mean of several fits is within 1 % of scikit-learn's, or better: single fits scatter."""
     cluster = pytest.importorskip("sklearn.cluster")
     if data == "spoken digits":
-        from mcn_ext.prepare.unpickle import load_pickle
+        from mcn_ext.data.unpickle import load_pickle
 
         clips = load_pickle(request.getfixturevalue("digits") / "val_audio.pkl")
         x, k = torch.stack([torch.as_tensor(c["2d"]).float() for c in clips]), 32

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mcn_ext.data.store import Store, StoreError, StoreWriter, main, validate
-from mcn_ext.prepare.unpickle import UnsafePickle, load_pickle
+from mcn_ext.data.unpickle import UnsafePickle, load_pickle
 from tests.conftest import STREAMS, write_store
 
 # --------------------------------------------------------------------------------------- store
