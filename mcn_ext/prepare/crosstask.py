@@ -19,10 +19,9 @@ import numpy as np
 
 from mcn_ext.prepare import SkipList, Skipped, in_order, require
 from mcn_ext.prepare.captions import as_text
-from mcn_ext.prepare.howto100m import Features, convert_features, load_array, read_table
+from mcn_ext.prepare.howto100m import LABELS, Features, convert_features, load_array, read_table
 from mcn_ext.train.log import write_text
 
-LABELS = {"crosstask": "CrossTask", "miningyoutube": "MiningYouTube"}
 ONE_TASK = "all"  # of MiningYouTube's videos, which have none
 MAX_SECONDS = 1_000_000
 
@@ -67,12 +66,12 @@ def read_annotation(folder: Path, stem: str, n_steps: int) -> tuple[int | None, 
 
     Skipped where there is none, it is damaged, or its steps are not ``n_steps``.
     """
-    seconds, path = None, folder / f"{stem}.npy"
+    matrix, rows = folder / f"{stem}.npy", folder / f"{stem}.csv"
     try:
-        if path.is_file():
-            seconds, segments = _from_matrix(path, n_steps)
-        elif path.with_name(f"{stem}.csv").is_file():
-            segments = _from_rows(path.with_name(f"{stem}.csv"), n_steps)
+        if matrix.is_file():
+            seconds, segments = _from_matrix(matrix, n_steps)
+        elif rows.is_file():
+            seconds, segments = None, _from_rows(rows, n_steps)
         else:
             raise Skipped(f"no annotation {stem}.npy or .csv in {folder}")
     except (OSError, csv.Error) as error:
@@ -195,9 +194,12 @@ def prepare(
         out,
         skips,
         kind=kind,
-        label=LABELS[kind],
         rates=rates,
-        settings={"list": list_file, "annotations": annotations, "steps": steps},
+        settings={
+            "list": str(list_file),
+            "annotations": str(annotations),
+            "steps": str(steps),
+        },
         workers=workers,
         before_close=lambda: write_text(table, json.dumps(content) + "\n"),
         **options,

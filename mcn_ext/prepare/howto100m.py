@@ -21,6 +21,7 @@ from mcn_ext.prepare import SkipList, Skipped, convert, require
 from mcn_ext.prepare.captions import Captions
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
+LABELS = {"howto100m": "HowTo100M", "crosstask": "CrossTask", "miningyoutube": "MiningYouTube"}
 
 
 def read_table(path: Path, columns: Sequence[str], example: str) -> list[list[str]]:
@@ -149,26 +150,23 @@ def convert_features(
     skips: SkipList,
     *,
     kind: str,
-    label: str,
     rates: dict[str, float],
     settings: dict,
     workers: int = 4,
-    overwrite: bool = False,
-    shard_mib: float = 512,
     before_close: Callable = lambda: None,
+    **options,
 ) -> str:
     """Features {id: path as in the list} and captions -> store; returns the summary.
 
-    captions_of: id -> (start, end, text), or raises Skipped. kind, label: the command's and the
-    data set's name. skips: what was left out so far. before_close: see :func:`.convert`.
+    captions_of: id -> (start, end, text), or raises Skipped. kind: the command's name. skips: what
+    was left out so far. before_close: see :func:`.convert`. options: overwrite, shard_mib.
     """
     dims = features.widths(list(paths.values()))
-    models = {"2d": "2D features as found", "3d": "3D features as found", "mel": "log-mel as found"}
     streams = {
         name: {
             "dim": dim,
             "rate_hz": rates[name],
-            "model": models[name],
+            "model": "log-mel as found" if name == "mel" else f"{name.upper()} features as found",
             "tool": f"mcn_ext.prepare {kind}",
         }
         for name, dim in sorted(dims.items())
@@ -176,22 +174,22 @@ def convert_features(
     writer = StoreWriter(
         out,
         streams,
-        f"{label} features from {features.folder}",
-        overwrite=overwrite,
-        shard_mib=shard_mib,
-        settings={key: str(value) for key, value in settings.items()}
-        | {"audio": str(features.audio)},
+        f"{LABELS[kind]} features from {features.folder}",
+        settings=settings | {"audio": str(features.audio)},
+        **options,
     )
 
     def read(name: str, path: str):
         rows = {}
         for stream, dim in dims.items():
             found = features.load(path, stream)
-            if found is None and stream != "mel":  # silent videos are of use for video and text
+            if found:
+                file, rows[stream] = found
+                if rows[stream].shape[1] != dim:
+                    width = rows[stream].shape[1]
+                    raise Skipped(f"{file}: width {width}, the other videos have {dim}")
+            elif stream != "mel":  # silent videos are of use for video and text
                 raise Skipped(f"no {stream} features under {features.folder / path}")
-            file, rows[stream] = found or (None, None)
-            if found and found[1].shape[1] != dim:
-                raise Skipped(f"{file}: width {found[1].shape[1]}, the other videos have {dim}")
         return rows, captions_of(name)
 
     return convert(writer, skips, paths, read, workers=workers, before_close=before_close)
@@ -227,8 +225,7 @@ def prepare(
         out,
         skips,
         kind="howto100m",
-        label="HowTo100M",
         rates=rates,
-        settings={"list": list_file, "captions": captions},
+        settings={"list": str(list_file), "captions": str(captions)},
         **options,
     )

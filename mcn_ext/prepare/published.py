@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mcn_ext.data.store import Store, StoreError
+from mcn_ext.data.unpickle import PLAIN
 from mcn_ext.data.words import WordVectors, tokenize, vectors_of
 from mcn_ext.model import MCN, MODALITIES, MODULES
 from mcn_ext.prepare import require
@@ -40,30 +41,23 @@ OTHER_MODELS = {
     "DAVEnet.layer5.": "a model on DAVEnet v2, with a fifth stage (DAVEnet.layer5)",
     "video_encoder.": "a model with an encoder before GU_video (video_encoder, finetune_video)",
 }
-# What training scripts keep beside the weights; a placeholder stands for it.
-PLAIN = ["argparse.Namespace", "numpy.ndarray", "numpy.dtype"] + [
-    f"numpy.{core}.multiarray.{name}"
-    for core in ("core", "_core")
-    for name in ("scalar", "_reconstruct")
-]
 
 
 @dataclass
 class Published:
     """What a file holds. ``state``: our names -> tensors, fp32 on the CPU. ``sizes``: arguments of
-    MCN. ``unused``, ``missing``, ``not_read``: names of tensors that the model has no use for, that
-    the file lacks (they start anew), and of objects that are not tensors."""
+    MCN. ``unused``, ``missing``: names of tensors that the model has no use for, and that the file
+    lacks (counters, which start at 0)."""
 
     path: Path
     state: dict[str, Tensor]
     sizes: dict
     unused: list[str]
     missing: list[str]
-    not_read: list[str]
     sha256: str
 
     def notice(self) -> str:
-        """What was read, and by name what was not used, not there, not read."""
+        """What was read, and by name what was not used and not there."""
         sizes = ", ".join(f"{name} {value}" for name, value in self.sizes.items())
         n = sum(value.numel() for value in self.state.values())
         return "\n".join(
@@ -71,7 +65,6 @@ class Published:
                 f"{self.path}: {sizes}; {len(self.state)} tensors used, {n:,} numbers",
                 f"  unused:     {_brief(self.unused)}",
                 f"  not in it:  {_brief(self.missing)}",
-                f"  not read:   {_brief(self.not_read)}",
             ]
         )
 
@@ -88,51 +81,28 @@ def _brief(names: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------- reading a file
 
 
-def _placeholder(name: str, not_read: set[str]) -> tuple[type, str]:
-    """A class that stands for ``name``: takes whatever it is given, and does nothing."""
-
-    class Placeholder:
-        def __new__(cls, *args, **kwargs):
-            not_read.add(name)
-            return super().__new__(cls)
-
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __setstate__(self, state):
-            pass
-
-    return Placeholder, name
-
-
-def _load_torch(path: Path) -> tuple[object, list[str]]:
-    """(whatever a file of torch.save holds, names of what became a placeholder)."""
-    names, not_read = PLAIN, set()
-    if zipfile.is_zipfile(path):  # torch does not list the names in the older format
-        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if bad := archive.testzip():
-                raise ValueError(f"the checksum of {bad} is wrong; get the file again")
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([_placeholder(name, not_read) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True), sorted(not_read)
-
-
-def _load(path: Path) -> tuple[object, list[str]]:
+def _load(path: Path) -> object:
+    """Whatever the file holds: tensors and plain values, in dictionaries."""
     if not path.is_file():
         raise SystemExit(f"{path}: no such file of published weights")
     try:
-        if path.suffix != ".safetensors":
-            return _load_torch(path)
-        from safetensors.torch import load_file
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path), []
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+                if bad := archive.testzip():
+                    raise ValueError(f"the checksum of {bad} is wrong; get the file again")
+        with torch.serialization.safe_globals(PLAIN):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise SystemExit(f"{path}: needs safetensors: pip install safetensors") from error
     except Exception as error:  # torch, zip, pickle and safetensors raise a dozen types for damage
         reason = str(error).strip().replace("\n", " ")[-400:]
         raise SystemExit(
-            f"{path}: damaged, or more than a state dict ({reason}). If you trust the file, save "
-            "its state_dict() alone with torch.save"
+            f"{path}: damaged, or more than tensors and plain values ({reason}). Nothing in it was "
+            "run. If you trust the file, save its state_dict() alone with torch.save"
         ) from error
 
 
@@ -229,7 +199,7 @@ def read_published(
     tensor, another shape, numbers that are not finite, another model, a damaged file.
     """
     path = Path(path)
-    content, not_read = _load(path)
+    content = _load(path)
     if isinstance(content, dict) and "mcn_checkpoint" in content:
         raise SystemExit(
             f"{path}: a checkpoint of this program, not published weights; give its "
@@ -253,7 +223,7 @@ def read_published(
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     unused = [name for name in state if name not in used]
-    return Published(path, used, sizes, unused, missing, not_read, digest)
+    return Published(path, used, sizes, unused, missing, digest)
 
 
 # ----------------------------------------------------------------------------------- a run folder
