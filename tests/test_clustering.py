@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcn_ext.clustering import BLOCK, OnlineClusters, _Sphere, spherical_kmeans
+from mcn_ext.clustering import BLOCK, OnlineClusters, spherical_kmeans
 from mcn_ext.reference import unit_rows
 from tests.conftest import ROOT, run
 
@@ -176,23 +176,6 @@ def test_labels_are_the_nearest_centroids():
     assert (own >= similarity - 1e-6).all()
 
 
-@pytest.mark.parametrize("k", [5, 40])
-@pytest.mark.parametrize("step", [0.0, 1e-3, 0.03, 1.0])
-def test_points_left_out_of_a_comparison_would_not_have_moved(k, step):
-    """Labels by bounds equal labels by comparing everything, while centroids move little or far."""
-    x, centroids = unit_rows(spread(2000, 16)), unit_rows(spread(k, 16, 1))
-    lazy = _Sphere(x.clone(), torch.Generator())
-    eager = _Sphere(x.clone(), torch.Generator())
-    before = None
-    for i in range(6):
-        labels, want = lazy.nearest(centroids, before), eager.nearest(centroids)
-        nearest = torch.cdist(eager.points.double(), centroids.double())
-        gap = (nearest.gather(1, labels[:, None]) - nearest.gather(1, want[:, None])).abs()
-        assert gap.max() < 1e-5  # ties aside, the same
-        before, move = centroids, step * spread(k, 16, 2 + i)
-        centroids = before + move * (torch.arange(k)[:, None] % 3 == i % 3)
-
-
 def test_blocks_of_a_gpu_give_what_blocks_of_a_cpu_give(monkeypatch):
     x, found = blobs(32, 700)[0], []  # more rows than the larger block has
     for size in (BLOCK["cpu"], BLOCK["cuda"]):
@@ -298,8 +281,6 @@ def test_a_poisoned_or_resized_state_is_mended():
     state["centroids"].fill_(float("inf"))
     again.load_state_dict(state, torch.device("cpu"))
     assert again.centroids is None
-    with pytest.raises(ValueError, match="features are 9 wide, the queue holds 8"):
-        again.push(spread(20, 9))
 
 
 def test_rows_that_are_not_finite_do_not_enter_the_queue():
@@ -314,22 +295,18 @@ def test_rows_that_are_not_finite_do_not_enter_the_queue():
 
 RANKS = """
 import sys, torch
-from mcn_ext import clustering, distributed
+from mcn_ext import distributed
 from mcn_ext.clustering import OnlineClusters
 from mcn_ext.distributed import default_group, gather, rank, world
 torch.set_num_threads(1)
 distributed.init("cpu")
-found = []
-for block in (1024, 8, 50):  # of 144 rows rank 0 has all; all have some; one has none
-    clustering.BLOCK["cpu"] = block
-    clusters = OnlineClusters(16, queue_size=3, refit_every=2)
-    for step in range(8):
-        rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
-        mine = rows.chunk(world())[rank()]
-        clusters.push(gather(mine, default_group()))
-    found.append(clusters.centroids)
-if rank() == world() - 1:  # the one whose own rows are the fewest of all
-    torch.save(torch.stack(found), sys.argv[1])
+clusters = OnlineClusters(16, queue_size=3, refit_every=2)
+for step in range(8):
+    rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
+    mine = rows.chunk(world())[rank()]
+    clusters.push(gather(mine, default_group()))
+if rank() == world() - 1:
+    torch.save(clusters.centroids, sys.argv[1])
 distributed.finish()
 """
 

@@ -43,7 +43,7 @@ def _seconds_of_refit(clusters, width: int, device: torch.device, rows: int) -> 
 
     def seconds() -> float:
         begun = time.perf_counter()
-        spherical_kmeans(x, clusters.k, init=x[: clusters.k], max_iter=20, shared=True)[0].cpu()
+        spherical_kmeans(x, clusters.k, init=x[: clusters.k], max_iter=20)[0].cpu()
         return time.perf_counter() - begun
 
     return min(seconds() for _ in range(2)) * rows / n
