@@ -457,7 +457,7 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     assert "R@1 IoU 0.5" in page and "spread evenly" in page
     search = [
         "-m",
-        "mcn_ext.evaluation.search",
+        "mcn_ext.search",
         "--store",
         videos,
         *common,

@@ -332,7 +332,7 @@ def test_a_study_killed_in_the_middle_ends_as_one_left_alone(tmp_path, store_pat
         return [
             sys.executable,
             "-m",
-            "mcn_ext.study.plan",
+            "mcn_ext.study",
             "--data",
             store_path,
             "--youcook2",
