@@ -3,7 +3,7 @@
     python evaluate.py --youcook2                 # the newest run, on data/youcook2.h5
     python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
     python evaluate.py --msrvtt --crosstask --miningyoutube --moments
-    python evaluate.py --youcook2 --init_published mcn.pth --word2vec GoogleNews.bin
+    python evaluate.py --youcook2 --run runs/published-mcn   # of mcn_ext.prepare published
 
 Retrieval (youcook2, msrvtt), ordered steps in time (crosstask, miningyoutube), the place in a video
 (moments). A run on the demo data is evaluated on the demo data's evaluation clips.
@@ -52,21 +52,9 @@ def parse(argv):
         help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)",
     )
     parser.add_argument(
-        "--init_published",
-        type=Path,
-        metavar="FILE",
-        help="published weights in place of a run; results go to runs/published-NAME-HASH",
-    )
-    parser.add_argument(
-        "--word2vec",
-        type=Path,
-        metavar="FILE",
-        help=f"for --init_published: its text encoder's word vectors (default {flags.WORD2VEC})",
-    )
-    parser.add_argument(
         "--similarity",
         choices=("cosine", "dot"),
-        help="default: what the run was trained with, dot for --init_published",
+        help="default: what the run was trained with",
     )
     parser.add_argument(
         "--batch_size",
@@ -174,10 +162,6 @@ def parse(argv):
             parser.error(f"--{flag} is for {' and '.join(f'--{name}' for name in sorted(sets))}")
     if args.subset and not args.annotations:
         parser.error("--subset is of --annotations")
-    if args.init_published and (args.run or args.checkpoint):
-        parser.error("--init_published is in place of --run and --checkpoint")
-    if args.word2vec and not args.init_published:
-        parser.error("--word2vec is for --init_published; a run remembers its words")
     return args
 
 
@@ -191,15 +175,14 @@ def main(argv=None):
     from mcn_ext.evaluation import localization, moments, retrieval
     from mcn_ext.evaluation.embedder import Embedder, open_run, words_of
     from mcn_ext.evaluation.metrics import keep, markdown, summarize, table
-    from mcn_ext.prepare import published
     from mcn_ext.study.curves import similarity_picture
     from mcn_ext.train.log import replace, write_text
 
     # ---- what is asked for is opened, and looked at, before the first clip is embedded: stores,
     # ---- steps, sentences, the run
     stores, steps, sentences, names = {}, {}, {}, None
-    run = None if args.init_published else open_run(args.run, args.checkpoint)
-    demo = run is not None and run[2]["args"]["demo"]
+    args.run, file, content = open_run(args.run, args.checkpoint)
+    demo = content["args"]["demo"]
     for name in (name for name in SETS if getattr(args, name) is not None):
         path = Path(
             getattr(args, name)
@@ -231,13 +214,7 @@ def main(argv=None):
         for text in video["steps"]
     ]
     texts += [text for _, _, said in sentences.values() for text in said]
-    if args.init_published:
-        args.run, file, content, words = published.for_evaluation(
-            args.init_published, args.word2vec, next(iter(stores.values())), texts
-        )
-    else:
-        args.run, file, content = run
-        words = words_of(args.run, content)
+    words = words_of(args.run, content)
     trained = content["args"]
     unfinished = "" if content["complete"] else f"step {content['step']}, not the run's end"
     if args.require_complete and unfinished:

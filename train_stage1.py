@@ -5,7 +5,6 @@
     python train_stage1.py --pair VT --data my.h5 --word2vec GoogleNews-vectors-negative300.bin
 
 Without data/howto100m.h5 it trains on the demo data. The same command again resumes.
---init_published FILE starts from published weights instead of from scratch.
 """
 
 import argparse
@@ -31,7 +30,6 @@ def main(argv=None):
 
     from mcn_ext import distributed
     from mcn_ext.model import MCN
-    from mcn_ext.prepare import published
     from mcn_ext.train import checkpoint, dry_run, training
 
     # ------------------------------------------------------------------------------- run, data
@@ -43,27 +41,21 @@ def main(argv=None):
     if "T" in args.pair:
         training.check_gensim(args, None, folder)
     store = training.open_store(args, args.pair)
-    start = published.start(args, args.pair, store, folder) if args.init_published else None
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
     words = None
     if "T" in args.pair:
         words = training.open_words(args, store, None, folder, bool(resumed))
-        if start:
-            published.check_words(args, start, words)
 
     # ------------------------------------------------------------------------ model, objective
     torch.manual_seed(args.seed)
     model = MCN(
         args.pair,
-        video_dims=start["sizes"]["video_dims"] if start else training.video_dims(store),
+        video_dims=training.video_dims(store),
         word_dim=words.dim if words else 300,
         embd_dim=args.embd_dim,
         recon_dim=args.recon_dim if args.recon_weight else 0,
         audio_width=args.audio_width,
     ).to(device)
-    if start:
-        known = model.state_dict().keys() & start["model"].keys()  # heads as --recon_weight says
-        model.load_state_dict({key: start["model"][key] for key in known}, strict=False)
     objective = training.objective_of(args, args.pair, trained=args.pair)
     run = training.Training(args, folder, store, words, model, objective, device, resumed)
     missing = [m for m in "AVT" if m not in args.pair]

@@ -3,7 +3,7 @@
     python train_stage2.py --add T                          # onto the newest stage-1 run without T
     torchrun --nproc_per_node 4 train_stage2.py --add T --init runs/stage1-AV
     python train_stage2.py --add A --stage1_encoders finetune
-    python train_stage2.py --add T --init_published avlnet.pth   # onto published encoders
+    python train_stage2.py --add T --init runs/published-avlnet  # onto published encoders
 
 Data, sizes and objective are the stage-1 run's unless given. The same command again resumes.
 """
@@ -38,14 +38,11 @@ def main(argv=None):
     )
     flags.add_training_flags(parser, stage=2)
     args = parser.parse_args(argv)
-    if args.init and args.init_published:
-        parser.error("--init and --init_published: one start, please")
 
     import torch
 
     from mcn_ext import distributed
     from mcn_ext.model import MCN, MODALITIES
-    from mcn_ext.prepare import published
     from mcn_ext.train import checkpoint, dry_run, training
     from mcn_ext.train.log import say
 
@@ -53,36 +50,33 @@ def main(argv=None):
     device = distributed.init(args.device)
     args.n_ranks = distributed.world()
     first = {"A": "VT", "V": "AT", "T": "AV"}[args.add]
-    if args.init_published:
-        args = flags.complete(args)
-    else:
-        args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
-        if args.init is None:
-            raise SystemExit(
-                f"no stage-1 run without {args.add} in runs/; train one (python "
-                f"train_stage1.py --pair {first}) or name one with --init"
-            )
-        start = checkpoint.load(args.init / checkpoint.LATEST)
-        first = start["sizes"]["modalities"]
-        if args.add in first or len(first) != 2:
-            fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
-            raise SystemExit(
-                f"--add {args.add}: {args.init} was trained on {first}"
-                + (", it has that modality already" if args.add in first else "")
-                + f"; use {fits + ' or ' if fits else ''}another --init"
-            )
-        args = flags.complete(args, inherited=start["args"])
-        # A retrained stage 1, or one that has gone on, is another start: not resumed from.
-        args.init_run_id, args.init_step = start["run_id"], start["step"]
-        args.first_epoch = start["args"]["epochs"]
-        state = "complete" if start["complete"] else "NOT complete"
-        if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
-            raise SystemExit(
-                f"--word2vec {args.word2vec}: the text encoder of {args.init} was "
-                f"trained on {start['args']['word2vec'] or 'vectors of its own'}; "
-                "leave it out"
-            )
-        say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
+    args.init = args.init or checkpoint.find_run(Path("runs"), stage=1, lacks=args.add)
+    if args.init is None:
+        raise SystemExit(
+            f"no stage-1 run without {args.add} in runs/; train one (python "
+            f"train_stage1.py --pair {first}) or name one with --init"
+        )
+    start = checkpoint.load(args.init / checkpoint.LATEST)
+    first = start["sizes"]["modalities"]
+    if args.add in first or len(first) != 2:
+        fits = " or ".join(f"--add {m}" for m in "AVT" if m not in first and len(first) == 2)
+        raise SystemExit(
+            f"--add {args.add}: {args.init} was trained on {first}"
+            + (", it has that modality already" if args.add in first else "")
+            + f"; use {fits + ' or ' if fits else ''}another --init"
+        )
+    args = flags.complete(args, inherited=start["args"])
+    # A retrained stage 1, or one that has gone on, is another start: not resumed from.
+    args.init_run_id, args.init_step = start["run_id"], start["step"]
+    args.first_epoch = start["args"]["epochs"]
+    state = "complete" if start["complete"] else "NOT complete"
+    if "T" in first and str(args.word2vec) != str(start["args"]["word2vec"]):
+        raise SystemExit(
+            f"--word2vec {args.word2vec}: the text encoder of {args.init} was "
+            f"trained on {start['args']['word2vec'] or 'vectors of its own'}; "
+            "leave it out"
+        )
+    say(f"starting from {args.init} ({first}, step {start['step']}, {state})")
 
     # ------------------------------------------------------------------------------- run, data
     modalities = first + args.add
@@ -92,13 +86,9 @@ def main(argv=None):
         folder = dry_run.begin(args, folder)
     training.check_gensim(args, args.init, folder)
     store = training.open_store(args, modalities)
-    if args.init_published:
-        start = published.start(args, first, store, folder)
     training.check_widths(store, start["sizes"], "--data")
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)
     words = training.open_words(args, store, args.init, folder, bool(resumed))
-    if args.init_published:
-        published.check_words(args, start, words)
 
     # ------------------------------------------------------------------------ model, objective
     torch.manual_seed(args.seed)

@@ -14,7 +14,7 @@ def main() -> int:
     if words := [word for word in sys.argv[1:] if word != "--"]:
         print(
             f"python -m mcn_ext {words[0]}: there is python -m mcn_ext.prepare, "
-            "mcn_ext.store, mcn_ext.study, mcn_ext.report, mcn_ext.search, mcn_ext.published",
+            "mcn_ext.store, mcn_ext.study, mcn_ext.report, mcn_ext.search",
             file=sys.stderr,
         )
         return 2

@@ -158,8 +158,8 @@ def load_published(path, video_dims: Mapping[str, int] | None = None) -> MCN:
     """
     from mcn_ext.prepare import published  # which needs this module
 
-    found = published.read_published(path)
+    found = published.read_published(path, video_dims)
     print(found.notice())
-    model = MCN(**found.fit(video_dims))
-    model.load_state_dict(found.state, strict=False)  # heads that the file lacks are new
+    model = MCN(**found.sizes)
+    model.load_state_dict(found.state)
     return model.eval()

@@ -181,38 +181,26 @@ def small_resnet(monkeypatch):
 
 
 @pytest.mark.slow
-def test_videos_to_a_store(tmp_path, small_resnet):
-    folder = tmp_path / "videos"
-    (folder / "more").mkdir(parents=True)
-    (tmp_path / "3d").mkdir()
-    make_media(folder / "talk.mkv", np.arange(0, 5, 0.1), sound=tone(5))
-    make_media(folder / "more" / "silent.mp4", np.arange(0, 2, 0.1))
-    make_media(folder / "sound.wav", sound=tone(3))
-    make_media(folder / "talk.mp4", [0.0])
-    (folder / "broken.mp4").write_bytes(b"broken")
-    (folder / "notes.txt").write_text("not a video")
-    (folder / "talk.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nchop it\n")
-    np.save(tmp_path / "3d" / "talk.npy", np.full((8, 6), 0.5, np.float32))
-    np.savez(tmp_path / "3d" / "silent_3d.npz", features=np.ones((3, 6), np.float16))
-    said = videos.prepare(
-        [folder],
-        folder,
-        tmp_path / "o.h5",
-        weights=None,
-        random_weights=True,
-        streams=[f"3d={tmp_path / '3d'}:1.5"],
-        workers=2,
-        batch_size=4,
-    )
-    assert (
-        "3 of 5 videos (2D features of RANDOM weights)" in said
-        and "2 skipped" in said
-        and "1 without 2d, 1 without 3d, 1 without mel, 2 without captions" in said
-    ), said
-    listed = (tmp_path / "o.h5.skipped.csv").read_text()
+def test_videos_to_a_store(tmp_path, small_resnet, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/more", "3d"):
+        (tmp_path / name).mkdir(parents=True)
+    make_media("in/talk.mkv", np.arange(0, 5, 0.1), sound=tone(5))
+    make_media("in/more/silent.mp4", np.arange(0, 2, 0.1))
+    make_media("in/sound.wav", sound=tone(3))
+    make_media("in/talk.mp4", [0.0])
+    (tmp_path / "in/broken.mp4").write_bytes(b"broken")
+    (tmp_path / "in/notes.txt").write_text("not a video")
+    (tmp_path / "in/talk.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nchop it\n")
+    np.save("3d/talk.npy", np.full((8, 6), 0.5, np.float32))
+    np.savez("3d/silent_3d.npz", features=np.ones((3, 6), np.float16))
+    command = "videos in --captions in --out o.h5 --random_weights --streams 3d=3d:1.5".split()
+    assert main([*command, "--workers", "2", "--batch_size", "4"]) == 0
+    said, listed = capsys.readouterr().out, (tmp_path / "o.h5.skipped.csv").read_text()
+    assert "3 of 5 videos (2D features of RANDOM weights)" in said and "2 skipped" in said
+    assert "1 without 2d, 1 without 3d, 1 without audio, 2 without captions" in said
     assert "broken.mp4: " in listed and "its id is that of" in listed
-    info = validate(tmp_path / "o.h5")
-    assert "RANDOM" in info["source"]
+    validate(tmp_path / "o.h5")
     store = Store(tmp_path / "o.h5")
     assert store.ids() == ["silent", "sound", "talk"]
     assert store.dims == {"2d": 2048, "3d": 6, "mel": 40}
@@ -221,139 +209,89 @@ def test_videos_to_a_store(tmp_path, small_resnet):
     rows = [len(store.clips(2, name, [0], [9])[0]) for name in ("2d", "3d", "mel")]
     assert rows == [5, 8, 501] and len(store.clips(1, "2d", [0], [9])[0]) == 0
     frames = resnet.Frames2D(None, torch.device("cpu"))  # the same, by hand
-    _, pixels, mel = decoded(folder / "talk.mkv")
+    _, pixels, mel = decoded("in/talk.mkv")
     wanted = frames(torch.stack([resnet.crop(torch.from_numpy(p.copy())) for p in pixels]))
     np.testing.assert_allclose(store.clips(2, "2d", [0], [9])[0], wanted, rtol=2e-3, atol=1e-4)
     np.testing.assert_array_equal(store.clips(2, "mel", [0], [9])[0], mel)
-    with h5py.File(tmp_path / "o.h5") as file:
-        assert "RANDOM" in file["2d"].attrs["model"]
+    with h5py.File("o.h5") as file:
+        assert "RANDOM" in file["2d"].attrs["model"] and "RANDOM" in file.attrs["source"]
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
-    file = make_media(tmp_path / "a.mp4", [0.0])
-    make_media(tmp_path / "b.mp4", [0.0])
+def test_what_is_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        make_media(name, [0.0])
     (tmp_path / "a.srt").write_text("00:01 --> 00:02\nx\n")
-    for flags, message in (
-        ([file], "--weights: frames need a ResNet-152.*download.pytorch.org"),
-        ([tmp_path / "none"], "none: no such file"),
-        ([file, "--captions", tmp_path / "c.srt"], "--captions .*c.srt: no such file"),
-        ([tmp_path, "--captions", tmp_path / "a.srt"], "of one video, but there are 2"),
-        ([file, "--streams", "3d=none:1.5"], "--streams .*none: no such folder"),
-        ([file, "--streams", f"3d={tmp_path}"], "expected NAME=DIR:RATE"),
-        ([file, "--streams", f"mel={tmp_path}:1"], "mel is not a name"),
-        ([file, "--streams", f"3d={tmp_path}:1"], "no readable features of any video"),
+    for words, message in (
+        ("a.mp4", "--weights: frames need a ResNet-152.*download.pytorch.org"),
+        ("none", "none: no such file"),
+        ("a.mp4 --captions c.srt", "--captions c.srt: no such file"),
+        (". --captions a.srt", "of one video, but there are 2"),
+        ("a.mp4 --streams 3d=none:1.5", "--streams .*none: no such file or folder"),
+        ("a.mp4 --streams 3d=.", "expected NAME=DIR:RATE"),
+        ("a.mp4 --streams mel=.:1", "mel is not a name"),
+        ("a.mp4 --random_weights --streams 3d=.:1", "no readable features of any video"),
     ):
         with pytest.raises(SystemExit, match=message):
-            main(["videos", *map(str, flags), "--out", str(tmp_path / "o.h5")])
+            main(["videos", *words.split(), "--out", "o.h5"])
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(SystemExit, match=r"pip install av .*\[video\]"):
-        main(["videos", str(file), "--random_weights", "--out", str(tmp_path / "o.h5")])
+        main(["videos", "a.mp4", "--random_weights", "--out", "o.h5"])
 
 
-def _hang(pipe, path, **_):
+def _hang(pipe, path, options):
     time.sleep(60)
 
 
-def _die(pipe, path, **_):
+def _die(pipe, path, options):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 @pytest.mark.parametrize(
-    "child,reason",
+    "child,limit,reason",
     [
-        (_hang, "no sign of life for 0.5 s"),
-        pytest.param(_die, "ended with signal 11", marks=pytest.mark.slow),
+        (_hang, 0.5, "no sign of life for 0.5 s"),
+        pytest.param(_die, 30, "ended with exit code -11", marks=pytest.mark.slow),
     ],
 )
-def test_decoders_that_hang_or_die_cost_one_video(monkeypatch, child, reason):
-    monkeypatch.setattr(videos, "serve", child)
+def test_decoders_that_hang_or_die_cost_one_video(child, limit, reason):
     with pytest.raises(Skipped, match=f"x.mp4: .*{reason}"):
-        list(videos.Decoder(0.5 if child is _hang else 30)("x.mp4"))
+        list(videos.decode_apart("x.mp4", limit, {}, target=child))
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_the_store_trains(tmp_path):
     for name in ("in", "2d"):
         (tmp_path / name).mkdir()
+    cues = [f"{k}\n00:00:0{k},000 --> 00:00:0{k + 1},500\nstep {k} fry\n\n" for k in range(6)]
     for i in range(12):
-        make_media(tmp_path / "in" / f"v{i:02d}.mkv", np.arange(0, 8, 0.2), sound=tone(8, 300 + i))
-        (tmp_path / "in" / f"v{i:02d}.srt").write_text(
-            "".join(
-                f"{k}\n00:00:0{k},000 --> 00:00:0{k + 1},500\nstep {k} fry\n\n" for k in range(6)
-            )
-        )
-        np.save(
-            tmp_path / "2d" / f"v{i:02d}.npy", np.random.default_rng(i).random((8, 12), np.float32)
-        )
-    command = [
-        sys.executable,
-        "-m",
-        "mcn_ext.prepare",
-        "videos",
-        "in",
-        "--captions",
-        "in",
-        "--streams",
-        "2d=2d:1",
-        "--workers",
-        "1",
-        "--shard_mib",
-        "0.1",
-        "--out",
-        "o.h5",
-    ]
+        make_media(tmp_path / f"in/v{i:02d}.mkv", np.arange(0, 8, 0.2), sound=tone(8, 300 + i))
+        (tmp_path / f"in/v{i:02d}.srt").write_text("".join(cues))
+        features = np.random.default_rng(i).random((8, 12), np.float32)
+        np.save(tmp_path / f"2d/v{i:02d}.npy", features)
+    command = "-m mcn_ext.prepare videos in --captions in --streams 2d=2d:1 --workers 1".split()
+    command += ["--shard_mib", "0.1", "--out", "o.h5"]
     env = {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **env},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, *command], cwd=tmp_path, env=os.environ | env, stderr=subprocess.DEVNULL
     )
     while len(list(tmp_path.glob("o.h5.parts/shard-*.h5"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.wait()
     assert not (tmp_path / "o.h5").exists()
-    said = run(*command[1:], cwd=tmp_path, env=env).stdout
+    said = run(*command, cwd=tmp_path, env=env).stdout
     assert "12 of 12 videos" in said and "from an earlier, interrupted run" in said
     assert validate(tmp_path / "o.h5")["captions"] == 72
-    run(
-        "train_stage1.py",
-        "--pair",
-        "AV",
-        "--data",
-        "o.h5",
-        "--preset",
-        "demo",
-        "--batch_size",
-        4,
-        "--n_pair",
-        4,
-        "--max_steps",
-        2,
-        "--device",
-        "cpu",
-        cwd=tmp_path,
-    )
+    train = "train_stage1.py --pair AV --data o.h5 --preset demo --device cpu".split()
+    sizes = "--batch_size 4 --n_pair 4 --max_steps 2".split()
+    run(*train, *sizes, cwd=tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not beside this checkout")
 def test_the_real_clip_through_the_chain(tmp_path):
-    said = run(
-        "-m",
-        "mcn_ext.prepare",
-        "videos",
-        CLIP,
-        "--random_weights",
-        "--out",
-        "clip.h5",
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-    ).stdout
-    assert "1 of 1 videos" in said and "without captions" in said
-    store = Store(tmp_path / "clip.h5")
-    assert len(store.clips(0, "2d", [0], [99])[0]) == 19
-    rows = store.clips(0, "2d", [0], [99])[0].astype(np.float32)
-    assert np.isfinite(rows).all() and rows.std(0).max() > 0.01  # frames differ
+    out = tmp_path / "clip.h5"
+    assert main(["videos", str(CLIP), "--random_weights", "--out", str(out)]) == 0
+    rows = Store(out).clips(0, "2d", [0], [99])[0].astype(np.float32)
+    assert len(rows) == 19 and np.isfinite(rows).all() and rows.std(0).max() > 0.01

@@ -45,19 +45,6 @@ def parser() -> flags.Parser:
         help="a checkpoint of it (default: RUN/checkpoint.pt)",
     )
     p.add_argument(
-        "--init_published",
-        type=Path,
-        metavar="FILE",
-        help="published weights in place "
-        "of a run, with --word2vec FILE; results go to runs/published-NAME-HASH",
-    )
-    p.add_argument(
-        "--word2vec",
-        type=Path,
-        metavar="FILE",
-        help=f"for --init_published (default {flags.WORD2VEC})",
-    )
-    p.add_argument(
         "--top", type=flags.positive(int), default=5, metavar="N", help="places to show (default 5)"
     )
     p.add_argument(
@@ -293,15 +280,8 @@ def main(argv=None) -> int:
         store = Store(args.store)
     except StoreError as error:
         raise SystemExit(f"--store {error}") from None
-    if args.init_published:
-        from mcn_ext.prepare.published import for_evaluation
-
-        run, _, content, words = for_evaluation(
-            args.init_published, args.word2vec, store, args.sentences
-        )
-    else:
-        run, _, content = open_run(args.run, args.checkpoint)
-        words = words_of(run, content)
+    run, _, content = open_run(args.run, args.checkpoint)
+    words = words_of(run, content)
     trained_on = content["sizes"]["modalities"]
     if "T" not in trained_on or len(trained_on) < 2:
         raise SystemExit(

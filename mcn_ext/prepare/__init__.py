@@ -1,13 +1,15 @@
-"""From the field's own files to stores: ``python -m mcn_ext.prepare KIND ...``."""
+"""Converts files as the field has them to stores: ``python -m mcn_ext.prepare KIND ...``."""
 
 from __future__ import annotations
 
 import csv
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class Skipped(ValueError):
@@ -15,17 +17,17 @@ class Skipped(ValueError):
 
 
 class SkipList:
-    """Items left out, for the summary and, at the end, in ``<out>.skipped.csv``."""
+    """Items that were left out, for the summary and for ``<out>.skipped.csv``."""
 
     def __init__(self, out: Path):
         self.path = out.with_name(out.name + ".skipped.csv")
         self.rows: list[tuple[str, str]] = []
 
-    def add(self, name: str, reason: str) -> None:
-        self.rows.append((name, reason))
+    def add(self, name: str, reason: object) -> None:
+        self.rows.append((name, str(reason)))
 
     def close(self) -> str:
-        """Write the list (or remove an old one if nothing was left out); a sentence for people."""
+        """Write the list, or remove an old one if nothing was left out; returns a summary."""
         if not self.rows:
             self.path.unlink(missing_ok=True)
             return "none skipped"
@@ -36,6 +38,12 @@ class SkipList:
         examples = "; ".join(f"{name}: {reason}" for name, reason in self.rows[:3])
         more = " ..." if len(self.rows) > 3 else ""
         return f"{len(self.rows)} skipped, listed in {self.path} ({examples}{more})"
+
+
+def require(flag: str, path: Path) -> None:
+    """SystemExit if the file or folder of a flag is not there."""
+    if not path.exists():
+        raise SystemExit(f"{flag} {path}: no such file or folder")
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
@@ -55,34 +63,48 @@ def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:  # who leaves early does not wait for what has not begun
+    finally:  # do not wait for items that have not begun
         pool.shutdown(cancel_futures=True)
 
 
-def finish(
+def convert(
     writer,
     skips: SkipList,
-    total: int,
-    streams: dict[str, int],
+    items: dict,
+    read: Callable,
     *,
+    workers: int = 1,
     unit: str = "videos",
-    resumed: int = 0,
-    without: dict[str, int] | None = None,
     note: str = "",
+    before_close: Callable = lambda: None,
 ) -> str:
-    """Close the list of what was left out, then the store; the summary that is printed.
+    """Read the items that the store lacks, write them, and return the summary that is printed.
 
-    streams: {name: width}. resumed: items from an earlier run. without: {what: how many items of
-    this run lack it}. note: what else people must know. StoreError if nothing was kept, after
-    the reasons are printed.
+    items: {id: whatever ``read`` takes}. read: (id, item) -> ({stream: (n, dim) array or None},
+    (start, end, text) of the captions); it runs in ``workers`` threads and raises Skipped.
+    HDF5 is written by this thread alone. StoreError if no item could be used.
     """
-    kept, sentence = len(writer.done), skips.close()
-    if not kept:
-        print(sentence)
+    total, resumed, lacking = len(items) + len(skips.rows), len(writer.done), Counter()
+    todo = [entry for entry in items.items() if entry[0] not in writer.done]
+    results = in_order(lambda entry: read(*entry), todo, workers)
+    for (name, _), result in tqdm(
+        results, total=len(todo), unit=unit.removesuffix("s"), desc="prepare", mininterval=0.5
+    ):
+        if isinstance(result, Skipped):
+            skips.add(name, result)
+            continue
+        rows, captions = result
+        for stream in writer.streams:
+            lacking["audio" if stream == "mel" else stream] += rows.get(stream) is None
+        lacking["captions (training passes over them; give --captions)"] += not captions[0]
+        writer.add(name, rows, *captions)
+    kept, skipped = len(writer.done), skips.close()
+    if kept:
+        before_close()
+    else:
+        print(skipped)
     store = writer.close()
     again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
-    lacking = "".join(
-        f", {count} without {what}" for what, count in (without or {}).items() if count
-    )
-    widths = ", ".join(f"{name} {dim}" for name, dim in streams.items())
-    return f"{store}: {kept} of {total} {unit}{again}{note}, streams {widths}{lacking}; {sentence}"
+    streams = ", ".join(f"{name} {spec['dim']}" for name, spec in writer.streams.items())
+    without = "".join(f", {count} without {what}" for what, count in lacking.items() if count)
+    return f"{store}: {kept} of {total} {unit}{again}{note}, streams {streams}{without}; {skipped}"

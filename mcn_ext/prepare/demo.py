@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,34 +28,26 @@ THINGS = (
 ).split()
 FILLER = "now we take the and some then just here with a little so next into you want to".split()
 CONCEPTS = VERBS + THINGS
-DIM_2D, DIM_3D = 128, 64
+STREAMS = {
+    "2d": {"dim": 128, "rate_hz": 1.0},
+    "3d": {"dim": 64, "rate_hz": 1.5},
+    "mel": {"dim": N_MELS, "rate_hz": MEL_RATE},
+}
+DIALS = {"seed": 0, "video_noise": 1.0, "audio_noise": 1.0, "videos": 256}
 SOURCE = "demo data (made up)"
-N_TRAIN, N_EVAL = 256, 400
+N_EVAL = 400
 FRAMES_PER_WORD = 24  # 0.24 s
 MAX_NOISE = 1000.0  # far beyond hearing and seeing anything; float16 holds what it makes
 
 
-class _Dials(NamedTuple):
-    """What a data set was asked to be."""
+def _flags(dials: dict) -> str:
+    return " ".join(f"--{name} {value}" for name, value in dials.items())
 
-    seed: int = 0
-    video_noise: float = 1.0
-    audio_noise: float = 1.0
-    videos: int = N_TRAIN
 
-    @property
-    def flags(self) -> str:
-        return " ".join(f"--{name} {value}" for name, value in self._asdict().items())
-
-    @property
-    def source(self) -> str:
-        """SOURCE and the flags that are not the default's."""
-        changed = [
-            f"--{name} {value}"
-            for name, value in self._asdict().items()
-            if value != self._field_defaults[name]
-        ]
-        return SOURCE[:-1] + "; " + " ".join(changed) + ")" if changed else SOURCE
+def _source(dials: dict) -> str:
+    """SOURCE and the flags that are not the default's."""
+    changed = {name: value for name, value in dials.items() if value != DIALS[name]}
+    return f"{SOURCE[:-1]}; {_flags(changed)})" if changed else SOURCE
 
 
 def _chance(probability: float, level: float) -> float:
@@ -63,35 +55,39 @@ def _chance(probability: float, level: float) -> float:
     return min(0.9, probability * level)
 
 
+def _utterance(rng) -> np.ndarray:
+    """Two formants gliding between three random heights: (FRAMES_PER_WORD, 40) in [0, 1]."""
+    time, mel = np.linspace(0, 2, FRAMES_PER_WORD), np.arange(N_MELS)
+    out = np.zeros((FRAMES_PER_WORD, N_MELS), np.float32)
+    for low, high in ((2, 18), (16, 38)):
+        track = np.interp(time, [0, 1, 2], rng.uniform(low, high, 3))
+        out += np.exp(-((mel[None] - track[:, None]) ** 2) / 6.0)
+    return np.clip(out, 0, 1) * np.hanning(FRAMES_PER_WORD + 2)[1:-1, None] ** 0.3
+
+
 class _World:
     """What the concepts look and sound like; the same for training and evaluation."""
 
     def __init__(self, seed: int):
         rng = np.random.default_rng((seed, 1))
-        self.look_2d = rng.gamma(0.4, 1.0, (len(CONCEPTS), DIM_2D)).astype(np.float32)
-        self.look_3d = rng.gamma(0.4, 1.0, (len(CONCEPTS), DIM_3D)).astype(np.float32)
+        self.look = {name: _looks(rng, len(CONCEPTS), name) for name in ("2d", "3d")}
         # 3D features know verbs (motion), 2D features know things.
-        self.look_3d[len(VERBS) :] *= 0.3
-        self.look_2d[: len(VERBS)] *= 0.3
-        self.sound = {word: self._utterance(rng) for word in [*CONCEPTS, *FILLER]}
+        self.look["3d"][len(VERBS) :] *= 0.3
+        self.look["2d"][: len(VERBS)] *= 0.3
+        self.sound = {word: _utterance(rng) for word in [*CONCEPTS, *FILLER]}
 
-    @staticmethod
-    def _utterance(rng) -> np.ndarray:
-        """Two formants gliding between three random heights: (FRAMES_PER_WORD, 40) in [0, 1]."""
-        time, mel = np.linspace(0, 2, FRAMES_PER_WORD), np.arange(N_MELS)
-        out = np.zeros((FRAMES_PER_WORD, N_MELS), np.float32)
-        for low, high in ((2, 18), (16, 38)):
-            track = np.interp(time, [0, 1, 2], rng.uniform(low, high, 3))
-            out += np.exp(-((mel[None] - track[:, None]) ** 2) / 6.0)
-        return np.clip(out, 0, 1) * np.hanning(FRAMES_PER_WORD + 2)[1:-1, None] ** 0.3
+
+def _looks(rng, n: int, stream: str) -> np.ndarray:
+    """(n, dim) rows of features, most of them near 0."""
+    return rng.gamma(0.4, 1.0, (n, STREAMS[stream]["dim"])).astype(np.float32)
 
 
 class _Channel:
     """One video: a kitchen, a voice, a topic; makes its clips."""
 
-    def __init__(self, world: _World, dials: _Dials, rng: np.random.Generator):
+    def __init__(self, world: _World, dials: dict, rng: np.random.Generator):
         self.world, self.dials, self.rng = world, dials, rng
-        self.clutter = [rng.gamma(0.4, 1.0, dim).astype(np.float32) for dim in (DIM_2D, DIM_3D)]
+        self.clutter = {name: _looks(rng, 1, name)[0] for name in ("2d", "3d")}
         self.pitch, self.tempo = int(rng.integers(-1, 2)), rng.uniform(0.85, 1.18)
         self.tilt = rng.normal(0, 3) * np.linspace(-1, 1, N_MELS)
         self.noise_db = rng.uniform(-66, -54)
@@ -113,21 +109,14 @@ class _Channel:
             words.append("".join(self.rng.choice(list("bdfgklmnprstvz"), 7)))
         return words or [CONCEPTS[concepts[0]]]
 
-    def frames(
-        self,
-        concepts: list[int],
-        seconds: float,
-        rate: float,
-        table: np.ndarray,
-        clutter: np.ndarray,
-        level: float,
-    ) -> np.ndarray:
+    def frames(self, concepts: list[int], seconds: float, stream: str, level: float) -> np.ndarray:
         """Rows of a stream: each shows most of the clip's concepts over the kitchen's clutter."""
-        n = max(1, round(seconds * rate))
+        n = max(1, round(seconds * STREAMS[stream]["rate_hz"]))
         shown = [c for c in concepts if self.rng.random() < 1 - _chance(0.1, level)] or concepts[:1]
         visible = self.rng.random((n, len(shown))) < 1 - _chance(0.3, level)
         visible[self.rng.integers(0, n, len(shown)), np.arange(len(shown))] = True
-        rows = visible.astype(np.float32) @ table[shown] + 0.6 * level * clutter
+        rows = visible.astype(np.float32) @ self.world.look[stream][shown]
+        rows = rows + 0.6 * level * self.clutter[stream]
         return np.maximum(rows + self.rng.normal(0, 0.35 * level, rows.shape), 0).astype(np.float16)
 
     def speech(self, words: list[str], seconds: float, level: float) -> np.ndarray:
@@ -153,12 +142,11 @@ class _Channel:
 
     def _turned(self, make: Callable[[float], np.ndarray], level: float) -> np.ndarray:
         """make(level); the generator is left as make(1) leaves it, so that all else stays."""
-        if level == 1:
-            return make(level)
         before = self.rng.bit_generator.state
         rows = make(level)
-        self.rng.bit_generator.state = before
-        make(1.0)
+        if level != 1:
+            self.rng.bit_generator.state = before
+            make(1.0)
         return rows
 
     def clip(
@@ -174,7 +162,7 @@ class _Channel:
         With ``before``, the concepts and words of the clip before this one, it may show those, as
         people show things before they speak of them, or after; and beyond level 1 say those.
         """
-        rng, (_, video, audio, _) = self.rng, self.dials
+        rng, audio, video = self.rng, self.dials["audio_noise"], self.dials["video_noise"]
         slip = rng.random() if before else 1.0
         silent = rng.random() < _chance(silence, audio)
 
@@ -182,38 +170,19 @@ class _Channel:
             late = before and level > 1 and rng.random() < _chance(0.12, level - 1)
             return self.speech(before[1] if late else words, seconds, level)
 
-        def frames(rate: float, table: np.ndarray, clutter: np.ndarray) -> np.ndarray:
-            return self._turned(
-                lambda level: self.frames(
-                    before[0] if slip < _chance(0.12, level) else concepts,
-                    seconds,
-                    rate,
-                    table,
-                    clutter,
-                    level,
-                ),
-                video,
-            )
+        def frames(stream: str, level: float) -> np.ndarray:
+            shown = before[0] if slip < _chance(0.12, level) else concepts
+            return self.frames(shown, seconds, stream, level)
 
         mel = self._turned(speech, audio)
-        return {
-            "2d": frames(1.0, self.world.look_2d, self.clutter[0]),
-            "3d": frames(1.5, self.world.look_3d, self.clutter[1]),
-            "mel": np.full_like(mel, -80) if silent else mel,
-        }
+        rows = {s: self._turned(partial(frames, s), video) for s in ("2d", "3d")}
+        return rows | {"mel": np.full_like(mel, -80) if silent else mel}
 
 
-_STREAMS = {
-    "2d": {"dim": DIM_2D, "rate_hz": 1.0},
-    "3d": {"dim": DIM_3D, "rate_hz": 1.5},
-    "mel": {"dim": N_MELS, "rate_hz": MEL_RATE},
-}
-
-
-def _writer(path: Path, dials: _Dials) -> StoreWriter:
-    made = {"model": "made up", "tool": f"mcn_ext.prepare demo {dials.flags}"}
-    streams = {name: spec | made for name, spec in _STREAMS.items()}
-    return StoreWriter(path, streams, dials.source, overwrite=True)
+def _writer(path: Path, dials: dict) -> StoreWriter:
+    made = {"model": "made up", "tool": f"mcn_ext.prepare demo {_flags(dials)}"}
+    streams = {name: spec | made for name, spec in STREAMS.items()}
+    return StoreWriter(path, streams, _source(dials), overwrite=True)
 
 
 def _seconds(rng, n_words: int) -> float:
@@ -221,36 +190,33 @@ def _seconds(rng, n_words: int) -> float:
     return float(max(2, round(n_words * 0.3 + rng.uniform(0, 2.0))))
 
 
-def _train(path: Path, world: _World, dials: _Dials) -> None:
+def _train(path: Path, world: _World, dials: dict) -> None:
     writer = _writer(path, dials)
-    for video in range(dials.videos):
-        rng = np.random.default_rng((dials.seed, 2, video))
+    for video in range(dials["videos"]):
+        rng = np.random.default_rng((dials["seed"], 2, video))
         channel = _Channel(world, dials, rng)
         contents = [channel.concepts() for _ in range(int(rng.integers(8, 15)))]
-        rows, start, end, text, clock = {name: [] for name in _STREAMS}, [], [], [], 0.0
-        before = None
+        clips, start, end, text, clock, before = [], [], [], [], 0.0, None
         for concepts in contents:
             words = channel.caption(concepts)
             # Even, as 1.5 rows a second are then whole rows.
             seconds = 2.0 * round(_seconds(rng, len(words)) / 2)
-            clip = channel.clip(concepts, words, seconds, 0.06, before or (concepts, words))
+            clips.append(channel.clip(concepts, words, seconds, 0.06, before or (concepts, words)))
             before = concepts, words
-            for name, array in clip.items():
-                rows[name].append(array)
             start.append(clock)
             end.append(clock + seconds - 0.05)  # a slice takes the row its end falls into
             text.append(" ".join(words))
             clock += seconds
-        streams = {name: np.concatenate(parts) for name, parts in rows.items()}
-        writer.add(f"demo{video:07d}", streams, start, end, text)
+        rows = {name: np.concatenate([clip[name] for clip in clips]) for name in STREAMS}
+        writer.add(f"demo{video:07d}", rows, start, end, text)
     writer.close()
 
 
-def _evaluation(path: Path, world: _World, dials: _Dials) -> None:
+def _evaluation(path: Path, world: _World, dials: dict) -> None:
     """One clip per item, no two with the same concepts, of channels never seen in training."""
     writer, used, item = _writer(path, dials), set(), 0
     while len(used) < N_EVAL:
-        rng = np.random.default_rng((dials.seed, 3, item))
+        rng = np.random.default_rng((dials["seed"], 3, item))
         channel = _Channel(world, dials, rng)
         item += 1
         for _ in range(4):
@@ -258,12 +224,9 @@ def _evaluation(path: Path, world: _World, dials: _Dials) -> None:
             if len(used) == N_EVAL or frozenset(concepts) in used:
                 continue
             used.add(frozenset(concepts))
-            # Every concept is named: two captions that miss the one word would ask for the same.
-            words = [
-                word
-                for concept in concepts
-                for word in [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]
-            ]
+            words = []
+            for concept in concepts:  # each is named: else two captions could ask for the same
+                words += [*rng.choice(FILLER, rng.integers(0, 3)), CONCEPTS[concept]]
             seconds = _seconds(rng, len(words))
             rows = channel.clip(concepts, words, seconds, 0.03)
             for name in ("2d", "3d"):
@@ -277,34 +240,27 @@ def is_there(out: Path) -> bool:
     return (out / "train.h5").exists() and (out / "eval.h5").exists()
 
 
-def prepare(
-    out: Path,
-    *,
-    seed: int = 0,
-    overwrite: bool = False,
-    video_noise: float = 1.0,
-    audio_noise: float = 1.0,
-    videos: int = N_TRAIN,
-) -> str:
+def prepare(out: Path, *, overwrite: bool = False, **dials) -> str:
     """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary.
 
-    Noise levels are 0 (clean) to MAX_NOISE; 1 is the demo's. The stores' ``source`` and ``tool``
-    tell what they were made with; StoreError if what is there was made with something else.
+    dials: of ``DIALS``. Noise levels are 0 (clean) to MAX_NOISE; 1 is the demo's. The stores'
+    ``source`` and ``tool`` tell what they were made with; StoreError if what is there was made
+    with something else.
     """
-    dials = _Dials(int(seed), float(video_noise), float(audio_noise), int(videos))
+    dials = {name: type(value)(dials.get(name, value)) for name, value in DIALS.items()}
     for name in ("video_noise", "audio_noise"):
-        if not 0 <= getattr(dials, name) <= MAX_NOISE:
-            raise StoreError(f"--{name} {getattr(dials, name)} must be 0 to {MAX_NOISE:g}")
+        if not 0 <= dials[name] <= MAX_NOISE:
+            raise StoreError(f"--{name} {dials[name]} must be 0 to {MAX_NOISE:g}")
     train, evaluation = out / "train.h5", out / "eval.h5"
-    for path in () if overwrite else (train, evaluation):
-        if path.exists() and (source := Store(path).source) != dials.source:
+    for path in (train, evaluation):
+        if path.exists() and not overwrite and Store(path).source != _source(dials):
             raise StoreError(
-                f"{path} is {source}, asked for is {dials.flags}; pass --overwrite to "
-                "replace it, or another --out"
+                f"{path} is {Store(path).source}, asked for is {_flags(dials)}; pass --overwrite "
+                "to replace it, or another --out"
             )
     if overwrite or not is_there(out):
         out.mkdir(parents=True, exist_ok=True)
-        world = _World(dials.seed)
+        world = _World(dials["seed"])
         _train(train, world, dials)
         _evaluation(evaluation, world, dials)
     store = Store(train)

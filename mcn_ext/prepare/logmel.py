@@ -11,13 +11,12 @@ import numpy as np
 
 SAMPLE_RATE, N_FFT, HOP, N_MELS = 16_000, 400, 160, 40
 F_MIN, PRE_EMPHASIS, TOP_DB = 20.0, 0.97, 80.0
-AMIN = 1e-10  # power below which silence is silence
-_BLOCK = 4096  # frames at a time: 13 MB of windows in float64
+AMIN = 1e-10  # a power below counts as silence
+BLOCK = 4096  # frames at a time: 13 MB of windows in float64
 
 
 def hz_to_mel(hz):
     """Slaney's scale (Auditory Toolbox, 1998): linear to 1 kHz, 27 steps to 6.4 kHz from there."""
-    hz = np.asarray(hz, float)
     return np.where(
         hz < 1000, 3 * hz / 200, 15 + 27 * np.log(np.maximum(hz, 1000) / 1000) / np.log(6.4)
     )
@@ -25,7 +24,6 @@ def hz_to_mel(hz):
 
 def mel_to_hz(mel):
     """The inverse of :func:`hz_to_mel`."""
-    mel = np.asarray(mel, float)
     return np.where(mel < 15, 200 * mel / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
@@ -38,34 +36,30 @@ def mel_filters() -> np.ndarray:
     return np.maximum(0, np.minimum(rise, fall)) * 2 / (high - low)
 
 
-def log_mel(samples) -> np.ndarray:
+def log_mel(samples: np.ndarray) -> np.ndarray:
     """Samples (n,) at 16 kHz -> (1 + n // 160, 40) float32 dB in [-80, 0].
 
-    ``samples``: an array, or what has a length and slices that are arrays, as when it is on disk:
-    it is read by blocks, computed in float64. Silence, having no loudest entry, is 0 everywhere.
+    ``samples`` may be a memory map: they are read by blocks, computed in float64. Silence, having
+    no loudest entry, is 0 everywhere.
     """
-    n = len(samples)
-    window = np.hamming(N_FFT + 1)[:-1]  # periodic
-    filters = mel_filters().T
-    step = _BLOCK * HOP
-    mean = sum(samples[lo : lo + step].sum(dtype=np.float64) for lo in range(0, n, step)) / max(
-        n, 1
-    )
+    n, step = len(samples), BLOCK * HOP
+    total = sum(samples[lo : lo + step].sum(dtype=np.float64) for lo in range(0, n, step))
+    mean = total / max(n, 1)
+    window, filters = np.hamming(N_FFT + 1)[:-1], mel_filters().T  # a periodic window
     out = np.empty((1 + n // HOP, N_MELS), np.float32)
-    for first in range(0, len(out), _BLOCK):
-        frames = min(_BLOCK, len(out) - first)
+    for first in range(0, len(out), BLOCK):
+        n_frames = min(BLOCK, len(out) - first)
         begin = first * HOP - N_FFT // 2  # of this block's first window
-        lo, hi = max(begin - 1, 0), min(begin + (frames - 1) * HOP + N_FFT, n)
-        block = samples[lo:hi].astype(np.float64) - mean
+        length = (n_frames - 1) * HOP + N_FFT
+        lo, hi = max(begin, 0), min(begin + length, n)
+        # The sample before the block is for the pre-emphasis; the very first has none.
+        block = samples[max(lo - 1, 0) : hi].astype(np.float64) - mean
         emphasised = block.copy()
-        emphasised[1:] -= PRE_EMPHASIS * block[:-1]  # the very first sample has none before it
-        if lo:
-            emphasised = emphasised[1:]
-        padded = np.zeros((frames - 1) * HOP + N_FFT)
-        offset = max(begin, 0) - begin
-        padded[offset : offset + len(emphasised)] = emphasised
+        emphasised[1:] -= PRE_EMPHASIS * block[:-1]
+        padded = np.zeros(length)
+        padded[lo - begin : hi - begin] = emphasised[lo - hi :]
         windows = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP] * window
         power = np.abs(np.fft.rfft(windows)) ** 2 @ filters
-        out[first : first + frames] = 10 * np.log10(np.maximum(power, AMIN))
+        out[first : first + n_frames] = 10 * np.log10(np.maximum(power, AMIN))
     out -= out.max()
     return np.maximum(out, -TOP_DB, out=out)

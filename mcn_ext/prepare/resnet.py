@@ -75,39 +75,38 @@ def crop(frame: Tensor) -> Tensor:
 
     Equal to Pillow's bilinear resize up to rounding (1 of 255), on any device.
     """
-    height, width, _ = frame.shape
-    short = min(height, width)
-    if max(height, width) > 4 * short:  # a banner: far from the centre nothing is used
-        height, width = (min(side, 4 * short) for side in (height, width))
-        top, left = (frame.shape[0] - height) // 2, (frame.shape[1] - width) // 2
-        frame = frame[top : top + height, left : left + width]
-    size = [SHORT_SIDE * side // short for side in (height, width)]
-    image = F.interpolate(
-        frame.permute(2, 0, 1)[None].float(), size, mode="bilinear", antialias=True
-    )[0]
-    top, left = (round((side - CROP) / 2) for side in size)
-    image = image[:, top : top + CROP, left : left + CROP]
-    return image.round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0)
+    short = min(frame.shape[:2])
+    # Of a banner only the centre is resized: nothing else of it is used.
+    frame = _centre(frame, [min(side, 4 * short) for side in frame.shape[:2]])
+    size = [SHORT_SIDE * side // short for side in frame.shape[:2]]
+    images = frame.permute(2, 0, 1)[None].float()
+    image = F.interpolate(images, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return _centre(image, [CROP, CROP]).round().clamp(0, 255).to(torch.uint8)
+
+
+def _centre(image: Tensor, size: list[int]) -> Tensor:
+    """The centre (height, width, 3) of an image (h, w, 3)."""
+    top, left = (round((n - m) / 2) for n, m in zip(image.shape[:2], size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 class Frames2D:
     """Cropped frames (n, 224, 224, 3) uint8 -> features (n, 2048) float32, on ``device``.
 
-    ``model`` and ``weights_sha256`` say what they were made with.
+    ``weights``: a state dict of torchvision's names, or None for random ones. ``model`` and
+    ``weights_sha256`` name what computes the features. SystemExit for other weights.
     """
 
     def __init__(self, weights: Path | None, device: torch.device):
-        self.device = device
-        if weights is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                self.net = ResNet()
-            self.model, self.weights_sha256 = "ResNet-152, RANDOM weights (seed 0)", "none"
-        else:
-            self.net = ResNet()
-            self.weights_sha256 = load(self.net, weights)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = ResNet()
+        self.device, self.weights_sha256 = device, "none"
+        self.model = "ResNet-152, RANDOM weights (seed 0)"
+        if weights:
             self.model = f"ResNet-152, {weights.name}"
-        self.net = self.net.eval().to(device, memory_format=torch.channels_last)
+            self.weights_sha256 = load(net, weights)
+        self.net = net.eval().to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor) -> Tensor:
@@ -121,8 +120,7 @@ def load(net: ResNet, path: Path) -> str:
     if not path.is_file():
         raise SystemExit(f"--weights {path}: no such file; {WHERE}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(state)
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch, zip and pickle raise a dozen types for damage
         raise SystemExit(
             f"--weights {path}: not the weights of a ResNet-152 ({str(error)[:300]}); {WHERE}"

@@ -179,10 +179,7 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
         f"--{name} {old[name]} (now {args[name]})" for name in compared if old[name] != args[name]
     ]
     if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
-        changed.append(
-            "another start (its stage 1 has been retrained, or has gone on, since; or "
-            "--init_published is another file)"
-        )
+        changed.append("another start (its stage 1 has been retrained, or has gone on, since)")
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "

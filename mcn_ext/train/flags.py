@@ -27,6 +27,11 @@ PREPARE = {
     "moments": "videos DIR --captions FILE",
 }
 WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
+# Flags that are gone, and what to use now.
+GONE = {
+    "--init_published": "use python -m mcn_ext.prepare published FILE --out RUN; RUN is a run like "
+    "any other: train_stage2.py --init RUN, evaluate.py --run RUN",
+}
 
 # paper: the published and requested experiment. demo: the same code on 2 cores in two minutes.
 PRESETS = {
@@ -118,6 +123,9 @@ class Parser(argparse.ArgumentParser):
                 self,
             )
             flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            for flag in flags:
+                if (name := flag.replace("-", "_").replace("__", "--", 1)) in GONE:
+                    chosen.error(f"{flag} is gone: {GONE[name]}")
             known = [*chosen._option_string_actions, *self.also]
             near = {flag: difflib.get_close_matches(flag, known, 1, 0.7) for flag in flags}
             chosen.error(
@@ -258,16 +266,6 @@ def add_training_flags(parser: Parser, stage: int) -> None:
             "X",
             "width of DAVEnet, 1 as published; 0.25 for small data",
         )
-
-    group = group if stage == 1 else parser.add_argument_group("model")
-    add(
-        "init_published",
-        Path,
-        "FILE",
-        "start from published weights (.pth, .pt, .safetensors; "
-        "the MCN's or AVLnet's): the pair's encoders and heads; sizes are the file's"
-        + ("" if stage == 1 else ". In place of --init; data and words are flags then"),
-    )
 
     group = parser.add_argument_group("objective")
     add(
@@ -511,10 +509,7 @@ def complete(args: argparse.Namespace, inherited: dict | None = None) -> argpars
     if args.similarity == "dot":  # the published objective: the dot product at temperature 1
         preset["temperature"] = 1.0
     for name, value in preset.items():
-        if (
-            getattr(args, name, None) is None  # sizes of a published file are the file's
-            and not (name in SIZES and getattr(args, "init_published", None))
-        ):
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.similarity = args.similarity or "cosine"
     args.resume = args.resume or args.detect is not None  # the kept step lies in the run folder
