@@ -18,7 +18,7 @@ from mcn_ext.reference import unit_rows
 
 # Points compared at once, by device: a CPU wants their distances in its cache, a GPU more work.
 BLOCK = {"cpu": 1024, "cuda": 16384}
-TRIES = 8  # points tried for each draw of k-means++
+TRIES = 16  # points tried for each draw of k-means++
 SAME = 1e-12  # |x - y|^2 at or below it, an angle of 1e-6, is one direction
 ROUNDING = 1e-6  # error of |x|^2 + |y|^2 - 2 x.y in fp32, relative to |x|^2
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mcn_ext.data.clips import draw_spans
-from mcn_ext.data.store import Store
+from mcn_ext.data.store import Store, StoreError
 from mcn_ext.evaluation.metrics import check_finite, ranks
 from mcn_ext.reference import unit_rows
 
@@ -49,6 +50,34 @@ def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tup
         (int(v), draw_spans(*store.caption_times(v)[1:], count, min_time, rng))
         for v, count in zip(chosen, each, strict=True)
     ]
+
+
+def make_bank(embedder, trained: dict, n: int) -> Clips:
+    """``n`` embedded clips of a run's training store, for the fusion "bank"."""
+    try:
+        store = Store(Path(trained["data"]))
+    except StoreError as error:
+        raise SystemExit(f"--fusion bank needs the training store: {error}") from None
+    clips = some_clips(store, n, trained["min_time"])
+    return embedder.clips(store, clips, audio_frames=trained["audio_frames"], known_words=True)
+
+
+def check_captions(store: Store, flag: str) -> None:
+    """SystemExit unless each of the store's clips has one caption, its query."""
+    wrong = store.caption_counts() != 1
+    if wrong.any():
+        raise SystemExit(
+            f"{flag} {store.path}: {wrong.sum()} of {len(store)} clips have not one caption "
+            f"each, first {store.ids()[wrong.argmax()]} (is it a training store?)"
+        )
+
+
+def arrays(clips: Clips, ranks: Mapping[str, np.ndarray], half: bool) -> dict[str, np.ndarray]:
+    """Embeddings, which are valid, and ranks by direction, for np.savez. ``half``: fp16, which
+    embeddings that are not of unit length may exceed."""
+    kept = {f"embedding:{m}": (x.half() if half else x).numpy() for m, x in clips[0].items()}
+    kept |= {f"valid:{m}": valid.numpy() for m, valid in clips[1].items()}
+    return kept | {f"rank:{direction}": rank for direction, rank in ranks.items()}
 
 
 def _side(clips: Clips, names: str, kind: str, fusion: str) -> Tensor:
