@@ -175,7 +175,7 @@ def main(argv=None):
     from mcn_ext.evaluation import localization, moments, retrieval
     from mcn_ext.evaluation.embedder import Embedder, open_run, open_store, words_of
     from mcn_ext.evaluation.metrics import keep, markdown, summarize, table
-    from mcn_ext.study.curves import similarity_picture
+    from mcn_ext.report import similarity_picture
     from mcn_ext.train.log import replace, write_text
 
     # ---------------------------------------------------------------------------------- inputs

@@ -13,8 +13,7 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 
-def main(argv=None):
-    # ------------------------------------------------------- flags (torch is not loaded yet)
+def get_args(argv=None):
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pair",
@@ -24,7 +23,11 @@ def main(argv=None):
         help="modalities to align: A audio, V video, T text",
     )
     flags.add_training_flags(parser, stage=1)
-    args = flags.complete(parser.parse_args(argv))
+    return flags.complete(parser.parse_args(argv))
+
+
+def main(argv=None):
+    args = get_args(argv)  # torch is not loaded yet
 
     import torch
 

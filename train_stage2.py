@@ -14,8 +14,7 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 
-def main(argv=None):
-    # ------------------------------------------------------- flags (torch is not loaded yet)
+def get_args(argv=None):
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--add",
@@ -38,6 +37,11 @@ def main(argv=None):
     )
     flags.add_training_flags(parser, stage=2)
     args = parser.parse_args(argv)
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)  # torch is not loaded yet
 
     import torch
 

@@ -448,7 +448,7 @@ def show(row, device):
 
 def draw(report, path):
     """Time and extra memory over N."""
-    from mcn_ext.study.curves import _pyplot, _save
+    from mcn_ext.train.curves import _pyplot, _save
 
     plt, sweep = _pyplot(), report["sweep"]
     if plt is None:

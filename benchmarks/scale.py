@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--fp32_share", type=float, default=0.6, help="the same of k-means")
     args = parser.parse_args()
     paper = argparse.Namespace(**flags.PRESETS["paper"])
-    encoders = study.training_flops(paper, DIMS, "AV", "", 300)
+    encoders = study.training_flops(paper, DIMS, "AV")
     clip = sum(BYTES.values()) * (CLIP_SECONDS + 1)
     store = args.videos * SECONDS * sum(BYTES.values())
     print(

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from mcn_ext import report
 from mcn_ext.data.store import StoreWriter
-from mcn_ext.study import curves as report
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT.parent / "shared" / "data" / "spoken_digits"
@@ -90,7 +90,8 @@ def digits():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """matplotlib as if not installed: pictures are slow, and the page must do without them."""
-    monkeypatch.setattr("mcn_ext.study.curves._pyplot", lambda: None)
+    for module in ("mcn_ext.train.curves", "mcn_ext.study.report", "mcn_ext.report"):
+        monkeypatch.setattr(f"{module}._pyplot", lambda: None)
 
 
 def run(*command, cwd, check=True, timeout=300, env=None):
@@ -129,7 +130,7 @@ def call(script, *args, cwd, check=True, pictures=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         if not pictures:
-            patch.setattr(report, "curves", lambda run: None)
+            patch.setattr("mcn_ext.train.curves.curves", lambda run: None)
             patch.setattr(report, "similarity_picture", lambda *args: None)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from mcn_ext import report
 from mcn_ext.data.store_file import seal
 from mcn_ext.data.words import WordVectors
-from mcn_ext.study import curves as report
 from mcn_ext.train import checkpoint, training
 from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, WORDS, call, run, write_store

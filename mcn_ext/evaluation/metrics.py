@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -107,79 +105,3 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 def table(rows: dict[str, dict], n: int, what: str = "direction") -> str:
     """:func:`table_rows` in Markdown."""
     return markdown(*table_rows(rows, n, what))
-
-
-def _crossed(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Bootstrap draws of the mean of ``values`` (seeds, queries), both drawn anew, crossed.
-
-    Seeds and queries are two random samples that meet in every cell, so both are resampled, each as
-    a whole (the pigeonhole bootstrap, Owen 2007)::
-
-        draw = mean_q d_q + sqrt(S / (S - 1)) (1/S) sum_s (u_s - 1) d_s,  over the drawn queries q
-
-    with u_s how often seed s was drawn. The root undoes that S draws from S seeds vary too little,
-    which matters for the two or three seeds there are. One seed is not resampled.
-    """
-    n_seeds, n = values.shape
-    grow = np.sqrt(n_seeds / (n_seeds - 1)) if n_seeds > 1 else 0.0
-    per_seed = values.astype(np.float32) @ _times_drawn(n, resamples, seed) / n
-    rng = np.random.default_rng([seed, 1])  # not the stream the queries are drawn from
-    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples).T
-    return per_seed.mean(axis=0) + grow * ((seeds - 1) * per_seed).mean(axis=0)
-
-
-@lru_cache(maxsize=1)  # a study compares many methods on the same queries
-def _times_drawn(n: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of n queries is in each resample, (n, resamples) fp32."""
-    rng = np.random.default_rng(seed)
-    return np.stack(
-        [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)], axis=1
-    ).astype(np.float32)
-
-
-# 97.5 % quantile of Student's t by degrees of freedom; between them, its logarithm over 1 / df.
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 10: 2.228, 20: 2.086, np.inf: 1.960}
-
-
-def _interval95(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of ``values`` (seeds, queries): t times the standard deviation of
-    :func:`_crossed`'s draws. Two or three seeds say little about how much seeds vary, so t has
-    Satterthwaite's degrees of freedom: S - 1 where seeds are all the variance, many where queries
-    are."""
-    variance, n_seeds = float(_crossed(values, resamples, seed).var()), len(values)
-    of_seeds = float(values.mean(axis=1).var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
-    df = (n_seeds - 1) * max(1.0, variance / of_seeds) ** 2 if of_seeds else np.inf
-    inverse = [1 / x for x in _T]
-    t = np.exp(np.interp(1 / df, inverse[::-1], np.log(list(_T.values()))[::-1]))
-    half = float(t) * variance**0.5
-    return float(values.mean()) - half, float(values.mean()) + half
-
-
-def recall_interval(
-    rank: np.ndarray, k: int = 10, *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of R@k in percent, of ranks (seeds, queries), over both (:func:`_crossed`)."""
-    low, high = _interval95(100.0 * (rank <= k), resamples, seed)
-    return max(0.0, low), min(100.0, high)
-
-
-def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, k: int = 10, *, resamples: int = 2000, seed: int = 0
-) -> dict:
-    """Is R@k of ``a`` really above that of ``b``? Ranks (seeds, queries) of two methods, of the
-    same seeds and the same queries in the same order -> {"difference", "ci95", "real"}.
-
-    The difference in percentage points, of paired queries and seeds::
-
-        D = 100 / (S Q) sum_sq ([a_sq <= k] - [b_sq <= k])
-
-    "ci95" is the interval of D from resampling queries and seeds (:func:`_crossed`,
-    :func:`_interval95`), "real" whether it leaves out 0. Both methods answer the same queries: what
-    makes a query hard cancels, and the interval is narrower than those of two recalls on their own.
-    With one seed it says nothing on how another seed would do. ValueError if the shapes differ.
-    """
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"ranks must be (seeds, queries), the same of both: {a.shape}, {b.shape}")
-    gain = 100.0 * ((a <= k).astype(np.float32) - (b <= k))
-    low, high = _interval95(gain, resamples, seed)
-    return {"difference": float(gain.mean()), "ci95": (low, high), "real": low > 0 or high < 0}

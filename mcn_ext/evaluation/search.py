@@ -141,7 +141,7 @@ def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, m
     ``media`` a frame of the best one of each video. False without matplotlib."""
     import numpy as np
 
-    from mcn_ext.study.curves import _pyplot, _save
+    from mcn_ext.train.curves import _pyplot, _save
 
     if (plt := _pyplot()) is None:
         return False

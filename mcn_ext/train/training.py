@@ -492,7 +492,7 @@ class Training:
         if self.args.dry_run:
             dry_run.finish(self)
         elif distributed.rank() == 0:
-            from mcn_ext.study.curves import curves
+            from mcn_ext.train.curves import curves
 
             picture = curves(self.folder)
             say(

@@ -1,0 +1,140 @@
+"""Figures of a study: one colour for each order, safe for colour-blind readers.
+
+Each function draws what there is of a :class:`mcn_ext.study.statistics.Study` and returns a
+matplotlib figure, or None when there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mcn_ext.evaluation.metrics import RECALLS
+from mcn_ext.study.statistics import MAIN, Study, mean, recall_interval
+
+# Okabe & Ito (2008).
+ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
+DASHES, HATCHES, MARKERS = ("-", "--", ":", "-."), ("", "////", "....", "xxxx"), "osD^"
+STYLE = {
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+}
+BELOW = {"loc": "outside lower center", "ncols": 3}
+
+
+def look(study: Study, method: str) -> dict:
+    """Colour by order; dash, hatch and marker tell the methods of one order apart."""
+    order = study.orders[method]
+    i = [m for m in study.methods if study.orders[m] == order].index(method) % len(DASHES)
+    return {
+        "color": ORDERS[order],
+        "linestyle": DASHES[i],
+        "hatch": HATCHES[i],
+        "marker": MARKERS[i],
+    }
+
+
+def recall(plt, study: Study):
+    """R@1, R@5, R@10 of each method with 95 % intervals, and chance."""
+    methods = [method for method in study.methods if study.ranks(method)]
+    if not methods:
+        return None
+    figure, axis = plt.subplots(figsize=(7.4, 3.4))
+    width = 0.84 / len(methods)
+    for i, method in enumerate(methods):
+        style, ranks = look(study, method), list(study.ranks(method).values())
+        x = np.arange(len(RECALLS)) + (i - (len(methods) - 1) / 2) * width
+        values = np.array([mean(study.values(method, f"R@{k}")) for k in RECALLS])
+        bar = {"facecolor": style["color"], "hatch": style["hatch"], "edgecolor": "white"}
+        axis.bar(x, values, 0.9 * width, linewidth=0, label=study.labels[method], **bar)
+        if len({len(r) for r in ranks}) == 1:
+            low, high = np.transpose([recall_interval(np.stack(ranks), k) for k in RECALLS])
+            errors = np.maximum([values - low, high - values], 0)
+            axis.errorbar(x, values, errors, fmt="none", color="black", capsize=2, linewidth=0.9)
+    chance = [100 * min(k / study.n_queries[-1], 1) for k in RECALLS]
+    axis.errorbar(range(3), chance, xerr=0.46, fmt="none", color="red", label="chance")
+    axis.set_xticks(range(3), [f"R@{k}" for k in RECALLS])
+    axis.set(ylabel=f"{MAIN}, %", ylim=(0, None))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def differences(plt, study: Study):
+    """R@10 of each method minus that of the best, with the paired interval."""
+    ranked = study.ranked(study.methods)
+    compared = {method: study.compare(method, ranked[0]) for method in ranked[1:]}
+    compared = {method: compare for method, compare in compared.items() if compare}
+    if not compared:
+        return None
+    figure, axis = plt.subplots(figsize=(7.4, 0.9 + 0.3 * len(compared)))
+    for y, (method, compare) in enumerate(compared.items()):
+        style = look(study, method)
+        color = style["color"]
+        axis.plot(compare["ci95"], [y, y], color=color, linewidth=2)
+        fill = color if compare["significant"] else "white"
+        point = {"color": color, "markersize": 7, "markerfacecolor": fill}
+        axis.plot(compare["difference"], y, style["marker"], **point)
+    axis.axvline(0, color="black", linewidth=0.9)
+    axis.set_yticks(range(len(compared)), [study.labels[method] for method in compared])
+    axis.set_ylim(len(compared) - 0.4, -0.6)
+    axis.set_xlabel(f"{MAIN} R@10 minus that of {study.labels[ranked[0]]}, points")
+    return figure
+
+
+# ---------------------------------------------------------------------------- a grid of noise
+def levels(study: Study, axis: str) -> list[float]:
+    """The levels of "video_noise" or "audio_noise", lowest first."""
+    return sorted({cell[axis] for cell in study.cells})
+
+
+def winners(plt, study: Study):
+    """The best order in each cell; pale where its margin is not significant."""
+    rows = [row for row in study.winners() if row["winner"]]
+    if not rows:
+        return None
+    video, audio = levels(study, "video_noise"), levels(study, "audio_noise")
+    figure, axis = plt.subplots(figsize=(1.5 * len(video) + 1.3, 1.2 * len(audio) + 1.2))
+    axis.set_xticks(range(len(video)), video)
+    axis.set_yticks(range(len(audio)), audio)
+    axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5))
+    axis.set(xlabel="video noise", ylabel="audio noise", title=f"Best order by {MAIN} R@10, %")
+    axis.grid(False)
+    for row in rows:
+        x, y = video.index(row["video_noise"]), audio.index(row["audio_noise"])
+        alpha, color = (1.0, "white") if row["significant"] else (0.3, "black")
+        box = {"facecolor": ORDERS[row["order"]], "alpha": alpha, "linewidth": 0}
+        axis.add_patch(plt.Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, **box))
+        lines = [f"{row['recalls'][row['order']]:.1f}"]
+        if row["difference"]:
+            margin = row["difference"]["difference"]
+            lines.append(f"+{margin:.1f} over {study.orders[row['second']]}")
+        if row["baseline"]:
+            lines.append(f"AVT {row['recalls']['AVT']:.1f}")
+        text = {"ha": "center", "va": "center", "color": color}
+        axis.text(x, y + 0.22, row["order"], weight="bold", fontsize=11, **text)
+        axis.text(x, y - 0.08, "\n".join(lines), fontsize=7.5, **text)
+    return figure
+
+
+def noise(plt, study: Study):
+    """R@10 over video noise, one panel for each level of audio noise."""
+    video, audio = levels(study, "video_noise"), levels(study, "audio_noise")
+    names = {(c.get("video_noise"), c.get("audio_noise")): c["name"] for c in study.cells}
+    methods = [m for m in study.methods if any(study.of(m, cell) for cell in names.values())]
+    if not methods:
+        return None
+    size, shared = (2.0 * len(audio) + 0.8, 3.0), {"sharex": True, "sharey": True}
+    figure, axes = plt.subplots(1, len(audio), figsize=size, squeeze=False, **shared)
+    for axis, level in zip(axes[0], audio, strict=True):
+        for method in methods:
+            style = look(study, method)
+            style.pop("hatch")
+            values = [study.values(method, cell=names.get((v, level), "-")) for v in video]
+            spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
+            style |= {"label": study.labels[method], "markersize": 4, "capsize": 2}
+            axis.errorbar(range(len(video)), [mean(v) for v in values], spread, **style)
+        axis.set_xticks(range(len(video)), video)
+        axis.set(title=f"audio noise {level:g}", xlabel="video noise")
+    axes[0, 0].set_ylabel(f"{MAIN} R@10, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), **BELOW)
+    return figure

@@ -1,0 +1,117 @@
+"""Draws curves.png of a training run from its log.jsonl."""
+
+from __future__ import annotations
+
+import sys
+from math import nan
+from pathlib import Path
+
+from mcn_ext.train.log import read
+
+COLOURS = {"video": "tab:blue", "audio": "tab:orange", "text": "tab:green"}
+
+# A panel's title and the quantity it shows: one line for the key itself, or one for each key
+# "<quantity>_<modality or pair>".
+PANELS = {
+    "total loss": "total",
+    "contrastive": "contrastive",
+    "cluster (1 = no better than uniform)": "cluster",
+    "reconstruction": "reconstruction",
+    "learning rate": "lr",
+    "cosine of positives": "positive",
+    "cosine of negatives": "negative",
+    "alignment (0 = identical)": "alignment",
+    "uniformity (0 = collapsed)": "uniformity",
+    "effective rank": "rank",
+    "embedding norm": "norm",
+    "live clusters": "live_clusters",
+    "share of the largest cluster": "largest_share",
+    "gradient norm": "grad_norm",
+    "clips per second": "clips_per_s",
+}
+FROM_ZERO = {"rank", "norm", "live_clusters", "largest_share", "clips_per_s"}
+
+
+def _pyplot():
+    """matplotlib without a display, or None (with a notice) where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figures: pip install matplotlib (or pip install -e '.[plot]')", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "lines.linewidth": 1.4,
+            "savefig.dpi": 150,
+            "legend.frameon": False,
+        }
+    )
+    return pyplot
+
+
+def _save(figure, path: Path) -> Path:
+    """Write a PNG in one move: a reader never sees half a file."""
+    tmp = path.with_name(path.name + ".tmp")
+    figure.savefig(tmp, format="png")
+    tmp.replace(path)
+    return path
+
+
+def _value(row: dict, key: str) -> float:
+    # Before the first k-means fit there is no clustering loss: draw a gap, not a zero.
+    if key == "cluster" and "live_clusters" not in row:
+        return nan
+    return row.get(key, nan)
+
+
+def _panel(axis, rows: list[dict], title: str, quantity: str) -> None:
+    names = {key: None for row in rows for key in row}
+    for key in names:
+        name = key.removeprefix(quantity).removeprefix("_")
+        if key == quantity or key == f"{quantity}_{name}":
+            values = [_value(row, key) for row in rows]
+            steps = [row["step"] for row in rows]
+            style = {"color": COLOURS.get(name), "marker": "." if len(rows) < 5 else ""}
+            axis.plot(steps, values, label=name.replace("_", "-"), **style)
+            if name:
+                axis.legend(fontsize=7)
+    if quantity in FROM_ZERO:
+        axis.set_ylim(bottom=0)
+    axis.set_title(title)
+
+
+def curves(run: Path) -> Path | None:
+    """Write ``run``/curves.png: the loss and its terms, signs of collapse
+    (:mod:`mcn_ext.train.diagnostics`), gradient norms, speed, all over steps.
+
+    Returns its path, None without a logged step or without matplotlib.
+    """
+    log = read(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    rows = [row for row in log if "total" in row]
+    plt = _pyplot() if rows else None
+    if plt is None:
+        return None
+    figure, axes = plt.subplots(3, 5, figsize=(15, 7.4), layout="constrained", sharex=True)
+    panels = {}
+    for axis, (title, quantity) in zip(axes.flat, PANELS.items(), strict=True):
+        _panel(axis, rows, title, quantity)
+        panels[quantity] = axis
+    skipped = [row["step"] for row in log if "skipped" in row]
+    panels["grad_norm"].set_yscale("log")
+    panels["grad_norm"].set_title(f"gradient norm ({len(skipped)} steps skipped, red)")
+    for step in skipped:
+        panels["grad_norm"].axvline(step, color="tab:red", linewidth=0.8)
+    for axis in axes[2]:
+        axis.set_xlabel("step")
+    figure.suptitle(run.name)
+    path = _save(figure, run / "curves.png")
+    plt.close(figure)
+    return path
