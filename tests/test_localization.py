@@ -68,11 +68,11 @@ def test_align_against_all_alignments():
         for shape in itertools.product(range(1, 7), range(1, 4))
         if shape[0] >= shape[1]
     }
-    for case in range(300):
+    for _ in range(300):
         shape = list(every)[int(rng.integers(len(every)))]
         scores = small_scores(rng, *shape)
-        level = rng.integers(-4, 5, shape[0]) / 4 if case % 3 == 0 else rng.integers(-4, 5) / 4
-        gain = scores - np.broadcast_to(level, shape[0])[:, None]
+        level = rng.integers(-4, 5) / 4
+        gain = scores - level
         sums = np.array(
             [sum(gain[s:e, k].sum() for k, (s, e) in enumerate(runs)) for runs in every[shape]]
         )
@@ -81,8 +81,6 @@ def test_align_against_all_alignments():
         for k, (start, end) in enumerate(best):
             wanted[start:end] = k
         assert align(scores, level).tolist() == wanted.tolist()
-        if np.ndim(level):
-            assert align(torch.tensor(scores), torch.tensor(level)).tolist() == wanted.tolist()
     assert align(np.zeros((5, 2)), 0.0).tolist() == [0, 1, -1, -1, -1]  # ties: early and short
 
 
@@ -118,8 +116,6 @@ def test_what_cannot_be_placed_is_an_error():
         for bad in (np.nan, np.inf):
             with pytest.raises(FloatingPointError, match="1 of 6 scores are not finite"):
                 function(torch.tensor([[0, bad], [0, 0], [0, 0]]))
-    with pytest.raises(FloatingPointError, match="background"):
-        align(np.zeros((3, 2)), np.nan)
 
 
 def test_standardized_scores_do_not_depend_on_scale_and_constants_are_zero():

@@ -187,33 +187,19 @@ class Scores:
         A query is all that is asked of a video, a candidate all its clips::
 
             score(u, v) = mean over clips i of u of max over clips j of v of s_ij
-
-        Some videos' queries at a time, so that memory stays that of :meth:`blocks`.
         """
         order = {name: k for k, name in enumerate(dict.fromkeys(names))}
-        of, n = torch.tensor([order[name] for name in names]), len(order)
-        answers = torch.zeros(n, dtype=torch.bool).index_fill_(0, of[self.answers], True)
-        queries = torch.arange(len(names))[self.asks]
-        queries = queries[of[queries].argsort(stable=True)]
-        asking, counts = of[queries].unique_consecutive(return_counts=True)
-        rank, begin, step = np.full(n, float(n)), 0, _rows(2 * len(self))
-        while begin < len(asking):
-            taken = max(1, int((counts[begin:].cumsum(0) <= step).sum()))
-            part = asking[begin : begin + taken]
-            lo = int(counts[:begin].sum())
-            rows = queries[lo : lo + int(counts[begin : begin + taken].sum())]
-            block = self.scores(rows)
-            best = block.new_full((len(rows), n), -torch.inf).scatter_reduce_(
-                1, of.expand(len(rows), -1), block, "amax"
-            )
-            total = (
-                torch.zeros(taken, n).index_add_(0, torch.searchsorted(part, of[rows]), best)
-                / counts[begin : begin + taken, None]
-            )
-            found = ranks(torch.where(answers, total, -torch.inf), part, finite=False)
-            rank[part.numpy()] = np.where(answers[part].numpy(), found, n)
-            begin += taken
-        return rank
+        video, n = torch.tensor([order[name] for name in names]), len(order)
+        total = torch.zeros(n, n)
+        for lo, block in self.blocks():
+            best = torch.full((len(block), n), -torch.inf)
+            best.scatter_reduce_(1, video.expand(len(block), -1), block, "amax")
+            asks = self.asks[lo : lo + len(block)]
+            total.index_add_(0, video[lo : lo + len(block)][asks], best[asks])
+        n_asked = torch.bincount(video[self.asks], minlength=n)
+        n_answers = torch.bincount(video[self.answers], minlength=n)
+        found = ranks(total / n_asked.clamp(min=1)[:, None], finite=False)
+        return np.where((n_asked == 0) | (n_answers == 0), float(n), found)
 
 
 def _rows(columns: int) -> int:
