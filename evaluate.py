@@ -185,8 +185,8 @@ def main(argv=None):
     unfinished = "" if content["complete"] else f"step {content['step']}, not the run's end"
     if args.require_complete and unfinished:
         raise SystemExit(f"{file}: {unfinished}; the command that trains it goes on")
-    embedder = Embedder(content, words_of(run, content), distributed.init(args.device))
-    embedder.batch_size = args.batch_size
+    words, device = words_of(run, content), distributed.init(args.device)
+    embedder = Embedder(content, words, device, args.batch_size)
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
     directions = retrieval.asked(modalities, args.fusion, args.all_directions)
 
