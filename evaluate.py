@@ -143,8 +143,8 @@ def parse(argv):
         help="between windows, as a part of their length (default 0.25)",
     )
     args = parser.parse_args(argv)
-    asked = {name for name in SETS if getattr(args, name) is not None}
-    if not asked:
+    args.sets = [name for name in SETS if getattr(args, name) is not None]
+    if not args.sets:
         parser.error(
             "say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
             "--miningyoutube or --moments"
@@ -158,7 +158,7 @@ def parse(argv):
         "windows": {"moments"},
         "window_stride": {"moments"},
     }.items():
-        if getattr(args, flag) != parser.get_default(flag) and not asked & sets:
+        if getattr(args, flag) != parser.get_default(flag) and not sets & set(args.sets):
             parser.error(f"--{flag} is for {' and '.join(f'--{name}' for name in sorted(sets))}")
     if args.subset and not args.annotations:
         parser.error("--subset is of --annotations")
@@ -171,204 +171,144 @@ def main(argv=None):
     import numpy as np
 
     from mcn_ext import distributed
-    from mcn_ext.data.store import Store, StoreError
+    from mcn_ext.data.store import StoreError
     from mcn_ext.evaluation import localization, moments, retrieval
-    from mcn_ext.evaluation.embedder import Embedder, open_run, words_of
+    from mcn_ext.evaluation.embedder import Embedder, open_run, open_store, words_of
     from mcn_ext.evaluation.metrics import keep, markdown, summarize, table
     from mcn_ext.report import similarity_picture
     from mcn_ext.train.log import replace, write_text
 
-    # ---- what is asked for is opened, and looked at, before the first clip is embedded: stores,
-    # ---- steps, sentences, the run
-    stores, steps, sentences, names = {}, {}, {}, None
-    args.run, file, content = open_run(args.run, args.checkpoint)
-    demo = content["args"]["demo"]
-    for name in (name for name in SETS if getattr(args, name) is not None):
-        path = Path(
-            getattr(args, name)
-            or (flags.DEMO / "eval.h5" if demo and name == "youcook2" else flags.STORES[name])
-        )
-        if not path.exists():
-            raise SystemExit(
-                f"--{name} {path}: no such store; make it with: python -m "
-                f"mcn_ext.prepare {flags.PREPARE[name]} --out {path}"
-            )
-        try:
-            store = stores[name] = Store(path)
-            if name in STEPS:
-                steps[name] = localization.load_steps(path)
-        except StoreError as error:
-            raise SystemExit(f"--{name} {error}") from None
-        if name == "moments":
-            sentences = (
-                moments.read_annotations(args.annotations, args.subset or "validation")
-                if args.annotations
-                else moments.captions_of(store)
-            )
-    if args.whole_videos:
-        names = retrieval.videos_of(stores["youcook2"].ids())
-    texts = [
-        text
-        for table_ in steps.values()
-        for video in table_["videos"].values()
-        for text in video["steps"]
-    ]
-    texts += [text for _, _, said in sentences.values() for text in said]
-    words = words_of(args.run, content)
+    # ---------------------------------------------------------------------------------- inputs
+    # All are opened and checked before the first clip is embedded.
+    run, file, content = open_run(args.run, args.checkpoint)
     trained = content["args"]
     unfinished = "" if content["complete"] else f"step {content['step']}, not the run's end"
     if args.require_complete and unfinished:
         raise SystemExit(f"{file}: {unfinished}; the command that trains it goes on")
-    embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
+    words, device = words_of(run, content), distributed.init(args.device)
+    embedder = Embedder(content, words, device, args.batch_size)
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
     directions = retrieval.asked(modalities, args.fusion, args.all_directions)
-    for name, store in stores.items():
+
+    stores, steps, sentences, videos = {}, {}, {}, None
+    for name in args.sets:
+        default = flags.DEMO / "eval.h5" if trained["demo"] and name == "youcook2" else None
+        path = Path(getattr(args, name) or default or flags.STORES[name])
+        store = stores[name] = open_store(path, f"--{name}", flags.PREPARE[name])
         embedder.check(store, f"--{name}")
-        counts = store.caption_counts()
-        if name in RETRIEVAL and (counts != 1).any():
-            raise SystemExit(
-                f"--{name} {store.path}: {(counts != 1).sum()} of {len(store)} clips "
-                "have not one caption each, first "
-                f"{store.ids()[(counts != 1).argmax()]} (is it a training store?)"
-            )
-        if name not in RETRIEVAL and "text" not in modalities:
+        if name in RETRIEVAL:
+            retrieval.check_captions(store, f"--{name}")
+            if not directions:
+                raise SystemExit(
+                    f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
+                    "direction joins several; use --fusion sum"
+                )
+        elif "text" not in modalities:
             raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
-        if name in RETRIEVAL and not directions:
-            raise SystemExit(
-                f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
-                "direction joins several; use --fusion sum"
-            )
-    metrics_file = args.run / "metrics.json"
+        if name in STEPS:
+            try:
+                steps[name] = localization.load_steps(path)
+            except StoreError as error:
+                raise SystemExit(f"--{name} {error}") from None
+        if name == "moments" and args.annotations:
+            sentences = moments.read_annotations(args.annotations, args.subset or "validation")
+        elif name == "moments":
+            sentences = moments.captions_of(store)
+        if name == "youcook2" and args.whole_videos:
+            videos = retrieval.videos_of(store.ids())
+    texts = [text for _, _, said in sentences.values() for text in said]
+    for task in steps.values():
+        texts += [text for video in task["videos"].values() for text in video["steps"]]
+
+    metrics_file = run / "metrics.json"
     try:
         metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
     except ValueError as error:
         raise SystemExit(f"{metrics_file}: damaged ({error}); move it away") from None
+    bank = None
+    if "bank" in args.fusion and stores.keys() & set(RETRIEVAL):
+        bank = retrieval.make_bank(embedder, trained, args.bank_size)
 
-    def write(name, store, result):
-        about = {
-            "data": str(store.path),
-            "checkpoint": str(file),
-            "step": content["step"],
-            "complete": content["complete"],
-            "similarity": similarity,
-        }
-        keep(metrics, name, {"n": result.pop("n")} | about | result)
-        write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
+    # ------------------------------------------------------------------------------- protocols
+    # Each yields (name in metrics.json, numbers, notices, table in Markdown), one or several.
 
-    def show(store, notices, *tables):
-        demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
-        print(
-            "; ".join(
-                [
-                    f"{args.run.name}: {store.path}{demo}, {similarity}",
-                    *filter(None, [unfinished, *notices]),
-                ]
-            ),
-            *tables,
-            sep="\n",
-        )
-
-    # -------------------------------------------------------------------------------- retrieval
-    def bank():
-        try:
-            source = Store(Path(trained["data"]))
-        except StoreError as error:
-            raise SystemExit(f"--fusion bank needs the training store: {error}") from None
-        clips = retrieval.some_clips(source, args.bank_size, trained["min_time"])
-        return embedder.clips(source, clips, audio_frames=trained["audio_frames"], known_words=True)
-
-    banked = bank() if "bank" in args.fusion and stores.keys() & set(RETRIEVAL) else None
-
-    def retrieve(name, store):
-        embedder.learn_words(store)
+    def find_clips(name, store):
         clips = embedder.clips(store)
-        msrvtt = name == "msrvtt"
-        absent = max((args.msrvtt_clips or 1000) - len(store), 0) if msrvtt else 0
+        strict = name == "msrvtt"  # a clip without sound is a miss there
+        absent = max((args.msrvtt_clips or 1000) - len(store), 0) if strict else 0
         found = retrieval.evaluate(
             clips,
             directions,
             kind=similarity,
-            bank=banked,
+            bank=bank,
             temperature=trained["temperature"],
-            strict=msrvtt,
+            strict=strict,
             absent=absent,
-            videos=None if msrvtt else names,
+            videos=None if strict else videos,
         )
-        missing = {m: int((~v).sum()) for m, v in clips[1].items() if not v.all()}
-        for key, ranks, what in (
-            (name, found.ranks, "direction"),
-            (f"{name}_videos", found.videos, "whole videos"),
-        ):
-            if not ranks:
-                continue
-            rows, n = {d: summarize(r) for d, r in ranks.items()}, len(next(iter(ranks.values())))
-            show(
-                store,
-                [
-                    *(f"{k} without {m}: misses, or out of sums" for m, k in missing.items()),
-                    f"{absent} of {n} clips (--msrvtt_clips) are not in the store: misses"
-                    if absent
-                    else "",
-                ],
-                table(rows, n, what),
-            )
-            write(key, store, {"n": n, "without": missing, "absent": absent} | rows)
+        without = {m: int((~valid).sum()) for m, valid in clips[1].items() if not valid.all()}
+        notices = [f"{n} without {m}: misses, or out of sums" for m, n in without.items()]
         direction, rank = next(iter(found.ranks.items()))
-        similarity_picture(
-            found.scores.numpy(), f"{name} {direction}", rank, args.run / "similarity.png"
-        )
-        if args.keep_embeddings:  # of any length, embeddings may lie beyond fp16
-            kept = {
-                f"embedding:{m}": (e.half() if similarity == "cosine" else e).numpy()
-                for m, e in clips[0].items()
-            }
-            kept |= {f"valid:{m}": v.numpy() for m, v in clips[1].items()}
-            kept |= {f"rank:{direction}": rank for direction, rank in found.ranks.items()}
-            replace(args.run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
+        if absent:
+            notices.append(
+                f"{absent} of {len(rank)} clips (--msrvtt_clips) are not in the store: misses"
+            )
+        for key, ranks in ((name, found.ranks), (f"{name}_videos", found.videos)):
+            if ranks:
+                n = len(next(iter(ranks.values())))
+                rows = {d: summarize(r) for d, r in ranks.items()}
+                what = "direction" if key == name else "whole videos"
+                result = {"n": n, "without": without, "absent": absent} | rows
+                yield key, result, notices, table(rows, n, what)
+        picture = run / "similarity.png"
+        similarity_picture(found.scores.numpy(), f"{name} {direction}", rank, picture)
+        if args.keep_embeddings:
+            kept = retrieval.arrays(clips, found.ranks, half=similarity == "cosine")
+            replace(run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
 
-    # ------------------------------------------------------------- steps, moments; all, in turn
     def find_steps(name, store):
-        embedder.learn_words(store, texts)
-        result = localization.localize(
-            steps[name],
-            localization.scorer(embedder, store, similarity),
-            background=localization.LEVEL if args.background is None else args.background,
-        )
-        show(store, [localization.notice(result)], markdown(*localization.table_rows(result)))
-        write(name, store, {"n": result["steps"]} | result)
+        score = localization.scorer(embedder, store, similarity)
+        level = localization.LEVEL if args.background is None else args.background
+        result = localization.localize(steps[name], score, background=level)
+        lines = markdown(*localization.table_rows(result))
+        yield name, {"n": result["steps"]} | result, [localization.notice(result)], lines
 
     def find_moments(name, store):
-        embedder.learn_words(store, texts)
-        wanted = [
-            d
-            for d in retrieval.MAIN
-            if d.startswith("text->") and set(d[6:].split("+")) <= set(modalities)
-        ]
         result = moments.evaluate(
             embedder,
             store,
             sentences,
-            wanted,
+            [d for d, _ in retrieval.asked(modalities) if d.startswith("text->")],
             similarity,
             args.windows or moments.LENGTHS,
             args.window_stride or moments.STRIDE,
         )
-        show(store, [moments.notice(result)], markdown(*moments.table_rows(result)))
-        write(
-            name,
-            store,
-            {
-                "annotations": str(args.annotations or store.path),
-                "subset": args.annotations and (args.subset or "validation"),
-            }
-            | result,
-        )
+        about = {
+            "annotations": str(args.annotations or store.path),
+            "subset": args.annotations and (args.subset or "validation"),
+        }
+        lines = markdown(*moments.table_rows(result))
+        yield name, about | result, [moments.notice(result)], lines
 
+    # -------------------------------------------------------------------------------- the loop
+    protocols = {"youcook2": find_clips, "msrvtt": find_clips, "moments": find_moments}
     for name, store in stores.items():
+        embedder.learn_words(store, () if name in RETRIEVAL else texts)
+        demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
         try:
-            (retrieve if name in RETRIEVAL else find_steps if name in STEPS else find_moments)(
-                name, store
-            )
+            for key, result, notices, lines in protocols.get(name, find_steps)(name, store):
+                title = f"{run.name}: {store.path}{demo}, {similarity}"
+                print("; ".join(filter(None, [title, unfinished, *notices])), lines, sep="\n")
+                about = {
+                    "n": result["n"],
+                    "data": str(store.path),
+                    "checkpoint": str(file),
+                    "step": content["step"],
+                    "complete": content["complete"],
+                    "similarity": similarity,
+                }
+                keep(metrics, key, about | result)
+                write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
         except (FloatingPointError, StoreError) as error:
             raise SystemExit(f"--{name} {store.path}, {file}: {error}") from None
     print(f"written: {metrics_file}")

@@ -8,15 +8,12 @@ for all, at most 20 rounds. "refit" starts from the centroids of an earlier samp
 clusters, as in training; "cold" draws its own start (ours greedy k-means++, theirs random rows).
 Median of the repeats, implementations in turn. Inertia: the sum of 1 - cosine to the own centroid.
 
-    torchrun --nproc_per_node 2 benchmarks/kmeans.py           # a refit that all ranks share
-
 Quality: mean inertia over 10 seeds, one fit each, at most 100 rounds, on blobs, on rows without
 clusters, and on the clustering queue of --run: real embeddings.
 """
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -28,7 +25,6 @@ sys.path.insert(0, str(ROOT))  # a checkout that was built in place, not install
 
 import torch  # noqa: E402
 
-from mcn_ext import distributed  # noqa: E402
 from mcn_ext.clustering import spherical_kmeans  # noqa: E402
 from mcn_ext.reference import unit_rows  # noqa: E402
 
@@ -165,29 +161,6 @@ def quality(name, x, k):
     }
 
 
-def shared(n, d, k, repeats):
-    """Under torchrun: every rank does the whole refit, or its part; in turn, rank 0's times."""
-    device = distributed.init("auto")
-    x, earlier = (mixture(n, d, k, 1.5 / d**0.5, seed, device) for seed in (1, 2))
-    start, _ = spherical_kmeans(earlier, k, shared=True)
-    taken, labels = {False: [], True: []}, {}
-    for _ in range(repeats + 1):
-        for share, ms in taken.items():
-            distributed.barrier()
-            begin = time.perf_counter()
-            labels[share] = spherical_kmeans(x, k, init=start, shared=share)[1].cpu()
-            ms.append(1e3 * (time.perf_counter() - begin))
-    assert torch.equal(*labels.values())
-    if distributed.rank() == 0:
-        alone, part = (median(ms[1:]) for ms in taken.values())
-        print(
-            f"refit, N {n}, D {d}, K {k}, {distributed.world()} ranks on {device}, "
-            f"{torch.get_num_threads()} thread(s) each: the whole by each rank {alone:.0f} ms, "
-            f"shared {part:.0f} ms, ratio {part / alone:.2f}"
-        )
-    distributed.finish()
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -196,8 +169,6 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return shared(20480, 1024, 256, args.repeats)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {
         "machine": platform.processor() or platform.machine(),

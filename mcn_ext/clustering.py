@@ -1,9 +1,10 @@
-"""Feature queue and spherical k-means: the centroids every modality of a clip is pulled to.
+"""Feature queue and spherical k-means: the centroids that every modality of a clip is pulled to.
 
-All arithmetic is fp32 whatever the input's dtype and whatever autocast says. In fp16 the cosines of
-rows that share a mean direction tie, argmax sends them all to one cluster, and that cluster's sum
-overflows. fp32 cosines tie too, only later: 1 - cos is the square of a small angle. So rows and
-centroids are compared less their common mean, where |x - mu|^2 = 2 - 2 cos keeps its digits.
+All arithmetic is fp32, whatever the input's dtype and whatever autocast says. In fp16 the cosines
+of rows that share a mean direction tie: argmax sends all rows to one cluster, and its sum
+overflows. fp32 cosines tie too, only later: 1 - cos is the square of a small angle. So k-means
+works on rows less their mean, where |x - y|^2 = 2 - 2 cos keeps its digits. That is what keeps
+clusters alive when all embeddings point the same way.
 """
 
 from __future__ import annotations
@@ -15,185 +16,91 @@ from torch.nn import functional as F
 from mcn_ext import distributed
 from mcn_ext.reference import unit_rows
 
-# Rows compared at once, by device: their similarities to k centroids stay in a CPU's cache; a GPU
-# is not filled by less.
+# Points compared at once, by device: a CPU wants their distances in its cache, a GPU more work.
 BLOCK = {"cpu": 1024, "cuda": 16384}
-COPIED = 1024  # rows copied at once, of full width: little memory beside that of all
-SAME = 1e-12  # |x - mu|^2 at or below it, an angle of 1e-6, is one direction
-ROUNDING = 1e-6  # of |x|^2 + |y|^2 - 2 x.y, relative to |x|^2
-TRIES = 16  # rows tried for each draw: all cost one pass over the points
-FARTHEST = 4.0  # the largest |x - y|^2 on the unit sphere
-
-
-def _block(x: Tensor) -> int:
-    return BLOCK.get(x.device.type, BLOCK["cuda"])
+TRIES = 16  # points tried for each draw of k-means++
+SAME = 1e-12  # |x - y|^2 at or below it, an angle of 1e-6, is one direction
+ROUNDING = 1e-6  # error of |x|^2 + |y|^2 - 2 x.y in fp32, relative to |x|^2
 
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit rows fp32 of x's rows that are finite and not zero, which those are (N,) bool)."""
-    if x.numel() == 0:
-        return x.float(), x.new_zeros(len(x), dtype=torch.bool)
-    # NaN or inf if any entry is.
-    largest = torch.cat([block.abs().amax(dim=1) for block in x.split(COPIED)]).float()
+    """Unit rows (n, D) fp32 of the rows that are finite and not zero, and which are (N,) bool."""
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=1).float()  # NaN where a row has one
     usable = torch.isfinite(largest) & (largest > 0)
-    index = usable.nonzero().flatten()
-    unit = x.new_empty((len(index), x.shape[1]), dtype=torch.float32)
-    for rows, at in zip(unit.split(COPIED), index.split(COPIED), strict=True):
-        rows.copy_(x.index_select(0, at))
-        rows /= largest[at, None]  # first: 1e-20 and 1e30 have a direction too, and no square
-        rows /= rows.norm(dim=1, keepdim=True)
+    unit = x[usable].float()
+    unit /= largest[usable, None]  # first, as the squares of 1e-30 and 1e30 are not in fp32
+    unit /= unit.norm(dim=1, keepdim=True)
     return unit, usable
 
 
-class _Sphere:
-    """Points on the unit sphere less their mean, what k-means asks of them, and its random draws.
+def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """Number (n,) int64 of each point's nearest centroid: argmin |x - c|^2 over c."""
+    offset = -0.5 * centroids.square().sum(dim=1)
+    blocks = points.split(BLOCK[points.device.type])
+    return torch.cat([torch.addmm(offset, x, centroids.t()).argmax(dim=1) for x in blocks])
 
-    ``points`` (n, D) and every centroid (k, D) here are fp32 deviations from ``mean``. ``shared``:
-    all ranks hold the same points, and each compares its part of them with the centroids.
+
+def _distance(points: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """|point - its centroid|^2 (n,) from the differences, which is exact where they are small."""
+    blocks = zip(points.split(1024), labels.split(1024), strict=True)
+    square = torch.cat([(x - centroids[label]).square().sum(dim=1) for x, label in blocks])
+    return square * (square > SAME)
+
+
+def _draw(points: Tensor, distance: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Draw n points (n, D), each far from all before: greedy k-means++.
+
+    ``distance`` (n_points,) is squared, to the centroids there are already. Of a few points drawn
+    with probability proportional to it, take the one that lowers its sum most (Arthur and
+    Vassilvitskii 2007, section 5). Where no point differs from what there is, points repeat.
     """
-
-    def __init__(self, unit: Tensor, generator: torch.Generator, shared: bool = False):
-        self.mean = unit.mean(dim=0)
-        self.points = unit.sub_(self.mean)
-        self.square = self.points.norm(dim=1).square()  # no second (n, D)
-        self.generator = generator
-        self.shared, self.part = shared, slice(None)
-        if shared:  # whole blocks: their products do not depend on the number of ranks
-            block = _block(unit)
-            self.n_part = -(-len(unit) // (block * distributed.world())) * block
-            begin = distributed.rank() * self.n_part
-            self.part = slice(begin, begin + self.n_part)
-
-    def nearest(self, centroids: Tensor, before: Tensor | None = None) -> Tensor:
-        """Label (n,) int64 of each point's nearest centroid."""
-        labels = self._nearest(self.points[self.part], self.square[self.part], centroids, before)
-        if not self.shared:
-            return labels
-        labels = F.pad(labels, (0, self.n_part - len(labels)))  # the last ranks have less, or none
-        return distributed.stack(labels).flatten()[: len(self.points)]
-
-    def _nearest(
-        self, points: Tensor, square: Tensor, centroids: Tensor, before: Tensor | None
-    ) -> Tensor:
-        """The same for ``points`` (n, D) with squares (n,), always the same ones.
-
-        ``before``: the centroids of the last call. Then all points are compared with the eighth of
-        the centroids that moved farthest, and with all centroids only if another may have come
-        nearer than the own, by the triangle inequality (Hamerly 2010): ``upper`` bounds a point's
-        distance to its own centroid, ``lower`` that to any other.
-        """
-        doubt = None
-        if before is not None and len(centroids) >= 8:
-            moved, order = (centroids - before).norm(dim=1).sort(descending=True)
-            far = order[: len(centroids) // 8]
-            to_far = (
-                torch.addmm(
-                    centroids[far].square().sum(dim=1), points, centroids[far].t(), alpha=-2.0
-                )
-                + square[:, None]
-            )
-            to_far = to_far.clamp_min_(0.0).sqrt_()
-            own = self.labels[:, None] == far
-            self.upper += torch.empty_like(moved).index_copy_(0, order, moved)[self.labels]
-            self.upper = torch.where(own.any(dim=1), (to_far * own).sum(dim=1), self.upper)
-            self.lower -= moved[len(far)]
-            self.lower = torch.minimum(self.lower, to_far.masked_fill_(own, torch.inf).amin(dim=1))
-            slack = (SAME + ROUNDING * square).sqrt()
-            doubt = (self.upper + slack >= self.lower - slack).nonzero().flatten()
-            if 2 * len(doubt) > len(points):
-                doubt = None
-        if doubt is not None:
-            points, square = points[doubt], square[doubt]
-        offset = -0.5 * centroids.square().sum(dim=1)
-        label, best, second = [], [], []
-        for block in points.split(_block(points)):
-            score = torch.addmm(offset, block, centroids.t())
-            top, at = score.max(dim=1)
-            label.append(at)
-            best.append(top)
-            second.append(score.scatter_(1, at[:, None], -torch.inf).amax(dim=1))
-        upper, lower = (
-            (square - 2.0 * torch.cat(score)).clamp_min(0.0).sqrt() for score in (best, second)
-        )
-        if doubt is None:
-            self.labels, self.upper, self.lower = torch.cat(label), upper, lower
-        else:
-            self.labels = self.labels.index_copy(0, doubt, torch.cat(label))
-            self.upper[doubt], self.lower[doubt] = upper, lower
-        return self.labels
-
-    def distance(self, labels: Tensor, centroids: Tensor) -> Tensor:
-        """|point - its centroid|^2 (n,), from the differences: exact where they are small."""
-        square = torch.cat(
-            [
-                (block - centroids[label]).square().sum(dim=1)
-                for block, label in zip(
-                    self.points.split(COPIED), labels.split(COPIED), strict=True
-                )
-            ]
-        )
-        return torch.where(square > SAME, square, torch.zeros_like(square))
-
-    def draw(self, distance: Tensor, n: int) -> Tensor:
-        """n rows (n, D), each far from all before it: greedy k-means++ (Arthur & Vassilvitskii
-        2007, section 5). distance (n_points,): squared, to what there is already.
-
-        Of a few rows drawn with probability proportional to ``distance``, the one that lowers its
-        sum most. When no row is left that differs, rows repeat. Nothing here waits for a GPU.
-        """
-        draws = torch.rand(n, TRIES, generator=self.generator, dtype=torch.float64)
-        draws, rows = draws.to(distance.device), []
-        for u in draws:
-            cumulative = distance.double().cumsum(0)
-            index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-            index = torch.where(cumulative[-1] > 0, index, u * len(distance)).long()
-            index = index.clamp_max(len(distance) - 1)
-            tried = self.points[index]
-            square = torch.addmm(self.square[index], self.points, tried.t(), alpha=-2.0)
-            square += self.square[:, None]
-            square *= square > SAME + ROUNDING * self.square[:, None]
-            closer = torch.minimum(square, distance[:, None])
-            best = closer.sum(dim=0).argmin().reshape(1)  # of one dimension: [best] would wait
-            rows.append(tried.index_select(0, best))
-            distance = closer.index_select(1, best).flatten()
-        return self.agreed(torch.cat(rows))
-
-    def agreed(self, x: Tensor) -> Tensor:
-        """Rank 0's, where ranks share the work: on unlike hardware theirs may differ."""
-        if self.shared:
-            distributed.broadcast(x)
-        return x
-
-    def means(self, labels: Tensor, centroids: Tensor) -> Tensor:
-        """Each cluster's mean direction; a cluster whose rows cancel out keeps the one it has."""
-        counts = torch.bincount(labels, minlength=len(centroids))
-        # Sums in an order that never changes, on a GPU too: no atomics.
-        sums = F.embedding_bag(
-            labels.argsort(stable=True), self.points, counts.cumsum(0) - counts, mode="sum"
-        )
-        whole = self.mean + sums / counts.clamp_min(1)[:, None]
-        keep = (counts == 0) | (whole.norm(dim=1) < 1e-6)
-        return torch.where(keep[:, None], centroids, unit_rows(whole) - self.mean)
-
-    def revive(self, centroids: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(centroids, labels): empty clusters move onto rows far from every centroid.
-
-        A cluster on a row keeps that row, so each pass leaves fewer empty, and one is the rule;
-        until none is, or no row is left that differs from its centroid.
-        """
-        last = len(centroids) + 1
-        while True:
-            labels = self.nearest(centroids, before)
-            empty = (torch.bincount(labels, minlength=len(centroids)) == 0).nonzero().flatten()
-            if len(empty) == 0 or len(empty) >= last:
-                return centroids, labels
-            distance, last = self.distance(labels, centroids), len(empty)
-            if not self.agreed(distance.any().int()):
-                return centroids, labels
-            before = centroids
-            centroids = before.index_copy(0, empty, self.draw(distance, len(empty)))
+    own = points.norm(dim=1, keepdim=True).square()
+    drawn = []
+    for _ in range(n):
+        weights = distance if distance.any() else torch.ones_like(distance)
+        index = torch.multinomial(weights.cpu(), TRIES, replacement=True, generator=generator)
+        tried = points[index.to(points.device)]
+        square = torch.addmm(own + tried.square().sum(dim=1), points, tried.t(), alpha=-2.0)
+        square *= square > SAME + ROUNDING * own
+        closer = torch.minimum(square, distance[:, None])
+        best = closer.sum(dim=0).argmin()
+        drawn.append(tried[best])
+        distance = closer[:, best]
+    return torch.stack(drawn)
 
 
+def _means(points: Tensor, mean: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """Mean direction of each cluster; one that is empty, or cancels out, keeps its centroid."""
+    counts = torch.bincount(labels, minlength=len(centroids))
+    # A sum whose order never changes, on a GPU too: index_add_ has atomics there.
+    order = labels.argsort(stable=True)
+    sums = F.embedding_bag(order, points, counts.cumsum(0) - counts, mode="sum")
+    whole = mean + sums / counts.clamp(min=1)[:, None]
+    keep = (counts == 0) | (whole.norm(dim=1) < 1e-6)
+    return torch.where(keep[:, None], centroids, unit_rows(whole) - mean)
+
+
+def _assign(points: Tensor, centroids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(centroids, labels) after empty clusters have moved to points far from every centroid.
+
+    A moved cluster has at least the point it lies on, so that each pass leaves fewer empty; until
+    none is, or no point is left that differs from its centroid.
+    """
+    n_before = len(centroids) + 1
+    while True:
+        labels = _nearest(points, centroids)
+        empty = (torch.bincount(labels, minlength=len(centroids)) == 0).nonzero().flatten()
+        if not 0 < len(empty) < n_before:
+            return centroids, labels
+        n_before = len(empty)
+        distance = _distance(points, centroids, labels)
+        if not distance.any():
+            return centroids, labels
+        rows = _draw(points, distance, n_before, generator)
+        centroids = centroids.index_copy(0, empty, rows)
+
+
+@torch.no_grad()
 def spherical_kmeans(
     x: Tensor,
     k: int,
@@ -201,63 +108,51 @@ def spherical_kmeans(
     init: Tensor | None = None,
     max_iter: int = 20,
     generator: torch.Generator | None = None,
-    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Cluster the directions of x's rows.
+    """Cluster the directions of x's rows by Lloyd's algorithm.
 
     Args:
         x: (N, D), any float dtype. Rows that are zero or not finite take no part; their label is 0.
         k: number of centroids.
-        init: (m, D) with m <= k to start from. What is missing, zero or not finite in it is drawn
-            by greedy k-means++, all of it by default.
-        generator: of those draws, on CPU (default: one seeded with 0, the same on every rank).
-        shared: all ranks call this with the same arguments, and share the work.
+        init: (m, D) with m <= k to start from. Rows that are missing, zero or not finite in it are
+            drawn by greedy k-means++; by default all are.
+        generator: of those draws, on CPU (default: one seeded with 0).
 
     Returns (centroids (k, D) fp32 unit rows, labels (N,) int64 of the nearest centroid). Every
     cluster has a row, as far as rows differ by more than about 1e-3 of their distance from the mean
-    of all. With fewer than k distinct directions, each has a cluster and the other centroids repeat
-    some; they come to life at the next fit from there that finds more. The same input gives the
-    same result on one rank or several, and whatever autocast says. Takes one fp32 copy of x.
+    of all. With fewer than k distinct directions the other centroids repeat some, and come to life
+    at the next fit from there that finds more. The same input gives the same result.
     ValueError when no row is usable, k < 1 or init has another shape.
     """
-    if (
-        k < 1
-        or x.dim() != 2
-        or (init is not None and (init.dim() != 2 or len(init) > k or init.shape[1] != x.shape[1]))
-    ):
+    shape = None if init is None else tuple(init.shape)
+    if k < 1 or x.dim() != 2 or shape and (shape[1:] != x.shape[1:] or shape[0] > k):
         raise ValueError(
-            f"k = {k} and init {None if init is None else tuple(init.shape)} do not fit "
-            f"x {tuple(x.shape)}: k must be at least 1, x (N, D) and init (k, D) or less rows"
+            f"k = {k} and init {shape} do not fit x {tuple(x.shape)}: k must be at least 1, "
+            "x (N, D) and init (k, D) or fewer rows"
         )
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        unit, usable = _directions(x)
-        if len(unit) == 0:
-            raise ValueError(
-                f"none of the {len(x)} rows is finite and non-zero: nothing to cluster"
-            )
-        sphere = _Sphere(
-            unit, generator or torch.Generator().manual_seed(0), shared and distributed.world() > 1
-        )
-        start, alive = _directions(x[:0] if init is None else init.to(x.device))
-        start -= sphere.mean
-        centroids = sphere.points.new_empty(k, x.shape[1])
-        slots = torch.zeros(k, dtype=torch.bool, device=x.device)
-        slots[: len(alive)] = alive
-        centroids[slots] = start
-        if len(start) < k:
-            distance = sphere.square.new_full((len(unit),), FARTHEST)
-            if len(start):
-                distance = sphere.distance(sphere.nearest(start), start)
-            centroids[~slots] = sphere.draw(distance, k - len(start))
-        centroids, labels = sphere.revive(centroids)
+    generator = generator or torch.Generator().manual_seed(0)
+    with torch.autocast(x.device.type, enabled=False):
+        points, usable = _directions(x)
+        if len(points) == 0:
+            raise ValueError(f"none of {len(x)} rows is finite and non-zero: nothing to cluster")
+        mean = points.mean(dim=0)
+        points -= mean
+        centroids = _directions(x[:0] if init is None else init.to(x.device))[0] - mean
+        if missing := k - len(centroids):
+            distance = torch.full_like(points[:, 0], 4.0)  # the largest on the unit sphere
+            if len(centroids):
+                distance = _distance(points, centroids, _nearest(points, centroids))
+            centroids = torch.cat([centroids, _draw(points, distance, missing, generator)])
+        centroids, labels = _assign(points, centroids, generator)
         for _ in range(max_iter):
-            last = labels
-            centroids, labels = sphere.revive(sphere.means(labels, centroids), centroids)
-            if torch.equal(labels, last):
+            before = labels
+            means = _means(points, mean, labels, centroids)
+            centroids, labels = _assign(points, means, generator)
+            if torch.equal(labels, before):
                 break
-        everything = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        everything[usable] = labels
-        return unit_rows(centroids + sphere.mean), everything
+        all_labels = usable.long()  # rows that took no part: 0
+        all_labels[usable] = labels
+        return unit_rows(centroids + mean), all_labels
 
 
 class OnlineClusters:
@@ -265,7 +160,8 @@ class OnlineClusters:
 
     Every ``refit_every`` steps, once the queue is full (``queue_size`` steps), k-means starts from
     the last centroids (warm start, across epochs too). Between refits a batch is labelled by its
-    nearest centroid. Centroids are always finite unit rows, whatever is pushed or loaded.
+    nearest centroid. All ranks push the same global batch, and fit the same centroids. Centroids
+    are always finite unit rows, whatever is pushed or loaded.
     """
 
     def __init__(self, k: int, queue_size: int, refit_every: int, seed: int = 0):
@@ -281,29 +177,28 @@ class OnlineClusters:
         return -(-self.queue_size // self.refit_every) * self.refit_every
 
     def push(self, joint: Tensor) -> None:
-        """Add a step's features (B, D) of the global batch; refit when due. Rows that are zero or
-        not finite are kept as zero rows, which take no part: no size depends on their number."""
+        """Add a step's features (B, D) of the global batch; refit when due.
+
+        Rows that are zero or not finite become zero rows, which take no part in a fit.
+        """
         rows = joint.detach().float()
         rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
-        if self.queue and self.queue[0].shape[1] != rows.shape[1]:
-            raise ValueError(
-                f"features are {rows.shape[1]} wide, the queue holds "
-                f"{self.queue[0].shape[1]}: start with an empty queue"
-            )
         self.queue = [*self.queue, rows][-self.queue_size :]
         self.steps += 1
         if len(self.queue) == self.queue_size and self.steps % self.refit_every == 0:
             self.refit()
 
     def refit(self) -> None:
+        """Fit the centroids to the queue, from those of before."""
         features = torch.cat(self.queue)
         usable = (features != 0).any(dim=1)
         n = int(usable.sum())
         if n < self.k:
-            return  # too little to tell k clusters apart; the contrastive terms go on alone
+            return  # too few to tell k clusters apart; the contrastive terms go on alone
+        # A seed a step: a run that is resumed draws what it would have drawn.
         generator = torch.Generator().manual_seed(self.seed + self.steps)
         self.centroids, labels = spherical_kmeans(
-            features, self.k, init=self.centroids, generator=generator, shared=True
+            features, self.k, init=self.centroids, generator=generator
         )
         distributed.broadcast(self.centroids)  # ranks on unlike hardware must not drift apart
         counts = torch.bincount(labels[usable], minlength=self.k)
@@ -328,7 +223,8 @@ class OnlineClusters:
         }
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """What was saved with another queue_size or k is cut; the next refit draws what lacks."""
+        """Of a state saved with another queue_size or k, load what fits; the next refit draws the
+        missing centroids."""
         self.queue = [q.to(device) for q in state["queue"]][-self.queue_size :]
         self.steps, self.statistics = state["steps"], state["statistics"]
         self.centroids = state["centroids"]

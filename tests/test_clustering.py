@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from mcn_ext.clustering import BLOCK, OnlineClusters, _Sphere, spherical_kmeans
+from mcn_ext.clustering import OnlineClusters, spherical_kmeans
 from mcn_ext.reference import unit_rows
 from tests.conftest import ROOT, run
 
@@ -36,49 +34,22 @@ def test_finds_blobs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["blobs", "one ball", "spoken digits"])
-def test_as_good_as_scikit_learn(data, request):
+@pytest.mark.parametrize("data", ["blobs", "one ball"])
+def test_as_good_as_scikit_learn(data):
     """The mean of several fits is within 1 % of scikit-learn's, or better: single fits scatter."""
     cluster = pytest.importorskip("sklearn.cluster")
-    if data == "spoken digits":
-        from mcn_ext.data.unpickle import load_pickle
-
-        clips = load_pickle(request.getfixturevalue("digits") / "val_audio.pkl")
-        x, k = torch.stack([torch.as_tensor(c["2d"]).float() for c in clips]), 32
-    elif data == "blobs":
-        x, k = blobs(64, 64, 32)[0], 64
-    else:
-        x, k = torch.randn(1500, 24, generator=torch.Generator().manual_seed(3)), 20
+    x, k = (blobs(64, 64, 32)[0], 64) if data == "blobs" else (spread(1500, 24, 3), 20)
     x = unit_rows(x)
     ours, theirs = [], []
     for seed in range(10):
-        ours.append(
-            cosine_inertia(
-                x,
-                *spherical_kmeans(
-                    x, k, max_iter=100, generator=torch.Generator().manual_seed(seed)
-                ),
-            )
-        )
+        generator = torch.Generator().manual_seed(seed)
+        fit = spherical_kmeans(x, k, max_iter=100, generator=generator)
+        ours.append(cosine_inertia(x, *fit))
         fitted = cluster.KMeans(k, n_init=1, max_iter=100, random_state=seed).fit(x.numpy())
-        theirs.append(
-            cosine_inertia(
-                x,
-                unit_rows(torch.from_numpy(fitted.cluster_centers_)),
-                torch.from_numpy(fitted.labels_).long(),
-            )
-        )
+        centroids = unit_rows(torch.from_numpy(fitted.cluster_centers_))
+        labels = torch.from_numpy(fitted.labels_).long()
+        theirs.append(cosine_inertia(x, centroids, labels))
     assert sum(ours) <= 1.01 * sum(theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_same_seed_same_result_and_fp32_under_autocast(dtype):
-    x, _ = blobs()
-    x = x.to(dtype)
-    first = spherical_kmeans(x, 12, generator=torch.Generator().manual_seed(1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        second = spherical_kmeans(x, 12, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 def test_rows_that_share_a_direction_do_not_collapse():
@@ -169,38 +140,11 @@ def test_tight_groups_far_apart_keep_most_clusters(noise):
 
 
 def test_labels_are_the_nearest_centroids():
-    x = spread(500, 16)
+    x = spread(2500, 16)  # more than one block
     centroids, labels = spherical_kmeans(x, 30)
     similarity = unit_rows(x) @ centroids.t()
     own = similarity.gather(1, labels[:, None])
     assert (own >= similarity - 1e-6).all()
-
-
-@pytest.mark.parametrize("k", [5, 40])
-@pytest.mark.parametrize("step", [0.0, 1e-3, 0.03, 1.0])
-def test_points_left_out_of_a_comparison_would_not_have_moved(k, step):
-    """Labels by bounds equal labels by comparing everything, while centroids move little or far."""
-    x, centroids = unit_rows(spread(2000, 16)), unit_rows(spread(k, 16, 1))
-    lazy = _Sphere(x.clone(), torch.Generator())
-    eager = _Sphere(x.clone(), torch.Generator())
-    before = None
-    for i in range(6):
-        labels, want = lazy.nearest(centroids, before), eager.nearest(centroids)
-        nearest = torch.cdist(eager.points.double(), centroids.double())
-        gap = (nearest.gather(1, labels[:, None]) - nearest.gather(1, want[:, None])).abs()
-        assert gap.max() < 1e-5  # ties aside, the same
-        before, move = centroids, step * spread(k, 16, 2 + i)
-        centroids = before + move * (torch.arange(k)[:, None] % 3 == i % 3)
-
-
-def test_blocks_of_a_gpu_give_what_blocks_of_a_cpu_give(monkeypatch):
-    x, found = blobs(32, 700)[0], []  # more rows than the larger block has
-    for size in (BLOCK["cpu"], BLOCK["cuda"]):
-        assert len(x) % size and len(x) > size
-        monkeypatch.setitem(BLOCK, "cpu", size)
-        found.append(spherical_kmeans(x, 40))
-    torch.testing.assert_close(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_start_is_mended_not_believed():
@@ -229,27 +173,6 @@ def test_what_cannot_be_clustered_is_refused():
     ):
         with pytest.raises(ValueError, match="do not fit"):
             spherical_kmeans(x, k, init=init)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 60),
-    d=st.integers(1, 20),
-    k=st.integers(1, 40),
-    seed=st.integers(0, 99),
-    distinct=st.integers(1, 60),
-    scale=st.sampled_from([1e-30, 1e-6, 1.0, 1e4, 1e30]),
-    shared=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-)
-def test_any_rows_give_unit_centroids(n, d, k, seed, distinct, scale, shared, dtype):
-    rows = spread(min(distinct, n), d, seed) + shared
-    x = (rows[torch.arange(n) % len(rows)] * scale).to(dtype)
-    if not (torch.isfinite(x).all(1) & (x != 0).any(1)).any():
-        return
-    centroids, labels = spherical_kmeans(x, k, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(k))
-    assert (labels >= 0).all() and (labels < k).all()
 
 
 def test_online_clusters_fit_when_full_warm_start_and_resume():
@@ -298,8 +221,6 @@ def test_a_poisoned_or_resized_state_is_mended():
     state["centroids"].fill_(float("inf"))
     again.load_state_dict(state, torch.device("cpu"))
     assert again.centroids is None
-    with pytest.raises(ValueError, match="features are 9 wide, the queue holds 8"):
-        again.push(spread(20, 9))
 
 
 def test_rows_that_are_not_finite_do_not_enter_the_queue():
@@ -314,22 +235,18 @@ def test_rows_that_are_not_finite_do_not_enter_the_queue():
 
 RANKS = """
 import sys, torch
-from mcn_ext import clustering, distributed
+from mcn_ext import distributed
 from mcn_ext.clustering import OnlineClusters
 from mcn_ext.distributed import default_group, gather, rank, world
 torch.set_num_threads(1)
 distributed.init("cpu")
-found = []
-for block in (1024, 8, 50):  # of 144 rows rank 0 has all; all have some; one has none
-    clustering.BLOCK["cpu"] = block
-    clusters = OnlineClusters(16, queue_size=3, refit_every=2)
-    for step in range(8):
-        rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
-        mine = rows.chunk(world())[rank()]
-        clusters.push(gather(mine, default_group()))
-    found.append(clusters.centroids)
-if rank() == world() - 1:  # the one whose own rows are the fewest of all
-    torch.save(torch.stack(found), sys.argv[1])
+clusters = OnlineClusters(16, queue_size=3, refit_every=2)
+for step in range(8):
+    rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
+    mine = rows.chunk(world())[rank()]
+    clusters.push(gather(mine, default_group()))
+if rank() == world() - 1:
+    torch.save(clusters.centroids, sys.argv[1])
 distributed.finish()
 """
 

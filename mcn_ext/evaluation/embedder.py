@@ -11,12 +11,13 @@ from tqdm import tqdm
 
 from mcn_ext.data.batch import fill_up
 from mcn_ext.data.clips import ClipReader, collate, to_device
-from mcn_ext.data.store import Store
+from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
-from mcn_ext.train import checkpoint, inputs
+from mcn_ext.train import checkpoint
 
+WORDS = "words.npz"  # in a run folder
 AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
 
 
@@ -50,7 +51,16 @@ class Embedder:
 
     def check(self, store: Store, flag: str) -> None:
         """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
-        inputs.check_widths(store, self.sizes, flag)
+        wrong = [
+            f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
+            for name, dim in self.sizes["video_dims"].items()
+            if "video" in self.model.modalities and store.dims.get(name) != dim
+        ]
+        if wrong:
+            raise SystemExit(
+                f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features the run "
+                "was trained on, or use another run"
+            )
         if "A" in self.sizes["modalities"] and "mel" not in store.dims:
             raise SystemExit(f"{flag} {store.path}: no stream 'mel' for the run's audio in it")
 
@@ -160,6 +170,19 @@ class Embedder:
         )
 
 
+def open_store(path: Path, flag: str, prepare: str) -> Store:
+    """The store that a flag names; SystemExit says how to make one (``prepare``: arguments)."""
+    if not path.exists():
+        raise SystemExit(
+            f"{flag} {path}: no such store; make it with: python -m mcn_ext.prepare {prepare} "
+            f"--out {path}"
+        )
+    try:
+        return Store(path)
+    except StoreError as error:
+        raise SystemExit(f"{flag} {error}") from None
+
+
 def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
     """(run folder, file, its content) of --run and --checkpoint, or of the newest run."""
     if run and file and run.resolve() != file.parent.resolve():
@@ -184,9 +207,9 @@ def words_of(run: Path, content: dict) -> WordVectors | None:
     """The word vectors that lie in a run folder; None for a run without text."""
     if "T" not in content["sizes"]["modalities"]:
         return None
-    if not (run / inputs.WORDS).exists():
+    if not (run / WORDS).exists():
         raise SystemExit(
-            f"--run {run}: no {inputs.WORDS} in it, the words the text encoder was "
+            f"--run {run}: no {WORDS} in it, the words the text encoder was "
             "trained on; is it the run's own folder?"
         )
-    return WordVectors.load(run / inputs.WORDS)
+    return WordVectors.load(run / WORDS)

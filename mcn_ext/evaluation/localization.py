@@ -39,18 +39,17 @@ RESAMPLES = 2000
 
 def _array(scores: Tensor | np.ndarray) -> np.ndarray:
     """(T, K) float64; FloatingPointError for values that are not finite, ValueError for T < K."""
-    if isinstance(scores, Tensor):
-        scores = scores.detach().double().cpu().numpy()
-    scores = np.asarray(scores, np.float64)
+    scores = torch.as_tensor(scores).double().cpu().numpy()
     if scores.ndim != 2 or len(scores) < scores.shape[1]:
         raise ValueError(
             f"scores of shape {scores.shape}: expected (seconds, steps), and a second "
             "for each step at least"
         )
-    if not np.isfinite(scores).all():
+    bad = ~np.isfinite(scores)
+    if bad.any():
         raise FloatingPointError(
-            f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite: the "
-            "embeddings are broken, there is nothing to compare"
+            f"{bad.sum()} of {scores.size} scores are not finite: the embeddings are broken, "
+            "there is nothing to compare"
         )
     return scores
 
@@ -99,7 +98,7 @@ def standardize(scores: Tensor | np.ndarray) -> np.ndarray:
     return centred / spread
 
 
-def align(scores: Tensor | np.ndarray, background: float | Tensor | np.ndarray) -> np.ndarray:
+def align(scores: Tensor | np.ndarray, background: float) -> np.ndarray:
     """A label for each second, (T,) int64: a step, 0 to K-1, or -1, background.
 
     Each step gets one run of at least one second, in their order; before, between and after may be
@@ -112,20 +111,15 @@ def align(scores: Tensor | np.ndarray, background: float | Tensor | np.ndarray) 
         N_k(t) = max over s >= t of S_k(s),           N_K = 0
 
     scores: (T, K), any float dtype, computed in float64. background: the score from which on a
-    second belongs to a step, a number or one per second (T,); :data:`LEVEL` says how
-    :func:`localize` sets it. (MiningYouTube's decoder has log-probabilities of trained classes, a
-    transcript and a model of lengths instead. Ours are similarities to texts, without a class for
-    background.) Of equal sums every start and end is the earliest of any best alignment. ValueError
-    if T < K; FloatingPointError for scores or background not finite.
+    second belongs to a step; :data:`LEVEL` says how :func:`localize` sets it. (MiningYouTube's
+    decoder has log-probabilities of trained classes, a transcript and a model of lengths instead.
+    Ours are similarities to texts, without a class for background.) Of equal sums every start and
+    end is the earliest of any best alignment. ValueError if T < K; FloatingPointError for scores
+    that are not finite.
     """
     scores = _array(scores)
     n_seconds, n_steps = scores.shape
-    if isinstance(background, Tensor):
-        background = background.detach().double().cpu().numpy()
-    background = np.asarray(background, np.float64)
-    if not np.isfinite(background).all():
-        raise FloatingPointError("the background's score is not finite")
-    gain = scores - np.broadcast_to(background, n_seconds)[:, None]
+    gain = scores - background
     sums = np.concatenate([np.zeros((1, n_steps)), gain.cumsum(axis=0)])
     starts, ends = np.empty((n_steps, n_seconds)), np.empty((n_steps, n_seconds + 1))
     after = np.zeros(n_seconds + 1)
@@ -255,7 +249,7 @@ def recall_interval(
 def load_steps(store: str | os.PathLike) -> dict:
     """The steps and segments beside a store, ``<store>.steps.json``, as prepare crosstask and
     miningyoutube write it. StoreError names the file that is missing or of another form."""
-    path = Path(store).with_name(Path(store).name + ".steps.json")
+    path = Path(f"{store}.steps.json")
     fix = "make it again with python -m mcn_ext.prepare crosstask or miningyoutube --overwrite"
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))
@@ -266,20 +260,16 @@ def load_steps(store: str | os.PathLike) -> dict:
             raise ValueError(f"protocol {steps['protocol']!r}")
         for name, video in steps["videos"].items():
             n_seconds, n_steps = video["seconds"], len(video["steps"])
+            segments = np.array(video["segments"], np.int64).reshape(-1, 3)
+            step, first, last = segments.T
             if not (
-                n_steps
-                and type(n_seconds) is int
-                and 0 < n_seconds < 10**6
-                and isinstance(video["task"], str)
-                and all(isinstance(text, str) for text in video["steps"])
-                and all(type(number) is int for row in video["segments"] for number in row)
-                and all(
-                    0 <= k < n_steps and 0 <= first < last <= n_seconds
-                    for k, first, last in video["segments"]
-                )
+                0 < n_seconds < 10**6
+                and all(isinstance(text, str) for text in [video["task"], *video["steps"]])
+                and ((0 <= step) & (step < n_steps)).all()
+                and ((0 <= first) & (first < last) & (last <= n_seconds)).all()
             ):
                 raise ValueError(f"video {name}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(
             f"{path}: not the steps of a store ({type(error).__name__}: {error}); {fix}"
         ) from error
@@ -321,22 +311,15 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
     for name, video in tqdm(steps["videos"].items(), desc="steps", unit="video", mininterval=0.5):
         shape = n_seconds, n_steps = video["seconds"], len(video["steps"])
         truth = inside(*shape, video["segments"])
-        row = {
-            "task": video["task"] if steps["protocol"] == "crosstask" else ONE_TASK,
-            "annotated": int(truth.any(axis=0).sum()),
-            "chance": expected_hits(truth).sum(),
-            "matched": 0,
-            "evenly": 0,
-            "iou": 0.0,
-            "iod": 0.0,
-            "right": 0.0,
-            "right_steps": 0.0,
-        }
+        row = dict.fromkeys(("matched", "evenly", "iou", "iod", "right", "right_steps"), 0.0)
+        row["task"] = video["task"] if steps["protocol"] == "crosstask" else ONE_TASK
+        row["annotated"] = int(truth.any(axis=0).sum())
+        row["chance"] = expected_hits(truth).sum()
         rows.append(row)
         if n_seconds < n_steps:
             counts["too_short"] += 1
             continue
-        row["evenly"] = int(hits(spread_evenly(*shape), truth).sum())
+        row["evenly"] = hits(spread_evenly(*shape), truth).sum()
         found = score(name, n_seconds, video["steps"])
         if found is None:
             counts["missing"] += 1
@@ -350,7 +333,7 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
             )
         try:
             labels = align(standardize(scores), background)
-            row["matched"] = int((hits(assign(scores), truth) & asked).sum())
+            row["matched"] = (hits(assign(scores), truth) & asked).sum()
         except FloatingPointError as error:
             raise FloatingPointError(f"video {name}: {error}") from None
         counts["unknown"] += int((truth.any(axis=0) & ~asked).sum())
@@ -360,43 +343,41 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
         if row["annotated"]:
             row["iou"], row["iod"] = (values.mean() for values in overlaps(labels, truth))
             row["right_steps"] = right[truth.any(axis=1)].mean()
-    column = {key: np.array([row[key] for row in rows]) for key in rows[0]} if rows else {}
-    if not rows or not column["annotated"].any():
+    if not any(row["annotated"] for row in rows):
         raise ValueError("no step of any video is annotated: there is nothing to find")
+    column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     return {"videos": len(rows)} | counts | _summary(column, background, seed)
+
+
+def _percent(values) -> float:
+    return round(100.0 * float(np.mean(values)), 3)
 
 
 def _summary(column: dict[str, np.ndarray], background: float, seed: int) -> dict:
     """:func:`localize`'s numbers from those of each video, {name: (n,)}."""
-
-    def percent(value) -> float:
-        return round(100.0 * float(value), 3)
-
-    def mean_over_tasks(per_task: dict) -> float:
-        return percent(np.mean(list(per_task.values())))
-
     annotated, tasks = column["annotated"], column["task"]
     some = annotated > 0  # videos without an annotated step have neither recall nor IoU
-    recalls = {
-        key: recall_per_task(column[key], annotated, tasks)
-        for key in ("matched", "chance", "evenly")
-    }
+
+    def recalls(key: str) -> list[float]:
+        return list(recall_per_task(column[key], annotated, tasks).values())
+
+    per_task = recall_per_task(column["matched"], annotated, tasks)
     by_video = recall_per_task(column["matched"][some] / annotated[some], some[some], tasks[some])
     interval = recall_interval(column["matched"], annotated, tasks, seed=seed)
     return {
         "steps": int(annotated.sum()),
-        "tasks": len(recalls["matched"]),
-        "recall": mean_over_tasks(recalls["matched"]),
-        "recall_ci95": [percent(end) for end in interval],
-        "recall_per_task": {task: percent(r) for task, r in recalls["matched"].items()},
-        "recall_by_video": mean_over_tasks(by_video),
-        "IoU": percent(column["iou"][some].mean()),
-        "IoD": percent(column["iod"][some].mean()),
-        "frame_accuracy": percent(column["right"].mean()),
-        "frame_accuracy_steps": percent(column["right_steps"][some].mean()),
+        "tasks": len(per_task),
+        "recall": _percent(recalls("matched")),
+        "recall_ci95": [_percent(end) for end in interval],
+        "recall_per_task": {task: _percent(recall) for task, recall in per_task.items()},
+        "recall_by_video": _percent(list(by_video.values())),
+        "IoU": _percent(column["iou"][some]),
+        "IoD": _percent(column["iod"][some]),
+        "frame_accuracy": _percent(column["right"]),
+        "frame_accuracy_steps": _percent(column["right_steps"][some]),
         "background": background,
-        "chance": mean_over_tasks(recalls["chance"]),
-        "evenly": mean_over_tasks(recalls["evenly"]),
+        "chance": _percent(recalls("chance")),
+        "evenly": _percent(recalls("evenly")),
     }
 
 
@@ -423,22 +404,14 @@ def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
 
 def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of :func:`localize`'s result."""
-    low, high = result["recall_ci95"]
-    own = [f"{result[key]:.1f}" for key in ("IoU", "IoD", "frame_accuracy")]
+    n = f"n = {result['steps']} of {result['videos']} videos, {result['tasks']} tasks"
+    own = [f"{result[key]:.1f}" for key in ("recall", "IoU", "IoD", "frame_accuracy")]
+    own.insert(1, "{:.1f} to {:.1f}".format(*result["recall_ci95"]))
+    names = {"spread evenly": "evenly", "chance": "chance"}
     return (
-        [
-            f"steps (n = {result['steps']} of {result['videos']} videos, {result['tasks']} tasks)",
-            "recall",
-            "95 % interval",
-            "IoU",
-            "IoD",
-            "seconds right",
-        ],
-        [
-            ["this run", f"{result['recall']:.1f}", f"{low:.1f} to {high:.1f}", *own],
-            ["spread evenly", f"{result['evenly']:.1f}", "", "", "", ""],
-            ["chance", f"{result['chance']:.1f}", "", "", "", ""],
-        ],
+        [f"steps ({n})", "recall", "95 % interval", "IoU", "IoD", "seconds right"],
+        [["this run", *own]]
+        + [[name, f"{result[key]:.1f}", "", "", "", ""] for name, key in names.items()],
     )
 
 

@@ -40,66 +40,46 @@ def ranks(similarity: Tensor, answers: Tensor | None = None, *, finite: bool = T
 def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict:
     """{"R@1", "R@1_ci95", ..., "MedR_ci95"} in percent; 95 % percentile bootstrap over queries."""
     rng = np.random.default_rng(seed)
-    hits = {f"R@{k}": 100.0 * (rank <= k) for k in RECALLS}
-    draws = {name: np.empty(resamples) for name in [*hits, "MedR"]}
-    for i in range(resamples):
-        chosen = rng.integers(0, len(rank), len(rank))
-        for name, hit in hits.items():
-            draws[name][i] = hit[chosen].mean()
-        draws["MedR"][i] = np.median(rank[chosen])
+    drawn = [rank[rng.integers(0, len(rank), len(rank))] for _ in range(resamples)]
+    statistics = {f"R@{k}": lambda ranks, k=k: 100.0 * (ranks <= k).mean() for k in RECALLS}
     out = {}
-    for name, values in draws.items():
-        out[name] = round(float(np.median(rank) if name == "MedR" else hits[name].mean()), 3)
-        out[f"{name}_ci95"] = [round(float(q), 3) for q in np.percentile(values, [2.5, 97.5])]
+    for name, statistic in (statistics | {"MedR": np.median}).items():
+        interval = np.percentile([statistic(ranks) for ranks in drawn], [2.5, 97.5])
+        out[name] = round(float(statistic(rank)), 3)
+        out[f"{name}_ci95"] = [round(float(end), 3) for end in interval]
     return out
 
 
 def keep(metrics: dict, name: str, entry: dict) -> None:
     """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
     moves to the list ``replaced``, its newest 20; of the same, rows that ``entry`` lacks stay."""
-    old = metrics.get(name, {})
-    if any(
-        old.get(key) != entry.get(key) for key in ("n", "data", "checkpoint", "step", "similarity")
-    ):
+    old, settings = metrics.get(name, {}), ("n", "data", "checkpoint", "step", "similarity")
+    if any(old.get(key) != entry.get(key) for key in settings):
         if old:
             metrics["replaced"] = [*metrics.get("replaced", []), {"set": name} | old][-20:]
         old = {}
     metrics[name] = old | entry
 
 
-def table_rows(
-    rows: dict[str, dict], n: int, what: str = "direction"
-) -> tuple[list[str], list[list[str]]]:
+def table_rows(rows: dict[str, dict], n: int, what: str = "direction") -> tuple[list, list]:
     """Summaries {direction: summary} as (header, rows), with R@1's interval and chance's row."""
-    body = [
-        [
-            name,
-            f"{s['R@1']:.1f}",
-            "{:.1f} to {:.1f}".format(*s["R@1_ci95"]),
-            f"{s['R@5']:.1f}",
-            f"{s['R@10']:.1f}",
-            f"{s['MedR']:g}",
-        ]
-        for name, s in rows.items()
-    ]
-    chance = [
-        "chance",
-        f"{100 / n:.1f}",
-        "",
-        f"{100 * min(5 / n, 1):.1f}",
-        f"{100 * min(10 / n, 1):.1f}",
-        f"{(n + 1) / 2:g}",
-    ]
-    return ([f"{what} (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"], [*body, chance])
+    body = []
+    for name, row in rows.items():
+        interval = "{:.1f} to {:.1f}".format(*row["R@1_ci95"])
+        recalls = [f"{row[f'R@{k}']:.1f}" for k in RECALLS]
+        body.append([name, recalls[0], interval, *recalls[1:], f"{row['MedR']:g}"])
+    recalls = [f"{100 * min(k / n, 1):.1f}" for k in RECALLS]
+    body.append(["chance", recalls[0], "", *recalls[1:], f"{(n + 1) / 2:g}"])
+    return [f"{what} (n = {n})", "R@1", "95 % interval", "R@5", "R@10", "MedR"], body
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
     """A table, its first column to the left, the others to the right."""
-    lines = [
-        "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
-        for row in (header, *body)
-    ]
-    return "\n".join([lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]])
+    lines = []
+    for row in (header, *body):
+        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|")
+    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
+    return "\n".join(lines)
 
 
 def table(rows: dict[str, dict], n: int, what: str = "direction") -> str:

@@ -16,6 +16,7 @@ from mcn_ext.evaluation.retrieval import similarity
 LENGTHS = (5.0, 10.0, 20.0, 40.0)  # seconds; YouCook2's training segments: 8 of 10 lie within
 STRIDE = 0.25
 OVERLAPS = (0.3, 0.5, 0.7)
+RECALLS = tuple(f"R@1 IoU {t}" for t in OVERLAPS)
 # {video id: (start (n,) s, end (n,) s, sentences)}
 Sentences = Mapping[str, tuple[np.ndarray, np.ndarray, list[str]]]
 
@@ -78,14 +79,10 @@ def captions_of(store: Store) -> Sentences:
     found = {}
     for video, name in enumerate(store.ids()):
         _, start, end = store.caption_times(video)
-        long = np.flatnonzero(end > start)
-        texts = store.caption_texts(video)
+        long, texts = np.flatnonzero(end > start), store.caption_texts(video)
         if len(long):
-            found[name] = (
-                start[long].astype(float),
-                end[long].astype(float),
-                [texts[i] for i in long],
-            )
+            times = start[long].astype(float), end[long].astype(float)
+            found[name] = *times, [texts[i] for i in long]
     if not found:
         raise SystemExit(
             f"--moments {store.path}: no captions in it to look for; give --annotations JSON"
@@ -167,42 +164,39 @@ def evaluate(
 def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
     """Means over sentences in percent, 95 % intervals from resampled videos, if there are some."""
     sums, counts = np.stack([v.sum(axis=0) for v in values]), np.array([len(v) for v in values])
-    drawn = np.random.default_rng(0).multinomial(
-        len(values), np.full(len(values), 1 / len(values)), resamples
-    )
+    n = len(values)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)
     draws = 100 * (drawn @ sums) / (drawn @ counts)[:, None]
     out = {}
-    for i, name in enumerate(["mIoU", *(f"R@1 IoU {t}" for t in OVERLAPS)]):
+    for i, name in enumerate(["mIoU", *RECALLS]):
         out[name] = round(float(100 * sums[:, i].sum() / counts.sum()), 3)
-        if len(values) > 1:
-            out[f"{name}_ci95"] = [
-                round(float(q), 3) for q in np.percentile(draws[:, i], [2.5, 97.5])
-            ]
+        if n > 1:
+            out[f"{name}_ci95"] = np.percentile(draws[:, i], [2.5, 97.5]).round(3).tolist()
     return out
 
 
 def table_rows(result: dict) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of :func:`evaluate`'s result."""
-    names = [f"R@1 IoU {t}" for t in OVERLAPS]
     body = []
     for name, row in result.items():
         if isinstance(row, dict):
-            cells = [
-                f"{row[k]:.1f}"
-                + (" ({:.1f} to {:.1f})".format(*row[f"{k}_ci95"]) if f"{k}_ci95" in row else "")
-                for k in names
-            ]
-            body.append([name, *cells, f"{row['mIoU']:.1f}"])
-    return [f"moments (n = {result['n']} in {result['videos']} videos)", *names, "mIoU"], body
+            cells = [name]
+            for key in RECALLS:
+                interval = row.get(f"{key}_ci95")
+                cells.append(
+                    f"{row[key]:.1f}"
+                    + (" ({:.1f} to {:.1f})".format(*interval) if interval else "")
+                )
+            body.append([*cells, f"{row['mIoU']:.1f}"])
+    return [f"moments (n = {result['n']} in {result['videos']} videos)", *RECALLS, "mIoU"], body
 
 
 def notice(result: dict) -> str:
     """What the table leaves out or counts as missed, in words; empty if nothing."""
-    n = result["videos"] + result["missing_videos"]
-    parts = [
-        f"{result['missing_videos']} of {n} annotated videos are not in the store: left out"
-        if result["missing_videos"]
-        else "",
-        f"{result['unknown']} sentences without a known word: misses" if result["unknown"] else "",
-    ]
-    return "; ".join(filter(None, parts))
+    parts, missing = [], result["missing_videos"]
+    if missing:
+        n = result["videos"] + missing
+        parts.append(f"{missing} of {n} annotated videos are not in the store: left out")
+    if result["unknown"]:
+        parts.append(f"{result['unknown']} sentences without a known word: misses")
+    return "; ".join(parts)

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mcn_ext.data.clips import draw_spans
-from mcn_ext.data.store import Store
+from mcn_ext.data.store import Store, StoreError
 from mcn_ext.evaluation.metrics import check_finite, ranks
 from mcn_ext.reference import unit_rows
 
@@ -49,6 +50,34 @@ def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tup
         (int(v), draw_spans(*store.caption_times(v)[1:], count, min_time, rng))
         for v, count in zip(chosen, each, strict=True)
     ]
+
+
+def make_bank(embedder, trained: dict, n: int) -> Clips:
+    """``n`` embedded clips of a run's training store, for the fusion "bank"."""
+    try:
+        store = Store(Path(trained["data"]))
+    except StoreError as error:
+        raise SystemExit(f"--fusion bank needs the training store: {error}") from None
+    clips = some_clips(store, n, trained["min_time"])
+    return embedder.clips(store, clips, audio_frames=trained["audio_frames"], known_words=True)
+
+
+def check_captions(store: Store, flag: str) -> None:
+    """SystemExit unless each of the store's clips has one caption, its query."""
+    wrong = store.caption_counts() != 1
+    if wrong.any():
+        raise SystemExit(
+            f"{flag} {store.path}: {wrong.sum()} of {len(store)} clips have not one caption "
+            f"each, first {store.ids()[wrong.argmax()]} (is it a training store?)"
+        )
+
+
+def arrays(clips: Clips, ranks: Mapping[str, np.ndarray], half: bool) -> dict[str, np.ndarray]:
+    """Embeddings, which are valid, and ranks by direction, for np.savez. ``half``: fp16, which
+    embeddings that are not of unit length may exceed."""
+    kept = {f"embedding:{m}": (x.half() if half else x).numpy() for m, x in clips[0].items()}
+    kept |= {f"valid:{m}": valid.numpy() for m, valid in clips[1].items()}
+    return kept | {f"rank:{direction}": rank for direction, rank in ranks.items()}
 
 
 def _side(clips: Clips, names: str, kind: str, fusion: str) -> Tensor:
@@ -158,33 +187,19 @@ class Scores:
         A query is all that is asked of a video, a candidate all its clips::
 
             score(u, v) = mean over clips i of u of max over clips j of v of s_ij
-
-        Some videos' queries at a time, so that memory stays that of :meth:`blocks`.
         """
         order = {name: k for k, name in enumerate(dict.fromkeys(names))}
-        of, n = torch.tensor([order[name] for name in names]), len(order)
-        answers = torch.zeros(n, dtype=torch.bool).index_fill_(0, of[self.answers], True)
-        queries = torch.arange(len(names))[self.asks]
-        queries = queries[of[queries].argsort(stable=True)]
-        asking, counts = of[queries].unique_consecutive(return_counts=True)
-        rank, begin, step = np.full(n, float(n)), 0, _rows(2 * len(self))
-        while begin < len(asking):
-            taken = max(1, int((counts[begin:].cumsum(0) <= step).sum()))
-            part = asking[begin : begin + taken]
-            lo = int(counts[:begin].sum())
-            rows = queries[lo : lo + int(counts[begin : begin + taken].sum())]
-            block = self.scores(rows)
-            best = block.new_full((len(rows), n), -torch.inf).scatter_reduce_(
-                1, of.expand(len(rows), -1), block, "amax"
-            )
-            total = (
-                torch.zeros(taken, n).index_add_(0, torch.searchsorted(part, of[rows]), best)
-                / counts[begin : begin + taken, None]
-            )
-            found = ranks(torch.where(answers, total, -torch.inf), part, finite=False)
-            rank[part.numpy()] = np.where(answers[part].numpy(), found, n)
-            begin += taken
-        return rank
+        video, n = torch.tensor([order[name] for name in names]), len(order)
+        total = torch.zeros(n, n)
+        for lo, block in self.blocks():
+            best = torch.full((len(block), n), -torch.inf)
+            best.scatter_reduce_(1, video.expand(len(block), -1), block, "amax")
+            asks = self.asks[lo : lo + len(block)]
+            total.index_add_(0, video[lo : lo + len(block)][asks], best[asks])
+        n_asked = torch.bincount(video[self.asks], minlength=n)
+        n_answers = torch.bincount(video[self.answers], minlength=n)
+        found = ranks(total / n_asked.clamp(min=1)[:, None], finite=False)
+        return np.where((n_asked == 0) | (n_answers == 0), float(n), found)
 
 
 def _rows(columns: int) -> int:

@@ -13,6 +13,7 @@ import argparse
 import glob
 import hashlib
 import json
+import textwrap
 from pathlib import Path
 
 from mcn_ext.train import flags
@@ -88,30 +89,20 @@ def parser() -> flags.Parser:
     return p
 
 
-def table(found: list[dict], parts: list[str]) -> str:
-    """Markdown."""
-    lines = [
-        "| | video | from s | to s | score | "
-        + " | ".join(f"of {m}" for m in parts)
-        + " | words there |",
-        "|---:|---|" + "---:|" * (3 + len(parts)) + "---|",
-    ]
+def table(found: list[dict]) -> str:
+    """:func:`.places.describe`'s windows in Markdown, the best first."""
+    from mcn_ext.evaluation.metrics import markdown
+
+    parts = list(found[0]["of"])
+    header = ["", "video", "from s", "to s", "score", *(f"of {m}" for m in parts), "words there"]
+    rows = []
     for k, row in enumerate(found, 1):
-        cells = [
-            str(k),
-            row["video"],
-            f"{row['start']:.1f}",
-            f"{row['end']:.1f}",
-            f"{row['score']:.3f}",
-            *("none" if row["of"][m] is None else f"{row['of'][m]:.3f}" for m in parts),
-            _short(row["words"], 60),
-        ]
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 4].rsplit(" ", 1)[0] + " ..."
+        scores = ["none" if value is None else f"{value:.3f}" for value in row["of"].values()]
+        times = [f"{row['start']:.1f}", f"{row['end']:.1f}", f"{row['score']:.3f}"]
+        words = textwrap.shorten(row["words"], 60, placeholder=" ...")
+        cells = [str(k), row["video"], *times, *scores, words]
+        rows.append([cell.replace("|", "/") for cell in cells])
+    return markdown(header, rows)
 
 
 def frame_at(folder: Path, video: str, seconds: float):
@@ -145,124 +136,46 @@ def frame_at(folder: Path, video: str, seconds: float):
     return None
 
 
-def picture(
-    path: Path,
-    sentence: str,
-    places,
-    scores: dict,
-    chosen: list[int],
-    store,
-    names: list[str],
-    media: Path | None,
-) -> Path | None:
-    """Similarity over time in the videos of the best places, those shaded, with words (and a frame
-    of each, from ``media``)."""
+def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, media) -> bool:
+    """Draw similarity over time in the videos of the best windows, those shaded, and with a folder
+    ``media`` a frame of the best one of each video. False without matplotlib."""
     import numpy as np
 
-    from mcn_ext.evaluation.places import spoken
     from mcn_ext.train.curves import _pyplot, _save
 
     if (plt := _pyplot()) is None:
-        return None
-    videos = list(dict.fromkeys(int(places.video[i]) for i in chosen))[:3]
-    frames = (
-        {
-            i: frame_at(media, names[places.video[i]], (places.begin[i] + places.stop[i]) / 2)
-            for i in chosen
-        }
-        if media
-        else {}
-    )
-    figure, axes = plt.subplots(
-        len(videos),
-        2,
-        figsize=(11, 0.6 + 3.0 * len(videos)),
-        squeeze=False,
-        layout="constrained",
-        width_ratios=[2.2, 1],
-    )
-    colours = {"total": "black", "video": "tab:blue", "audio": "tab:orange"}
-    low, high = (f(scores["total"]) for f in (np.min, np.max))
-    for (curve, side), video in zip(axes, videos, strict=True):
-        rows = np.flatnonzero(places.video == video)
-        middle = (places.begin[rows] + places.stop[rows]) / 2
+        return False
+    videos = list(dict.fromkeys(int(places["video"][i]) for i in chosen))[:3]
+    size = (9, 0.6 + 2.6 * len(videos))
+    shape = len(videos), 2 if media else 1
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for (axis, *side), video in zip(axes, videos, strict=True):
+        rows = np.flatnonzero(places["video"] == video)
+        middle = (places["begin"] + places["stop"])[rows] / 2
         for name, values in scores.items():
-            if name != "total":  # where there is no sound, there is no curve
-                values = np.where(places.clips[1][name].numpy(), values, np.nan)
-            if len(scores) > 2 or name == "total":
-                curve.plot(
-                    middle,
-                    values[rows],
-                    color=colours[name],
-                    marker=".",
-                    markersize=4,
-                    linewidth=1.8 if name == "total" else 1,
-                    label=name,
-                )
-                low, high = np.nanmin([low, *values[rows]]), np.nanmax([high, *values[rows]])
-        best = [i for i in chosen if places.video[i] == video]
-        for i in best:
-            first = i == chosen[0]
-            curve.axvspan(
-                places.begin[i],
-                places.stop[i],
-                color="tab:green",
-                zorder=0,
-                alpha=0.3 if first else 0.1,
-            )
-            curve.annotate(
-                str(chosen.index(i) + 1),
-                ((places.begin[i] + places.stop[i]) / 2, 0.98),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="top",
-                fontsize=10,
-                weight="bold" if first else "normal",
-                color="tab:green",
-            )
-        curve.set(xlim=(0, store.seconds(video)), ylabel="similarity")
-        curve.set_title(names[video], loc="left", fontsize=10, parse_math=False)
-        curve.set_xlabel("seconds")
-        side.axis("off")
-        lines = []
-        for i in best[:3]:
-            said = [
-                f"  {lo:.0f} s: {_short(text, 38)}"
-                for lo, _, text in spoken(store, video, places.begin[i], places.stop[i])[:3]
-            ]
-            lines += [
-                f"{chosen.index(i) + 1}: {places.begin[i]:.1f} to {places.stop[i]:.1f} s, "
-                f"{scores['total'][i]:.3f}",
-                *(said or ["  (nothing said)"]),
-            ]
-        shown = [frames[i] for i in best[:2] if frames.get(i) is not None]
-        side.text(
-            0,
-            1.0,
-            "\n".join(lines),
-            va="top",
-            fontsize=8.5,
-            family="monospace",
-            transform=side.transAxes,
-            parse_math=False,
-        )
-        for k, image in enumerate(shown):
-            inset = side.inset_axes([0.5 * k, 0.0, 0.48, 0.42])
-            inset.imshow(image)
-            inset.set_title(str(chosen.index(best[k]) + 1), fontsize=8, loc="left", pad=2)
-            inset.set(xticks=[], yticks=[])
-    pad = 0.12 * (high - low) or 0.1  # the numbers of places stand above the curves
-    for curve in axes[:, 0]:
-        curve.set_ylim(low - pad, high + pad)
-    axes[0, 0].legend(loc="best", fontsize=8)
-    figure.suptitle(
-        f'"{_short(sentence, 90)}": the best of {len(places)} windows of {len(store)} videos',
-        fontsize=11,
-        parse_math=False,
-    )
+            # Where there is no sound, there is no curve.
+            there = True if name == "total" else places[f"valid:{name}"][rows]
+            axis.plot(middle, np.where(there, values[rows], np.nan), marker=".", label=name)
+        for k, i in enumerate(chosen, 1):
+            if places["video"][i] == video:
+                begin, stop = places["begin"][i], places["stop"][i]
+                axis.axvspan(begin, stop, color="tab:green", alpha=0.3 if k == 1 else 0.1)
+                at = ((begin + stop) / 2, 0.98)
+                axis.annotate(str(k), at, xycoords=("data", "axes fraction"), va="top")
+        if media:
+            best = next(i for i in chosen if places["video"][i] == video)
+            middle = (places["begin"][best] + places["stop"][best]) / 2
+            frame = frame_at(media, names[video], middle)
+            side[0].axis("off")
+            if frame is not None:
+                side[0].imshow(frame)
+        axis.set(xlabel="seconds", ylabel="similarity")
+        axis.set_title(names[video], loc="left", parse_math=False)
+    axes[0, 0].legend()
+    figure.suptitle(textwrap.shorten(title, 120, placeholder=" ..."), parse_math=False)
     _save(figure, path)
     plt.close(figure)
-    return path
+    return True
 
 
 def main(argv=None) -> int:
@@ -271,17 +184,16 @@ def main(argv=None) -> int:
     from mcn_ext import distributed
     from mcn_ext.data.store import Store, StoreError
     from mcn_ext.data.words import tokenize
+    from mcn_ext.evaluation import places as windows
     from mcn_ext.evaluation.embedder import Embedder, open_run, words_of
-    from mcn_ext.evaluation.places import Places
     from mcn_ext.train.log import write_text
 
-    # ------------------------------------------------- all that can be wrong, before the embedding
+    # --------------------------------------- inputs, checked before the first video is embedded
     try:
         store = Store(args.store)
     except StoreError as error:
         raise SystemExit(f"--store {error}") from None
     run, _, content = open_run(args.run, args.checkpoint)
-    words = words_of(run, content)
     trained_on = content["sizes"]["modalities"]
     if "T" not in trained_on or len(trained_on) < 2:
         raise SystemExit(
@@ -289,24 +201,22 @@ def main(argv=None) -> int:
             f" video or audio to find: python train_stage2.py --add T --init {run}"
         )
     picture_file = args.picture or run / "search.png"
-    for flag, folder in (
-        ("media", args.media),
-        ("picture", picture_file.parent),
-        ("json", args.json and args.json.parent),
-    ):
+    folders = {"picture": picture_file.parent, "json": args.json and args.json.parent}
+    for flag, folder in (folders | {"media": args.media}).items():
         if folder is not None and not folder.is_dir():
             raise SystemExit(f"--{flag}: {folder}: no such folder")
     if args.media:
         from mcn_ext.prepare.decode import import_av
 
         import_av()
-    embedder = Embedder(content, words, distributed.init(args.device), args.batch_size)
+    words, device = words_of(run, content), distributed.init(args.device)
+    embedder = Embedder(content, words, device, args.batch_size)
     embedder.check(store, "--store")
-    if any(word not in embedder.words.index for s in args.sentences for word in tokenize(s)):
+    if any(word not in words.index for s in args.sentences for word in tokenize(s)):
         embedder.learn_words(store, args.sentences)
-    asked = embedder.texts(args.sentences)
-    for sentence, known in zip(args.sentences, asked[1]["text"].tolist(), strict=True):
-        if not known:
+    embeddings, known = embedder.texts(args.sentences)
+    for sentence, valid in zip(args.sentences, known["text"].tolist(), strict=True):
+        if not valid:
             raise SystemExit(
                 f'"{sentence}": the run knows none of these words (case counts); '
                 + (
@@ -326,27 +236,29 @@ def main(argv=None) -> int:
             (args.store.resolve(), args.window, args.stride),
         )
     )
+    kept = run / f"search-{name[:8]}.npz"
     try:
-        places = Places.of(
-            embedder, store, args.window, args.stride, run / f"search-{name[:8]}.npz", key
-        )
+        places = windows.embed_once(kept, key, embedder, store, args.window, args.stride)
     except (FloatingPointError, StoreError) as error:
         raise SystemExit(f"--store {args.store}: {error}") from None
-    kind, names, answers = content["args"]["similarity"], store.ids(), {}
+    answers = {}
     demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
+    searched = f"{args.store}{demo}, {len(places['video'])} windows of {len(store)} videos"
     for k, sentence in enumerate(args.sentences):
-        one = tuple({"text": part["text"][k : k + 1]} for part in asked)
-        scores = places.score(one, kind)
-        chosen = places.best(scores["total"], args.top)
-        found = answers[sentence] = places.describe(store, names, chosen, scores)
-        print(f'"{sentence}" in {args.store}{demo}, {len(places)} windows of {len(store)} videos')
+        one = tuple({"text": part["text"][k : k + 1]} for part in (embeddings, known))
+        scores = windows.score(places, one, content["args"]["similarity"])
+        chosen = windows.best(places, scores["total"], args.top)
+        found = [windows.describe(places, store, i, scores) for i in chosen]
+        answers[sentence] = found
+        title = f'"{sentence}" in {searched}'
+        print(title)
         if not found:
             print("nothing found: no window has anything in it that the run can see or hear")
             continue
-        print(table(found, list(places.clips[0])))
+        print(table(found))
         path = picture_file
         path = path.with_name(f"{path.stem}-{k + 1}{path.suffix}") if k else path
-        if picture(path, sentence, places, scores, chosen, store, names, args.media):
+        if picture(path, title, places, scores, chosen, store.ids(), args.media):
             print(path)
     if args.json:
         write_text(args.json, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
