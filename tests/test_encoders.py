@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from mcn_ext.encoders import ResDAVEnet, SentenceMaxPool
 from mcn_ext.model import MCN
+from mcn_ext.train.log import read
+from tests.conftest import SMALL, call
 from tests.test_model import SIZES, batch
 
 LENGTHS = {"ragged": [97, 160, 0, 33, 31, 16, 1, 2, 17], "full": [160] * 3, "one": [0, 1, 0]}
@@ -163,3 +165,13 @@ def test_a_training_step_compiles_without_a_graph_break():
         found.append([*outputs, *(p.grad for p in net.parameters()), *net.buffers()])
     for eager, graph in zip(*found, strict=True):
         torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_with_checkpoints_follows_the_same_curve(tmp_path, store_path):
+    common = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--max_steps", 3)
+    totals = []
+    for flags in ((), ("--checkpoint_activations",)):
+        call(*common, *flags, "--out", f"run{len(flags)}", cwd=tmp_path)
+        totals.append([row["total"] for row in read(tmp_path / f"run{len(flags)}/log.jsonl")])
+    assert totals[0] == totals[1] and len(totals[0]) == 3
