@@ -260,7 +260,6 @@ def test_converter_and_safetensors(tmp_path, capsys, monkeypatch):
             "embd_dim 16",
             "video 18",
             "classification.weight",
-            "argparse.Namespace",
         )
     ), text
     assert "GU_video" in text and f"{18 * 16 + 16 + 16 * 16 + 16:,}" in text
