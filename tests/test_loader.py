@@ -97,75 +97,57 @@ def read_all(files):
     return videos
 
 
+def spans_of(video, epoch, number, n_pair, seed):
+    """(spans, the generator that drew them) of a video."""
+    rng, spans = np.random.default_rng((seed, epoch, number)), {}
+    for index in rng.permutation(len(video["start"])):
+        spans[caption_span(video["start"], video["end"], index, 1.0)] = None
+        if len(spans) == n_pair:
+            break
+    return [list(spans)[i % len(spans)] for i in range(n_pair)], rng
+
+
+def simple_clip(video, first, last, augment, rng):
+    """What a fast loader must make of a clip, and its sound (frames, 40)."""
+    begin, stop = float(video["start"][first]), float(video["end"][last])
+    out, good = {}, True
+    for name in ("2d", "3d"):
+        rate, dim = STREAMS[name]["rate_hz"], STREAMS[name]["dim"]
+        rows = video[name][int(begin * rate) : int(stop * rate) + 1]
+        row = rows.max(axis=0) if len(rows) else np.zeros(dim)
+        row = row.astype(np.float32)
+        usable = bool(np.isfinite(row).all() and row.any())
+        out[name] = row if usable else np.zeros_like(row)
+        good &= usable
+    mel = video["mel"][int(begin * 100) : int(stop * 100) + 1][: 16 * FRAMES].astype(np.float32)
+    silent = not len(mel) or not np.isfinite(mel).all() or np.ptp(mel) <= 0.1
+    if augment and not silent:
+        mel = perturb_voice(mel, rng, augment)
+    mel, n_padded = mel[:FRAMES], min(len(mel), FRAMES)
+    mel = mel[:0] if silent else mel
+    words = tokenize(" ".join(video["text"][first : last + 1]))
+    words = [WORDS.index(word) for word in words if word in WORDS][:N_WORDS]
+    out |= {"valid.video": good, "valid.audio": not silent, "valid.text": bool(words)}
+    out |= {"n_frames": len(mel), "caption_id": caption_id(np.array(words, np.int64))}
+    return out | {"words": words + [-1] * (N_WORDS - len(words))}, mel, n_padded
+
+
 def simple_batch(videos, keys, n_pair, seed, augment):
     """A batch, a clip at a time: what a fast loader must equal."""
     first_caption = np.cumsum([0] + [len(v["start"]) for v in videos])
-    out = {
-        key: []
-        for key in (
-            "clip_id",
-            "2d",
-            "3d",
-            "valid.video",
-            "n_frames",
-            "valid.audio",
-            "words",
-            "caption_id",
-            "valid.text",
-        )
-    }
-    sounds, longest = [], 16
+    clips, sounds, longest = [], [], 16
     for epoch, number in keys:
-        video, rng = videos[number], np.random.default_rng((seed, epoch, number))
-        start, end, spans = video["start"], video["end"], {}
-        for index in rng.permutation(len(start)):
-            spans[caption_span(start, end, index, 1.0)] = None
-            if len(spans) == n_pair:
-                break
-        for first, last in [list(spans)[i % len(spans)] for i in range(n_pair)]:
-            clip = {
-                name: video[name][
-                    int(float(start[first]) * spec["rate_hz"]) : int(
-                        float(end[last]) * spec["rate_hz"]
-                    )
-                    + 1
-                ]
-                for name, spec in STREAMS.items()
-            }
-            out["clip_id"].append(((first_caption[number] + first) << 20) + last - first)
-            good = True
-            for name in ("2d", "3d"):
-                row = (
-                    clip[name].max(axis=0)
-                    if len(clip[name])
-                    else np.zeros(STREAMS[name]["dim"], np.float16)
-                )
-                usable = bool(np.isfinite(row).all() and row.any())
-                out[name].append(
-                    row.astype(np.float32) * usable if usable else np.zeros(len(row), np.float32)
-                )
-                good &= usable
-            out["valid.video"].append(good)
-            mel = clip["mel"][: 16 * FRAMES].astype(np.float32)
-            silent = not len(mel) or not np.isfinite(mel).all() or np.ptp(mel) <= 0.1
-            if augment and not silent:
-                mel = perturb_voice(mel, rng, augment)
-            longest = max(longest, min(len(mel), FRAMES))
-            sounds.append(mel[:0] if silent else mel[:FRAMES])
-            out["n_frames"].append(len(sounds[-1]))
-            out["valid.audio"].append(not silent)
-            words = [
-                WORDS.index(w)
-                for w in tokenize(" ".join(video["text"][first : last + 1]))
-                if w in WORDS
-            ][:N_WORDS]
-            out["words"].append(words + [-1] * (N_WORDS - len(words)))
-            out["caption_id"].append(caption_id(np.array(words, np.int64)))
-            out["valid.text"].append(bool(words))
+        spans, rng = spans_of(videos[number], epoch, number, n_pair, seed)
+        for first, last in spans:
+            clip, mel, n_padded = simple_clip(videos[number], first, last, augment, rng)
+            clip["clip_id"] = ((first_caption[number] + first) << 20) + last - first
+            clips.append(clip)
+            sounds.append(mel)
+            longest = max(longest, n_padded)
     audio = np.zeros((len(sounds), 40, -(-longest // 16) * 16), np.float32)
     for into, mel in zip(audio, sounds, strict=True):
         into[:, : len(mel)] = mel.T
-    return {key: np.array(value) for key, value in out.items()} | {"audio": audio}
+    return {key: np.array([clip[key] for clip in clips]) for key in clips[0]} | {"audio": audio}
 
 
 @pytest.mark.parametrize(
@@ -215,21 +197,6 @@ def test_sound_is_silent_within_a_tenth_of_a_decibel(step):
     for mel in ([[0, step]], [[-step, 0]], [[-40 - step, -40]]):
         mel = np.array(mel, np.float16)
         assert is_silent(mel) == (np.ptp(mel.astype(np.float64)) <= 0.1)
-
-
-def test_collate_grows_with_longer_and_more_clips_than_the_first_item_has():
-    shapes = [(2, 20), (1, 50), (5, 16), (3, 33)]
-    items = [
-        {"audio": np.random.default_rng(0).random((n, t, 40), np.float32).transpose(0, 2, 1)}
-        for n, t in shapes
-    ]
-    audio = collate(items)["audio"]
-    assert audio.shape == (11, 40, 64)
-    begin = 0
-    for item, (n, t) in zip(items, shapes, strict=True):
-        np.testing.assert_array_equal(audio[begin : begin + n, :, :t], item["audio"])
-        assert not audio[begin : begin + n, :, t:].any()
-        begin += n
 
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])

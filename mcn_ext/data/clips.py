@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
-import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -264,7 +264,7 @@ def make_loader(
     clips: TrainingClips, sampler: ClipSampler, workers: int, device: torch.device
 ) -> DataLoader:
     """A DataLoader of this rank's batches, read ahead by ``workers`` processes."""
-    loader = DataLoader(
+    return DataLoader(
         clips,
         batch_sampler=sampler,
         num_workers=workers,
@@ -275,9 +275,6 @@ def make_loader(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # workers' seeds: not from the model's random numbers
     )
-    if workers:
-        atexit.register(_end_workers, weakref.ref(loader))
-    return loader
 
 
 def _start_worker(_worker: int) -> None:
@@ -290,11 +287,13 @@ def _start_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers(loader: weakref.ref) -> None:
-    """Tell workers to end, before multiprocessing sends the SIGTERM they ignore, and waits."""
-    iterator = loader() and loader()._iterator
-    if iterator is not None:
-        iterator._shutdown_workers()
+@atexit.register
+def _end_workers() -> None:
+    """Kill what workers are left: multiprocessing would send the SIGTERM they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed worker an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str:

@@ -50,24 +50,17 @@ class Store:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.exists():
-            raise StoreError(
-                f"{self.path}: no such store; make one with python -m mcn_ext.prepare, or check "
-                "the path"
-            )
         self.files = sorted(self.path.glob("shard-*.h5")) if self.path.is_dir() else [self.path]
-        if not self.files:
-            raise StoreError(f"{self.path}: a folder without shard-*.h5 files is not a store")
+        if not self.path.exists() or not self.files:
+            what = "a folder without shard-*.h5" if self.path.exists() else "no such store"
+            raise StoreError(f"{self.path}: {what}; make a store with python -m mcn_ext.prepare")
         self.shards = [Shard(file) for file in self.files]
         first = self.shards[0]
         self.dims, self.rates, self.source = first.dims, first.rates, first.source
-        for shard in self.shards:
+        for shard in self.shards[1:]:
             if (shard.dims, shard.rates) != (self.dims, self.rates):
-                raise StoreError(
-                    f"{shard.path}: streams {shard.dims} at {shard.rates} Hz differ from "
-                    f"{first.path.name}'s {self.dims} at {self.rates} Hz; shards of one store must "
-                    "come from one prepare run"
-                )
+                problem = f"{shard.dims} at {shard.rates} Hz differ from {first.path.name}'s"
+                raise shard.error("streams", f"{problem} {self.dims} at {self.rates} Hz")
         self._starts = np.cumsum([0] + [shard.n for shard in self.shards])
         captions = [int(shard.offsets["caption"][-1]) for shard in self.shards]
         self._caption_starts = np.cumsum([0, *captions])
@@ -155,18 +148,19 @@ class Store:
         the rows between them.
         """
         number, begin, stop = self._at(video, stream)
-        path, n, rate = f"{stream}/data", stop - begin, self.rates[stream]
-        first = np.clip((np.asarray(start, float) * rate).astype(np.int64), 0, n)
-        last = np.clip((np.asarray(end, float) * rate).astype(np.int64) + 1, first, n)
+        path, rate = f"{stream}/data", self.rates[stream]
+        first = begin + (np.asarray(start, float) * rate).astype(np.int64)
+        last = begin + (np.asarray(end, float) * rate).astype(np.int64) + 1
+        first = np.clip(first, begin, stop)
+        last = np.clip(last, first, stop)
         if not len(first):
             return []
-        low, high = int(first.min()), int(last.max())
-        between = high - low - int((last - first).sum())  # below 0 where clips overlap
-        if between * 2 * self.dims[stream] <= len(first) * GAP_BYTES:
-            rows = self._read(number, path, begin + low, begin + high)
-            return [rows[a - low : b - low] for a, b in zip(first, last, strict=True)]
-        pairs = zip((begin + first).tolist(), (begin + last).tolist(), strict=True)
-        return [self._read(number, path, a, b) for a, b in pairs]
+        low, high = first.min(), last.max()
+        between = high - low - (last - first).sum()  # below 0 where clips overlap
+        if between * 2 * self.dims[stream] > len(first) * GAP_BYTES:
+            return [self._read(number, path, a, b) for a, b in zip(first, last, strict=True)]
+        rows = self._read(number, path, low, high)
+        return [rows[a - low : b - low] for a, b in zip(first, last, strict=True)]
 
 
 def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
