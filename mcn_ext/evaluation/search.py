@@ -141,7 +141,7 @@ def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, m
     ``media`` a frame of the best one of each video. False without matplotlib."""
     import numpy as np
 
-    from mcn_ext.train.curves import _pyplot, _save
+    from mcn_ext.train.curves import COLOURS, _pyplot, _save
 
     if (plt := _pyplot()) is None:
         return False
@@ -155,7 +155,8 @@ def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, m
         for name, values in scores.items():
             # Where there is no sound, there is no curve.
             there = True if name == "total" else places[f"valid:{name}"][rows]
-            axis.plot(middle, np.where(there, values[rows], np.nan), marker=".", label=name)
+            values = np.where(there, values[rows], np.nan)
+            axis.plot(middle, values, marker=".", label=name, color=COLOURS.get(name, "black"))
         for k, i in enumerate(chosen, 1):
             if places["video"][i] == video:
                 begin, stop = places["begin"][i], places["stop"][i]
