@@ -176,7 +176,8 @@ MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A
   const A* inverse = col_inverse + tile.col0;
   const A row_top = term.row_top[tile.row0 + i], row_rest = term.row_rest[tile.row0 + i];
   const A *col_top = term.col_top + tile.col0, *col_rest = term.col_rest + tile.col0;
-  const A scale = row_inverse[tile.row0 + i] * term.factor[1];
+  // Weights times boost are small; boost times the inverse of a short row may be infinite.
+  const A row_scale = row_inverse[tile.row0 + i], boost = term.factor[1];
   double sum = 0;
   for (int64_t j = 0; temperature && j < cols; ++j) {  // before out overwrites the tile
     const A z = logit(row, row.s[j], inverse[j], col_key[j]);
@@ -191,20 +192,20 @@ MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - center);
-      out[j] = e * (row_factor + col_factor[j]) * scale * inverse[j];
+      out[j] = e * (row_factor + col_factor[j]) * boost * (row_scale * inverse[j]);
     }
   } else if (term.both) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A z = logit(row, row.s[j], inverse[j], col_key[j]);
       out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) *
-               scale * inverse[j];
+               boost * (row_scale * inverse[j]);
     }
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const A z = logit(row, row.s[j], inverse[j], col_key[j]);
-      out[j] = exp_shifted(z - row_top - row_rest) * scale * inverse[j];
+      out[j] = exp_shifted(z - row_top - row_rest) * boost * (row_scale * inverse[j]);
     }
   }
   return sum;

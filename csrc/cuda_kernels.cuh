@@ -383,7 +383,7 @@ __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A
       // never NaN.
       const A of_row = exp_shifted(z - row_top - row_rest);
       const A of_col = term.both ? exp_shifted(z - col_top[c] - col_rest[c]) : A(0);
-      p.value[c] = rounded<P>((of_row + of_col) * (boost * inverse * columns.scale[c]));
+      p.value[c] = rounded<P>((of_row + of_col) * boost * (inverse * columns.scale[c]));
       if (kTemperature) {  // 0 * inf would be NaN
         if (of_row > 0) sum += of_row * (z - term.positive[row]);
         if (of_col > 0) sum += of_col * (z - col_positive[c]);

@@ -230,6 +230,18 @@ def test_losses_near_zero_have_gradients(device, mode):
     assert plain == 0 and not torch.autograd.grad(plain, z)[0].diagonal().any()
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e-7, 1.0, 1e7])
+def test_losses_of_1e_33_have_gradients_at_any_norm(device, mode, scale):
+    """What lifts tiny gradients over rounding meets the inverse of a short row's norm."""
+    mu = torch.eye(2, 4, device=device)
+    rows = [torch.tensor([[1.0, 0.05, 0.2, 0.0]], device=device) * scale]
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    for temperature in (1 / 64, 1 / 72):  # losses of 1e-26 and 1e-29
+        check(cluster(mu, labels, margin=0.0), rows, temperature)
+        pair = torch.cat([rows[0], rows[0].flip(1)])
+        check(contrastive(), [pair, pair.clone()], temperature)
+
+
 def test_nothing_to_tell_apart_is_zero_and_ids_are_any_int64(device, mode):
     x, y, mu = embeddings(5, 3, device=device, count=3)
     none = torch.zeros(5, dtype=torch.bool, device=device)
