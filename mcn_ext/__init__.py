@@ -6,7 +6,7 @@ The three losses are the public interface; everything is imported on first use, 
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LossTerms", "cluster_loss", "contrastive_loss", "has_cuda", "mcn_loss", "__version__"]
 
 
