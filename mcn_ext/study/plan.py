@@ -366,8 +366,6 @@ def main(argv=None) -> int:
     settings = stage_args(1, rest + (["--data", str(args.data)] if args.data else []))
     cells = get_cells(args, settings)
     settings = stage_args(1, [*rest, "--data", cells[0]["data"]])
-    if hasattr(settings, "keep_epochs"):
-        rest += ["--no-keep_epochs"]
     methods = get_methods(args, settings, variants, *clips_and_dims(cells[0], settings))
     chains, entries = get_chains(args, methods, cells, rest, settings.device)
     if args.show:
