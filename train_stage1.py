@@ -200,7 +200,7 @@ def get_args(argv=None):
         parser.set_defaults(temperature=1.0)
     args = parser.parse_args(argv)
     args.data, args.preset, args.demo = data, preset, demo
-    flags.check_paths(args)
+    flags.check(args)
     return args
 
 
@@ -244,6 +244,7 @@ def main(argv=None):
     if "T" in args.pair:
         inputs.check_gensim(args, None, folder)
     store = inputs.open_store(args, args.pair)
+    inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
     words = (
@@ -261,7 +262,6 @@ def main(argv=None):
     )
     # A clip depends on (seed, epoch, video) alone: any number of ranks sees the same batch.
     clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
-    inputs.check_batch_size(args, len(clips))
     workers = default_workers(device) if args.workers is None else args.workers
     sampler = ClipSampler(len(clips), args.batch_size, args.seed)
     loader = make_loader(clips, sampler, workers, device)
@@ -390,16 +390,17 @@ def main(argv=None):
 
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if args.clip_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad_norm, norm)
             why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
             if why:
                 row = guard.skip(step, why, terms, flags.as_dict(args))
                 log.skipped(step, epoch, n_clips, row)
                 guard.give_up(step)
             else:
+                if args.clip_grad_norm:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad_norm, norm)
                 scaler.step(optimizer)
                 scaler.update()
+                objective.limit_temperature()
                 objective.update_clusters(terms)  # into the queue; k-means when due
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:

@@ -41,6 +41,7 @@ INHERITED = (
     "audio_frames",
     "audio_augment",
     "temperature",
+    "learn_temperature",
     "margin",
     "similarity",
     "cluster_weight",
@@ -219,7 +220,7 @@ def get_args(argv=None, start=None):
         args = parser.parse_args(argv)
     args.word2vec = Path(args.word2vec) if args.word2vec else None
     args.data, args.preset, args.demo = flags.find_data(Path(args.data), preset)
-    flags.check_paths(args)
+    flags.check(args, own_words="T" not in start["pair"])
     return args
 
 
@@ -279,6 +280,7 @@ def main(argv=None):
     inputs.check_gensim(args, init, folder)
     store = inputs.open_store(args, modalities)
     inputs.check_widths(store, start["sizes"], "--data")
+    inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
     words = inputs.open_words(args, store, init, folder, bool(resumed))
@@ -294,9 +296,11 @@ def main(argv=None):
     )
     # A clip depends on (seed, epoch, video) alone: any number of ranks sees the same batch.
     clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
-    inputs.check_batch_size(args, len(clips))
     workers = default_workers(device) if args.workers is None else args.workers
-    # Clips go on where stage 1 ended: in epochs that it has not drawn.
+    # Clips go on where stage 1 ended: in epochs that it has not drawn. (An old run goes on with
+    # those that it had.)
+    if resumed:
+        args.first_epoch = resumed["args"].get("first_epoch", 0)
     sampler = ClipSampler(len(clips), args.batch_size, args.seed, args.first_epoch)
     loader = make_loader(clips, sampler, workers, device)
     n_clips = args.batch_size * args.n_pair
@@ -426,16 +430,17 @@ def main(argv=None):
 
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if args.clip_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad_norm, norm)
             why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
             if why:
                 row = guard.skip(step, why, terms, flags.as_dict(args))
                 log.skipped(step, epoch, n_clips, row)
                 guard.give_up(step)
             else:
+                if args.clip_grad_norm:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad_norm, norm)
                 scaler.step(optimizer)
                 scaler.update()
+                objective.limit_temperature()
                 objective.update_clusters(terms)  # into the queue; k-means when due
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:

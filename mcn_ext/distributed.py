@@ -96,13 +96,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def first_rank_first(function):
-    """Call ``function`` on rank 0 and then, done there, on the others, which find what it wrote."""
-    if rank() == 0:
-        result = function()
-    barrier()
-    if rank() != 0:
-        result = function()
+def wait_for_first(function):
+    """Call ``function`` on rank 0 alone, and return its result there; the others wait, for hours
+    if need be (a pass over all captions of HowTo100M), and get None."""
+    if world() == 1:
+        return function()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    result = function() if rank() == 0 else None
+    dist.barrier(group)
+    dist.destroy_process_group(group)
     return result
 
 

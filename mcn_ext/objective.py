@@ -88,7 +88,13 @@ class Objective(nn.Module):
     def temperature(self) -> float | Tensor:
         if self.log_scale is None:
             return self.fixed_temperature
-        return (-self.log_scale.clamp(max=math.log(LARGEST_SCALE))).exp()
+        return (-self.log_scale).exp()
+
+    @torch.no_grad()
+    def limit_temperature(self) -> None:
+        """Keep a learnt temperature at or above 1 / LARGEST_SCALE; call after the optimiser."""
+        if self.log_scale is not None:
+            self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
     def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping

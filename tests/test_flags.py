@@ -81,6 +81,7 @@ def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
         (("--data", "gone.h5"), "--data gone.h5: no such store"),
         (("--data", "x.h5", "--word2vec", "gone.bin"), "--word2vec gone.bin: no such file"),
         (("--data", "x.h5", "--out", "x.h5"), "--out x.h5: a file, not a folder"),
+        (("--learn_temperature", "--temperature", 0.005), "a learnt one is at least 0.01"),
     ):
         with pytest.raises(SystemExit, match=message):
             parse(*words)
@@ -93,6 +94,11 @@ def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     args = STAGE2.get_args(["--add", "T", "--temperature", "0.3"], first)
     assert (args.data, args.min_time, args.temperature) == (Path("x.h5"), 0.5, 0.3)
     assert (args.epochs, args.preset, args.demo) == (10, "paper", False)
+    # A text encoder knows the vectors that it learnt with, whatever lies there now.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/word2vec.bin").touch()
+    for pair, words in (("AT", None), ("AV", Path("data/word2vec.bin"))):
+        assert STAGE2.get_args(["--add", "V"], first | {"pair": pair}).word2vec == words
     # Another similarity has another scale.
     assert STAGE2.get_args(["--add", "T", "--similarity", "dot"], first).temperature == 1.0
 

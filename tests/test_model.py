@@ -167,5 +167,6 @@ def test_a_learnt_temperature_is_a_parameter_within_limits():
     slope = (b - a) / (math.log(1 / 0.201) - math.log(1 / 0.2))
     assert float(scale.grad) == pytest.approx(slope, rel=0.02) and not list(fixed.parameters())
     with torch.no_grad():
-        scale.fill_(9.0)  # 1 / temperature is at most 100
+        scale.fill_(9.0)
+    learnt.limit_temperature()  # 1 / temperature is at most 100
     assert float(learnt.temperature) == pytest.approx(0.01)

@@ -167,6 +167,15 @@ def set_random_state(states: list[dict], device: torch.device) -> None:
 _locks: dict[Path, TextIO] = {}  # held until this process ends, however it ends
 
 
+def _release_locks() -> None:
+    for file in _locks.values():
+        file.close()
+
+
+# A process that reads ahead outlives a killed run for seconds, and would keep its lock.
+os.register_at_fork(after_in_child=_release_locks)
+
+
 def lock(folder: Path) -> None:
     """Keep a run folder for this process. All ranks call this. SystemExit if another process has
     it: its host, number and time. (A lock of the operating system, on a file beside the folder.)"""
@@ -225,7 +234,16 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     if why := distributed.broadcast_object(why):
         raise SystemExit(why)
     if distributed.rank() != 0 and (folder / LATEST).exists():
-        content = load(folder / LATEST)  # what rank 0 has found good
+        try:
+            content = load(folder / LATEST)  # what rank 0 has found good
+        except SystemExit as error:
+            say(str(error))
+    seen = distributed.gather_objects(content and (content["run_id"], content["step"]))
+    if any(other != seen[0] for other in seen):
+        raise SystemExit(
+            f"ranks see different checkpoints in {folder}: put --out on a disk that all of them "
+            "share, and start them in the same folder"
+        )
     if content is None:
         return None
     if "training" not in content:

@@ -187,8 +187,14 @@ def find_data(data: Path | None, preset: str | None) -> tuple[Path, str, bool]:
     return data, preset or ("demo" if demo else "paper"), demo
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """SystemExit for what cannot work, before anything is read; the default of --word2vec."""
+def check(args: argparse.Namespace, own_words: bool = True) -> None:
+    """SystemExit for what cannot work, before anything is read; the default of --word2vec, unless
+    words are another run's (``own_words`` False)."""
+    if args.learn_temperature and args.temperature < 0.01:
+        raise SystemExit(
+            f"--temperature {args.temperature} with --learn_temperature: a learnt one is at least "
+            "0.01; start there or above"
+        )
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise SystemExit(f"--out {args.out}: a file, not a folder; give another")
     if not args.demo and not args.data.exists():
@@ -196,6 +202,8 @@ def check_paths(args: argparse.Namespace) -> None:
             f"--data {args.data}: no such store; prepare one with python -m mcn_ext.prepare, or "
             "check the path"
         )
+    if not own_words:
+        return
     if args.word2vec is None and WORD2VEC.exists() and not args.demo:
         args.word2vec = WORD2VEC
     if args.word2vec is not None and not args.word2vec.is_file():

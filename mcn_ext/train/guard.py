@@ -166,7 +166,7 @@ class Guard:
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.remembered)
         self.skipped += 1
-        named = list(self.model.named_parameters())
+        named = [*self.model.named_parameters(), *self.objective.named_parameters()]
         gradients = some(not_finite((name, p.grad) for name, p in named))
         scale = self.scaler.get_scale()
         if why == GRADIENT and self.scaler.is_enabled():
@@ -245,6 +245,7 @@ class Guard:
                 "sizes": self.model.sizes,
                 "model": self.model.state_dict(),
                 "centroids": clusters.centroids if clusters is not None else None,
+                "objective": self.objective.state_dict(),
             }
         if rank == 0:
             for old in find_dumps(self.folder)[: 1 - MAX_DUMPS]:

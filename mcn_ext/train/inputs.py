@@ -31,7 +31,7 @@ def open_store(args: argparse.Namespace, modalities: str) -> Store:
             from mcn_ext.prepare import demo
 
             say(DEMO_BANNER)
-            distributed.first_rank_first(
+            distributed.wait_for_first(
                 lambda: demo.is_there(flags.DEMO) or demo.prepare(flags.DEMO)
             )
         store = Store(args.data)
@@ -66,8 +66,9 @@ def check_widths(store: Store, sizes: dict, flag: str) -> None:
         )
 
 
-def check_batch_size(args: argparse.Namespace, n_videos: int) -> None:
+def check_batch_size(args: argparse.Namespace, store: Store) -> None:
     """SystemExit if a batch does not fit the data or the ranks."""
+    n_videos = int((store.caption_counts() > 0).sum())
     if args.batch_size > n_videos:
         raise SystemExit(
             f"--batch_size {args.batch_size}: {args.data} has {n_videos} videos with captions; use "
@@ -147,9 +148,7 @@ def open_words(
         words.save(kept)
         return words
 
-    words = find() if distributed.rank() == 0 else None
-    distributed.barrier()
-    return words or WordVectors.load(kept)
+    return distributed.wait_for_first(find) or WordVectors.load(kept)
 
 
 def warn_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> None:

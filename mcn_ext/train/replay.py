@@ -65,7 +65,10 @@ def build(dump: dict) -> tuple[MCN, Objective]:
         model.freeze([name for name in names if name != MODALITIES[args["add"]].name])
     model.train()
     trained = [name for name in names if name not in model.frozen]
-    objective = Objective(names, trained, **{name: args[name] for name in OBJECTIVE})
+    options = {name: args[name] for name in OBJECTIVE}
+    learnt = dump.get("objective", {})
+    objective = Objective(names, trained, learn_temperature=bool(learnt), **options)
+    objective.load_state_dict(learnt)
     if objective.clusters:
         objective.clusters.centroids = dump["centroids"]
     return model, objective
