@@ -6,7 +6,7 @@ from tests.conftest import ROOT
 
 RING = {"data": 1, "train": 2, "evaluation": 3, "prepare": 3, "study": 4}  # mathematics: 0
 COMMANDS = {"store", "search", "report", "__main__", "__init__"}
-# Both when they are called: load_published is the model's by contract, demo data are made if needed.
+# Imported when called: load_published is the model's by contract, demo data are made if needed.
 LATE = {("model", "prepare.published"), ("train.inputs", "prepare.demo")}
 
 
