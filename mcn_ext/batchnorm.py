@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mcn_ext import distributed
 
@@ -51,7 +50,8 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     scale, shift = scale.to(wide), shift.to(wide)
     zero = torch.zeros_like(scale)
-    return F.batch_norm(x, zero, zero + 1, scale, shift, eps=0.0)
+    # Not F.batch_norm: in torch 2.11 it refuses eps 0.
+    return torch.batch_norm(x, scale, shift, zero, zero + 1, False, 0.0, 0.0, True)
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from mcn_ext import ops, reference
@@ -94,7 +95,7 @@ def test_terms_may_be_changed_in_place(device, mode):
 @pytest.mark.slow
 def test_a_compiled_call_takes_any_number_of_rows(device, mode):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(contrastive(), fullgraph=True, backend=counter)
     for n in (5, 9, 17, 33):
         rows = embeddings(n, 3, device=device)
