@@ -19,8 +19,8 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 # ------------------------------------------------------------------------------------------ flags
-# The defaults below are the published experiment. The demo preset is a small one: two minutes on
-# two CPU cores.
+# Sizes, weights and schedule below are the published experiment's; similarity and temperature are
+# not: the published objective is --similarity dot. The demo preset is small, for two CPU cores.
 DEMO = dict(
     batch_size=16,
     n_pair=8,
@@ -377,6 +377,7 @@ def main(argv=None):
             log.waited += time.perf_counter() - waiting
             batch = to_device(batch, device, word_vectors)
             for group in optimizer.param_groups:
+                # Skipped steps do not move the schedule.
                 group["lr"] = learning_rate(step - guard.skipped)
             guard.remember()  # BatchNorm's statistics, should the step be undone
 
@@ -391,7 +392,7 @@ def main(argv=None):
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
-            if why:
+            if why:  # no optimiser step; skip() restores BatchNorm and the scaler
                 row = guard.skip(step, why, terms, flags.as_dict(args))
                 log.skipped(step, epoch, n_clips, row)
                 guard.give_up(step)
@@ -419,7 +420,7 @@ def main(argv=None):
         save(epoch_done=epoch if step % sampler.steps_per_epoch == 0 else None)
 
     log.close()
-    if stopped and step < last_step:
+    if stopped and step < last_step:  # end() leaves the program
         stop.end(f"{folder} is saved at step {step} of {total_steps}; run the same command again")
     if rank == 0:
         curves(folder)

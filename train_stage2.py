@@ -417,6 +417,7 @@ def main(argv=None):
             log.waited += time.perf_counter() - waiting
             batch = to_device(batch, device, word_vectors)
             for group in optimizer.param_groups:
+                # Skipped steps do not move the schedule.
                 group["lr"] = learning_rate(step - guard.skipped)
             guard.remember()  # BatchNorm's statistics, should the step be undone
 
@@ -431,7 +432,7 @@ def main(argv=None):
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
-            if why:
+            if why:  # no optimiser step; skip() restores BatchNorm and the scaler
                 row = guard.skip(step, why, terms, flags.as_dict(args))
                 log.skipped(step, epoch, n_clips, row)
                 guard.give_up(step)
@@ -459,7 +460,7 @@ def main(argv=None):
         save(epoch_done=epoch if step % sampler.steps_per_epoch == 0 else None)
 
     log.close()
-    if stopped and step < last_step:
+    if stopped and step < last_step:  # end() leaves the program
         stop.end(f"{folder} is saved at step {step} of {total_steps}; run the same command again")
     if rank == 0:
         curves(folder)

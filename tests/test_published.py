@@ -187,6 +187,7 @@ def begin(tmp_path, store_path, monkeypatch):
 
 
 def test_a_run_folder(begin, tmp_path, capsys):
+    pytest.importorskip("gensim")  # reads words.txt
     assert begin("mcn.pth", "--out", "run") == 0
     said = capsys.readouterr().out
     assert "modalities AVT" in said and "unused:     classification.weight" in said
