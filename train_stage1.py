@@ -219,6 +219,7 @@ def main(argv=None):
         make_loader,
         to_device,
     )
+    from mcn_ext.modalities import streams_of
     from mcn_ext.model import MCN
     from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs
@@ -251,11 +252,9 @@ def main(argv=None):
         inputs.open_words(args, store, None, folder, bool(resumed)) if "T" in args.pair else None
     )
     word_vectors = torch.from_numpy(words.vectors).to(device) if words else None
-    video_dims = inputs.video_dims(store)
     reader = ClipReader(
         store,
-        video_streams=tuple(video_dims) if "V" in args.pair else (),
-        audio="A" in args.pair,
+        args.pair,
         words=words,
         audio_frames=args.audio_frames,
         audio_augment=args.audio_augment,
@@ -272,7 +271,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = MCN(
         args.pair,
-        video_dims=video_dims,
+        video_dims=streams_of("V", store.dims),
         word_dim=words.dim if words else 300,
         embd_dim=args.embd_dim,
         recon_dim=args.recon_dim if args.recon_weight else 0,

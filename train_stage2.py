@@ -239,7 +239,7 @@ def main(argv=None):
         make_loader,
         to_device,
     )
-    from mcn_ext.modalities import MODALITIES
+    from mcn_ext.modalities import MODALITIES, streams_of
     from mcn_ext.model import MCN
     from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs
@@ -278,18 +278,18 @@ def main(argv=None):
     name = f"stage2-{pair}_{args.add}{'-demo' if args.demo else ''}"
     folder = args.out or Path("runs") / name
     inputs.check_gensim(args, init, folder)
-    store = inputs.open_store(args, modalities)
-    inputs.check_widths(store, start["sizes"], "--data")
+    video_dims = start["sizes"]["video_dims"] if "V" in pair else None
+    store = inputs.open_store(args, modalities, video_dims)
+    video_dims = video_dims or streams_of("V", store.dims)
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
     words = inputs.open_words(args, store, init, folder, bool(resumed))
     word_vectors = torch.from_numpy(words.vectors).to(device)
-    video_dims = start["sizes"]["video_dims"] if "V" in pair else inputs.video_dims(store)
     reader = ClipReader(
         store,
-        video_streams=tuple(video_dims),
-        audio=True,
+        modalities,
+        video_streams=video_dims,
         words=words,
         audio_frames=args.audio_frames,
         audio_augment=args.audio_augment,

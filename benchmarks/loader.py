@@ -189,8 +189,8 @@ def measure(args, folder: Path) -> list[dict]:
     device = torch.device(args.device)
     reader = data.ClipReader(
         store,
+        "AV",
         video_streams=("2d", "3d"),
-        audio=True,
         words=words,
         audio_frames=FRAMES,
         max_words=MAX_WORDS,

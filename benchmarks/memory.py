@@ -29,7 +29,8 @@ import train_stage1  # noqa: E402
 from mcn_ext import batchnorm  # noqa: E402
 from mcn_ext.data.batch import to_device  # noqa: E402
 from mcn_ext.evaluation.metrics import markdown  # noqa: E402
-from mcn_ext.model import MCN, MODALITIES  # noqa: E402
+from mcn_ext.modalities import BY_NAME, MODALITIES  # noqa: E402
+from mcn_ext.model import MCN  # noqa: E402
 from mcn_ext.objective import Objective  # noqa: E402
 from mcn_ext.train.guard import Guard  # noqa: E402
 
@@ -62,7 +63,7 @@ def clips(args, n: int, short: float, words: int) -> dict:
         "caption_id": torch.arange(n),
     }
     batch |= {f"video.{name}": torch.empty(n, 2048, dtype=torch.float16) for name in ("2d", "3d")}
-    batch |= {f"valid.{name}": torch.ones(n, dtype=torch.bool) for name in MODALITIES.values()}
+    batch |= {f"valid.{name}": torch.ones(n, dtype=torch.bool) for name in BY_NAME}
     return {name: x.pin_memory() for name, x in batch.items()}
 
 
@@ -94,11 +95,11 @@ def measure(
             checkpoint_activations=checkpoint,
         ).to(DEVICE)
         if added:
-            model.freeze(MODALITIES[letter] for letter in pair)
+            model.freeze(MODALITIES[letter].name for letter in pair)
         model.train()
         objective = Objective(
             model.modalities,
-            [MODALITIES[letter] for letter in added or pair],
+            [MODALITIES[letter].name for letter in added or pair],
             temperature=args.temperature,
             similarity=args.similarity,
             recon_weight=args.recon_weight,

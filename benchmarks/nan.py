@@ -125,7 +125,7 @@ class Digits:
         from mcn_ext.data.store import Store
 
         store = Store(path)
-        reader = ClipReader(store, video_streams=("2d", "3d"), audio=True, audio_frames=400)
+        reader = ClipReader(store, "AV", video_streams=("2d", "3d"), audio_frames=400)
         items = []
         for video in np.flatnonzero(store.caption_counts()):
             _, start, end = store.caption_times(int(video))

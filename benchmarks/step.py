@@ -158,8 +158,8 @@ class Clips:
         self.words, self.store = WordVectors(texts, vectors, "random"), store
         reader = ClipReader(
             store,
+            "AV",
             video_streams=tuple(args.dims),
-            audio=True,
             words=self.words,
             audio_frames=args.audio_frames,
             max_words=20,

@@ -9,21 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mcn_ext.encoders import GatedUnit, ResDAVEnet, SentenceMaxPool, reconstruction_head
-
-MODALITIES = {"A": "audio", "V": "video", "T": "text"}
-# What belongs to a modality, by the published names.
-MODULES = {
-    "video": ("GU_video", "recon_v"),
-    "audio": ("DAVEnet", "GU_audio", "DAVEnet_projection", "recon_a"),
-    "text": ("text_pooling_caption", "GU_text_captions", "recon_t"),
-}
+from mcn_ext.modalities import BY_NAME, MODALITIES
 
 
 class MCN(nn.Module):
     """Video, audio and text encoders into one space; only the modalities asked for exist.
 
     Args:
-        modalities: letters out of "AVT".
+        modalities: letters of :data:`.MODALITIES`.
         video_dims: stream name -> width, in the order the streams are concatenated.
         word_dim, embd_dim, recon_dim: widths of words, joint space, reconstruction heads (0: none).
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
@@ -51,7 +44,7 @@ class MCN(nn.Module):
             recon_dim=recon_dim,
             audio_width=audio_width,
         )
-        self.modalities = [MODALITIES[letter] for letter in modalities]
+        self.modalities = [MODALITIES[letter].name for letter in modalities]
         self.frozen: list[str] = []
 
         def head(dim):
@@ -86,8 +79,9 @@ class MCN(nn.Module):
         return self
 
     def _frozen_modules(self) -> list[nn.Module]:
-        modules = [getattr(self, name) for modality in self.frozen for name in MODULES[modality]]
-        return [module for module in modules if module is not None]
+        names = [name for modality in self.frozen for name in BY_NAME[modality].modules]
+        # Without a reconstruction loss there are no heads.
+        return [module for name in names if (module := getattr(self, name)) is not None]
 
     def _video(self, batch) -> tuple[Tensor, Tensor]:
         # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.
@@ -113,7 +107,7 @@ class MCN(nn.Module):
     def embed(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor | None]:
         """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality."""
         features, embedding = self.encode(modality, batch)
-        head = getattr(self, MODULES[modality][-1])
+        head = getattr(self, BY_NAME[modality].modules[-1])
         if head is None or modality in self.frozen:
             return embedding, None
         return embedding, (head(embedding).float() - features.detach().float()).square().mean(dim=1)

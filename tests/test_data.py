@@ -46,7 +46,7 @@ def test_clips_differ_while_there_are_enough_and_repeat_with_the_same_id():
 def test_reader_cuts_and_marks_what_is_not_there(store_path):
     store = Store(store_path)
     reader = ClipReader(
-        store, video_streams=("2d", "3d"), audio=True, words=VECTORS, audio_frames=150, max_words=2
+        store, "AV", video_streams=("2d", "3d"), words=VECTORS, audio_frames=150, max_words=2
     )
     out = reader.read(0, [(1, 1), (2, 3)])
     rows = store.clips(0, "2d", [2.0], [3.9])[0]
@@ -84,7 +84,7 @@ def test_constant_and_broken_sound_is_not_valid(tmp_path):
         [0.9, 1.9, 2.9, 3.9],
         list("abcd"),
     )
-    reader = ClipReader(Store(writer.close()), video_streams=("2d",), audio=True)
+    reader = ClipReader(Store(writer.close()), "AV", video_streams=("2d",))
     out = reader.read(0, [(i, i) for i in range(4)])
     assert out["valid.audio"].tolist() == [False, True, False, False]
     assert out["valid.video"].tolist() == [True, False, True, True]
@@ -101,8 +101,8 @@ def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
     def batches(workers, epoch, start=0, seed=0):
         reader = ClipReader(
             Store(store_path),
+            "AV",
             video_streams=("2d",),
-            audio=True,
             words=VECTORS,
             audio_frames=100,
             audio_augment=1.0,

@@ -133,7 +133,7 @@ def test_ten_hours_of_sound_are_not_copied_for_every_clip(tmp_path):
     writer = StoreWriter(tmp_path / "s.h5", {"mel": STREAMS["mel"]}, "test")
     mel = np.arange(36_000)[:, None] % 77 - np.arange(40.0)
     writer.add("a", {"mel": mel}, [0], [36_000], ["x"])
-    clip = ClipReader(Store(writer.close()), audio=True, audio_frames=100).read(0, [(0, 0)])
+    clip = ClipReader(Store(writer.close()), "A", audio_frames=100).read(0, [(0, 0)])
     assert clip["audio"].shape == (1, 40, 100) and clip["valid.audio"].all()
     np.testing.assert_array_equal(clip["audio"][0].T, mel[:100].astype(np.float16))
 
@@ -160,7 +160,7 @@ def test_no_file_stays_open_over_epochs_shards_and_workers(tmp_path, monkeypatch
     monkeypatch.setattr("mcn_ext.data.store.MAX_OPEN", 3)
     store = Store(write_store(tmp_path / "shards", n_videos=12, shard_mib=0.01))
     assert len(store.files) > 6 and len(store.ids()) == 12  # opened here, then forked
-    reader = ClipReader(store, video_streams=("2d",))
+    reader = ClipReader(store, "V", video_streams=("2d",))
     clips = CountingClips(reader, n_pair=2, min_time=1.0, seed=0)
     sampler, counts, here = ClipSampler(len(clips), 4, 0), [], []
     loader = make_loader(clips, sampler, workers, torch.device("cpu"))

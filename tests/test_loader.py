@@ -158,8 +158,8 @@ def test_batches_are_those_of_a_simple_loader(tmp_path, workers, augment, name):
     assert (len(store.files) > 1) == (name == "shards")
     reader = ClipReader(
         store,
+        "AV",
         video_streams=("2d", "3d"),
-        audio=True,
         words=VECTORS,
         audio_frames=FRAMES,
         max_words=N_WORDS,
@@ -204,8 +204,8 @@ def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
     """By the bytes that a worker's batch has: clips of 190 frames, of which 128 are used."""
     reader = ClipReader(
         Store(store_path),
+        "AV",
         video_streams=("2d", "3d"),
-        audio=True,
         audio_frames=128,
         audio_augment=augment,
     )
@@ -271,7 +271,7 @@ def test_workers_end_with_their_run(store_path, end):
         import os, torch
         from mcn_ext.data.clips import *
         from mcn_ext.data.store import Store
-        clips = TrainingClips(ClipReader(Store({str(store_path)!r}), audio=True),
+        clips = TrainingClips(ClipReader(Store({str(store_path)!r}), "A"),
                               n_pair=2, min_time=1, seed=0)
         loader = make_loader(clips, ClipSampler(10, 2, 0), 2, torch.device("cpu"))
         next(iter(loader))

@@ -247,8 +247,8 @@ def test_evaluation_and_search(begin, eval_path, store_path, tmp_path):
     with np.load("mcn/youcook2.npz") as file:
         kept = file["embedding:audio"][:3]
     # The original, on the clips padded with zeros as it was evaluated.
-    store, read = Store(eval_path), dict(audio=True, words=None, max_words=20, audio_frames=5120)
-    reader = ClipReader(store, video_streams=("2d", "3d"), **read)
+    store, read = Store(eval_path), dict(words=None, max_words=20, audio_frames=5120)
+    reader = ClipReader(store, "AV", video_streams=("2d", "3d"), **read)
     net, rows = original(), []
     with torch.inference_mode():
         for i in range(3):

@@ -367,7 +367,7 @@ def test_a_second_run_in_a_folder_ends_at_once(tmp_path, store_path):
 
 
 def test_processes_that_read_ahead_outlive_signals(store_path):
-    reader = data.ClipReader(Store(store_path), audio=True)
+    reader = data.ClipReader(Store(store_path), "A")
     clips = data.TrainingClips(reader, n_pair=2, min_time=1, seed=0)
     loader = data.make_loader(clips, data.ClipSampler(10, 2, 0), 1, torch.device("cpu"))
     batches = iter(loader)

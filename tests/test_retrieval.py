@@ -96,5 +96,5 @@ def test_clips_of_the_bank_come_from_all_over_the_store(store_path):
     assert sum(len(spans) for _, spans in clips) == 6 and len({v for v, _ in clips}) == 6
     assert clips[0][0] == 0 and clips[-1][0] == len(store) - 1
     assert sum(len(spans) for _, spans in retrieval.some_clips(store, 25, 0.0)) == 25
-    reader = ClipReader(store, video_streams=("2d", "3d"))
+    reader = ClipReader(store, "V", video_streams=("2d", "3d"))
     assert len(reader.read(*clips[0])["clip_id"]) == len(clips[0][1])

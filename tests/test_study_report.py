@@ -10,11 +10,11 @@ import torch
 
 from mcn_ext import report as report_command
 from mcn_ext.evaluation.metrics import ranks, summarize
+from mcn_ext.modalities import MODALITIES
 from mcn_ext.reference import unit_rows
 from mcn_ext.study import report
 from mcn_ext.study.statistics import (
     MAIN,
-    MODALITIES,
     Study,
     StudyError,
     paired_bootstrap,
@@ -37,7 +37,7 @@ def write_run(folder, letters, quality, content, seed, steps, lr=0.002):
     """A run folder as training and evaluation leave it; ``quality``: signal to noise."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    names, n = [MODALITIES[letter] for letter in letters], len(content)
+    names, n = [MODALITIES[letter].name for letter in letters], len(content)
     args = {"batch_size": 16, "n_pair": 8, "cluster_size": 64, "lr": lr, "seed": seed}
     args |= {"data": "x.h5", "epochs": 3, "temperature": 0.1}
     (folder / "args.json").write_text(json.dumps(args))

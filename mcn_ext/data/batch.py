@@ -41,7 +41,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | No
     ``table`` (V, dim): word vectors. "video.2d" becomes out["video"]["2d"]. ``n_frames`` stays on
     the host, where the encoder needs it: asking a GPU for it would wait for all queued kernels.
     """
-    out: dict = {"valid": {}, "video": {}}
+    out: dict = {}
     for key, value in batch.items():
         if key != "n_frames":
             value = value.to(device, non_blocking=True)
@@ -52,7 +52,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | No
             value = value.to(torch.float32, memory_format=torch.contiguous_format)
         group, _, name = key.partition(".")
         if name:
-            out[group][name] = value
+            out.setdefault(group, {})[name] = value
         else:
             out[key] = value
     if "words" in out:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from mcn_ext import distributed
 from mcn_ext.data.batch import collate, to_device  # noqa: F401
 from mcn_ext.data.store import N_MELS, Store
 from mcn_ext.data.words import WordVectors
+from mcn_ext.modalities import MODALITIES, streams_of
 
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
 SILENCE_DB = 0.1
@@ -104,27 +105,55 @@ def is_silent(mel: np.ndarray) -> bool:
     return not SILENCE_DB < high - low < np.inf  # also where it is NaN
 
 
+def lacking_streams(
+    dims: Mapping[str, int], modalities: str, video_dims: Mapping[str, int] | None = None
+) -> str:
+    """What ``modalities`` read and a store of ``dims`` (stream -> width) lacks; "" if nothing.
+
+    video_dims: what the model's video encoder takes; None: any video streams will do.
+    """
+    there = "only " + ", ".join(dims)
+    found = [
+        f"no stream {name!r} for {MODALITIES[letter].name} in it, {there}"
+        for letter in modalities
+        for name in MODALITIES[letter].streams
+        if name not in dims
+    ]
+    if "V" in modalities and not streams_of("V", dims):
+        found.append(f"no video stream in it, {there}")
+    elif "V" in modalities:
+        found += [
+            f"{name} is {dims.get(name, 'missing')}, the model was trained on {dim}"
+            for name, dim in (video_dims or {}).items()
+            if dims.get(name) != dim
+        ]
+    return "; ".join(found)
+
+
 class ClipReader:
     """Clips of a store as arrays, in the sizes the model was built for.
 
     Args:
-        video_streams: names to read. audio: read ``mel``. words: vectors to look captions up in.
+        modalities: letters of what is read. words: vectors to look captions up in, for "T".
+        video_streams: names to read for "V" (all but the other modalities').
         audio_frames: at most so many frames of a clip (10 ms each) are used.
         audio_augment: strength of :func:`perturb_voice` when clips are read for training.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: Store | None,
+        modalities: str = "",
         *,
-        video_streams: tuple[str, ...] = (),
-        audio: bool = False,
+        video_streams: Iterable[str] | None = None,
         words: WordVectors | None = None,
         audio_frames: int = 1000,
         max_words: int = 20,
         audio_augment: float = 0.0,
     ):
-        self.store, self.video_streams, self.audio = store, tuple(video_streams), audio
+        self.store, self.modalities, self.video_streams = store, modalities, ()
+        if "V" in modalities and store is not None:
+            self.video_streams = tuple(video_streams or streams_of("V", store.dims))
         self.words, self.audio_frames, self.max_words = words, audio_frames, max_words
         self.audio_augment = audio_augment
 
@@ -144,6 +173,16 @@ class ClipReader:
             out |= self.look_up([" ".join(texts[a : b + 1]) for a, b in spans])
         return out
 
+    def pooled(
+        self, video: int, stream: str, begin: np.ndarray, stop: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Maxima over time of a stream from ``begin`` to ``stop`` (n,) s, (n, dim) float16, and
+        which of them can be used (n,) bool: not those without rows or with a NaN, which are 0."""
+        features = maxima(self.store.clips(video, stream, begin, stop), self.store.dims[stream])
+        usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
+        features[~usable] = 0  # 0 * NaN would reach the gradients of all rows
+        return features, usable
+
     def cut(
         self,
         video: int,
@@ -157,16 +196,12 @@ class ClipReader:
         that was perturbed is float32. ``audio`` (n, 40, frames) is a view of (n, frames, 40).
         """
         out = {}
-        if self.video_streams:
+        if "V" in self.modalities:
             out["valid.video"] = np.ones(len(begin), bool)
             for name in self.video_streams:
-                clips = self.store.clips(video, name, begin, stop)
-                features = maxima(clips, self.store.dims[name])
-                usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
-                features[~usable] = 0
+                out[f"video.{name}"], usable = self.pooled(video, name, begin, stop)
                 out["valid.video"] &= usable
-                out[f"video.{name}"] = features
-        if self.audio:
+        if "A" in self.modalities:
             clips = self.store.clips(video, "mel", begin, stop)
             # A caption may last ten hours: 3.6 million frames, of which audio_frames are used.
             clips = [clip[: 16 * self.audio_frames] for clip in clips]
@@ -305,7 +340,7 @@ def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str
     if not workers or not os.path.isdir("/dev/shm"):
         return ""
     n_bytes = 2 * sum(reader.store.dims[name] for name in reader.video_streams)  # float16
-    if reader.audio:
+    if "A" in reader.modalities:
         n_bytes += (4 if reader.audio_augment else 2) * reader.audio_frames * N_MELS
     n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     one_each = n_ranks * (PREFETCH + 1) * n_clips * n_bytes

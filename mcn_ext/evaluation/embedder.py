@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext.data.batch import fill_up
-from mcn_ext.data.clips import ClipReader, collate, to_device
+from mcn_ext.data.clips import ClipReader, collate, lacking_streams, to_device
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
@@ -51,18 +51,12 @@ class Embedder:
 
     def check(self, store: Store, flag: str) -> None:
         """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
-        wrong = [
-            f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
-            for name, dim in self.sizes["video_dims"].items()
-            if "video" in self.model.modalities and store.dims.get(name) != dim
-        ]
-        if wrong:
+        sizes = self.sizes
+        if lack := lacking_streams(store.dims, sizes["modalities"], sizes["video_dims"]):
             raise SystemExit(
-                f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features the run "
-                "was trained on, or use another run"
+                f"{flag} {store.path}: {lack}. Prepare it with the features the run was trained "
+                "on, or use another run"
             )
-        if "A" in self.sizes["modalities"] and "mel" not in store.dims:
-            raise SystemExit(f"{flag} {store.path}: no stream 'mel' for the run's audio in it")
 
     def learn_words(self, store: Store, more: Iterable[str] = ()) -> None:
         """Also the words of a store's captions and of ``more`` texts, from the word2vec file; what
@@ -81,11 +75,10 @@ class Embedder:
     def _reader(
         self, store: Store | None, words: WordVectors | None, audio_frames: int = AUDIO_FRAMES
     ) -> ClipReader:
-        modalities = self.sizes["modalities"]
         return ClipReader(
             store,
-            video_streams=tuple(self.sizes["video_dims"]) if "V" in modalities else (),
-            audio="A" in modalities,
+            self.sizes["modalities"],
+            video_streams=self.sizes["video_dims"],
             words=words,
             max_words=self.args.get("max_words", 20),
             audio_frames=audio_frames,

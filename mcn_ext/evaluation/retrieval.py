@@ -15,9 +15,9 @@ from torch import Tensor
 from mcn_ext.data.clips import draw_spans
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.evaluation.metrics import check_finite, ranks
+from mcn_ext.modalities import BY_NAME
 from mcn_ext.reference import unit_rows
 
-ORDER = ("video", "audio", "text")
 MAIN = ("text->video+audio", "text->video", "text->audio", "audio->video")
 
 
@@ -30,7 +30,7 @@ Clips = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 def directions(modalities: Iterable[str]) -> list[str]:
     """All "queries->candidates" of disjoint sets of modalities, the customary ones first."""
-    names = [name for name in ORDER if name in set(modalities)]
+    names = [name for name in BY_NAME if name in set(modalities)]
     sets = [chosen for n in (1, 2) for chosen in combinations(names, n)]
     found = [
         f"{'+'.join(queries)}->{'+'.join(candidates)}"

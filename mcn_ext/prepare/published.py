@@ -23,7 +23,8 @@ from torch import Tensor
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.unpickle import PLAIN
 from mcn_ext.data.words import WordVectors, tokenize, vectors_of
-from mcn_ext.model import MCN, MODALITIES, MODULES
+from mcn_ext.modalities import MODALITIES
+from mcn_ext.model import MCN
 from mcn_ext.prepare import require
 from mcn_ext.train import checkpoint, flags
 from mcn_ext.train.log import write_text
@@ -132,7 +133,7 @@ def _sizes(state: dict[str, Tensor], video_dims: Mapping[str, int] | None) -> di
         return state[name].shape[axis]
 
     modules = {name.split(".")[0] for name in state}
-    letters = "".join(m for m in "AVT" if modules & set(MODULES[MODALITIES[m]][:-1]))
+    letters = "".join(m for m in "AVT" if modules & set(MODALITIES[m].modules[:-1]))
     if not letters:
         raise ValueError(f"no published model in it; it has {_brief(state)}")
     sizes = {
@@ -143,7 +144,7 @@ def _sizes(state: dict[str, Tensor], video_dims: Mapping[str, int] | None) -> di
         "recon_dim": 0,
         "audio_width": 1.0,
     }
-    heads = [MODULES[MODALITIES[m]][-1] for m in letters]
+    heads = [MODALITIES[m].modules[-1] for m in letters]
     if modules.issuperset(heads):  # else all heads start anew
         sizes["recon_dim"] = size(f"{heads[0]}.0.weight", 0)
     if "A" in letters:
@@ -212,10 +213,10 @@ def read_published(
                 raise ValueError(f"{description}: another model; its embeddings would be wrong")
         asked = state
         if pair:
-            modules = [module for m in pair for module in MODULES[MODALITIES[m]]]
+            modules = [module for m in pair for module in MODALITIES[m].modules]
             asked = {name: t for name, t in state.items() if name.split(".")[0] in modules}
         sizes = _sizes(asked, video_dims)
-        if lacking := [MODALITIES[m] for m in pair or "" if m not in sizes["modalities"]]:
+        if lacking := [MODALITIES[m].name for m in pair or "" if m not in sizes["modalities"]]:
             raise ValueError(f"--pair {pair}: no {' and no '.join(lacking)} in it")
         used, missing = _fit(asked, sizes)
     except (ValueError, IndexError) as error:  # IndexError: a tensor of fewer axes

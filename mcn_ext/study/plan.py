@@ -24,13 +24,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mcn_ext.modalities import MODALITIES
 from mcn_ext.study import run
 from mcn_ext.train import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
-MODALITIES = {"A": "audio", "V": "video", "T": "text"}
 # Flags that change the objective: a variant with one of them gets a baseline of its own.
 OBJECTIVE = (
     "temperature learn_temperature margin similarity cluster_weight recon_weight cluster_size "
@@ -187,7 +187,7 @@ def training_flops(
         recon_dim=args.recon_dim if args.recon_weight else 0,
         audio_width=args.audio_width,
     )
-    model.freeze(MODALITIES[letter] for letter in frozen)
+    model.freeze(MODALITIES[letter].name for letter in frozen)
     model.train()
     n = 2  # BatchNorm needs more than one row
     batch = {

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.study.plan import BASELINE, MODALITIES
+from mcn_ext.modalities import MODALITIES
+from mcn_ext.study.plan import BASELINE
 from mcn_ext.train.diagnostics import signs_of_collapse
 from mcn_ext.train.log import read
 
@@ -333,7 +334,7 @@ class Study:
         rows = []
         for method in self.methods:
             runs = [run for run in self.of(method) if run.first]
-            a, b = (MODALITIES[letter] for letter in self.orders[method][:2])
+            a, b = (MODALITIES[letter].name for letter in self.orders[method][:2])
             for direction in (f"{a}->{b}", f"{b}->{a}"):
                 recalls = [[s.recall(direction) for s in run.stages] for run in runs]
                 recalls = [pair for pair in recalls if np.isfinite(pair).all()]

@@ -305,7 +305,7 @@ def find_run(runs: Path, stage: int | None = None, lacks: str = "") -> Path | No
     for wanted in (2, 1) if stage is None else (stage,):
         found = []
         for file in runs.glob(f"stage{wanted}-*/{LATEST}"):
-            match = re.fullmatch(r"stage\d-([AVT]+)(?:_([AVT]))?(?:-demo)?", file.parent.name)
+            match = re.fullmatch(r"stage\d-([A-Z]+)(?:_([A-Z]))?(?:-demo)?", file.parent.name)
             if not match:
                 continue  # moved aside (.1), or named by hand
             letters = match[1] + (match[2] or "")

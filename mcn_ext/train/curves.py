@@ -6,7 +6,9 @@ import sys
 from math import nan
 from pathlib import Path
 
-COLOURS = {"video": "tab:blue", "audio": "tab:orange", "text": "tab:green"}
+from mcn_ext.modalities import MODALITIES
+
+COLOURS = {row.name: row.colour for row in MODALITIES.values()}
 
 # A panel's title and the quantity it shows: one line for the key itself, or one for each key
 # "<quantity>_<modality or pair>".

@@ -34,11 +34,11 @@ def bad_rows(x: Tensor) -> Tensor:
 
 def _inputs(batch: Mapping, modality: str) -> list[Tensor]:
     """A modality's input tensors, padding words as zeros."""
-    if modality == "video":
-        return list(batch["video"].values())
-    if modality == "text":
-        return [batch["text"].masked_fill(~batch["text_mask"][..., None], 0)]
-    return [batch["audio"]]
+    x = batch[modality]
+    if isinstance(x, Mapping):
+        return list(x.values())
+    mask = batch.get(f"{modality}_mask")
+    return [x if mask is None else x.masked_fill(~mask[..., None], 0)]
 
 
 def find_clips(modalities: list[str], terms: Terms) -> list[dict]:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from mcn_ext import distributed
-from mcn_ext.data.clips import ClipReader, lack_of_shared_memory
+from mcn_ext.data.clips import ClipReader, lack_of_shared_memory, lacking_streams
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
-from mcn_ext.modalities import PAIRS
+from mcn_ext.modalities import MODALITIES, PAIRS
 from mcn_ext.objective import Objective
 from mcn_ext.train import flags
 from mcn_ext.train.log import say
@@ -24,8 +24,11 @@ DEMO_BANNER = "\n".join(
 WORDS = "words.npz"  # in a run folder
 
 
-def open_store(args: argparse.Namespace, modalities: str) -> Store:
-    """The training store (the demo's is made first). SystemExit if it lacks a stream."""
+def open_store(
+    args: argparse.Namespace, modalities: str, video_dims: dict[str, int] | None = None
+) -> Store:
+    """The training store (the demo's is made first). SystemExit if it lacks a stream, or has
+    another width than the model to start from (``video_dims``)."""
     try:
         if args.demo:
             from mcn_ext.prepare import demo
@@ -37,33 +40,10 @@ def open_store(args: argparse.Namespace, modalities: str) -> Store:
         store = Store(args.data)
     except (StoreError, OSError) as error:
         raise SystemExit(f"--data {error}") from None
-    streams = ", ".join(store.dims)
-    if "A" in modalities and "mel" not in store.dims:
-        raise SystemExit(f"--data {args.data}: no stream 'mel' for audio in it, only {streams}")
-    if "V" in modalities and not video_dims(store):
-        raise SystemExit(f"--data {args.data}: no video stream in it, only {streams}")
+    if lack := lacking_streams(store.dims, modalities, video_dims):
+        advice = ". Prepare it with the features the run was trained on" if video_dims else ""
+        raise SystemExit(f"--data {args.data}: {lack}{advice}")
     return store
-
-
-def video_dims(store: Store) -> dict[str, int]:
-    """Streams a video is embedded from, with their widths: all but the spectrogram."""
-    return {name: dim for name, dim in store.dims.items() if name != "mel"}
-
-
-def check_widths(store: Store, sizes: dict, flag: str) -> None:
-    """SystemExit if a model of ``sizes`` cannot read the store's video streams."""
-    if "V" not in sizes["modalities"]:
-        return
-    wrong = [
-        f"{name} is {store.dims.get(name, 'missing')}, the model was trained on {dim}"
-        for name, dim in sizes["video_dims"].items()
-        if store.dims.get(name) != dim
-    ]
-    if wrong:
-        raise SystemExit(
-            f"{flag} {store.path}: {'; '.join(wrong)}. Prepare it with the features the run was "
-            "trained on, or use another run"
-        )
 
 
 def check_batch_size(args: argparse.Namespace, store: Store) -> None:
@@ -85,14 +65,12 @@ def check_batch_size(args: argparse.Namespace, store: Store) -> None:
 
 def check_added(added: str, pair: str, init: Path) -> None:
     """SystemExit if the modality ``added`` cannot be added to the run ``init`` of ``pair``."""
-    if added not in pair and len(pair) == 2:
-        return
-    fits = " or ".join(f"--add {m}" for m in "AVT" if m not in pair and len(pair) == 2)
-    raise SystemExit(
-        f"--add {added}: {init} was trained on {pair}"
-        + (", it has that modality already" if added in pair else "")
-        + f"; use {fits + ' or ' if fits else ''}another --init"
-    )
+    if added in pair:
+        fits = [f"--add {letter}" for letter in MODALITIES if letter not in pair]
+        raise SystemExit(
+            f"--add {added}: {init} was trained on {pair}, it has that modality already; use "
+            + " or ".join([*fits, "another --init"])
+        )
 
 
 def check_word2vec(args: argparse.Namespace, start: dict, pair: str) -> None:
