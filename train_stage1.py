@@ -50,7 +50,11 @@ def get_parser():
         metavar="AV|VT|AT|AVT",
         help="modalities to align: A audio, V video, T text",
     )
-    add("--data", type=Path, help="store or folder of shards (data/howto100m.h5, else the demo)")
+    add(
+        "--data",
+        type=Path,
+        help="store, folder of shards, or demo: generated data (data/howto100m.h5, else demo)",
+    )
     add(
         "--word2vec",
         type=Path,
@@ -60,7 +64,7 @@ def get_parser():
     add(
         "--preset",
         choices=("paper", "demo"),
-        help="demo: small, for a CPU (paper if there is data)",
+        help="sizes; demo: small, for a CPU (demo for the demo data, else paper)",
     )
     add(
         "--n_pair",
@@ -222,7 +226,7 @@ def main(argv=None):
     from mcn_ext.modalities import streams_of
     from mcn_ext.model import MCN
     from mcn_ext.objective import Objective
-    from mcn_ext.train import checkpoint, inputs
+    from mcn_ext.train import checkpoint, inputs, memory
     from mcn_ext.train.curves import curves
     from mcn_ext.train.diagnostics import diagnose, signs_of_collapse
     from mcn_ext.train.guard import Guard
@@ -233,6 +237,7 @@ def main(argv=None):
     device = distributed.init(args.device)  # torchrun's or srun's rank; one process otherwise
     rank, world = distributed.rank(), distributed.world()
     args.n_ranks = world
+    inputs.check_ranks(args)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = args.precision or ("bf16" if bf16 else "fp32")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -245,6 +250,7 @@ def main(argv=None):
     if "T" in args.pair:
         inputs.check_gensim(args, None, folder)
     store = inputs.open_store(args, args.pair)
+    args.data_id = inputs.identify(store)  # a run goes on with the data that it began with
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
@@ -265,7 +271,9 @@ def main(argv=None):
     sampler = ClipSampler(len(clips), args.batch_size, args.seed)
     loader = make_loader(clips, sampler, workers, device)
     n_clips = args.batch_size * args.n_pair
-    inputs.warn_of_shared_memory(reader, n_clips // world, workers)
+    sample = inputs.read_sample(clips)  # what the checks before the first step look at
+    inputs.check_content(sample, store, words)
+    memory.warn_of_shared_memory(sample, n_clips // world, workers)
 
     # ------------------------------------------------------------------------ model and objective
     torch.manual_seed(args.seed)
@@ -280,6 +288,8 @@ def main(argv=None):
     if "audio" in model.modalities:
         model.DAVEnet.checkpoint_activations = args.checkpoint_activations
     model.train()
+    if device.type == "cpu":
+        memory.check(model, sample, n_clips // world, word_vectors)
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,
         trained=model.modalities,
@@ -304,11 +314,13 @@ def main(argv=None):
     if warmup_steps is None:
         warmup_steps = min(1000, math.ceil(total_steps / 10))
 
-    def learning_rate(step):  # linear warm-up, then half a cosine down to 0
+    peaks = [group["lr"] for group in optimizer.param_groups]  # a group may have a rate of its own
+
+    def learning_rate(step, peak):  # linear warm-up, then half a cosine down to 0
         if step < warmup_steps:
-            return args.lr * (step + 1) / warmup_steps
+            return peak * (step + 1) / warmup_steps
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return args.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
     # A step whose loss or gradient is not finite is undone, explained and counted: see guard.py.
     guard = Guard(model, objective, scaler, folder, describe=reader.describe)
@@ -319,7 +331,7 @@ def main(argv=None):
     if resumed:
         step, run_id, state = resumed["step"], resumed["run_id"], resumed["training"]
         model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_optimizer(folder, optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         guard.load_state_dict(state["guard"])
         objective.load_training_state(state, device)
@@ -346,7 +358,12 @@ def main(argv=None):
 
     hint = flags.next_command(folder, args.pair, named=bool(args.out))
     if step >= last_step:
-        say(f"{folder} is at step {step} of {total_steps}: nothing to do. {hint}")
+        if rank == 0 and not (folder / "curves.png").exists():  # killed before it was drawn
+            curves(folder)
+        say(
+            f"{folder} is at step {step} of {total_steps}: nothing to do. To train longer, start a "
+            f"run with more --epochs and another --out. {hint}"
+        )
         return distributed.finish()
 
     # ------------------------------------------------------------------------------ several ranks
@@ -375,9 +392,9 @@ def main(argv=None):
         for batch in loader:
             log.waited += time.perf_counter() - waiting
             batch = to_device(batch, device, word_vectors)
-            for group in optimizer.param_groups:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 # Skipped steps do not move the schedule.
-                group["lr"] = learning_rate(step - guard.skipped)
+                group["lr"] = learning_rate(step - guard.skipped, peak)
             guard.remember()  # BatchNorm's statistics, should the step be undone
 
             with autocast():
@@ -406,7 +423,8 @@ def main(argv=None):
                 if step % args.log_every == 0 or step == last_step:
                     row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
                     more = {"grad_norm": guard.norm, "skipped_steps": guard.skipped}
-                    more |= objective.statistics() | diagnose(objective, terms)
+                    more |= objective.statistics() | objective.parts(terms)
+                    more |= diagnose(objective, terms)
                     log.write(row, terms.scalars(), more)
                     if step > warmup_steps:  # new encoders map everything to much the same
                         log.warn_once(step, signs_of_collapse(more))

@@ -126,6 +126,24 @@ def gather_objects(value) -> list:
     return values
 
 
+def check_equal(what: str, mine: Mapping[str, object]) -> None:
+    """SystemExit, on every rank, that names the entries of ``mine`` in which ranks differ."""
+    everyone = gather_objects(dict(mine))
+    differences = []
+    for key in everyone[0]:
+        ranks: dict[str, list[int]] = {}
+        for number, entries in enumerate(everyone):
+            ranks.setdefault(str(entries.get(key)), []).append(number)
+        if len(ranks) > 1:
+            values = (f"{value} (rank {', '.join(map(str, n))})" for value, n in ranks.items())
+            differences.append(f"{key} {' / '.join(values)}")
+    if differences:
+        raise SystemExit(
+            f"ranks were started with unlike {what}: {'; '.join(differences)}. Start all of them "
+            "with the same"
+        )
+
+
 def broadcast(value: Tensor) -> None:
     """Overwrite a tensor, on every rank, with rank 0's."""
     if world() > 1:

@@ -178,17 +178,17 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def parts(self, terms: Terms) -> dict[str, float]:
-        """Every term by pair or modality, unweighted, for a report; all ranks call this."""
+        """Every term by pair or modality, unweighted, for the log; all ranks call this."""
         embeddings, batch, joint = terms.embeddings, terms.batch, terms.joint
         parts = {
-            f"contrastive {a}-{b}": self.losses(embeddings, batch, joint, [(a, b)], []).contrastive
+            f"contrastive_{a}_{b}": self.losses(embeddings, batch, joint, [(a, b)], []).contrastive
             for a, b in self.pairs
         }
         if self.clusters and self.clusters.centroids is not None:
             for name in self.trained:
-                parts[f"cluster {name}"] = self.losses(embeddings, batch, joint, [], [name]).cluster
+                parts[f"cluster_{name}"] = self.losses(embeddings, batch, joint, [], [name]).cluster
         for name, error in terms.errors.items():
-            parts[f"reconstruction {name}"] = self.reconstruction({name: error}, batch["valid"])
+            parts[f"reconstruction_{name}"] = self.reconstruction({name: error}, batch["valid"])
         return {
             name: float(distributed.total(value)) / distributed.world()
             for name, value in parts.items()

@@ -10,7 +10,6 @@ import atexit
 import hashlib
 import multiprocessing
 import os
-import shutil
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -329,30 +328,6 @@ def _end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def lack_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> str:
-    """A warning if the batches read ahead on this machine may not fit into /dev/shm, else "".
-
-    ``n_clips``: of a batch on a rank. A worker that finds no memory there ends with a bus error,
-    which names nothing.
-    """
-    if not workers or not os.path.isdir("/dev/shm"):
-        return ""
-    n_bytes = 2 * sum(reader.store.dims[name] for name in reader.video_streams)  # float16
-    if "A" in reader.modalities:
-        n_bytes += (4 if reader.audio_augment else 2) * reader.audio_frames * N_MELS
-    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    one_each = n_ranks * (PREFETCH + 1) * n_clips * n_bytes
-    needed, free = workers * one_each, shutil.disk_usage("/dev/shm").free
-    if needed <= free:
-        return ""
-    return (
-        f"--workers {workers} on {n_ranks} rank(s) keep up to {needed / 1e9:.2f} GB of batches in "
-        f"shared memory, and /dev/shm has {free / 1e9:.2f} GB free: a worker may end with a bus "
-        f"error. Use --workers {free // one_each}, or, in a container, docker run --shm-size "
-        f"{needed // 2**30 + 1}g"
-    )
 
 
 def default_workers(device: torch.device) -> int:

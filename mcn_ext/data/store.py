@@ -15,6 +15,7 @@ rows. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from bisect import bisect_right
@@ -107,6 +108,20 @@ class Store:
         """Length of a video, by the stream that goes on longest."""
         spans = [(self._at(video, name), rate) for name, rate in self.rates.items()]
         return max((last - first) / rate for (_, first, last), rate in spans)
+
+    def fingerprint(self) -> str:
+        """Tells whether two stores hold the same: a digest of ids, offsets and checksums."""
+        digest = hashlib.blake2b(repr((self.dims, self.rates)).encode(), digest_size=8)
+        digest.update("\0".join(self.ids()).encode())
+        for shard in self.shards:
+            for offset in shard.offsets.values():
+                digest.update(offset.tobytes())
+            with reading(shard.path), open_hdf5(shard.path) as file:
+                sums = [
+                    data.attrs.get("crc32") for group in file.values() for data in group.values()
+                ]
+            digest.update(repr(sums).encode())
+        return digest.hexdigest()
 
     def ids(self) -> list[str]:
         ids = (self._texts(i, "video/id", 0, shard.n) for i, shard in enumerate(self.shards))

@@ -37,9 +37,15 @@ FREE_FLAGS = {
     "clip_grad_norm",
     "out",
     "n_ranks",
+    # Compared by open_run itself:
     "init_run_id",
     "init_step",
+    "data_id",
+    # Older runs do not have it, and it follows from the run to start from:
+    "first_epoch",
 }
+# Settings of an optimiser that do not change what it computes.
+IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 # Flags of the first edition whose value, where it is not the one now fixed, is another run.
 FIXED = {"joint_pairs": False, "clean_first": 0.0, "max_words": 20, "init_published": None}
 
@@ -253,19 +259,48 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
         )
     old, now = content["args"], FIXED | args
     now["refit_every"] = now.get("queue_size")
+
+    def differs(name):
+        if name in old:
+            return old[name] != now[name]
+        return bool(args.get(name))  # a flag that is newer than the run: it was off
+
     changed = [
-        f"--{name} {old[name]} (now {now[name]})"
-        for name in sorted(now.keys() & old.keys() - FREE_FLAGS)
-        if old[name] != now[name]
+        f"--{name} {old.get(name, 'not there')} (now {now[name]})"
+        for name in sorted(now.keys() - FREE_FLAGS)
+        if differs(name)
     ]
     if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
         changed.append("another start (its stage 1 has been retrained, or has gone on, since)")
+    if old.get("data_id", args.get("data_id")) != args.get("data_id"):
+        changed.append(f"other data (--data {args['data']} has been prepared anew since)")
     if changed:
         raise SystemExit(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "
             "flags; to train anew, --no-resume (keeps the old folder) or another --out"
         )
     return content
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimiser's state. SystemExit if it is of another optimiser, or one of other settings
+    than the learning rate, which the schedule sets: torch would go on with the old ones."""
+    olds, news = state["param_groups"], optimizer.param_groups
+    differences = {
+        f"{key} {old[key]} (now {new.get(key, 'without it')})"
+        for old, new in zip(olds, news, strict=False)
+        for key in old.keys() - {"params", "lr"} - IMPLEMENTATION
+        if old[key] != new.get(key)
+    }
+    sizes = [[len(group["params"]) for group in groups] for groups in (olds, news)]
+    if sizes[0] != sizes[1]:
+        differences.add(f"groups of {sizes[0]} parameters (now {sizes[1]})")
+    if differences:
+        raise SystemExit(
+            f"{folder} holds a run of another optimiser: {', '.join(sorted(differences))}. Train "
+            "anew with --no-resume (keeps the old folder) or another --out"
+        )
+    optimizer.load_state_dict(state)
 
 
 def _recover(folder: Path) -> dict | None:
@@ -300,13 +335,16 @@ def _recover(folder: Path) -> dict | None:
     return None
 
 
-def find_run(runs: Path, stage: int | None = None, lacks: str = "") -> Path | None:
-    """The newest run with a checkpoint, of one stage (None: 2, then 1), that lacks a modality."""
+def find_run(
+    runs: Path, stage: int | None = None, lacks: str = "", demo: bool = True
+) -> Path | None:
+    """The newest run with a checkpoint, of one stage (None: 2, then 1), that lacks a modality;
+    ``demo``: also among runs on demo data."""
     for wanted in (2, 1) if stage is None else (stage,):
         found = []
         for file in runs.glob(f"stage{wanted}-*/{LATEST}"):
-            match = re.fullmatch(r"stage\d-([A-Z]+)(?:_([A-Z]))?(?:-demo)?", file.parent.name)
-            if not match:
+            match = re.fullmatch(r"stage\d-([A-Z]+)(?:_([A-Z]))?(-demo)?", file.parent.name)
+            if not match or (match[3] and not demo):
                 continue  # moved aside (.1), or named by hand
             letters = match[1] + (match[2] or "")
             if not (lacks and lacks in letters):

@@ -29,6 +29,9 @@ PANELS = {
     "gradient norm": "grad_norm",
     "clips per second": "clips_per_s",
 }
+# In log.jsonl, but not drawn; any other column, such as one of your own, gets a panel.
+NOT_DRAWN = {"step", "epoch", "data_wait", "peak_mib", "skipped_steps"}
+PAIR_COLOURS = ("tab:purple", "tab:brown", "tab:olive", "tab:cyan", "tab:pink", "tab:gray")
 FROM_ZERO = {"rank", "norm", "live_clusters", "largest_share", "clips_per_s"}
 
 
@@ -67,22 +70,32 @@ def _save(figure, path: Path) -> Path:
 
 def _value(row: dict, key: str) -> float:
     # Before the first k-means fit there is no clustering loss: draw a gap, not a zero.
-    if key == "cluster" and "live_clusters" not in row:
+    if key.startswith("cluster") and not row.get(key):
         return nan
     return row.get(key, nan)
 
 
+def _keys_of(quantity: str, rows: list[dict]) -> dict[str, str]:
+    """Columns of a panel -> what each is of, a modality or a pair; "" for the quantity itself."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    prefix = f"{quantity}_"
+    return {
+        key: key.removeprefix(prefix) if key != quantity else ""
+        for key in keys
+        if key == quantity or set(key.removeprefix(prefix).split("_")) <= COLOURS.keys()
+    }
+
+
 def _panel(axis, rows: list[dict], title: str, quantity: str) -> None:
-    names = {key: None for row in rows for key in row}
-    for key in names:
-        name = key.removeprefix(quantity).removeprefix("_")
-        if key == quantity or key == f"{quantity}_{name}":
-            values = [_value(row, key) for row in rows]
-            steps = [row["step"] for row in rows]
-            style = {"color": COLOURS.get(name), "marker": "." if len(rows) < 5 else ""}
-            axis.plot(steps, values, label=name.replace("_", "-"), **style)
-            if name:
-                axis.legend(fontsize=7)
+    pair_colours = iter(PAIR_COLOURS)
+    steps = [row["step"] for row in rows]
+    for key, name in _keys_of(quantity, rows).items():
+        colour = COLOURS.get(name) or (next(pair_colours) if name else "black")
+        values = [_value(row, key) for row in rows]
+        marker = "." if len(rows) < 5 else ""
+        axis.plot(steps, values, label=name.replace("_", "-"), color=colour, marker=marker)
+        if name:
+            axis.legend(fontsize=7)
     if quantity in FROM_ZERO:
         axis.set_ylim(bottom=0)
     axis.set_title(title)
@@ -101,17 +114,24 @@ def curves(run: Path) -> Path | None:
     plt = _pyplot() if rows else None
     if plt is None:
         return None
-    figure, axes = plt.subplots(3, 5, figsize=(15, 7.4), layout="constrained", sharex=True)
+    known = {key for quantity in PANELS.values() for key in _keys_of(quantity, rows)} | NOT_DRAWN
+    more = dict.fromkeys(key for row in rows for key in row if key not in known)
+    titles = PANELS | {key: key for key in more}
+    n_rows = -(-len(titles) // 5)
+    size = (15, 2.5 * n_rows)
+    figure, axes = plt.subplots(n_rows, 5, figsize=size, layout="constrained", sharex=True)
     panels = {}
-    for axis, (title, quantity) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, (title, quantity) in zip(axes.flat, titles.items(), strict=False):
         _panel(axis, rows, title, quantity)
         panels[quantity] = axis
+    for axis in axes.flat[len(titles) :]:
+        axis.remove()
     skipped = [row["step"] for row in log if "skipped" in row]
     panels["grad_norm"].set_yscale("log")
     panels["grad_norm"].set_title(f"gradient norm ({len(skipped)} steps skipped, red)")
     for step in skipped:
         panels["grad_norm"].axvline(step, color="tab:red", linewidth=0.8)
-    for axis in axes[2]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(run.name)
     path = _save(figure, run / "curves.png")

@@ -50,6 +50,19 @@ GONE = {
 }
 
 
+# Flags of one script that people try with another.
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("--pair", "--embd_dim", "--recon_dim", "--audio_width"),
+        "a flag of train_stage1.py; later scripts take it from the run they start from",
+    ),
+    **dict.fromkeys(
+        ("--add", "--init", "--stage1_encoders"), "a flag of train_stage2.py, which adds a modality"
+    ),
+    "--epochs": "a flag of the training scripts",
+}
+
+
 def _hook(kind, value, trace) -> None:
     """Ctrl-C is no error: one line, where Python would print where it happened to be."""
     if issubclass(kind, KeyboardInterrupt):
@@ -98,6 +111,8 @@ class Parser(argparse.ArgumentParser):
                 name = flag.replace("-", "_").replace("__", "--", 1).replace("--no_", "--")
                 if name in GONE:
                     chosen.error(f"{flag} is gone: {GONE[name]}")
+                if name in ELSEWHERE:
+                    chosen.error(f"{flag}: {ELSEWHERE[name]}")
             known = [*chosen._option_string_actions, *self.also]
             near = {flag: difflib.get_close_matches(flag, known, 1, 0.7) for flag in flags}
             chosen.error(
@@ -173,16 +188,22 @@ def letter(text: str) -> str:
     return text.upper()
 
 
+def real_data() -> Path | None:
+    """The training data that is used where --data is not given; None where there is none."""
+    return next((path for path in (DATA, DATA.with_suffix("")) if path.exists()), None)
+
+
 def find_data(data: Path | None, preset: str | None) -> tuple[Path, str, bool]:
     """(training data, preset, whether it is the demo data) for what --data and --preset say."""
-    if data is None:
-        found = next((path for path in (DATA, DATA.with_suffix("")) if path.exists()), None)
-        if preset == "paper" and found is None:
-            raise SystemExit(
-                f"--preset paper: no data at {DATA}; prepare it (python -m mcn_ext.prepare "
-                "howto100m --help) or give --data"
-            )
-        data = DEMO / "train.h5" if found is None or preset == "demo" else found
+    if data == Path("demo"):
+        data = DEMO / "train.h5"
+    data = data or real_data()
+    if data is None and preset == "paper":
+        raise SystemExit(
+            f"--preset paper: no data at {DATA.absolute()}; prepare it (python -m mcn_ext.prepare "
+            "howto100m --help) or give --data"
+        )
+    data = data or DEMO / "train.h5"
     demo = data.resolve() == (DEMO / "train.h5").resolve()
     return data, preset or ("demo" if demo else "paper"), demo
 

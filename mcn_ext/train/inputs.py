@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from mcn_ext import distributed
-from mcn_ext.data.clips import ClipReader, lack_of_shared_memory, lacking_streams
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcn_ext import __version__, distributed
+from mcn_ext.data.clips import TrainingClips, collate, lacking_streams
 from mcn_ext.data.store import Store, StoreError
-from mcn_ext.data.words import WordVectors, is_kept, require_gensim, train_vectors, vectors_for
+from mcn_ext.data.words import (
+    WordVectors,
+    coverage,
+    is_kept,
+    require_gensim,
+    train_vectors,
+    vectors_for,
+)
 from mcn_ext.modalities import MODALITIES, PAIRS
 from mcn_ext.objective import Objective
 from mcn_ext.train import flags
@@ -22,6 +34,21 @@ DEMO_BANNER = "\n".join(
     ]
 )
 WORDS = "words.npz"  # in a run folder
+SAMPLE = 16  # videos that are looked at before the first step
+ANYWAY = "MCN_ANYWAY"
+
+
+# Flags that ranks may differ in: places, which are each machine's own.
+OWN_FLAGS = {"device", "workers", "data", "word2vec", "init"}
+
+
+def check_ranks(args: argparse.Namespace) -> None:
+    """SystemExit, on every rank, if they were started with unlike flags or versions: each would
+    train a model of its own, or wait for the others in vain."""
+    mine = {f"--{key}": value for key, value in flags.as_dict(args).items() if key not in OWN_FLAGS}
+    mine |= {"torch": torch.__version__, "mcn_ext": __version__}
+    mine["MCN_LOSS"] = os.environ.get("MCN_LOSS")
+    distributed.check_equal("flags or versions", mine)
 
 
 def open_store(
@@ -34,6 +61,8 @@ def open_store(
             from mcn_ext.prepare import demo
 
             say(DEMO_BANNER)
+            if not flags.DATA.exists():
+                say(f"  (no data at {flags.DATA.absolute()}; --data names others)")
             distributed.wait_for_first(
                 lambda: demo.is_there(flags.DEMO) or demo.prepare(flags.DEMO)
             )
@@ -46,9 +75,22 @@ def open_store(
     return store
 
 
+def identify(store: Store) -> str:
+    """The store's fingerprint. SystemExit, on every rank, if ranks have opened unlike stores."""
+    found = store.fingerprint()
+    there = {"videos": len(store), "captions": store.n_captions, "streams": store.dims}
+    distributed.check_equal(f"data ({store.path})", there | {"content": found})
+    return found
+
+
 def check_batch_size(args: argparse.Namespace, store: Store) -> None:
     """SystemExit if a batch does not fit the data or the ranks."""
     n_videos = int((store.caption_counts() > 0).sum())
+    if not n_videos:
+        raise SystemExit(
+            f"--data {args.data}: no video in it has captions, which tell where clips begin and "
+            "end; prepare it with captions"
+        )
     if args.batch_size > n_videos:
         raise SystemExit(
             f"--batch_size {args.batch_size}: {args.data} has {n_videos} videos with captions; use "
@@ -85,9 +127,10 @@ def check_word2vec(args: argparse.Namespace, start: dict, pair: str) -> None:
 def no_start(added: str) -> SystemExit:
     """The error of a stage 2 that finds no run to start from."""
     pair = next(pair for pair in PAIRS if added not in pair)
+    demo = f" (demo runs are not taken, there is {data})" if (data := flags.real_data()) else ""
     return SystemExit(
-        f"no stage-1 run without {added} in runs/; train one (python train_stage1.py --pair {pair})"
-        " or name one with --init"
+        f"no stage-1 run without {added} in {Path('runs').absolute()}{demo}; train one (python "
+        f"train_stage1.py --pair {pair}) or name one with --init"
     )
 
 
@@ -129,10 +172,40 @@ def open_words(
     return distributed.wait_for_first(find) or WordVectors.load(kept)
 
 
-def warn_of_shared_memory(reader: ClipReader, n_clips: int, workers: int) -> None:
-    """Say if the workers' batches of ``n_clips`` clips may not fit into /dev/shm."""
-    if lack := lack_of_shared_memory(reader, n_clips, workers):
-        say(f"WARNING: {lack}")
+def read_sample(clips: TrainingClips) -> dict[str, Tensor]:
+    """The clips of some videos from all over the store, as one batch: what the checks before the
+    first step look at."""
+    videos = np.linspace(0, len(clips) - 1, min(SAMPLE, len(clips))).astype(int)
+    return collate([clips[0, int(video)] for video in videos])
+
+
+def check_content(sample: dict[str, Tensor], store: Store, words: WordVectors | None) -> None:
+    """Say how many clips have each modality, and how many words of the captions are known; warn
+    where it is less than half, SystemExit where it is less than a tenth."""
+    shares = {
+        f"clips with {key[6:]}": float(valid.float().mean())
+        for key, valid in sample.items()
+        if key.startswith("valid.")
+    }
+    known = words and distributed.broadcast_object(
+        coverage(store, words) if distributed.rank() == 0 else None
+    )
+    lines = [f"  {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}"]
+    if known:
+        shares["captions with a known word"] = 1 - known.n_without / max(1, known.n_captions)
+        lines.append(
+            f"  words: {known.n_known:,} of {known.n_words:,} known ({words.source}), captions "
+            f"without any: {known.n_without:,} of {known.n_captions:,}"
+        )
+    say("\n".join(lines))
+    for name, share in shares.items():
+        if share < 0.1 and not os.environ.get(ANYWAY):
+            raise SystemExit(
+                f"only {share:.0%} {name}: too few to learn from. Are these the right features or "
+                f"word vectors? To train all the same, set {ANYWAY}=1 in the environment"
+            )
+        if share < 0.5:
+            say(f"WARNING: only {share:.0%} {name}")
 
 
 def warn_of_clusters(objective: Objective, n_clips: int, total_steps: int) -> None:

@@ -68,7 +68,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, args: dict, device: torch.device, step: int, total_steps: int):
-        self.device, self.first = device, distributed.rank() == 0
+        self.args, self.device, self.first = args, device, distributed.rank() == 0
         self.last_time, self.waited, self.clips = time.perf_counter(), 0.0, 0
         self.warned: set[str] = set()
         self.bar = tqdm(
@@ -116,10 +116,19 @@ class RunLog:
             "peak_mib": round(self._peak_mib(), 1),
         }
         self.last_time, self.waited, self.clips = now, 0.0, 0
-        shown = " ".join(f"{name[:7]} {value:.3f}" for name, value in values.items())
-        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.set_postfix_str(self._sum_of(values), refresh=False)
         if self.first:
             append(self.file, json.dumps({**row, **values, **speed, **more}) + "\n")
+
+    def _sum_of(self, terms: dict[str, float]) -> str:
+        """The loss as the sum that it is; before the first k-means fit no clustering is in it."""
+        parts = [f"contrastive {terms['contrastive']:.3f}"]
+        if terms["cluster"]:
+            parts.append(f"{self.args['cluster_weight']:g} x cluster {terms['cluster']:.3f}")
+        if self.args["recon_weight"]:
+            weight = self.args["recon_weight"]
+            parts.append(f"{weight:g} x reconstruction {terms['reconstruction']:.4f}")
+        return f"loss {terms['total']:.3f} = {' + '.join(parts)}"
 
     def warn_once(self, step: int, signs: list[str]) -> None:
         """Say each sign of collapse the first time that it shows."""

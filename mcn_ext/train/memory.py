@@ -1,0 +1,93 @@
+"""Estimates, before the first step, whether the machine's memory suffices for a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mcn_ext import distributed
+from mcn_ext.data.batch import to_device
+from mcn_ext.data.clips import PREFETCH
+from mcn_ext.model import MCN
+from mcn_ext.train.log import say
+
+TRIED = 4  # clips of the forward pass by which a step's memory is estimated
+
+
+def _ranks_here() -> int:
+    """Ranks on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def warn_of_shared_memory(sample: Mapping[str, Tensor], n_clips: int, workers: int) -> None:
+    """Say if the batches read ahead on this machine may not fit into /dev/shm.
+
+    sample: some clips as :func:`.collate` returns them. n_clips: of a batch on a rank. A worker
+    that finds no memory there ends with a bus error, which names nothing.
+    """
+    if not workers or not os.path.isdir("/dev/shm"):
+        return
+    clip_bytes = sum(x.nbytes for x in sample.values()) / len(sample["clip_id"])
+    one_each = int(_ranks_here() * (PREFETCH + 1) * n_clips * clip_bytes)
+    needed, free = workers * one_each, shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        say(
+            f"WARNING: --workers {workers} on {_ranks_here()} rank(s) keep up to "
+            f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has {free / 1e9:.2f} "
+            f"GB free: a worker may end with a bus error. Use --workers {free // one_each}, or, in "
+            f"a container, docker run --shm-size {needed // 2**30 + 1}g"
+        )
+
+
+def check(model: MCN, sample: Mapping[str, Tensor], n_clips: int, table: Tensor | None) -> None:
+    """SystemExit if steps of ``n_clips`` clips a rank need more than the CPU's free memory: a GPU
+    ends with an error then, but a CPU swaps, and the machine stands still. All ranks call this."""
+    needed, free = _ranks_here() * step_bytes(model, sample, n_clips, table), free_bytes()
+    if not any(distributed.gather_objects(needed > free)):
+        return
+    raise SystemExit(
+        f"a training step needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+        "free. Lower --batch_size, --n_pair or --audio_frames, add --checkpoint_activations, or use"
+        " --preset demo, whose sizes are for a CPU"
+    )
+
+
+def step_bytes(model: MCN, sample: Mapping[str, Tensor], n_clips: int, table: Tensor | None) -> int:
+    """Bytes that a training step of ``n_clips`` clips takes beyond the weights, estimated by what a
+    forward pass of a few keeps for backward. table: word vectors, as in :func:`.to_device`."""
+    batch = to_device({key: x[:TRIED] for key, x in sample.items()}, torch.device("cpu"), table)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}  # by storage: several tensors may share one
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    model.eval()  # so that BatchNorm's statistics stay as they are
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        model(batch)
+    model.train()
+    learnt = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return 3 * learnt + sum(kept.values()) * n_clips // TRIED  # gradients, Adam's two moments
+
+
+def free_bytes() -> int:
+    """Memory that is left on this machine, or in the container that this process runs in."""
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        free = next(int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:")
+    except OSError:  # not Linux: no estimate
+        return 2**63
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" is no number: no limit
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return free
