@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Set
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from mcn_ext.data.files import replace
 from mcn_ext.data.unpickle import load_key_vectors
 
 MAX_SENTENCES = 500_000
+MAX_COUNTED = 200_000  # captions; on a store of 136 million, a sample tells as much
 LOG = logging.getLogger("mcn")
 _WORD = re.compile(r"[\w']+")
 
@@ -23,6 +25,16 @@ _WORD = re.compile(r"[\w']+")
 def tokenize(text: str) -> list[str]:
     """Words of a caption, case kept, as the published code splits them."""
     return _WORD.findall(text)
+
+
+def forms(word: str) -> list[str]:
+    """Spellings a word is looked up under, the best first: as written, then in lower case, then,
+    of a word in capitals, capitalised (PARIS: paris, Paris).
+
+    A word in lower case is not capitalised: GoogleNews has "And" and "Of", but not "and" and "of",
+    which published results leave out.
+    """
+    return [word, word.lower(), word.capitalize()] if word.isupper() else [word, word.lower()]
 
 
 class WordVectors:
@@ -40,9 +52,13 @@ class WordVectors:
     def dim(self) -> int:
         return self.vectors.shape[1]
 
+    def row(self, word: str) -> int | None:
+        """The row of ``vectors`` of the first of a word's :func:`forms` that is there."""
+        return next((self.index[form] for form in forms(word) if form in self.index), None)
+
     def rows(self, text: str, max_words: int) -> np.ndarray:
         """Rows of ``vectors``, int64, of a caption's first ``max_words`` known words, if any."""
-        rows = [self.index[word] for word in tokenize(text) if word in self.index]
+        rows = [row for word in tokenize(text) if (row := self.row(word)) is not None]
         return np.array(rows[:max_words], np.int64)
 
     def agrees(self, other: WordVectors) -> bool:
@@ -71,6 +87,34 @@ class WordVectors:
         if vectors.ndim != 2 or len(words) != len(vectors):
             raise ValueError(f"{path}: {len(words)} words, vectors of shape {vectors.shape}")
         return cls(words, vectors, texts["source"], texts.get("absent", "").split())
+
+
+class Coverage(NamedTuple):
+    """How much of a store's captions word vectors know; numbers of what was looked at."""
+
+    n_words: int  # distinct words
+    n_known: int  # of these, with a vector
+    n_captions: int
+    n_without: int  # of these, without any known word
+
+
+def coverage(store, words: WordVectors) -> Coverage:
+    """What ``words`` know of the store's captions, of evenly spaced videos if it has more than
+    ``MAX_COUNTED`` captions."""
+    every = -(-store.n_captions // MAX_COUNTED)
+    if every > 1:  # by video: only what is counted is read
+        videos = range(0, len(store), every)
+        texts = (text for video in videos for text in store.caption_texts(video))
+    else:
+        texts = store.texts()
+    known: dict[str, bool] = {}
+    n_captions = n_without = 0
+    for text in islice(texts, MAX_COUNTED):
+        found = tokenize(text)
+        known |= {word: words.row(word) is not None for word in found if word not in known}
+        n_captions += 1
+        n_without += not any(known[word] for word in found)
+    return Coverage(len(known), sum(known.values()), n_captions, n_without)
 
 
 def require_gensim(word2vec: Path | None) -> None:
@@ -122,7 +166,8 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
     """The vectors of ``word2vec`` for words; SystemExit if it has none of them, warns of some that
     are not finite. ``whose`` they are, for people."""
     row_of, vectors = _read(word2vec)
-    known = sorted(seen & row_of.keys())
+    found = (next((form for form in forms(word) if form in row_of), None) for word in seen)
+    known = sorted({form for form in found if form is not None})
     if not known:
         raise SystemExit(
             f"--word2vec {word2vec}: none of the {len(seen)} words of {whose} is in "
@@ -159,7 +204,8 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
     """
     stat, made = word2vec.stat(), store.files[0].stat()
     facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
-    key = hashlib.sha256(repr((*facts, store.n_captions)).encode()).hexdigest()
+    # "forms": caches of earlier versions have words as written only.
+    key = hashlib.sha256(repr((*facts, store.n_captions, "forms")).encode()).hexdigest()
     asked, seen, absent = {word for text in more for word in tokenize(text)}, None, set()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():
