@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test setup bench nan study gpu gpu-profile lint clean
 
 demo: setup
-	$(PY) train_stage1.py --pair AV --preset demo
+	$(PY) train_stage1.py --pair AV --data demo
 	$(PY) train_stage2.py --add T --init runs/stage1-AV-demo
 	$(PY) evaluate.py --youcook2 --run runs/stage2-AV_T-demo
 	$(PY) -m mcn_ext.report runs/stage2-AV_T-demo

@@ -418,7 +418,6 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 objective.limit_temperature()
-                objective.update_clusters(terms)  # into the queue; k-means when due
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:
                     row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
@@ -428,6 +427,7 @@ def main(argv=None):
                     log.write(row, terms.scalars(), more)
                     if step > warmup_steps:  # new encoders map everything to much the same
                         log.warn_once(step, signs_of_collapse(more))
+                objective.update_clusters(terms)  # into the queue; k-means when due
 
             if step >= last_step or stopped or step % sampler.steps_per_epoch == 0:
                 break

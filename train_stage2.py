@@ -257,6 +257,9 @@ def main(argv=None):
     start = checkpoint.load(init / checkpoint.LATEST)
     pair = start["sizes"]["modalities"]
     inputs.check_added(args.add, pair, init)
+    learnt = start.get("training", {}).get("objective", {}).get("log_scale")
+    if learnt is not None:  # stage 2 begins with the temperature that stage 1 has learnt
+        start["args"]["temperature"] = round(math.exp(-float(learnt)), 6)
     args = get_args(argv, start["args"])
     # A retrained stage 1, or one that has gone on, is another start: not resumed from.
     args.init, args.init_run_id, args.init_step = init, start["run_id"], start["step"]
@@ -456,7 +459,6 @@ def main(argv=None):
                 scaler.step(optimizer)
                 scaler.update()
                 objective.limit_temperature()
-                objective.update_clusters(terms)  # into the queue; k-means when due
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:
                     row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
@@ -466,6 +468,7 @@ def main(argv=None):
                     log.write(row, terms.scalars(), more)
                     if step > warmup_steps:  # new encoders map everything to much the same
                         log.warn_once(step, signs_of_collapse(more))
+                objective.update_clusters(terms)  # into the queue; k-means when due
 
             if step >= last_step or stopped or step % sampler.steps_per_epoch == 0:
                 break

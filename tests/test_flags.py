@@ -77,7 +77,7 @@ def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
     assert parse("--lr", 0.5).lr == 0.5
     (tmp_path / "x.h5").touch()
     for words, message in (
-        (("--preset", "paper"), "--preset paper: no data at data/howto100m.h5"),
+        (("--preset", "paper"), "--preset paper: no data at .*/data/howto100m.h5"),
         (("--data", "gone.h5"), "--data gone.h5: no such store"),
         (("--data", "x.h5", "--word2vec", "gone.bin"), "--word2vec gone.bin: no such file"),
         (("--data", "x.h5", "--out", "x.h5"), "--out x.h5: a file, not a folder"),
@@ -159,3 +159,30 @@ def test_nothing_unpickles_or_evaluates_what_it_reads():
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec", "pickle.load", "pickle.loads"), module
+
+
+def test_a_preset_is_sizes_and_the_demo_data_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/howto100m.h5").touch()
+    args = parse("--preset", "demo")
+    assert (args.data, args.demo) == (Path("data/howto100m.h5"), False)
+    assert args.embd_dim == STAGE1.DEMO["embd_dim"]
+    args = parse("--data", "demo")
+    assert (args.data, args.demo, args.preset) == (flags.DEMO / "train.h5", True, "demo")
+
+
+@pytest.mark.parametrize(
+    "script, flag, message",
+    [
+        ("train_stage2.py", "--embd_dim", "a flag of train_stage1.py"),
+        ("evaluate.py", "--pair", "a flag of train_stage1.py"),
+        ("train_stage1.py", "--stage1-encoders", "a flag of train_stage2.py"),
+    ],
+)
+def test_a_flag_of_another_script_is_said(script, flag, message, capsys):
+    parse = {"evaluate.py": "parse"}.get(script, "get_args")
+    required = {"train_stage1.py": ["--pair", "AV"], "train_stage2.py": ["--add", "T"]}
+    with pytest.raises(SystemExit):
+        getattr(load_script(script), parse)([*required.get(script, ["--youcook2"]), flag, "x"])
+    assert f"{flag}: {message}" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypa
     assert len(rows) == 8 and bad["epoch"] == 1 and bad["skipped"] == "the loss is not finite"
     (clip,) = bad["clips"]
     assert (clip["modality"], clip["stage"], clip["n_bad"]) == (modality, "input", 1)
-    assert math.isnan(float(bad["terms"]["contrastive audio-video"]))
+    assert math.isnan(float(bad["terms"]["contrastive_audio_video"]))
     assert all(math.isfinite(row["total"]) for row in rows if row is not bad)
     assert f"step {bad['step']} skipped" in done.stdout and NAME in done.stdout
     assert f"{modality}: input not finite in 1 of" in done.stdout

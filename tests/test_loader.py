@@ -14,15 +14,12 @@ import pytest
 import torch
 
 from mcn_ext.data.clips import (
-    PREFETCH,
     ClipReader,
     ClipSampler,
     TrainingClips,
     caption_id,
     caption_span,
-    collate,
     is_silent,
-    lack_of_shared_memory,
     make_loader,
     perturb_voice,
     to_device,
@@ -197,35 +194,6 @@ def test_sound_is_silent_within_a_tenth_of_a_decibel(step):
     for mel in ([[0, step]], [[-step, 0]], [[-40 - step, -40]]):
         mel = np.array(mel, np.float16)
         assert is_silent(mel) == (np.ptp(mel.astype(np.float64)) <= 0.1)
-
-
-@pytest.mark.parametrize("augment", [0.0, 1.0])
-def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, augment):
-    """By the bytes that a worker's batch has: clips of 190 frames, of which 128 are used."""
-    reader = ClipReader(
-        Store(store_path),
-        "AV",
-        video_streams=("2d", "3d"),
-        audio_frames=128,
-        audio_augment=augment,
-    )
-    clips = TrainingClips(reader, n_pair=4, min_time=1.0, seed=0)
-    batch = collate([clips[0, i] for i in range(3)])
-    held = sum(batch[key].nbytes for key in ("audio", "video.2d", "video.3d"))
-
-    def say(free, workers=2):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        return lack_of_shared_memory(reader, 12, workers)
-
-    needed = 2 * (PREFETCH + 1) * held
-    assert say(needed) == say(0, workers=0) == ""
-    text = say(needed - 1)
-    assert text.startswith("--workers 2 on 1 rank(s) keep up to 0.00 GB of batches in shared")
-    assert text.endswith("Use --workers 1, or, in a container, docker run --shm-size 1g")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "on 2 rank(s)" in say(needed) and "Use --workers 1" in say(needed)
-    monkeypatch.setattr(reader, "audio_frames", 10**6)
-    assert "--workers 0, or, in a container, docker run --shm-size" in say(10**6)
 
 
 def test_training_goes_on_with_little_shared_memory(tmp_path, store_path, monkeypatch):

@@ -526,7 +526,9 @@ def test_ranks_resume_together(tmp_path, store_path):
 
 BY_RANK = """
 import os, runpy, sys
-sys.argv = [*sys.argv[1:], "--out", "run" + os.environ["RANK"]]
+sys.argv = sys.argv[1:]
+os.makedirs("disk" + os.environ["RANK"], exist_ok=True)
+os.chdir("disk" + os.environ["RANK"])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -536,8 +538,9 @@ def test_ranks_that_see_different_checkpoints_end_at_once(tmp_path, store_path):
     (tmp_path / "by_rank.py").write_text(BY_RANK)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "by_rank.py")
     command = (ROOT / "train_stage1.py", "--pair", "AV", "--data", store_path, *EVERY)
+    command = (*command, "--out", "run")
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run(*launch, *command, "--max_steps", 2, cwd=tmp_path, env=env)
     done = run(*launch, *command, cwd=tmp_path, env=env, check=False)
     assert done.returncode and "ranks see different checkpoints" in done.stderr
-    assert step_of(tmp_path / "run0/checkpoint.pt") == 2
+    assert step_of(tmp_path / "disk0/run/checkpoint.pt") == 2
