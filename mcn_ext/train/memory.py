@@ -17,9 +17,10 @@ from mcn_ext.model import MCN
 from mcn_ext.train.log import say
 
 TRIED = 4  # clips of the forward pass by which a step's memory is estimated
-# Peak memory of a step on a CPU, in units of what its forward pass keeps for backward: 3.7 to 3.9
-# by the resident memory of runs with 32 to 256 clips. The rest are buffers of convolutions.
-PEAK = 4
+# Peak memory of a step on a CPU, in units of what its forward pass keeps for backward: 3.9
+# and 2.8, by the resident memory of runs with 256 and 1024 clips a step. The rest are buffers of
+# convolutions and gradients.
+PEAK = 3
 
 
 def _ranks_here() -> int:
