@@ -11,9 +11,10 @@ Retrieval (youcook2, msrvtt), ordered steps in time (crosstask, miningyoutube), 
 
 import argparse
 import json
-import sys
+import shlex
 from pathlib import Path
 
+from mcn_ext.console import printable
 from mcn_ext.train import flags
 
 RETRIEVAL, STEPS = ("youcook2", "msrvtt"), ("crosstask", "miningyoutube")
@@ -39,32 +40,11 @@ def parse(argv):
             metavar="STORE",
             help=what if name == "youcook2" else f"{what} (default {flags.STORES[name]})",
         )
-    parser.add_argument(
-        "--run",
-        type=Path,
-        metavar="DIR",
-        help="run folder (default: the newest, stage 2 before stage 1)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)",
-    )
+    flags.add_run(parser)
     parser.add_argument(
         "--similarity",
         choices=("cosine", "dot"),
         help="default: what the run was trained with",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=flags.positive(int),
-        default=64,
-        metavar="N",
-        help="clips embedded at a time (default 64)",
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)"
     )
     group = parser.add_argument_group("retrieval")
     group.add_argument(
@@ -170,31 +150,31 @@ def main(argv=None):
 
     import numpy as np
 
-    from mcn_ext import distributed
     from mcn_ext.data.store import StoreError
     from mcn_ext.evaluation import localization, moments, retrieval
-    from mcn_ext.evaluation.embedder import Embedder, open_run, open_store, words_of
-    from mcn_ext.evaluation.metrics import keep, markdown, summarize, table
+    from mcn_ext.evaluation.embedder import Embedder, open_store, title_of
+    from mcn_ext.evaluation.metrics import keep, markdown, summarize, table_rows
     from mcn_ext.report import similarity_picture
     from mcn_ext.train.log import replace, write_text
 
     # ---------------------------------------------------------------------------------- inputs
     # All are opened and checked before the first clip is embedded.
-    run, file, content = open_run(args.run, args.checkpoint)
-    trained = content["args"]
+    embedder = Embedder(args)
+    run, file = embedder.run, embedder.file
+    content, trained = embedder.content, embedder.args
     unfinished = "" if content["complete"] else f"step {content['step']}, not the run's end"
     if args.require_complete and unfinished:
         raise SystemExit(f"{file}: {unfinished}; the command that trains it goes on")
-    words, device = words_of(run, content), distributed.init(args.device)
-    embedder = Embedder(content, words, device, args.batch_size)
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
     directions = retrieval.asked(modalities, args.fusion, args.all_directions)
 
     stores, steps, sentences, videos = {}, {}, {}, None
     for name in args.sets:
-        default = flags.DEMO / "eval.h5" if trained["demo"] and name == "youcook2" else None
-        path = Path(getattr(args, name) or default or flags.STORES[name])
-        store = stores[name] = open_store(path, f"--{name}", flags.PREPARE[name])
+        path, prepare = flags.STORES[name], f"{flags.PREPARE[name]} --out {flags.STORES[name]}"
+        if trained["demo"] and name == "youcook2":
+            path, prepare = flags.DEMO / "eval.h5", f"demo --out {flags.DEMO}"
+        path = Path(getattr(args, name) or path)
+        store = stores[name] = open_store(path, f"--{name}", prepare)
         embedder.check(store, f"--{name}")
         if name in RETRIEVAL:
             retrieval.check_captions(store, f"--{name}")
@@ -228,6 +208,7 @@ def main(argv=None):
     bank = None
     if "bank" in args.fusion and stores.keys() & set(RETRIEVAL):
         bank = retrieval.make_bank(embedder, trained, args.bank_size)
+        embedder.say_shares(f"--fusion bank, {trained['data']}")
 
     # ------------------------------------------------------------------------------- protocols
     # Each yields (name in metrics.json, numbers, notices, table in Markdown), one or several.
@@ -236,7 +217,8 @@ def main(argv=None):
         clips = embedder.clips(store)
         strict = name == "msrvtt"  # a clip without sound is a miss there
         absent = max((args.msrvtt_clips or 1000) - len(store), 0) if strict else 0
-        found = retrieval.evaluate(
+        embedder.say_shares(store.path)
+        ranks, video_ranks, corner = retrieval.evaluate(
             clips,
             directions,
             kind=similarity,
@@ -248,28 +230,30 @@ def main(argv=None):
         )
         without = {m: int((~valid).sum()) for m, valid in clips[1].items() if not valid.all()}
         notices = [f"{n} without {m}: misses, or out of sums" for m, n in without.items()]
-        direction, rank = next(iter(found.ranks.items()))
+        direction, rank = next(iter(ranks.items()))
         if absent:
             notices.append(
                 f"{absent} of {len(rank)} clips (--msrvtt_clips) are not in the store: misses"
             )
-        for key, ranks in ((name, found.ranks), (f"{name}_videos", found.videos)):
-            if ranks:
-                n = len(next(iter(ranks.values())))
-                rows = {d: summarize(r) for d, r in ranks.items()}
-                what = "direction" if key == name else "whole videos"
+        for key, found, what in (
+            (name, ranks, "direction"),
+            (f"{name}_videos", video_ranks, "whole videos"),
+        ):
+            if found:
+                n = len(next(iter(found.values())))
+                rows = {d: summarize(r) for d, r in found.items()}
                 result = {"n": n, "without": without, "absent": absent} | rows
-                yield key, result, notices, table(rows, n, what)
-        picture = run / "similarity.png"
-        similarity_picture(found.scores.numpy(), f"{name} {direction}", rank, picture)
+                yield key, result, notices, markdown(*table_rows(rows, n, what))
+        similarity_picture(corner.numpy(), f"{name} {direction}", rank, run / "similarity.png")
         if args.keep_embeddings:
-            kept = retrieval.arrays(clips, found.ranks, half=similarity == "cosine")
+            kept = retrieval.arrays(clips, ranks, half=similarity == "cosine")
             replace(run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
 
     def find_steps(name, store):
         score = localization.scorer(embedder, store, similarity)
         level = localization.LEVEL if args.background is None else args.background
         result = localization.localize(steps[name], score, background=level)
+        embedder.say_shares(f"seconds and steps of {store.path}")
         lines = markdown(*localization.table_rows(result))
         yield name, {"n": result["steps"]} | result, [localization.notice(result)], lines
 
@@ -283,6 +267,7 @@ def main(argv=None):
             args.windows or moments.LENGTHS,
             args.window_stride or moments.STRIDE,
         )
+        embedder.say_shares(f"windows and sentences of {store.path}")
         about = {
             "annotations": str(args.annotations or store.path),
             "subset": args.annotations and (args.subset or "validation"),
@@ -294,11 +279,11 @@ def main(argv=None):
     protocols = {"youcook2": find_clips, "msrvtt": find_clips, "moments": find_moments}
     for name, store in stores.items():
         embedder.learn_words(store, () if name in RETRIEVAL else texts)
-        demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
         try:
             for key, result, notices, lines in protocols.get(name, find_steps)(name, store):
-                title = f"{run.name}: {store.path}{demo}, {similarity}"
-                print("; ".join(filter(None, [title, unfinished, *notices])), lines, sep="\n")
+                title = f"{run.name}: {title_of(store)}, {similarity}"
+                title = "; ".join(filter(None, [title, unfinished, *notices]))
+                print(printable(title), lines, sep="\n")
                 about = {
                     "n": result["n"],
                     "data": str(store.path),
@@ -311,9 +296,9 @@ def main(argv=None):
                 write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
         except (FloatingPointError, StoreError) as error:
             raise SystemExit(f"--{name} {store.path}, {file}: {error}") from None
-    print(f"written: {metrics_file}")
-    return 0
+    print(printable(f"written: {metrics_file}"))
+    print(printable(f"Next, a page of it all: python -m mcn_ext.report {shlex.quote(str(run))}"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)

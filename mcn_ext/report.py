@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from mcn_ext.train import flags
 from mcn_ext.train.curves import _pyplot, _save, curves
-from mcn_ext.train.flags import Parser
 
 
 def similarity_picture(similarity, direction: str, rank, path: Path) -> Path | None:
@@ -80,7 +80,7 @@ def report(run: Path) -> Path:
 
 
 def main(argv=None) -> int:
-    parser = Parser(
+    parser = flags.Parser(
         prog="python -m mcn_ext.report",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
@@ -114,4 +114,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)

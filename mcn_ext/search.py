@@ -1,8 +1,7 @@
 """Finds places in videos for a sentence: ``python -m mcn_ext.search``."""
 
-import sys
-
 from mcn_ext.evaluation.search import main
+from mcn_ext.train.flags import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

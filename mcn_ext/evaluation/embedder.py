@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,13 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mcn_ext import distributed
+from mcn_ext.console import printable
 from mcn_ext.data.batch import fill_up
 from mcn_ext.data.clips import ClipReader, collate, lacking_streams, to_device
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
-from mcn_ext.train import checkpoint
+from mcn_ext.train import checkpoint, flags
 
 WORDS = "words.npz"  # in a run folder
 AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
@@ -24,33 +29,62 @@ AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluatio
 class Embedder:
     """The model of a checkpoint in eval mode, with all that its inputs are read by.
 
-    Args:
-        content: as :func:`~mcn_ext.train.checkpoint.load` returns it: sizes, args, model; of
-            published weights ``padding``, too, to which :func:`~mcn_ext.data.batch.fill_up` fills
-            whole clips and sentences up.
-        words: vectors the text encoder was trained on; None without text.
-        batch_size: clips at a time.
+    ``run``, ``file``, ``content``: of the checkpoint that --run and --checkpoint name, else of the
+    newest run (``chosen``: one of the demo data is not used on others). SystemExit if there is none.
 
     Everything it returns is ({modality: (n, D) fp32}, {modality: (n,) bool}) on the CPU: the
     embeddings, not normalised, and which of them have content.
     """
 
-    def __init__(
-        self, content: dict, words: WordVectors | None, device: torch.device, batch_size: int = 64
-    ):
-        self.sizes, self.args, self.device = content["sizes"], content["args"], device
-        self.model = MCN(**self.sizes).to(device).eval()
-        self.model.load_state_dict(content["model"])
-        self.padding = content.get("padding")
-        self.known = self.words = words
-        self.batch_size = batch_size
-        self.word2vec = Path(self.args["word2vec"]) if self.args["word2vec"] and words else None
-        if self.word2vec is not None and not self.word2vec.exists():
-            print(f"{self.word2vec} is gone: only words of the training captions are known")
+    def __init__(self, args: argparse.Namespace):
+        self.run, self.file = open_run(args.run, args.checkpoint)
+        self.chosen = not (args.run or args.checkpoint)
+        self.content = checkpoint.load(self.file)
+        self.sizes, self.args = self.content["sizes"], self.content["args"]
+        self.words = None  # that the text encoder was trained on, and that are learnt since
+        if "T" in self.sizes["modalities"]:
+            if not (self.run / WORDS).exists():
+                raise SystemExit(
+                    f"--run {self.run}: no {WORDS} in it, the words the text encoder was "
+                    "trained on; is it the run's own folder?"
+                )
+            self.words = WordVectors.load(self.run / WORDS)
+        self.word2vec = self.words and self.args["word2vec"] and Path(self.args["word2vec"])
+        if self.word2vec and not self.word2vec.exists():
+            missing = printable(self.word2vec.absolute())
+            print(f"{missing} is gone: only words of the training captions are known")
             self.word2vec = None
+        self.device, self.batch_size = distributed.init(args.device), args.batch_size
+        self.model = MCN(**self.sizes).to(self.device).eval()
+        self.model.load_state_dict(self.content["model"])
+        # Of published weights, to which whole clips and sentences are filled up.
+        self.padding = self.content.get("padding")
+        self.counts = defaultdict(lambda: np.zeros(2, int))
+
+    def say_shares(self, where: object) -> None:
+        """Print how much of what was embedded since the last time has content, by modality; a text
+        has, if one of its words is known. Warns below a half; SystemExit below a tenth, whose
+        numbers say nothing of the rest, unless MCN_ANYWAY is set in the environment."""
+        rows = {name: (n, of, n / max(of, 1)) for name, (n, of) in self.counts.items()}
+        self.counts.clear()
+        counts = [f"{name} in {n} of {of} ({share:.0%})" for name, (n, of, share) in rows.items()]
+        print(printable(f"{where}: {', '.join(counts)}"))
+        for name, (*_, share) in rows.items():
+            if share < 0.1 and not os.environ.get("MCN_ANYWAY"):
+                raise SystemExit(
+                    f"{where}: {name} in less than a tenth. Are these the right features, captions "
+                    "and word vectors? To evaluate all the same, set MCN_ANYWAY=1"
+                )
+            if share < 0.5:
+                print(f"WARNING: {name} in less than half")
 
     def check(self, store: Store, flag: str) -> None:
         """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
+        if self.chosen and self.args["demo"] and not is_demo(store):
+            raise SystemExit(
+                f"{flag} {store.path}: the newest run here is of the demo data, which says nothing "
+                "about this store; name a run with --run"
+            )
         sizes = self.sizes
         if lack := lacking_streams(store.dims, sizes["modalities"], sizes["video_dims"]):
             raise SystemExit(
@@ -63,45 +97,44 @@ class Embedder:
         was read is kept beside the store."""
         if self.word2vec is None:
             return
-        self.words = vectors_for(
-            store, self.word2vec, store.path.with_name(store.path.name + ".words.npz"), more
-        )
-        if not self.known.agrees(self.words):
+        cache = store.path.with_name(store.path.name + ".words.npz")
+        words = vectors_for(store, self.word2vec, cache, more)
+        if not self.words.agrees(words):
             raise SystemExit(
                 f"{self.word2vec} is not the file the run was trained with; put that "
                 "back, or move this one away"
             )
+        self.words = words
 
-    def _reader(
-        self, store: Store | None, words: WordVectors | None, audio_frames: int = AUDIO_FRAMES
-    ) -> ClipReader:
+    def _reader(self, store: Store | None, words: bool, audio_frames: int = AUDIO_FRAMES):
         return ClipReader(
             store,
             self.sizes["modalities"],
             video_streams=self.sizes["video_dims"],
-            words=words,
+            words=self.words if words else None,
             max_words=self.args.get("max_words", 20),
             audio_frames=audio_frames,
         )
 
+    def _slices(self, n: int) -> list[slice]:
+        return [slice(lo, lo + self.batch_size) for lo in range(0, n, self.batch_size)]
+
     @torch.inference_mode()
     def _embed(
-        self,
-        batches: Iterable[list[dict]],
-        names: list[str],
-        words: WordVectors | None = None,
-        padding: dict | None = None,
+        self, batches: Iterable[list[dict]], names: Iterable[str], padding: dict | None = None
     ) -> Clips:
         """Batches of lists of what a reader returns."""
-        table = None if words is None else torch.from_numpy(words.vectors).to(self.device)
+        table = self.words and torch.from_numpy(self.words.vectors).to(self.device)
         embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
         for items in batches:
             batch = to_device(collate(items), self.device, table)
             if padding:
                 batch = fill_up(batch, **padding)
             for name in names:
+                there = batch["valid"][name].cpu()
                 embeddings[name].append(self.model.encode(name, batch)[1].float().cpu())
-                valid[name].append(batch["valid"][name].cpu())
+                valid[name].append(there)
+                self.counts[name] += int(there.sum()), len(there)
         return (
             {m: torch.cat(e) for m, e in embeddings.items()},
             {m: torch.cat(v) for m, v in valid.items()},
@@ -111,64 +144,44 @@ class Embedder:
         self,
         store: Store,
         clips: Iterable[tuple[int, list[tuple[int, int]]]] | None = None,
-        *,
         audio_frames: int = AUDIO_FRAMES,
-        known_words: bool = False,
     ) -> Clips:
         """Clips (video, spans) as :meth:`.ClipReader.read` takes them; by default the
-        first caption's of every video, which is an evaluation store's only one. ``known_words``:
-        read with the words of training alone, whatever has been learnt since."""
+        first caption's of every video, which is an evaluation store's only one."""
         clips = [(i, [(0, 0)]) for i in range(len(store))] if clips is None else list(clips)
-        words = self.known if known_words else self.words
-        reader = self._reader(store, words, audio_frames)
-        starts = tqdm(
-            range(0, len(clips), self.batch_size), desc="embed", unit="batch", mininterval=0.5
-        )
-        embeddings, valid = self._embed(
-            ([reader.read(*clip) for clip in clips[b : b + self.batch_size]] for b in starts),
-            self.model.modalities,
-            words,
-            self.padding,
-        )
-        if clips and "text" in valid and not valid["text"].any():
-            print(
-                f"{store.path}: not one caption has a word that the run knows, so every text "
-                f"query is a miss; it knows those of {self.word2vec or 'its training captions'}"
-            )
-        return embeddings, valid
+        reader = self._reader(store, True, audio_frames)
+        slices = tqdm(self._slices(len(clips)), desc="embed", unit="batch", mininterval=0.5)
+        batches = ([reader.read(*clip) for clip in clips[part]] for part in slices)
+        return self._embed(batches, self.model.modalities, self.padding)
 
     def stretches(self, store: Store, video: int, begin: np.ndarray, stop: np.ndarray) -> Clips:
         """What is seen and heard of a video from ``begin`` to ``stop`` (n,) s, without text. Sound
         is never filled up: the published 51 s were for whole clips, and a window is seconds."""
-        reader = self._reader(store, None)
-        return self._embed(
-            (
-                [reader.cut(video, begin[b : b + self.batch_size], stop[b : b + self.batch_size])]
-                for b in range(0, len(begin), self.batch_size)
-            ),
-            [m for m in self.model.modalities if m != "text"],
-        )
+        reader = self._reader(store, False)
+        batches = ([reader.cut(video, begin[p], stop[p])] for p in self._slices(len(begin)))
+        return self._embed(batches, [m for m in self.model.modalities if m != "text"])
 
     def texts(self, texts: list[str]) -> Clips:
         """Sentences; one without a known word is not valid."""
-        reader = self._reader(None, self.words)
-        return self._embed(
-            (
-                [reader.look_up(texts[b : b + self.batch_size])]
-                for b in range(0, len(texts), self.batch_size)
-            ),
-            ["text"],
-            self.words,
-            self.padding,
-        )
+        reader = self._reader(None, True)
+        batches = ([reader.look_up(texts[part])] for part in self._slices(len(texts)))
+        return self._embed(batches, ["text"], self.padding)
+
+
+def is_demo(store: Store) -> bool:
+    return store.source.startswith("demo data")
+
+
+def title_of(store: Store) -> str:
+    return f"{store.path}{' (DEMO DATA, made up)' if is_demo(store) else ''}"
 
 
 def open_store(path: Path, flag: str, prepare: str) -> Store:
     """The store that a flag names; SystemExit says how to make one (``prepare``: arguments)."""
     if not path.exists():
         raise SystemExit(
-            f"{flag} {path}: no such store; make it with: python -m mcn_ext.prepare {prepare} "
-            f"--out {path}"
+            f"{flag} {path}: no such store ({path.absolute()}); correct the path or the folder you "
+            f"are in, or make it: python -m mcn_ext.prepare {prepare}"
         )
     try:
         return Store(path)
@@ -176,33 +189,25 @@ def open_store(path: Path, flag: str, prepare: str) -> Store:
         raise SystemExit(f"{flag} {error}") from None
 
 
-def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path, dict]:
-    """(run folder, file, its content) of --run and --checkpoint, or of the newest run."""
+def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path]:
+    """(run folder, checkpoint) of --run and --checkpoint, or of the newest run. One of the demo
+    data is named, unless there is neither another run nor other data."""
     if run and file and run.resolve() != file.parent.resolve():
         raise SystemExit(
             f"--checkpoint {file} does not lie in --run {run}, whose results it would "
             "replace; leave out one of them"
         )
     if not run and not file:
-        run = checkpoint.find_run(Path("runs"))
+        runs = Path("runs")
+        data = flags.real_data() or next(filter(Path.exists, flags.STORES.values()), None)
+        run = checkpoint.find_run(runs, demo=data is None)
         if run is None:
+            demo = data and checkpoint.find_run(runs)
             raise SystemExit(
-                "no run in runs/; train one (python train_stage1.py --pair AV) or "
-                "name one with --run"
+                f"no run in {runs.absolute()}"
+                + (f" but {demo.name}, of the demo data, and there is {data}" if demo else "")
+                + "; train one (python train_stage1.py --pair AV) or name one with --run"
             )
-        print(f"the newest run, {run} (--run for another)")
+        print(f"the newest run, {printable(run.absolute())} (--run for another)")
     run = run or file.parent
-    file = file or run / checkpoint.LATEST
-    return run, file, checkpoint.load(file)
-
-
-def words_of(run: Path, content: dict) -> WordVectors | None:
-    """The word vectors that lie in a run folder; None for a run without text."""
-    if "T" not in content["sizes"]["modalities"]:
-        return None
-    if not (run / WORDS).exists():
-        raise SystemExit(
-            f"--run {run}: no {WORDS} in it, the words the text encoder was "
-            "trained on; is it the run's own folder?"
-        )
-    return WordVectors.load(run / WORDS)
+    return run, file or run / checkpoint.LATEST

@@ -50,6 +50,13 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
     return out
 
 
+def resample(sums: np.ndarray, counts: np.ndarray, rng, resamples: int = 2000) -> np.ndarray:
+    """Sum of ``sums`` (n,) / sum of ``counts`` (n,) of rows that are drawn anew, (resamples,): a
+    bootstrap of clusters, such as the sentences of each video."""
+    times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), resamples)
+    return (times @ sums) / (times @ counts)
+
+
 def keep(metrics: dict, name: str, entry: dict) -> None:
     """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
     moves to the list ``replaced``, its newest 20; of the same, rows that ``entry`` lacks stay."""
@@ -80,8 +87,3 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
         lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|")
     lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
     return "\n".join(lines)
-
-
-def table(rows: dict[str, dict], n: int, what: str = "direction") -> str:
-    """:func:`table_rows` in Markdown."""
-    return markdown(*table_rows(rows, n, what))

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext.data.store import Store
+from mcn_ext.evaluation.metrics import check_finite, resample
 from mcn_ext.evaluation.retrieval import similarity
 
 LENGTHS = (5.0, 10.0, 20.0, 40.0)  # seconds; YouCook2's training segments: 8 of 10 lie within
@@ -48,24 +49,18 @@ def read_annotations(path: Path, subset: str) -> Sentences:
     """YouCook2's ``youcookii_annotations_trainval.json``: ``database`` -> id -> subset, duration,
     ``annotations`` [{segment [start, end] s, sentence}]. ``subset``: training, validation or all.
     SystemExit where it is something else."""
+    found = {}
     try:
-        database = json.loads(path.read_text())["database"]
-        chosen = {
-            name: video["annotations"]
-            for name, video in database.items()
-            if subset in ("all", video["subset"])
-        }
-        found = {}
-        for name, rows in chosen.items():
-            times = np.array([row["segment"] for row in rows], float).reshape(-1, 2)
-            if not ((0 <= times[:, 0]) & (times[:, 0] < times[:, 1])).all():
-                raise ValueError(f"{name}: a segment is not 0 <= start < end")
-            found[name] = times[:, 0], times[:, 1], [str(row["sentence"]) for row in rows]
-    except FileNotFoundError:
-        raise SystemExit(f"--annotations {path}: no such file") from None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        for name, video in json.loads(path.read_text(encoding="utf-8"))["database"].items():
+            if subset in ("all", video["subset"]):
+                rows = video["annotations"]
+                start, end = np.array([row["segment"] for row in rows], float).reshape(-1, 2).T
+                if not ((0 <= start) & (start < end)).all():
+                    raise ValueError(f"{name}: a segment is not 0 <= start < end")
+                found[name] = start, end, [str(row["sentence"]) for row in rows]
+    except Exception as error:  # of any JSON but the right one, a dozen types
         raise SystemExit(
-            f"--annotations {path}: not annotations in YouCook2's format "
+            f"--annotations {path.absolute()}: cannot be read as YouCook2's annotations "
             f"({type(error).__name__}: {error})"
         ) from error
     if not found:
@@ -142,8 +137,7 @@ def evaluate(
         unknown += int((~asked[1]["text"]).sum())
         for direction in directions:
             scores = similarity(asked, clips, direction, kind)
-            if not torch.isfinite(scores).all():
-                raise FloatingPointError(f"{name}: similarities that are not finite")
+            check_finite(scores)
             any_of = torch.stack([clips[1][m] for m in direction.split("->")[1].split("+")]).any(0)
             usable = asked[1]["text"][:, None] & any_of
             hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), reached))
@@ -161,17 +155,18 @@ def evaluate(
     return result | {name: _summary(values) for name, values in hits.items()}
 
 
-def _summary(values: list[np.ndarray], resamples: int = 2000) -> dict:
+def _summary(values: list[np.ndarray]) -> dict:
     """Means over sentences in percent, 95 % intervals from resampled videos, if there are some."""
-    sums, counts = np.stack([v.sum(axis=0) for v in values]), np.array([len(v) for v in values])
-    n = len(values)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)
-    draws = 100 * (drawn @ sums) / (drawn @ counts)[:, None]
+    sums, counts = (
+        np.stack([v.sum(axis=0) for v in values], axis=1),
+        np.array(list(map(len, values))),
+    )
     out = {}
-    for i, name in enumerate(["mIoU", *RECALLS]):
-        out[name] = round(float(100 * sums[:, i].sum() / counts.sum()), 3)
-        if n > 1:
-            out[f"{name}_ci95"] = np.percentile(draws[:, i], [2.5, 97.5]).round(3).tolist()
+    for name, of in zip(["mIoU", *RECALLS], sums, strict=True):
+        out[name] = round(float(100 * of.sum() / counts.sum()), 3)
+        if len(values) > 1:
+            draws = 100 * resample(of, counts, np.random.default_rng(0))
+            out[f"{name}_ci95"] = np.percentile(draws, [2.5, 97.5]).round(3).tolist()
     return out
 
 

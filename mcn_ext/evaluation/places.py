@@ -26,22 +26,17 @@ BLOCK = 2**14  # windows that are in fp32 at once
 
 def embed(embedder, store: Store, length: float, stride: float) -> dict[str, np.ndarray]:
     """Embed windows of ``length`` s, one every ``stride`` of it, of all videos of a store."""
-    parts: dict[str, list[np.ndarray]] = {}
+    parts = []
     for video in tqdm(range(len(store)), desc="embed", unit="video", mininterval=0.5):
-        if not (seconds := store.seconds(video)):
-            continue
-        begin, stop = windows(seconds, [length], stride).T
+        begin, stop = windows(store.seconds(video), [length], stride).T
         embeddings, valid = embedder.stretches(store, video, begin, stop)
-        new = {"video": np.full(len(begin), video), "begin": begin, "stop": stop}
+        part = {"video": np.full(len(begin), video), "begin": begin, "stop": stop}
         for m, x in embeddings.items():
             rows = unit_rows(x).half() if embedder.args["similarity"] == "cosine" else x
             check_finite(rows)
-            new |= {f"embedding:{m}": rows.numpy(), f"valid:{m}": valid[m].numpy()}
-        for name, values in new.items():
-            parts.setdefault(name, []).append(values)
-    if not parts:
-        raise SystemExit(f"--store {store.path}: no video in it has features")
-    return {name: np.concatenate(values) for name, values in parts.items()}
+            part |= {f"embedding:{m}": rows.numpy(), f"valid:{m}": valid[m].numpy()}
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def embed_once(path: Path, key: str, *args) -> dict[str, np.ndarray]:
@@ -70,14 +65,12 @@ def score(places: dict[str, np.ndarray], sentence: Clips, kind: str) -> dict[str
     """{"total", and each modality's part of it: (n,)} similarity with one embedded sentence."""
     parts = {}
     for m in modalities(places):
-        rows = torch.from_numpy(places[f"embedding:{m}"]).split(BLOCK)
-        valid = torch.from_numpy(places[f"valid:{m}"]).split(BLOCK)
+        rows, valid = (torch.from_numpy(places[f"{what}:{m}"]) for what in ("embedding", "valid"))
+        blocks = zip(rows.split(BLOCK), valid.split(BLOCK), strict=True)
         parts[m] = torch.cat(
-            [
-                similarity(sentence, ({m: x.float()}, {m: v}), f"text->{m}", kind)[0]
-                for x, v in zip(rows, valid, strict=True)
-            ]
-        ).numpy()
+            [similarity(sentence, ({m: x.float()}, {m: v}), f"text->{m}", kind) for x, v in blocks],
+            dim=1,
+        )[0].numpy()
     return {"total": sum(parts.values()), **parts}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
 
@@ -19,36 +18,46 @@ from mcn_ext.modalities import BY_NAME
 from mcn_ext.reference import unit_rows
 
 MAIN = ("text->video+audio", "text->video", "text->audio", "audio->video")
-
-
 BLOCK = 2**26  # bytes of scores at a time
 SHOWN = 60  # queries in a picture
+# YouTube's ids are 64 bits, written as 11 characters of 6: the last one is one of 16.
+_YOUTUBE = re.compile(r"([\w-]{10}[AEIMQUYcgkosw048])([_.-]\d+)*(#\d+)?", re.ASCII)
 
 # ({modality: embeddings (n, D)}, {modality: which clips have it (n,) bool})
 Clips = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
-def directions(modalities: Iterable[str]) -> list[str]:
-    """All "queries->candidates" of disjoint sets of modalities, the customary ones first."""
+def asked(
+    modalities: Iterable[str], fusions: Iterable[str] = ("sum",), all_directions: bool = False
+) -> list[tuple[str, str]]:
+    """(direction, fusion) of what to evaluate: "queries->candidates" of disjoint sets of one or two
+    modalities, the customary ones first, or alone; without "mean" where it changes no rank, as a
+    query's length does not."""
     names = [name for name in BY_NAME if name in set(modalities)]
     sets = [chosen for n in (1, 2) for chosen in combinations(names, n)]
-    found = [
+    every = [
         f"{'+'.join(queries)}->{'+'.join(candidates)}"
         for queries, candidates in product(sets, sets)
         if not set(queries) & set(candidates)
     ]
-    return sorted(found, key=lambda d: MAIN.index(d) if d in MAIN else len(MAIN))
+    directions = [d for d in MAIN if d in every]
+    if all_directions:
+        directions += [d for d in every if d not in MAIN]
+    return [
+        (direction, fusion)
+        for direction, fusion in product(directions, fusions)
+        if fusion != "mean" or "+" in direction.split("->")[1]
+    ]
 
 
 def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tuple[int, list]]:
     """``n`` clips of a training store as (video, spans), from videos all over it."""
     videos = np.flatnonzero(store.caption_counts())
     chosen = videos[np.linspace(0, len(videos) - 1, min(n, len(videos))).astype(int)]
-    rng = np.random.default_rng(seed)
-    each = [n // len(chosen) + (i < n % len(chosen)) for i in range(len(chosen))]
+    rng, counts = np.random.default_rng(seed), np.bincount(np.arange(n) % len(chosen))
     return [
         (int(v), draw_spans(*store.caption_times(v)[1:], count, min_time, rng))
-        for v, count in zip(chosen, each, strict=True)
+        for v, count in zip(chosen, counts, strict=True)
     ]
 
 
@@ -59,7 +68,7 @@ def make_bank(embedder, trained: dict, n: int) -> Clips:
     except StoreError as error:
         raise SystemExit(f"--fusion bank needs the training store: {error}") from None
     clips = some_clips(store, n, trained["min_time"])
-    return embedder.clips(store, clips, audio_frames=trained["audio_frames"], known_words=True)
+    return embedder.clips(store, clips, trained["audio_frames"])
 
 
 def check_captions(store: Store, flag: str) -> None:
@@ -146,40 +155,31 @@ class Scores:
                 ]
             )
 
-    def __len__(self) -> int:
-        return len(self.queries)
-
-    def scores(self, queries: Tensor | slice) -> Tensor:
-        """Queries, by number, against every candidate, (queries, n) fp32. FloatingPointError if any
-        is not finite: such rows must not vanish from the mean."""
+    def scores(self, queries: slice) -> Tensor:
+        """Queries against every candidate, (queries, n) fp32. FloatingPointError if any is not
+        finite: such rows must not vanish from the mean."""
         scores = self.queries[queries] @ self.candidates.T
         if self.drawn is not None:
             scores = scores.div_(self.scale).sub_(self.drawn)
         check_finite(scores)
-        if self.answers.all():
-            return scores
         # Clips with nothing to compare stand behind all others.
         return scores.masked_fill_(~self.answers, -torch.inf)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first query, block) of all."""
-        step = _rows(len(self))
-        for lo in range(0, len(self), step):
-            yield lo, self.scores(slice(lo, lo + step))
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(queries, block) of all."""
+        n, step = len(self.queries), _rows(len(self.queries))
+        for lo in range(0, n, step):
+            queries = slice(lo, min(lo + step, n))
+            yield queries, self.scores(queries)
 
-    def ranks(self) -> np.ndarray:
-        """Rank of each query's own clip, (n,); one that cannot ask or be found is a miss, n."""
-        found = [
-            ranks(block, torch.arange(lo, lo + len(block)), finite=False)
-            for lo, block in self.blocks()
-        ]
-        rank = np.concatenate(found) if found else np.zeros(0)
-        rank[self.missing()] = len(rank)
-        return rank
-
-    def missing(self) -> np.ndarray:
-        """Clips (n,) bool that are a miss whatever the model: they cannot ask, or be found."""
-        return ~(self.asks & self.answers).numpy()
+    def ranks(self, absent: int = 0) -> np.ndarray:
+        """Rank of each query's own clip, (n + absent,); one that cannot ask or be found, or is one
+        of ``absent`` clips of the set of which nothing is known, is a miss: it ranks last."""
+        own = torch.arange(len(self.queries))
+        found = [ranks(block, own[queries], finite=False) for queries, block in self.blocks()]
+        last = float(len(own) + absent)
+        rank = np.where(self.asks & self.answers, np.concatenate(found), last)
+        return np.append(rank, np.full(absent, last))
 
     def video_ranks(self, names: list[str]) -> np.ndarray:
         """Rank of each whole video (videos,), of which the clips called the same are parts.
@@ -191,11 +191,11 @@ class Scores:
         order = {name: k for k, name in enumerate(dict.fromkeys(names))}
         video, n = torch.tensor([order[name] for name in names]), len(order)
         total = torch.zeros(n, n)
-        for lo, block in self.blocks():
+        for queries, block in self.blocks():
             best = torch.full((len(block), n), -torch.inf)
             best.scatter_reduce_(1, video.expand(len(block), -1), block, "amax")
-            asks = self.asks[lo : lo + len(block)]
-            total.index_add_(0, video[lo : lo + len(block)][asks], best[asks])
+            asks = self.asks[queries]
+            total.index_add_(0, video[queries][asks], best[asks])
         n_asked = torch.bincount(video[self.asks], minlength=n)
         n_answers = torch.bincount(video[self.answers], minlength=n)
         found = ranks(total / n_asked.clamp(min=1)[:, None], finite=False)
@@ -206,34 +206,16 @@ def _rows(columns: int) -> int:
     return max(1, BLOCK // (4 * max(columns, 1)))
 
 
-@dataclass
-class Retrieval:
-    """Ranks (n,) by direction, of clips and of whole ``videos``; the first direction's corner of
-    ``scores`` for a picture."""
-
-    ranks: dict[str, np.ndarray] = field(default_factory=dict)
-    videos: dict[str, np.ndarray] = field(default_factory=dict)
-    scores: Tensor | None = None
-
-
-def asked(
-    modalities: Iterable[str], fusions: Iterable[str] = ("sum",), all_directions: bool = False
-) -> list[tuple[str, str]]:
-    """(direction, fusion) of what to evaluate; without "mean" where it changes no rank, as a
-    query's length does not."""
-    return [
-        (direction, fusion)
-        for direction, fusion in product(directions(modalities), fusions)
-        if (all_directions or direction in MAIN)
-        and (fusion != "mean" or "+" in direction.split("->")[1])
-    ]
-
-
 def videos_of(ids: list[str]) -> list[str]:
-    """The video that each clip is of: its id up to "#", or a YouTube id's 11 characters before
-    numbers of the clip. SystemExit where clips do not share videos."""
-    names = [name.split("#")[0] for name in ids]
-    names = [name[:11] if re.fullmatch(r"[\w-]{11}([_.-]?\d+)+", name) else name for name in names]
+    """The video that each clip is of. Where all ids are YouTube's, or begin with one before numbers
+    of the clip, its 11 characters; else an id up to the "#2" by which ``prepare`` tells equal ones
+    apart. SystemExit where clips do not share videos."""
+    found, whole = [_YOUTUBE.fullmatch(name) for name in ids], set(ids)
+    if all(found):
+        names = [match[1] for match in found]
+    else:
+        bases = [re.sub(r"#\d+$", "", name) for name in ids]
+        names = [base if base in whole else name for base, name in zip(bases, ids, strict=True)]
     if len(set(names)) in (1, len(names)):
         raise SystemExit(
             f"--whole_videos: {len(ids)} clips of {len(set(names))} videos, by ids "
@@ -247,27 +229,22 @@ def evaluate(
     clips: Clips,
     wanted: Iterable[tuple[str, str]],
     *,
-    kind: str = "cosine",
-    bank: Clips | None = None,
-    temperature: float = 0.05,
-    strict: bool = False,
     absent: int = 0,
     videos: list[str] | None = None,
-) -> Retrieval:
-    """Ranks of each (direction, fusion) ``wanted``, see :class:`Scores`.
+    **settings,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Tensor]:
+    """Ranks (n,) of each (direction, fusion) ``wanted``, by name; those of the whole ``videos``, of
+    which each clip is a part; and the first direction's corner of scores, for a picture.
 
-    ``absent`` clips of the set, of which nothing is known, count as misses: they rank last, as do
-    clips without what the direction compares. ``videos``: of which each clip is a part.
+    ``settings``: of :class:`Scores`. ``absent``: of :meth:`Scores.ranks`.
     """
-    found = Retrieval()
+    found, of_videos, corner = {}, {}, None
     for direction, fusion in wanted:
         name = direction + (f" ({fusion})" if fusion != "sum" else "")
-        scores = Scores(clips, direction, kind, fusion, bank, temperature, strict)
-        if found.scores is None:
-            found.scores = scores.scores(slice(SHOWN))[:, :SHOWN]
-        n = len(scores) + absent
-        rank = np.where(scores.missing(), n, scores.ranks())
-        found.ranks[name] = np.append(rank, np.full(absent, float(n)))
+        scores = Scores(clips, direction, fusion=fusion, **settings)
+        if corner is None:
+            corner = scores.scores(slice(SHOWN))[:, :SHOWN]
+        found[name] = scores.ranks(absent)
         if videos:
-            found.videos[name] = scores.video_ranks(videos)
-    return found
+            of_videos[name] = scores.video_ranks(videos)
+    return found, of_videos, corner

@@ -10,12 +10,12 @@ window has: one that is silent may stand above one whose sound says otherwise.
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
 import json
 import textwrap
 from pathlib import Path
 
+from mcn_ext.console import printable
 from mcn_ext.train import flags
 
 
@@ -33,18 +33,7 @@ def parser() -> flags.Parser:
         metavar="PATH",
         help=f"videos to search (default {flags.STORES['moments']})",
     )
-    p.add_argument(
-        "--run",
-        type=Path,
-        metavar="DIR",
-        help="run folder (default: the newest, stage 2 before stage 1)",
-    )
-    p.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a checkpoint of it (default: RUN/checkpoint.pt)",
-    )
+    flags.add_run(p)
     p.add_argument(
         "--top", type=flags.positive(int), default=5, metavar="N", help="places to show (default 5)"
     )
@@ -66,8 +55,9 @@ def parser() -> flags.Parser:
         "--media",
         type=Path,
         metavar="DIR",
-        help="folder of the videos themselves, for "
-        "a frame of each place in the picture (needs pip install av)",
+        help="folder of the videos themselves, found by their names as "
+        "mcn_ext.prepare videos does, for a frame of each place in the picture (needs pip "
+        "install av)",
     )
     p.add_argument(
         "--picture",
@@ -76,16 +66,6 @@ def parser() -> flags.Parser:
         help="where the picture goes (default RUN/search.png; of more sentences search-2.png, ...)",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the answers there, too")
-    p.add_argument(
-        "--batch_size",
-        type=flags.positive(int),
-        default=64,
-        metavar="N",
-        help="windows embedded at a time (default 64)",
-    )
-    p.add_argument(
-        "--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)"
-    )
     return p
 
 
@@ -101,46 +81,16 @@ def table(found: list[dict]) -> str:
         times = [f"{row['start']:.1f}", f"{row['end']:.1f}", f"{row['score']:.3f}"]
         words = textwrap.shorten(row["words"], 60, placeholder=" ...")
         cells = [str(k), row["video"], *times, *scores, words]
-        rows.append([cell.replace("|", "/") for cell in cells])
+        rows.append([printable(cell).replace("|", "/") for cell in cells])
     return markdown(header, rows)
 
 
-def frame_at(folder: Path, video: str, seconds: float):
-    """(h, w, 3) uint8 of a video's file in a folder, ``seconds`` after its start; None where there
-    is none."""
-    import av
-
-    def first_from(container, at: float):
-        last = None
-        for frame in container.decode(video=0):
-            # Before a key frame, what a seek has landed on decodes to grey.
-            if frame.time is not None and (last is not None or frame.key_frame):
-                last, now = frame, frame.time - (container.start_time or 0) / av.time_base
-                if now >= at:
-                    return last, now
-        return last, at
-
-    for file in sorted(folder.glob(f"{glob.escape(video)}.*")):
-        try:
-            with av.open(str(file)) as container:
-                start = container.start_time or 0
-                container.seek(start + int(seconds * av.time_base))
-                frame, now = first_from(container, seconds)
-            if frame is None or now > seconds + 0.1:  # the seek went past
-                with av.open(str(file)) as container:
-                    frame, now = first_from(container, seconds)
-            if frame is not None:
-                return frame.to_ndarray(format="rgb24")
-        except (av.FFmpegError, IndexError, OSError):
-            continue  # not this one's video: captions, sound
-    return None
-
-
 def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, media) -> bool:
-    """Draw similarity over time in the videos of the best windows, those shaded, and with a folder
-    ``media`` a frame of the best one of each video. False without matplotlib."""
+    """Draw similarity over time in the videos of the best windows, those shaded, and with ``media``
+    {id: files} a frame of the best one of each video. False without matplotlib."""
     import numpy as np
 
+    from mcn_ext.prepare.decode import frame_at
     from mcn_ext.train.curves import COLOURS, _pyplot, _save
 
     if (plt := _pyplot()) is None:
@@ -166,12 +116,12 @@ def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, m
         if media:
             best = next(i for i in chosen if places["video"][i] == video)
             middle = (places["begin"][best] + places["stop"][best]) / 2
-            frame = frame_at(media, names[video], middle)
+            frame = frame_at(media.get(names[video], []), middle)
             side[0].axis("off")
             if frame is not None:
                 side[0].imshow(frame)
         axis.set(xlabel="seconds", ylabel="similarity")
-        axis.set_title(names[video], loc="left", parse_math=False)
+        axis.set_title(printable(names[video]), loc="left", parse_math=False)
     axes[0, 0].legend()
     figure.suptitle(textwrap.shorten(title, 120, placeholder=" ..."), parse_math=False)
     _save(figure, path)
@@ -182,50 +132,42 @@ def picture(path: Path, title: str, places: dict, scores: dict, chosen, names, m
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
 
-    from mcn_ext import distributed
-    from mcn_ext.data.store import Store, StoreError
+    from mcn_ext.data.store import StoreError
     from mcn_ext.data.words import tokenize
     from mcn_ext.evaluation import places as windows
-    from mcn_ext.evaluation.embedder import Embedder, open_run, words_of
+    from mcn_ext.evaluation.embedder import Embedder, open_store, title_of
     from mcn_ext.train.log import write_text
 
     # --------------------------------------- inputs, checked before the first video is embedded
-    try:
-        store = Store(args.store)
-    except StoreError as error:
-        raise SystemExit(f"--store {error}") from None
-    run, _, content = open_run(args.run, args.checkpoint)
-    trained_on = content["sizes"]["modalities"]
+    store = open_store(args.store, "--store", flags.PREPARE["moments"])
+    embedder = Embedder(args)
+    run, trained_on = embedder.run, embedder.sizes["modalities"]
     if "T" not in trained_on or len(trained_on) < 2:
         raise SystemExit(
             f"--run {run}: trained on {trained_on}; search needs text to ask with, and"
             f" video or audio to find: python train_stage2.py --add T --init {run}"
         )
+    embedder.check(store, "--store")
     picture_file = args.picture or run / "search.png"
     folders = {"picture": picture_file.parent, "json": args.json and args.json.parent}
     for flag, folder in (folders | {"media": args.media}).items():
         if folder is not None and not folder.is_dir():
-            raise SystemExit(f"--{flag}: {folder}: no such folder")
+            raise SystemExit(f"--{flag}: {folder.absolute()}: no such folder")
+    media = None
     if args.media:
-        from mcn_ext.prepare.decode import import_av
+        from mcn_ext.prepare.videos import find_media
 
-        import_av()
-    words, device = words_of(run, content), distributed.init(args.device)
-    embedder = Embedder(content, words, device, args.batch_size)
-    embedder.check(store, "--store")
-    if any(word not in words.index for s in args.sentences for word in tokenize(s)):
-        embedder.learn_words(store, args.sentences)
-    embeddings, known = embedder.texts(args.sentences)
-    for sentence, valid in zip(args.sentences, known["text"].tolist(), strict=True):
+        media = find_media(args.media)
+    sentences = list(map(printable, args.sentences))  # as they go into titles and files
+    if any(word not in embedder.words.index for s in sentences for word in tokenize(s)):
+        embedder.learn_words(store, sentences)
+    embeddings, known = embedder.texts(sentences)
+    for sentence, valid in zip(sentences, known["text"].tolist(), strict=True):
         if not valid:
+            known_words = embedder.word2vec or "its training captions"
             raise SystemExit(
-                f'"{sentence}": the run knows none of these words (case counts); '
-                + (
-                    f"nor does {embedder.word2vec}"
-                    if embedder.word2vec
-                    else "it was trained without a --word2vec file, on the words of its "
-                    "captions alone"
-                )
+                f'"{sentence}": the run knows none of these words, only those of {known_words} '
+                "(case counts)"
             )
 
     # ---------------------------------------------------------------------------------- search
@@ -233,7 +175,7 @@ def main(argv=None) -> int:
     key, name = (
         hashlib.sha256(repr(facts).encode()).hexdigest()
         for facts in (
-            (stats, content["run_id"], content["step"]),
+            (stats, embedder.content["run_id"], embedder.content["step"]),
             (args.store.resolve(), args.window, args.stride),
         )
     )
@@ -242,16 +184,15 @@ def main(argv=None) -> int:
         places = windows.embed_once(kept, key, embedder, store, args.window, args.stride)
     except (FloatingPointError, StoreError) as error:
         raise SystemExit(f"--store {args.store}: {error}") from None
-    answers = {}
-    demo = " (DEMO DATA, made up)" if store.source.startswith("demo data") else ""
-    searched = f"{args.store}{demo}, {len(places['video'])} windows of {len(store)} videos"
-    for k, sentence in enumerate(args.sentences):
+    answers, ids = {}, store.ids()
+    searched = f"{title_of(store)}, {len(places['video'])} windows of {len(store)} videos"
+    for k, sentence in enumerate(sentences):
         one = tuple({"text": part["text"][k : k + 1]} for part in (embeddings, known))
-        scores = windows.score(places, one, content["args"]["similarity"])
+        scores = windows.score(places, one, embedder.args["similarity"])
         chosen = windows.best(places, scores["total"], args.top)
         found = [windows.describe(places, store, i, scores) for i in chosen]
         answers[sentence] = found
-        title = f'"{sentence}" in {searched}'
+        title = printable(f'"{sentence}" in {searched}')
         print(title)
         if not found:
             print("nothing found: no window has anything in it that the run can see or hear")
@@ -259,8 +200,8 @@ def main(argv=None) -> int:
         print(table(found))
         path = picture_file
         path = path.with_name(f"{path.stem}-{k + 1}{path.suffix}") if k else path
-        if picture(path, title, places, scores, chosen, store.ids(), args.media):
-            print(path)
+        if picture(path, title, places, scores, chosen, ids, media):
+            print(printable(path))
     if args.json:
         write_text(args.json, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
     return 0

@@ -10,7 +10,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +22,8 @@ from mcn_ext.prepare.logmel import SAMPLE_RATE, log_mel
 MAX_SECONDS = 48 * 3600  # a time stamp beyond is wrong
 MAX_PIXELS = 2**26  # twice 8K
 MAX_DAMAGED = 0.05  # share of packets that cannot be decoded
-PLAYLISTS = {"hls", "concat", "dash", "imf"}  # they name other files
+# Formats that name other files, or addresses.
+PLAYLISTS = {"hls", "concat", "dash", "imf", "sdp", "rtsp", "vobsub", "image2"}
 GAP = 0.1  # seconds that samples may be off their time stamps, as clocks are rounded
 
 
@@ -33,6 +36,51 @@ def import_av():
             f"videos are decoded with PyAV: pip install av (or pip install -e '.[video]'); {error}"
         ) from error
     return av
+
+
+def open_media(path: str | Path):
+    """A local media file as an av container, for a ``with``. All media are opened here.
+
+    Its name is no address, and nothing in it leads to another file or one. Skipped if it cannot be
+    opened.
+    """
+    av = import_av()
+    formats = ",".join(av.formats_available - PLAYLISTS)  # a playlist would open what it names
+    options = {"protocol_whitelist": "file", "format_whitelist": formats}
+    try:
+        return av.open(f"file:{path}", metadata_errors="replace", options=options)
+    except av.error.ArgumentError as error:  # what FFmpeg answers for a format that is not listed
+        raise Skipped(f"{path}: a playlist, not a video or sound file") from error
+    except (av.FFmpegError, OSError) as error:
+        raise Skipped(f"{path}: {error.strerror or error}") from error
+
+
+def frame_at(files: list[Path], seconds: float) -> np.ndarray | None:
+    """(h, w, 3) uint8, the frame ``seconds`` after the start of the first file that has pictures;
+    None where none has."""
+    av = import_av()
+    for file, seek in product(files, (True, False)):
+        last = None
+        try:
+            with open_media(file) as container:
+                zero = container.start_time or 0
+                if seek:
+                    container.seek(zero + int(seconds * av.time_base))
+                for frame in container.decode(video=0):
+                    # Before a key frame, what a seek has landed on decodes to grey.
+                    if frame.time is None or (last is None and not frame.key_frame):
+                        continue
+                    now = frame.time - zero / av.time_base
+                    if seek and last is None and now > seconds + 0.1:
+                        break  # the seek went past: from the start, then
+                    last = frame
+                    if now >= seconds:
+                        break
+        except (Skipped, av.FFmpegError, IndexError, OSError):
+            pass  # a playlist, sound alone, or damaged from here on
+        if last is not None:
+            return last.to_ndarray(format="rgb24")
+    return None
 
 
 class Seconds:
@@ -112,10 +160,9 @@ def decode(path: str, *, video: bool = True, audio: bool = True, threads: int = 
     without video (or with a cover picture only) no "frame". Skipped for what cannot be used.
     """
     av = import_av()
+    container = open_media(path)
     try:
-        # No name is an address, and nothing in a file leads to one.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", metadata_errors="replace", options=options) as container:
+        with container:
             yield from _decode(av, container, video, audio, threads)
     except av.FFmpegError as error:
         raise Skipped(f"{path}: {error.strerror or error}") from error
@@ -125,8 +172,6 @@ def decode(path: str, *, video: bool = True, audio: bool = True, threads: int = 
 
 def _streams(av, container, video: bool, audio: bool, threads: int) -> tuple[list, list]:
     """The streams of pictures (the first) and of sound (the first) that are wanted."""
-    if container.format.name.split(",")[0] in PLAYLISTS:
-        raise Skipped(f"a playlist ({container.format.name}), not a video")
     cover = av.stream.Disposition.attached_pic
     pictures = [s for s in container.streams.video if not s.disposition & cover][:video]
     sounds = list(container.streams.audio)[:audio]

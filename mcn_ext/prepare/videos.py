@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def find_videos(paths: list[Path]) -> list[Path]:
         if not files or not files[0].is_file():
             raise SystemExit(f"{path}: no such file, or a folder without a video or sound file")
         found += files
+    return found
+
+
+def video_id(file: Path) -> str:
+    """The id of a video, of the name of its file."""
+    return mend(file.stem)
+
+
+def find_media(folder: Path) -> dict[str, list[Path]]:
+    """{video id: its files}, by their names alone: no path is made of an id. Files that a link
+    leads to outside of the folder are left out."""
+    import_av()
+    found, root = defaultdict(list), folder.resolve()
+    for file in find_videos([folder]):
+        if file.is_file() and file.resolve().is_relative_to(root):
+            found[video_id(file)].append(file)
     return found
 
 
@@ -186,7 +203,7 @@ def prepare(
     )
     skips, todo = SkipList(out), {}
     for file in files:
-        name = mend(file.stem)
+        name = video_id(file)
         if name in todo:
             skips.add(name, f"{file}: its id is that of {todo[name]}")
         todo.setdefault(name, file)

@@ -338,17 +338,14 @@ def _recover(folder: Path) -> dict | None:
 def find_run(
     runs: Path, stage: int | None = None, lacks: str = "", demo: bool = True
 ) -> Path | None:
-    """The newest run with a checkpoint, of one stage (None: 2, then 1), that lacks a modality;
-    ``demo``: also among runs on demo data."""
-    for wanted in (2, 1) if stage is None else (stage,):
-        found = []
-        for file in runs.glob(f"stage{wanted}-*/{LATEST}"):
-            match = re.fullmatch(r"stage\d-([A-Z]+)(?:_([A-Z]))?(-demo)?", file.parent.name)
-            if not match or (match[3] and not demo):
-                continue  # moved aside (.1), or named by hand
-            letters = match[1] + (match[2] or "")
-            if not (lacks and lacks in letters):
-                found.append(file)
-        if found:
-            return max(found, key=lambda file: file.stat().st_mtime).parent
-    return None
+    """The newest run with a checkpoint, of one stage (None: 2, then 1), that lacks a modality; one
+    of the demo data only if there is no other, and not at all without ``demo``."""
+    found = {}
+    for file in runs.glob(f"stage*-*/{LATEST}"):
+        match = re.fullmatch(r"stage(\d)-([A-Z]+)(?:_([A-Z]))?(-demo)?", file.parent.name)
+        if not match:
+            continue  # moved aside (.1), or named by hand
+        number, letters, is_demo = int(match[1]), match[2] + (match[3] or ""), bool(match[4])
+        if stage in (None, number) and (demo or not is_demo) and not (lacks and lacks in letters):
+            found[not is_demo, number, file.stat().st_mtime] = file.parent
+    return found[max(found)] if found else None

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from mcn_ext.console import printable
 from mcn_ext.modalities import MODALITIES, PAIRS
 
 DATA = Path("data/howto100m.h5")
@@ -140,13 +141,42 @@ def _after_the_first() -> None:
 
 
 def run(main) -> None:
-    """A script's ``main``, whose last words are said once."""
+    """Run a command's ``main`` and exit; ranks say an error once, and no text of the data ends
+    the command (on an ASCII console) or reaches the terminal as an escape sequence."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        sys.exit(main())
     except SystemExit as error:
         if isinstance(error.code, str):
             _after_the_first()
+            error.code = printable(error.code)
         raise
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a trained run, and say how it embeds."""
+    add = parser.add_argument
+    add(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: the newest, stage 2 before stage 1)",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint of it, such as RUN/epoch-05.pt (default: RUN/checkpoint.pt)",
+    )
+    add(
+        "--batch_size",
+        type=positive(int),
+        default=64,
+        metavar="N",
+        help="clips embedded at a time (default 64)",
+    )
+    add("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
 
 
 def pair(text: str) -> str:
