@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from mcn_ext.console import printable
 from mcn_ext.train import flags
 from mcn_ext.train.curves import _pyplot, _save, curves
 
@@ -56,7 +57,11 @@ def report(run: Path) -> Path:
 
     metrics, log = run / "metrics.json", run / "log.jsonl"
     results = []
-    for name, result in (json.loads(metrics.read_text()) if metrics.exists() else {}).items():
+    try:
+        found = json.loads(metrics.read_text()) if metrics.exists() else {}
+    except ValueError as error:
+        raise SystemExit(f"{metrics}: damaged ({error}); move it away") from None
+    for name, result in found.items():
         if name == "replaced":  # results of earlier checkpoints or settings
             continue
         if name in ("crosstask", "miningyoutube"):
@@ -93,23 +98,24 @@ def main(argv=None) -> int:
     )
     run = parser.parse_args(argv).run
     if run is None:
-        from mcn_ext.train.checkpoint import find_run
+        from mcn_ext.evaluation.embedder import open_run
 
-        run = find_run(Path("runs"))
-    if run is not None and (run / "study.json").exists():
+        run, _ = open_run(None, None)
+    if (run / "study.json").exists():
         from mcn_ext.study import report as study_report
         from mcn_ext.study.statistics import StudyError
 
         try:
-            print(study_report.write(run))
+            print(printable(study_report.write(run)))
         except StudyError as error:
-            print(error, file=sys.stderr)
+            print(printable(error), file=sys.stderr)
             return 1
         return 0
-    if run is None or not (run / "args.json").exists():
-        print(f"{run or 'runs'}: no run folder; train first", file=sys.stderr)
+    if not (run / "args.json").exists():
+        message = f"{run.absolute()}: no run folder; train first, or correct the path"
+        print(printable(message), file=sys.stderr)
         return 1
-    print(report(run))
+    print(printable(report(run)))
     return 0
 
 

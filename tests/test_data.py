@@ -18,7 +18,7 @@ from mcn_ext.data.clips import (
 )
 from mcn_ext.data.store import Store
 from mcn_ext.data.words import WordVectors, tokenize, train_vectors, vectors_for
-from mcn_ext.evaluation.metrics import ranks, summarize, table
+from mcn_ext.evaluation.metrics import markdown, ranks, summarize, table_rows
 from tests.conftest import WORDS
 
 VECTORS = WordVectors(WORDS, np.eye(len(WORDS)), "test")
@@ -235,9 +235,8 @@ def test_summary_of_known_ranks_and_interval():
     # Binomial: 20 +- 1.96 * 4
     assert 10 < low < 14 and 26 < high < 30
     assert summarize(rank) == s
-    assert "| text->video | 20.0 |" in table({"text->video": s}, 100) and "n = 100" in table(
-        {"text->video": s}, 100
-    )
+    table = markdown(*table_rows({"text->video": s}, 100))
+    assert "| text->video | 20.0 |" in table and "n = 100" in table
 
 
 # ----------------------------------------------------------------------------- the scripts' parts

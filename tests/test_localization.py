@@ -17,8 +17,6 @@ from mcn_ext.evaluation.localization import (
     load_steps,
     localize,
     overlaps,
-    recall_interval,
-    recall_per_task,
     right_seconds,
     spread_evenly,
     standardize,
@@ -53,11 +51,10 @@ def test_assign_against_all_assignments():
         sums = scores[every, np.arange(n_steps)].sum(axis=1)
         best = every[sums == sums.max()]
         # The earliest second of each step among the best assignments is a best assignment, too.
-        assert assign(scores).tolist() == best.min(axis=0).tolist()
+        assert assign(scores) == best.min(axis=0).tolist()
         assert best.min(axis=0).tolist() in best.tolist()
-    assert assign(np.zeros((5, 3))).tolist() == [0, 1, 2]
-    assert assign(torch.ones(3, 3, dtype=torch.bfloat16)).tolist() == [0, 1, 2]
-    assert assign(np.zeros((4, 0))).tolist() == []
+    assert assign(np.full((5, 3), 0.1)) == [0, 1, 2]  # ties: early
+    assert assign(np.zeros((4, 0))) == []
 
 
 def test_align_against_all_alignments():
@@ -81,15 +78,6 @@ def test_align_against_all_alignments():
             wanted[start:end] = k
         assert align(scores, level).tolist() == wanted.tolist()
     assert align(np.zeros((5, 2)), 0.0).tolist() == [0, 1, -1, -1, -1]  # ties: early and short
-
-
-def test_what_cannot_be_placed_is_an_error():
-    for function in (assign, lambda scores: align(scores, 0.5)):
-        with pytest.raises(ValueError, match=r"\(2, 3\)"):
-            function(np.zeros((2, 3)))
-        for bad in (np.nan, np.inf):
-            with pytest.raises(FloatingPointError, match="1 of 6 scores are not finite"):
-                function(torch.tensor([[0, bad], [0, 0], [0, 0]]))
 
 
 def test_standardized_scores_do_not_depend_on_scale_and_constants_are_zero():
@@ -134,21 +122,6 @@ def test_a_worked_video():
     assert iou[1] == iod[1] == 0
 
 
-def test_recall_is_of_a_tasks_steps_and_then_of_tasks():
-    # Task a: 1 of 1 and 1 of 4, so 2 of 5; task b: 2 of 2; c has no annotated step.
-    recalls = recall_per_task(np.array([1, 1, 2, 0]), np.array([1, 4, 2, 0]), ["a", "a", "b", "c"])
-    assert recalls == {"a": 2 / 5, "b": 1.0}
-
-
-def test_interval_resamples_within_tasks():
-    # One video a task: nothing to draw, though the tasks differ.
-    assert recall_interval(np.array([0, 3]), np.array([4, 3]), ["a", "b"]) == (0.5, 0.5)
-    # 400 videos of one step, each hit with probability 0.5: +- 1.96 * 0.5 / 20.
-    matched = np.arange(400) % 2
-    low, high = recall_interval(matched, np.ones(400, int), ["a"] * 400)
-    assert abs(low - 0.451) < 0.006 and abs(high - 0.549) < 0.006
-
-
 def test_chance_is_exact():
     rng = np.random.default_rng(4)
     for n_seconds, n_steps in ((1, 1), (5, 2), (7, 4), (6, 6)):
@@ -189,9 +162,9 @@ def scores_of(name, n_seconds, steps):
     """Those of "worked" are the worked labels, the others of step 0 first, then of the last."""
     if name == "gone":
         return None
-    if name == "worked":
-        return torch.nn.functional.one_hot(torch.tensor(LABELS) + 1, 5)[:, 1:].float()
-    return np.stack([np.arange(n_seconds) == 0, np.arange(n_seconds) > 0], axis=1) * 2.0
+    labels = torch.tensor(LABELS) if name == "worked" else (torch.arange(n_seconds) > 0).long()
+    of_step = torch.nn.functional.one_hot(labels + 1, len(steps) + 1)[:, 1:]
+    return of_step.float(), torch.ones(len(steps), dtype=torch.bool)
 
 
 def test_a_worked_set():
@@ -216,8 +189,7 @@ def test_a_worked_set():
     assert result["frame_accuracy_steps"] == pytest.approx(100 * (5 / 8 + 1) / 4, abs=1e-3)
     # Evenly: "worked" 1, 3, 6, 8: two; "gone" 0 to 3: one; "found" 0, 2: both, of 3 in b.
     assert result["evenly"] == pytest.approx(100 * (3 / 4 + 2 / 3) / 2, abs=1e-3)
-    low, high = result["recall_ci95"]
-    assert low <= result["recall"] <= high
+    assert result["recall_ci95"][0] <= result["recall"] <= result["recall_ci95"][1]
     pooled = localize(example("miningyoutube"), scores_of)
     assert pooled["recall_per_task"] == {"all": 57.143} and pooled["recall"] == 57.143  # 4 of 7
     assert json.loads(json.dumps(result)) == result  # plain numbers
@@ -231,17 +203,17 @@ def test_background_above_a_steps_scores_leaves_it_one_second():
 
 
 def test_broken_scores_name_the_video():
-    with pytest.raises(FloatingPointError, match="video worked: 40 of 40 scores"):
-        localize(example(), lambda name, t, steps: np.full((t, len(steps)), np.nan))
-    with pytest.raises(ValueError, match=r"video worked: scores of shape \(3, 4\)"):
-        localize(example(), lambda *_: np.zeros((3, 4)))
+    with pytest.raises(FloatingPointError, match="video worked: 40 of 40 similarities"):
+        localize(
+            example(), lambda name, *of: (scores_of("worked", *of)[0] * torch.nan, torch.ones(4))
+        )
     with pytest.raises(ValueError, match="no step of any video is annotated"):
         localize(example() | {"videos": {"bare": example()["videos"]["bare"]}}, scores_of)
 
 
 def test_steps_files_are_checked(tmp_path):
     path = tmp_path / "x.h5.steps.json"
-    with pytest.raises(StoreError, match="x.h5.steps.json: cannot be read"):
+    with pytest.raises(StoreError, match="x.h5.steps.json: not the steps .*No such file"):
         load_steps(tmp_path / "x.h5")
     path.write_text(json.dumps(example()))
     assert load_steps(tmp_path / "x.h5") == example()
@@ -251,11 +223,8 @@ def test_steps_files_are_checked(tmp_path):
         {"videos": []},
         {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"], "segments": [[0, 2, 4]]}}},
         {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"], "segments": [[1, 0, 1]]}}},
-        {"videos": {"v": {"task": "a", "seconds": 10**9, "steps": [], "segments": []}}},
+        {"videos": {"v": {"task": "a", "seconds": 3, "steps": ["x"], "segments": [[0, 2]]}}},
     ):
         path.write_text(json.dumps(example() | change))
         with pytest.raises(StoreError, match="x.h5.steps.json: not the steps of a store"):
             load_steps(tmp_path / "x.h5")
-    path.write_text("[" * 100_000)
-    with pytest.raises(StoreError, match="cannot be read"):
-        load_steps(tmp_path / "x.h5")

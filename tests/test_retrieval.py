@@ -2,7 +2,6 @@
 
 import torch
 
-from mcn_ext.data.clips import ClipReader
 from mcn_ext.data.store import Store
 from mcn_ext.evaluation import retrieval
 from mcn_ext.evaluation.metrics import keep
@@ -19,10 +18,14 @@ def there(*names, n):
 
 
 def test_every_direction_once_the_customary_ones_first():
-    found = retrieval.directions(["audio", "video", "text"])
+    def asked(*settings):
+        return [direction for direction, _ in retrieval.asked(*settings)]
+
+    found = asked(["audio", "video", "text"], ["sum"], True)
     assert tuple(found[:4]) == retrieval.MAIN and len(found) == len(set(found)) == 12
     assert {"video+audio->text", "audio->video+text", "audio+text->video"} < set(found)
-    assert retrieval.directions(["audio", "video"]) == ["audio->video", "video->audio"]
+    assert asked(["audio", "video"], ["sum"], True) == ["audio->video", "video->audio"]
+    assert asked(["audio", "video"], ["sum", "mean"]) == ["audio->video"]
 
 
 def test_results_of_the_same_settings_add_up_and_of_others_are_kept():
@@ -96,5 +99,3 @@ def test_clips_of_the_bank_come_from_all_over_the_store(store_path):
     assert sum(len(spans) for _, spans in clips) == 6 and len({v for v, _ in clips}) == 6
     assert clips[0][0] == 0 and clips[-1][0] == len(store) - 1
     assert sum(len(spans) for _, spans in retrieval.some_clips(store, 25, 0.0)) == 25
-    reader = ClipReader(store, "V", video_streams=("2d", "3d"))
-    assert len(reader.read(*clips[0])["clip_id"]) == len(clips[0][1])

@@ -30,7 +30,7 @@ class Embedder:
     """The model of a checkpoint in eval mode, with all that its inputs are read by.
 
     ``run``, ``file``, ``content``: of the checkpoint that --run and --checkpoint name, else of the
-    newest run (``chosen``: one of the demo data is not used on others). SystemExit if there is none.
+    newest run (``chosen``: one of the demo data is not used on others). SystemExit if none is.
 
     Everything it returns is ({modality: (n, D) fp32}, {modality: (n,) bool}) on the CPU: the
     embeddings, not normalised, and which of them have content.

@@ -159,15 +159,14 @@ def main(argv=None) -> int:
 
         media = find_media(args.media)
     sentences = list(map(printable, args.sentences))  # as they go into titles and files
-    if any(word not in embedder.words.index for s in sentences for word in tokenize(s)):
+    if any(embedder.words.row(word) is None for s in sentences for word in tokenize(s)):
         embedder.learn_words(store, sentences)
     embeddings, known = embedder.texts(sentences)
     for sentence, valid in zip(sentences, known["text"].tolist(), strict=True):
         if not valid:
             known_words = embedder.word2vec or "its training captions"
             raise SystemExit(
-                f'"{sentence}": the run knows none of these words, only those of {known_words} '
-                "(case counts)"
+                f'"{sentence}": the run knows none of these words, only those of {known_words}'
             )
 
     # ---------------------------------------------------------------------------------- search
