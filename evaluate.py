@@ -111,14 +111,14 @@ def parse(argv):
     )
     group.add_argument(
         "--windows",
-        type=flags.positive(float),
+        type=flags.window_seconds,
         nargs="+",
         metavar="S",
         help="lengths of the windows ranked, in seconds (default 5 10 20 40)",
     )
     group.add_argument(
         "--window_stride",
-        type=flags.positive(float),
+        type=flags.window_stride,
         metavar="X",
         help="between windows, as a part of their length (default 0.25)",
     )

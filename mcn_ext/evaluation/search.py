@@ -39,14 +39,14 @@ def parser() -> flags.Parser:
     )
     p.add_argument(
         "--window",
-        type=flags.positive(float),
+        type=flags.window_seconds,
         default=10.0,
         metavar="S",
         help="length of a place, in seconds (default 10, as clips in training)",
     )
     p.add_argument(
         "--stride",
-        type=flags.positive(float),
+        type=flags.window_stride,
         default=0.5,
         metavar="X",
         help="between places, as a part of their length (default 0.5)",

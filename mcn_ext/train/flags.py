@@ -211,6 +211,11 @@ def not_negative(kind):
     return _checked(kind, lambda value: value >= 0, "0 or more")
 
 
+# Of windows in a video: smaller ones would fill the memory, and show one row many times.
+window_seconds = _checked(float, lambda value: 0.1 <= value <= 1e5, "0.1 to 100000 seconds")
+window_stride = _checked(float, lambda value: 0.01 <= value <= 100, "0.01 to 100")
+
+
 def letter(text: str) -> str:
     """The letter of a modality, in any case."""
     if text.upper() not in MODALITIES:
