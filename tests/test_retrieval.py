@@ -44,18 +44,6 @@ def test_results_of_the_same_settings_add_up_and_of_others_are_kept():
     assert metrics["replaced"][0] == {"set": "youcook2"} | whole and len(metrics["replaced"]) == 3
 
 
-def test_the_sum_adds_cosines_over_all_pairs_and_dot_does_not_normalise():
-    torch.manual_seed(0)
-    rows = {m: torch.randn(5, 8) for m in ("text", "audio", "video")}
-    clips = rows, there(*rows, n=5)
-    unit = {m: x / x.norm(dim=1, keepdim=True) for m, x in rows.items()}
-    expected = unit["audio"] @ unit["video"].T + unit["text"] @ unit["video"].T
-    torch.testing.assert_close(retrieval.similarity(clips, clips, "audio+text->video"), expected)
-    torch.testing.assert_close(
-        retrieval.similarity(clips, clips, "text->video", "dot"), rows["text"] @ rows["video"].T
-    )
-
-
 def test_the_mean_does_not_favour_clips_whose_modalities_agree():
     """Clip 1's video and sound say the same, so its sum is long and beats clip 0, both of whose
     modalities are as near to the query, from two sides."""
