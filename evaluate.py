@@ -206,6 +206,7 @@ def main(argv=None):
     except ValueError as error:
         raise SystemExit(f"{metrics_file}: damaged ({error}); move it away") from None
     bank = None
+    # Before words of other stores are learnt: training's captions are read as in training.
     if "bank" in args.fusion and stores.keys() & set(RETRIEVAL):
         bank = retrieval.make_bank(embedder, trained, args.bank_size)
         embedder.say_shares(f"--fusion bank, {trained['data']}")

@@ -43,12 +43,13 @@ class Embedder:
         self.sizes, self.args = self.content["sizes"], self.content["args"]
         self.words = None  # that the text encoder was trained on, and that are learnt since
         if "T" in self.sizes["modalities"]:
-            if not (self.run / WORDS).exists():
+            try:
+                self.words = WordVectors.load(self.run / WORDS)
+            except Exception as error:  # damage makes zip and numpy raise a dozen types
                 raise SystemExit(
-                    f"--run {self.run}: no {WORDS} in it, the words the text encoder was "
-                    "trained on; is it the run's own folder?"
-                )
-            self.words = WordVectors.load(self.run / WORDS)
+                    f"--run {self.run}: {WORDS}, the words the text encoder was trained on, cannot "
+                    f"be read from it ({error}); is it the run's own folder?"
+                ) from error
         self.word2vec = self.words and self.args["word2vec"] and Path(self.args["word2vec"])
         if self.word2vec and not self.word2vec.exists():
             missing = printable(self.word2vec.absolute())
@@ -124,7 +125,9 @@ class Embedder:
         self, batches: Iterable[list[dict]], names: Iterable[str], padding: dict | None = None
     ) -> Clips:
         """Batches of lists of what a reader returns."""
-        table = self.words and torch.from_numpy(self.words.vectors).to(self.device)
+        table = None
+        if "text" in names:
+            table = torch.from_numpy(self.words.vectors).to(self.device)
         embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
         for items in batches:
             batch = to_device(collate(items), self.device, table)
