@@ -100,17 +100,17 @@ def test_what_is_there_is_said_before_numbers_are(tmp_path, monkeypatch, what, l
 
 # ------------------------------------------------------------------------------------ the terminal
 
-UGLY = "chop \x1b[31mred\x1b]0;t\x07 \x9b2J \r\u202egnp.\u2066 \x00 日本 é 🥚"
+UGLY = "chop \x1b[31mred\x1b]0;t\x07 \x9b2J \r\u202egnp.\u2066 日本 é 🥚"
 
 
 def test_printable():
-    got = printable(UGLY + "\ud800\tb\nc")
+    got = printable(UGLY + "\0\ud800\tb\nc")
     assert not set(got) & set("\x1b\x07\x9b\r\0\u202e\u2066\ud800") and "日本 é 🥚" in got
     assert got.endswith("\\ud800\tb\nc") and "\\x1b[31m" in got
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_no_text_of_the_data_ends_a_command_or_steers_the_terminal(tmp_path, encoding):
     store = write_store(tmp_path / "v\x1b[0m.h5", 3, caption="{} " + UGLY)
     make_run(tmp_path / "run")
