@@ -7,6 +7,8 @@
 
 Retrieval (youcook2, msrvtt), ordered steps in time (crosstask, miningyoutube), the place in a video
 (moments). A run on the demo data is evaluated on the demo data's evaluation clips.
+It stops where less than a tenth of the clips have a modality, or a known word; MCN_ANYWAY=1 in the
+environment goes on.
 """
 
 import argparse
