@@ -199,6 +199,7 @@ def main(argv=None):
         if name == "youcook2" and args.whole_videos:
             videos = retrieval.videos_of(store.ids())
     texts = [text for _, _, said in sentences.values() for text in said]
+    n_sentences = len(texts)
     for task in steps.values():
         texts += [text for video in task["videos"].values() for text in video["steps"]]
 
@@ -275,8 +276,10 @@ def main(argv=None):
             "annotations": str(args.annotations or store.path),
             "subset": args.annotations and (args.subset or "validation"),
         }
-        lines = markdown(*moments.table_rows(result))
-        yield name, about | result, [moments.notice(result)], lines
+        notices, lines = [moments.notice(result)], markdown(*moments.table_rows(result))
+        if not args.annotations and (n := store.n_captions - n_sentences):
+            notices.append(f"{n} captions of no length: left out")
+        yield name, about | result, notices, lines
 
     # -------------------------------------------------------------------------------- the loop
     protocols = {"youcook2": find_clips, "msrvtt": find_clips, "moments": find_moments}

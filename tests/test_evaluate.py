@@ -98,6 +98,18 @@ def test_what_is_there_is_said_before_numbers_are(tmp_path, monkeypatch, what, l
     assert not stops or "R@1" in call(*command, cwd=tmp_path).stdout
 
 
+def test_captions_of_no_length_are_counted(tmp_path):
+    writer = StoreWriter(tmp_path / "s.h5", STREAMS, "test")
+    shapes = {name: (round(4 * spec["rate_hz"]), spec["dim"]) for name, spec in STREAMS.items()}
+    rows = {name: np.random.default_rng(0).random(shape) for name, shape in shapes.items()}
+    writer.add("a", rows, [0, 1, 2], [2, 1, 2], ["chop", "fry", "boil"])
+    writer.close()
+    make_run(tmp_path / "run")
+    command = ("evaluate.py", "--moments", tmp_path / "s.h5", "--run", "run", "--device", "cpu")
+    done = call(*command, cwd=tmp_path)
+    assert "2 captions of no length: left out" in done.stdout and "n = 1" in done.stdout
+
+
 # ------------------------------------------------------------------------------------ the terminal
 
 UGLY = "chop \x1b[31mred\x1b]0;t\x07 \x9b2J \r\u202egnp.\u2066 日本 é 🥚"

@@ -157,12 +157,9 @@ def evaluate(
 
 def _summary(values: list[np.ndarray]) -> dict:
     """Means over sentences in percent, 95 % intervals from resampled videos, if there are some."""
-    sums, counts = (
-        np.stack([v.sum(axis=0) for v in values], axis=1),
-        np.array(list(map(len, values))),
-    )
+    counts, sums = np.array([len(v) for v in values]), np.array([v.sum(axis=0) for v in values])
     out = {}
-    for name, of in zip(["mIoU", *RECALLS], sums, strict=True):
+    for name, of in zip(["mIoU", *RECALLS], sums.T, strict=True):
         out[name] = round(float(100 * of.sum() / counts.sum()), 3)
         if len(values) > 1:
             draws = 100 * resample(of, counts, np.random.default_rng(0))
