@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mcn_ext.console import printable
 from mcn_ext.data.store import Store
 from mcn_ext.evaluation.metrics import check_finite
 from mcn_ext.evaluation.moments import windows
@@ -47,12 +48,12 @@ def embed_once(path: Path, key: str, *args) -> dict[str, np.ndarray]:
                 if str(file["key"]) == key:
                     return {name: file[name] for name in file.files if name != "key"}
         except Exception as error:  # damage makes zip and numpy raise a dozen types
-            print(f"{path}: damaged ({error}), made again", file=sys.stderr)
+            print(printable(f"{path}: damaged ({error}), made again"), file=sys.stderr)
     places = embed(*args)
     try:
         replace(path, lambda file: np.savez(file, key=np.array(key), **places))
     except SystemExit as error:  # a full disk: slower next time, nothing else
-        print(f"{error}; the windows are embedded again next time", file=sys.stderr)
+        print(printable(f"{error}; the windows are embedded again next time"), file=sys.stderr)
     return places
 
 
