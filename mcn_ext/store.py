@@ -1,8 +1,7 @@
 """Validates and describes a store: ``python -m mcn_ext.store FILE``."""
 
-import sys
-
 from mcn_ext.data.store import main
+from mcn_ext.train import flags
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)

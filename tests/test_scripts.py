@@ -227,7 +227,7 @@ def test_what_goes_wrong_is_said(work, store_path, tmp_path):
         assert done.returncode == 1 and message in done.stderr, done.stderr
 
     fails("has that modality already", "train_stage2.py", "--add", "V", "--init", "runs/stage1-AV")
-    fails("no stage-1 run without V in runs/", "train_stage2.py", "--add", "V")
+    fails("no stage-1 run without V in /", "train_stage2.py", "--add", "V")
     fails("no stage-1 run", "train_stage2.py", "--add", "T", cwd=tmp_path)
     fails(f"no run in {tmp_path / 'runs'}", "evaluate.py", "--youcook2", cwd=tmp_path)
     fails("--youcook2 data/youcook2.h5: no such store", "evaluate.py", "--youcook2")

@@ -63,8 +63,8 @@ def write_text(path: Path, text: str) -> None:
 
 def append(path: Path, text: str) -> None:
     """Add to a file, which is not held open. SystemExit on a full disk."""
-    with writing(path), open(path, "a") as file:
-        file.write(text)
+    with writing(path), open(path, "ab") as file:
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def _keep(path: Path, previous: Path) -> None:

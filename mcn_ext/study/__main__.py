@@ -1,7 +1,6 @@
 """python -m mcn_ext.study"""
 
-import sys
-
 from mcn_ext.study.plan import main
+from mcn_ext.train import flags
 
-sys.exit(main())
+flags.run(main)

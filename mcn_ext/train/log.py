@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mcn_ext import __version__, distributed
+from mcn_ext.console import printable
 from mcn_ext.data.files import append, replace, write_text, writing
 
 __all__ = ["RunLog", "environment", "read", "replace", "say", "write_text"]
@@ -23,7 +24,7 @@ __all__ = ["RunLog", "environment", "read", "replace", "say", "write_text"]
 def say(text: str) -> None:
     """Print on rank 0, above the progress bar."""
     if distributed.rank() == 0:
-        tqdm.write(text)
+        tqdm.write(printable(text))
 
 
 def environment(device: torch.device) -> str:

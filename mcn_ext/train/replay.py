@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from mcn_ext.data.store import Store, StoreError
 from mcn_ext.modalities import MODALITIES
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
-from mcn_ext.train import checkpoint
+from mcn_ext.train import checkpoint, flags
 from mcn_ext.train.guard import SHOWN, bad_rows, find_clips, found_lines, merge, not_finite, some
 
 OBJECTIVE = (
@@ -160,4 +159,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)
