@@ -7,6 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from mcn_ext.train import flags
 from mcn_ext.train.flags import Parser, not_negative, pair, positive
 
 MODULES = {"msrvtt": "youcook2", "miningyoutube": "crosstask"}  # of the other kinds, their name
