@@ -7,8 +7,8 @@
 #
 # Needs python3 (or PYTHON) with a CUDA build of torch, numpy, h5py, tqdm and pytest. No data, network, git or gensim.
 # What it finds is under OUT (default runs/gpu), eight files at most, each written as it comes: MODE.log,
-# sanitizer.txt, machine.json, loss.json, step.json, runs.txt, experiments.json. Each step has a limit of its own and
-# the common end; after a failure the next one runs, and the script ends with 1.
+# sanitizer.txt, machine-cuda.json, loss-cuda.json, step-cuda.json, runs.txt, experiments-cuda.json. Each step has a
+# limit of its own and the common end; after a failure the next one runs, and the script ends with 1.
 set -uo pipefail
 MODE=${1:-main}
 case $MODE in main) TOTAL=540 ;; profile) TOTAL=280 ;; *) echo "gpu.sh: main or profile, not $MODE"; exit 2 ;; esac
@@ -55,7 +55,7 @@ stages() {
   step "$name: stage 1" 70 "$PY" "$ROOT/train_stage1.py" "${pair[@]}" --out "runs/$name-1"
   local store=$WORK/paper.h5
   [ "$name" = demo ] && store=$WORK/data/demo/train.h5
-  step "$name: words" 20 "$PY" "$ROOT/benchmarks/gpu_data.py" words "$store" "$name.npz"
+  step "$name: words" 20 "$PY" "$ROOT/benchmarks/made_up.py" words "$store" "$name.npz"
   step "$name: stage 2" 70 "$PY" "$ROOT/train_stage2.py" --add T --init "runs/$name-1" --out "runs/$name-2" \
     --word2vec "$name.npz" "$@" "${run[@]}"
   local data=()
@@ -71,11 +71,10 @@ if ! "$PY" -c 'import sys; from mcn_ext import ops; sys.exit(not (ops.has_cuda()
   step build 150 env -C "$ROOT" MCN_CUDA=$([ "$DEVICE" = cuda ] && echo 1) "$PY" setup.py --quiet build_ext --inplace
 fi
 step built 30 "$PY" -m mcn_ext
-step data 60 "$PY" "$ROOT/benchmarks/gpu_data.py" stores "$WORK"
-SIZES=() LOSS=() STAGE1=() STAGE=(--max_steps 12 --queue_size 8) DEMO=()
+step data 60 "$PY" "$ROOT/benchmarks/made_up.py" stores "$WORK"
+SIZES=() STAGE1=() STAGE=(--max_steps 12 --queue_size 8) DEMO=()
 if [ -n "$QUICK" ]; then
   SIZES=(--batch_size 2 --n_pair 4 --audio_width 0.0625 --embd_dim 32 --cluster_size 4 --audio_frames 200)
-  LOSS=(--rows quick)
   STAGE1=(--audio_width 0.0625 --embd_dim 32 --recon_dim 8)  # stage 2 inherits them
   STAGE=(--batch_size 4 --n_pair 4 --cluster_size 4 --audio_frames 200 --min_time 1 --max_steps 2 --queue_size 2)
   DEMO=(--max_steps 2)
@@ -87,10 +86,9 @@ if [ "$MODE" = main ]; then
   step tests 130 env -C "$ROOT" "$PY" -m pytest -q -m cuda -p no:cacheprovider $("$PY" -c 'import xdist; print("-n 6")' 2> /dev/null) \
     tests/test_cuda.py tests/test_loss.py tests/test_loss_torch.py
   [ -n "${SANITIZER:-}" ] && { wait "$SANITIZER"; grep -E "rc |ERROR SUMMARY|RACECHECK SUMMARY" "$OUT/sanitizer.txt" | tee -a "$WORK/steps"; }
-  step machine 40 "$PY" "$ROOT/benchmarks/gpu_experiments.py" machine --out "$OUT/machine.json"
-  step loss 150 "$PY" "$ROOT/benchmarks/loss.py" --device "$DEVICE" "${LOSS[@]}" --no-sweep --out "$OUT/loss.json"
-  step step 110 "$PY" "$ROOT/benchmarks/step.py" --device "$DEVICE" --preset paper --data "$WORK/paper.h5" "${SIZES[@]}" \
-    --repeats 3 --no-peaks --strong --json "$OUT/step.json"
+  step machine 40 "$PY" "$ROOT/benchmarks/gpu_experiments.py" machine
+  step loss 150 "$PY" "$ROOT/benchmarks/loss.py"
+  step step 110 "$PY" "$ROOT/benchmarks/step.py" --preset paper --data "$WORK/paper.h5" "${SIZES[@]}"
   # A worker keeps three batches of 0.33 GB each in shared memory.
   WORKERS=$(df --output=avail -BM /dev/shm | awk 'NR == 2 { n = int($1 / 1300); print (n > 6 ? 6 : n) }')
   PAPER=(--preset paper --data "$WORK/paper.h5" --epochs 30 --log_every 2 "${STAGE[@]}")
@@ -99,9 +97,9 @@ if [ "$MODE" = main ]; then
   for file in runs/*/log.jsonl runs/*/metrics.json; do
     if [ -f "$file" ]; then echo "## $file"; tail -n 40 "$file"; fi
   done > "$OUT/runs.txt"
-  step experiments 70 "$PY" "$ROOT/benchmarks/gpu_experiments.py" all --out "$OUT/experiments.json"
+  step experiments 70 "$PY" "$ROOT/benchmarks/gpu_experiments.py" nccl k_means convolutions
 else
-  step profiler 110 "$PY" "$ROOT/benchmarks/gpu_profile.py" loss step --preset paper --data "$WORK/paper.h5" "${SIZES[@]}"
+  step profiler 110 "$PY" "$ROOT/benchmarks/gpu_profile.py" steps --preset paper --data "$WORK/paper.h5" "${SIZES[@]}"
   for size in "4096 512" "4096 6144" "32768 1024"; do  # ncu replays each of our kernels once a counter
     [ "$DEVICE" = cuda ] && step "ncu $size" 55 ncu --clock-control none --target-processes all --kernel-name-base function \
       --kernel-name 'regex:tile_|merge|finish|measure|copy_rows|add_gradients|conclude' --launch-count 24 \

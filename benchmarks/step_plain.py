@@ -1,14 +1,16 @@
 """The published training step, written plainly from its description (Chen et al. 2021), to compare
 with: spectrograms padded to one length, nn.Conv2d and nn.BatchNorm2d, dot products as N x N
-matrices with an eye made on the host, k-means from scratch, mean squared errors, torch.optim.Adam.
+matrices with an eye made on the host, mean squared errors, torch.optim.Adam.
 """
+
+from itertools import combinations
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mcn_ext.data.clips import to_device
+from mcn_ext.data.batch import to_device
 from mcn_ext.encoders import GatedUnit, reconstruction_head
 
 NAMES = ("video", "audio", "text")
@@ -31,14 +33,41 @@ class Block(nn.Module):
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
 
 
-class Plain:
-    """One stage, three modalities. ``autocast``: makes the context that all but the optimiser runs
-    in, fp16 as published or none."""
+class Step:
+    """A training step, part by part, of a subclass that has ``model``, ``optimizer``, ``table``
+    (word vectors), ``autocast`` (makes the context of the encoders), ``embed`` and ``loss``."""
 
-    def __init__(self, args, table, device, autocast):
+    def step(self, clock, batch):
+        with clock("transfer"):
+            batch = to_device(batch, self.table.device, self.table)
+        ends, leaves = {}, {}
+        for name in NAMES:
+            with clock(f"{name} forward"), self.autocast():
+                ends[name] = self.embed(name, batch)
+            leaves[name] = [x.detach().requires_grad_() for x in ends[name]]
+        with clock("losses"):
+            rows, errors = ({name: leaf[i] for name, leaf in leaves.items()} for i in (0, 1))
+            total = self.loss(rows, errors, batch)
+            total.backward()
+        for name, outputs in ends.items():
+            with clock(f"{name} backward"):
+                torch.autograd.backward(outputs, [leaf.grad for leaf in leaves[name]])
+        with clock("optimiser"):
+            self.finish(total)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def finish(self, total):
+        self.optimizer.step()
+
+
+class Plain(Step):
+    """One stage, three modalities; losses run under ``autocast`` too, fp16 as published. Centroids
+    are random: k-means is measured apart."""
+
+    def __init__(self, args, dims, table, autocast):
         torch.manual_seed(0)
-        self.args, self.table, self.device, self.autocast = args, table, device, autocast
-        d = args.embd_dim
+        self.args, self.table, self.autocast = args, table, autocast
+        device, d = table.device, args.embd_dim
         widths = [max(1, round(w * args.audio_width)) for w in (128, 128, 256, 512, 1024)]
         blocks = [
             Block(a, b, s)
@@ -51,7 +80,7 @@ class Plain:
             nn.ReLU(),
             *blocks,
         )
-        last, dim = widths[-1], sum(args.dims.values())
+        last, dim = widths[-1], sum(dims.values())
         self.gate = {
             "video": GatedUnit(dim, d),
             "audio": nn.Sequential(GatedUnit(last, last), nn.Linear(last, d)),
@@ -66,7 +95,7 @@ class Plain:
             [self.davenet, self.word, *self.gate.values(), *self.heads.values()]
         ).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-4)
-        self.centroids = None
+        self.centroids = F.normalize(torch.randn(args.cluster_size, d, device=device))
 
     def features(self, name, batch):
         if name == "video":
@@ -75,52 +104,22 @@ class Plain:
             return F.relu(self.word(batch["text"])).amax(1)
         return self.davenet(batch["audio"][:, None]).mean(dim=(2, 3))
 
-    def step(self, clock, batch):
-        with clock("transfer"):
-            batch = to_device(batch, self.device, self.table)
-            short = self.args.audio_frames - batch["audio"].shape[-1]
-            batch["audio"] = F.pad(batch["audio"], (0, short))
-        ends, leaves = {}, {}
-        for name in NAMES:
-            with clock(f"{name} forward"), self.autocast():
-                features = self.features(name, batch)
-                x = self.gate[name](features)
-                error = F.mse_loss(self.heads[name](x), features.detach())
-            ends[name], leaves[name] = (x, error), x.detach().requires_grad_()
-        with clock("losses"):
-            with self.autocast():
-                total = self.losses(leaves)
-            total.backward()
-        for name, (x, error) in ends.items():
-            with clock(f"{name} backward"):
-                torch.autograd.backward(
-                    [x, self.args.recon_weight * error], [leaves[name].grad, torch.ones_like(error)]
-                )
-        with clock("optimiser"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+    def embed(self, name, batch):
+        short = self.args.audio_frames - batch["audio"].shape[-1]
+        features = self.features(name, batch | {"audio": F.pad(batch["audio"], (0, short))})
+        x = self.gate[name](features)
+        return x, F.mse_loss(self.heads[name](x), features.detach())
 
-    def losses(self, rows):
-        total = sum(
-            self.contrastive(rows[a], rows[b])
-            for a, b in (("video", "audio"), ("video", "text"), ("audio", "text"))
-        )
-        if self.centroids is not None:
+    def loss(self, rows, errors, batch):
+        with self.autocast():
             labels = (sum(x.detach() for x in rows.values()) / 3 @ self.centroids.t()).argmax(1)
-            total = total + sum(
-                F.cross_entropy(x @ self.centroids.t(), labels) for x in rows.values()
-            )
-        return total
+            total = self.args.recon_weight * sum(errors.values())
+            total = total + sum(self.contrastive(*pair) for pair in combinations(rows.values(), 2))
+            clusters = (F.cross_entropy(x @ self.centroids.t(), labels) for x in rows.values())
+            return total + sum(clusters)
 
     @staticmethod
     def contrastive(x, y):
         s, target = x @ y.t(), torch.arange(len(x), device=x.device)
         s = s - 0.001 * torch.from_numpy(np.eye(len(s), dtype=np.float32)).to(x.device)
         return sum(F.nll_loss(F.log_softmax(z, 1), target) for z in (s, s.t()))
-
-    def refit(self, queue, k):
-        self.centroids = queue[torch.randperm(len(queue), device=queue.device)[:k]]
-        for _ in range(20):
-            labels = (queue @ self.centroids.t()).argmax(1)
-            sums = torch.zeros_like(self.centroids).index_add_(0, labels, queue)
-            self.centroids = F.normalize(sums)
