@@ -17,10 +17,10 @@ from mcn_ext.data.store import Store
 from mcn_ext.model import MCN
 from mcn_ext.train import checkpoint, guard, log, signals
 from mcn_ext.train.log import read
-from tests.conftest import ROOT, SMALL, call, load_script, run, write_store
+from tests.conftest import ROOT, SMALL, call, run, write_store
 
-differences = load_script("benchmarks/kills.py").differences
 EVERY = (*SMALL, "--save_every", 1)
+OF_THE_MACHINE = {"clips_per_s", "data_wait", "peak_mib"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,35 @@ def train(store, out, *more, pair="AV", **kwargs):
         cwd=out.parent,
         **kwargs,
     )
+
+
+def equal(a, b):
+    """Bit for bit; NaN is NaN."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b or (a != a and b != b)
+
+
+def differences(a, b):
+    """What differs between two run folders: log, files, and every part of every checkpoint."""
+    logs = [read(folder / "log.jsonl") for folder in (a, b)]
+    logs = [[{k: row[k] for k in row.keys() - OF_THE_MACHINE} for row in rows] for rows in logs]
+    found = [] if equal(*logs) else ["log.jsonl"]
+    epochs = [sorted(path.name for path in folder.glob("epoch-*.pt")) for folder in (a, b)]
+    if epochs[0] != epochs[1]:
+        return [*found, "epochs"]
+    for name in ("checkpoint.pt", *epochs[0]):
+        one, other = (checkpoint.load(folder / name) for folder in (a, b))
+        for content in (one, other):  # the parts of the training state by their own names
+            content |= content.pop("training", {})
+        for key in (one.keys() | other.keys()) - {"args", "run_id"}:
+            if key not in one or key not in other or not equal(one[key], other[key]):
+                found.append(f"{name}: {key}")
+    return found
 
 
 def step_of(file):
@@ -419,49 +448,55 @@ def test_resumed_runs_equal_uninterrupted_ones(tmp_path, store_path, pair, extra
         assert not differences(tmp_path / "whole2", tmp_path / "pieces2")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_resumes(tmp_path, number):
-    """SIGTERM reaches the process that reads ahead, too, as in a SLURM step."""
-    store = write_store(tmp_path / "train.h5", n_videos=40)
-    command = [
-        sys.executable,
-        str(ROOT / "train_stage1.py"),
-        "--pair",
-        "AV",
-        "--data",
-        str(store),
-        *map(str, SMALL),
-        "--epochs",
-        "6",
-        "--save_every",
-        "5",
-        "--workers",
-        "1",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
+def start(store, folder):
+    """A training process of 60 steps in a process group of its own, its output as text."""
+    command = [sys.executable, ROOT / "train_stage1.py", "--pair", "AV", "--data", store, *SMALL]
+    command += ["--epochs", 6, "--save_every", 5, "--workers", 1, "--out", folder]
+    return subprocess.Popen(
+        list(map(str, command)),
         stdout=subprocess.PIPE,
         text=True,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    folder = tmp_path / "runs/stage1-AV"
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
+    """During start-up, steps, k-means, saving; the process that reads ahead is killed, too."""
+    store, rng = write_store(tmp_path / "train.h5", n_videos=40), random.Random()
+    begin = time.perf_counter()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert "step 60 of 60" in start(store, whole).communicate(timeout=300)[0]
+    seconds = time.perf_counter() - begin
+    for _ in range(4):
+        process = start(store, killed)
+        try:
+            process.communicate(timeout=rng.uniform(0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    output = start(store, killed).communicate(timeout=300)[0]
+    assert "of 60" in output and not differences(whole, killed), output
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_saves_and_resumes(tmp_path):
+    """It reaches the process that reads ahead, too, as in a SLURM step."""
+    store, folder = write_store(tmp_path / "train.h5", n_videos=40), tmp_path / "run"
+    process = start(store, folder)
     saved = folder / "checkpoint.pt"
     for _ in range(6000):
         if saved.exists() or process.poll() is not None:
             break
         time.sleep(0.01)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     step = step_of(saved)
-    assert 0 < step < 60
-    if number == signal.SIGTERM:
-        assert process.returncode == 0 and f"is saved at step {step} of 60" in output, output
-        assert len(read(folder / "log.jsonl")) == step
-    done = run(*command[1:], cwd=tmp_path)
-    assert f"resumed, step {step} of 60" in done.stdout
+    assert process.returncode == 0 and f"is saved at step {step} of 60" in output, output
+    assert 0 < step < 60 and len(read(folder / "log.jsonl")) == step
+    assert f"resumed, step {step} of 60" in start(store, folder).communicate(timeout=300)[0]
     assert [r["step"] for r in read(folder / "log.jsonl")] == list(range(1, 61))
 
 
