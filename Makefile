@@ -27,16 +27,19 @@ mcn_ext/_C.so: setup.py pyproject.toml $(wildcard csrc/*) .venv/dependencies
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# The tables of docs/performance.md, in about 12 minutes on 2 cores; results in benchmarks/results, or in OUT.
 bench: setup
 	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/accuracy.py
+	$(PY) benchmarks/ranks.py
 	$(PY) benchmarks/loader.py
 	$(PY) benchmarks/kmeans.py
-	OMP_NUM_THREADS=1 $(PY) benchmarks/step.py
+	$(PY) benchmarks/step.py --preset demo
+	$(PY) benchmarks/step.py --preset paper --batch_size 1 --n_pair 8 --cluster_size 64
 
 # The published recipe until it goes NaN, ours beside it: a figure, runs/nan.png.
 nan: setup
-	$(PY) benchmarks/nan.py
+	OUT=runs $(PY) benchmarks/nan.py
 
 # Which pair first, where video or audio is noisy: a small grid on demo data, runs/study-noise.
 study: setup

@@ -7,7 +7,7 @@
 #
 # Needs python3 (or PYTHON) with a CUDA build of torch, numpy, h5py, tqdm and pytest. No data, network, git or gensim.
 # What it finds is under OUT (default runs/gpu), eight files at most, each written as it comes: MODE.log,
-# sanitizer.txt, machine-cuda.json, loss-cuda.json, step-cuda.json, runs.txt, experiments-cuda.json. Each step has a
+# sanitizer.txt, machine-cuda.json, loss-cuda.json, step-paper-cuda.json, runs.txt, experiments-cuda.json. Each step has a
 # limit of its own and the common end; after a failure the next one runs, and the script ends with 1.
 set -uo pipefail
 MODE=${1:-main}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import describe, save, show
+from common import QUICK, describe, save, show
 from nan_recipe import ABLATION, DIM, QUEUE, K, Recipe, half, title
 from torch import nn
 from torch.nn import functional as F
@@ -34,6 +34,8 @@ from mcn_ext.encoders import GatedUnit
 from mcn_ext.evaluation.metrics import ranks
 from mcn_ext.objective import Objective
 from mcn_ext.reference import unit_rows
+
+STEPS, CLIPS = (60, 256) if QUICK else (400, 2048)  # at most, of all runs but ours; a step
 
 
 class Ours:
@@ -127,7 +129,7 @@ class Digits:
 
 
 # --------------------------------------------------------------------------------------- the run
-def train(name, objective, data, steps, n_clips):
+def train(name, objective, data, steps):
     """{"name", "nan_step" or None, "r@10", "rows": a measurement a step}; ends once the loss was
     NaN for 5 steps."""
     torch.manual_seed(0)
@@ -136,7 +138,7 @@ def train(name, objective, data, steps, n_clips):
     scaler = torch.amp.GradScaler("cpu")
     rng, rows, nans = np.random.default_rng(1), [], []
     for step in tqdm(range(1, steps + 1), desc=f"{data.name}: {name}", mininterval=2):
-        features, clip = data.batch(n_clips, rng)
+        features, clip = data.batch(CLIPS, rng)
         out = {m: half(encoders[m](x)) for m, x in features.items()}
         total, contrastive, cluster = objective(out["video"], out["audio"], clip)
         optimizer.zero_grad()
@@ -230,9 +232,7 @@ def main():
     add = parser.add_argument
     add("--digits", type=Path, default=Path("digits/train.h5"))
     add("--ablation", action="store_true")
-    add("--steps", type=int, default=400, help="at most, of all runs but ours")
     add("--times", type=int, default=2, help="ours: so many times the recipe's steps to NaN")
-    add("--clips", type=int, default=2048, help="of a step")
     add("--figure", type=Path, default=Path("runs/nan.png"))
     args = parser.parse_args()
     sets = [Synthetic()]
@@ -242,14 +242,12 @@ def main():
         print(f"no recordings at {args.digits}: synthetic rows only")
     results = {}
     for data in sets:
-        runs = [train("the recipe", Recipe(), data, args.steps, args.clips)]
-        steps = args.times * (runs[0]["nan_step"] or args.steps)
-        for cures in ABLATION if args.ablation else ():
-            steps = args.steps
-            runs.append(train(title(cures), Recipe(cures), data, steps, args.clips))
-        runs.append(train("ours", Ours(), data, steps, args.clips))
-        results[data.name] = runs
-        show(f"{data.name}, {args.clips} clips a step", [summary(run) for run in runs])
+        results[data.name] = runs = [train("the recipe", Recipe(), data, STEPS)]
+        if args.ablation:
+            runs += [train(title(cures), Recipe(cures), data, STEPS) for cures in ABLATION]
+        steps = STEPS if args.ablation else args.times * (runs[0]["nan_step"] or STEPS)
+        runs.append(train("ours", Ours(), data, steps))
+        show(f"{data.name}, {CLIPS} clips a step", [summary(run) for run in runs])
     rows = {name: [summary(run) for run in runs] for name, runs in results.items()}
     save("nan-ablation" if args.ablation else "nan", describe() | {"data": rows})
     if not args.ablation:

@@ -1,6 +1,6 @@
 """One training step taken apart, ours beside a plain one (benchmarks/step_plain.py).
 
-    python benchmarks/step.py --preset demo --data data/demo/train.h5
+    python benchmarks/step.py --preset demo
     python benchmarks/step.py --preset paper --batch_size 1 --n_pair 8 --cluster_size 64
     python benchmarks/step.py --preset paper --data paper.h5            # a GPU: 4096 clips
 
@@ -216,7 +216,7 @@ def main():
             # A compiler's error, or out of memory: a result.
             rows += [{"step": name, "error": str(error)[:200]} for name in group]
         steps = None  # its weights and Adam's moments
-        save("step", report | {"in a row": rows})
+        save(f"step-{args.preset or 'paper'}", report | {"in a row": rows})
     for row in rows:
         row["ours / it"] = rows[0]["ms"] / row.get("ms", math.nan)
     show(f"{len(batch['n_frames'])} clips, {report['gflop']:.1f} GFLOP a step", report["parts"])

@@ -268,8 +268,8 @@ def test_batch_norm_is_over_the_global_batch(ranks):
 
 @pytest.mark.slow
 def test_four_ranks_follow_the_curve_of_one(tmp_path, store_path):
-    """AV, with BatchNorm and clustering, over 12 steps. In float64: benchmarks/ranks.py has 50
-    steps, and fp32, where one process with two threads is as far from one with one thread."""
+    """AV, with BatchNorm and clustering, over 12 steps. In float64: in fp32 one process with two
+    threads is as far from one with one thread."""
     flags = ("--pair", "AV", "--data", store_path, *SMALL, "--epochs", 6)
     run(ROOT / "tests/float64.py", *flags, "--out", "one", cwd=tmp_path)
     run(*LAUNCH, 4, ROOT / "tests/float64.py", *flags, "--out", "four", cwd=tmp_path, env=ONE)

@@ -31,7 +31,7 @@ STEPS = [
     "experiments",
 ]
 FILES = ["experiments-cpu.json", "loss-cpu.json", "machine-cpu.json", "main.log", "runs.txt"]
-FILES.append("step-cpu.json")
+FILES.append("step-paper-cpu.json")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif("error" in ops.build_info(), reason="not built")]
 
