@@ -7,6 +7,7 @@ thread compute the contrastive loss and its gradients: N 4096 over all ranks, D 
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,10 +67,13 @@ def main() -> None:
     if "--worker" in sys.argv:
         return work()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     rows = []
     for ranks in (2, 3, 4):
         command = [*launch, str(ranks), __file__, "--worker"]
-        done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+        done = subprocess.run(
+            command, check=True, text=True, stdout=subprocess.PIPE, env=environment
+        )
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row | {"ratio": row["ours, s"] / row["gather both, s"]})
     show(f"N {N}, D {D}, median of {REPEATS}", rows)
