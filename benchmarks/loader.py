@@ -42,43 +42,37 @@ class NpzClips(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.times)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, video = key
         start, end = self.times[video]
         rng = np.random.default_rng((0, epoch, video))
         spans = draw_spans(start, end, N_CAPTIONS, MIN_TIME, rng)
-        rows = {}
-        for name in self.rates:
+        out = {}
+        for name, rate in self.rates.items():
             with np.load(self.folder / f"{video}_{name}.npz") as file:
-                rows[name] = torch.from_numpy(file["features"]).float()
-        out = {name: [] for name in self.rates}
-        for first, last in spans:
-            for name, rate in self.rates.items():
-                clip = rows[name][int(start[first] * rate) : int(end[last] * rate) + 1]
-                if name == "mel":
-                    padded = torch.zeros(FRAMES, clip.shape[1])
-                    padded[: len(clip)] = clip[:FRAMES]
-                    out[name].append(padded.t())
-                else:
-                    out[name].append(clip.amax(0))
-        return {name: torch.stack(clips) for name, clips in out.items()}
+                rows = torch.from_numpy(file["features"]).float()
+            clips = [rows[int(start[a] * rate) : int(end[b] * rate) + 1] for a, b in spans]
+            if name == "mel":
+                padded = np.zeros((len(clips), FRAMES, 40), np.float32)
+                for into, clip in zip(padded, clips, strict=True):
+                    into[: len(clip)] = clip[:FRAMES]
+                out["audio"] = padded.transpose(0, 2, 1)
+            else:
+                out[f"video.{name}"] = torch.stack([clip.amax(0) for clip in clips]).numpy()
+        return out
 
 
-def join(items):
-    return {name: torch.cat([item[name] for item in items]) for name in items[0]}
-
-
-def finished(batch):
-    """A batch as the model takes it, under the .npz names."""
-    if "mel" in batch:
-        return batch
-    out = to_device(batch, CPU, None)
-    return out["video"] | {"mel": out["audio"][..., :FRAMES]}
-
-
-def read_all(loader):
+def read_all(loader, finish: bool):
+    """An epoch; batches of the store become float32 here, the others are."""
     for batch in loader:
-        finished(batch)
+        if finish:
+            to_device(batch, CPU, None)
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    ours, theirs = (to_device(batch, CPU, None) for batch in (ours, theirs))
+    video = all(torch.equal(ours["video"][name], x) for name, x in theirs["video"].items())
+    return video and torch.equal(ours["audio"], theirs["audio"])
 
 
 def main():
@@ -91,22 +85,18 @@ def main():
         npz = {kind: NpzClips(Path(folder), kind, store) for kind in KINDS}
         for workers in (0, 2):
             sampler = ClipSampler(N_VIDEOS, VIDEOS_A_STEP, 0)
-            loaders = {"store": make_loader(clips, sampler, workers, CPU)}
-            for kind, data in npz.items():
-                loaders[kind] = torch.utils.data.DataLoader(
-                    data,
-                    batch_sampler=sampler,
-                    num_workers=workers,
-                    persistent_workers=workers > 0,
-                    collate_fn=join,
-                )
-            batches = {name: list(map(finished, loader)) for name, loader in loaders.items()}
+            loaders = {
+                name: make_loader(data, sampler, workers, CPU)
+                for name, data in {"store": clips, **npz}.items()
+            }
+            batches = {name: list(loader) for name, loader in loaders.items()}
             for kind in KINDS:
-                for mine, theirs in zip(batches["store"], batches[kind], strict=True):
-                    if not all(torch.equal(mine[name], x) for name, x in theirs.items()):
-                        raise SystemExit(f"{kind} makes other batches than the store")
+                if not all(map(same, batches["store"], batches[kind])):
+                    raise SystemExit(f"{kind} makes other batches than the store")
             del batches
-            calls = {name: partial(read_all, loader) for name, loader in loaders.items()}
+            calls = {
+                name: partial(read_all, loader, name == "store") for name, loader in loaders.items()
+            }
             found = take_turns(calls, 1 if QUICK else 3)
             for name, row in found.items():
                 row = {"reader": name, "workers": workers, "ms": row["ms"]}

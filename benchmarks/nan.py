@@ -41,6 +41,8 @@ STEPS, CLIPS = (60, 256) if QUICK else (400, 2048)  # at most, of all runs but o
 class Ours:
     """mcn_ext's objective, as train_stage1.py has it."""
 
+    centroids, statistics = None, {}
+
     def __init__(self):
         both = ["audio", "video"]
         self.objective = Objective(both, both, cluster_size=K, queue_size=QUEUE, recon_weight=0.0)
@@ -53,14 +55,8 @@ class Ours:
 
     def after_step(self):
         self.objective.update_clusters(self.terms)
-
-    @property
-    def centroids(self):
-        return self.objective.clusters.centroids
-
-    @property
-    def statistics(self):
-        return self.objective.clusters.statistics
+        clusters = self.objective.clusters
+        self.centroids, self.statistics = clusters.centroids, clusters.statistics
 
 
 # ------------------------------------------------------------------------------------------- data

@@ -105,15 +105,11 @@ class Ours(Step):
         self.objective.update_clusters(self.terms)
 
 
-def channels_last(*arguments):
+def channels_last(*arguments, compiled=False):
     plain = Plain(*arguments)
     plain.davenet.to(memory_format=torch.channels_last)
-    return plain
-
-
-def compiled(*arguments):
-    plain = channels_last(*arguments)
-    plain.davenet.compile()
+    if compiled:
+        plain.davenet.compile()
     return plain
 
 
@@ -200,7 +196,9 @@ def main():
             {"plain bf16, channels_last": (channels_last, half)},
         ]
     if gpu:  # on two cores it takes minutes
-        groups.append({"plain bf16, channels_last, compiled": (compiled, half)})
+        groups.append(
+            {"plain bf16, channels_last, compiled": (partial(channels_last, compiled=True), half)}
+        )
     rows = []
     report = describe() | {"flags": {key: str(value) for key, value in vars(args).items()}}
     for group in groups:
