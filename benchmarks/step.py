@@ -212,7 +212,7 @@ def main():
             if "ours" in group:
                 raise
             # A compiler's error, or out of memory: a result.
-            rows += [{"step": name, "error": str(error)[:200]} for name in group]
+            rows += [{"step": name, "error": " ".join(str(error).split())[:200]} for name in group]
         steps = None  # its weights and Adam's moments
         save(f"step-{args.preset or 'paper'}", report | {"in a row": rows})
     for row in rows:
