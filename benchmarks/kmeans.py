@@ -59,7 +59,7 @@ def measure():
     starts = {"refit": start} if DEVICE == "cuda" else {"refit": start, "cold": None}
     for kind, init in starts.items():
         calls = {name: partial(fit, x, init) for name, fit in fits.items()}
-        taken = take_turns(calls, 1 if QUICK or DEVICE == "cuda" else 5)
+        taken = take_turns(calls, 1 if QUICK or DEVICE == "cuda" else 3)
         for name, call in calls.items():
             centroids, labels = call()
             loss = (1 - (x * unit_rows(centroids)[labels]).sum(1)).double().sum().item()

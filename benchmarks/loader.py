@@ -22,7 +22,7 @@ from made_up import make_store
 from mcn_ext.data.batch import to_device
 from mcn_ext.data.clips import ClipReader, ClipSampler, TrainingClips, draw_spans, make_loader
 
-N_VIDEOS, N_CAPTIONS, DIM, VIDEOS_A_STEP = (4, 8, 32, 2) if QUICK else (24, 32, 2048, 8)
+N_VIDEOS, N_CAPTIONS, DIM, VIDEOS_A_STEP = (4, 8, 32, 2) if QUICK else (64, 32, 2048, 8)
 FRAMES, MIN_TIME, CPU = 1000, 10.0, torch.device("cpu")
 KINDS = {"npz": np.savez, "npz, compressed": np.savez_compressed}
 
