@@ -217,7 +217,7 @@ def verdicts(ours, found, targets):
     for what, whose, limit in targets:
         value = ours.get(what, math.nan)
         value /= found[whose].get(what, math.nan) if whose else 1
-        met = "met" if value <= limit else "missed"
+        met = "met" if value <= limit else "missed" if value > limit else "not measured"
         yield f"{what} <= {limit}{f' of {whose}' if whose else ''}: {value:.3g}, {met}"
 
 
