@@ -147,7 +147,7 @@ def autocast(precision: str):
 def in_a_row(steps: dict, batch) -> list[dict]:
     """A row for each step; on a GPU with the memory that it takes beside weights and Adam."""
     calls = {name: partial(step.step, no_clock, batch) for name, step in steps.items()}
-    found = take_turns(calls, *(2, 5) if DEVICE == "cuda" else (5, 1))
+    found = take_turns(calls, *(2, 5) if DEVICE == "cuda" else (3, 1))
     rows = []
     for name, call in calls.items():
         row = {"step": name, "clips/s": 1e3 * len(batch["n_frames"]) / found[name]["ms"]}
@@ -165,7 +165,7 @@ def parts_of(steps: dict, batch) -> list[dict]:
     taken = {name: defaultdict(list) for name in steps}
     clocks = {name: clock_into(of) for name, of in taken.items()}
     calls = {name: partial(step.step, clocks[name], batch) for name, step in steps.items()}
-    take_turns(calls, 5)
+    take_turns(calls, 3)
     return [
         {"part": part} | {f"{name}, ms": median(taken[name][part]) for name in steps}
         for part in taken["ours"]
