@@ -5,13 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mcn_ext import ops
+from tests.conftest import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = [
     "built",
     "data",
@@ -88,3 +87,11 @@ def test_profiles_and_checks_exit_with_zero(tmp_path):
         capture_output=True,
     )
     assert "0 failures" in checked.stdout and not checked.returncode, checked.stdout
+
+
+@pytest.mark.parametrize("name", ["accuracy", "loader", "nan", "ranks"])
+def test_the_other_benchmarks_run(tmp_path, name):
+    environment = {"DEVICE": "cpu", "QUICK": "1", "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run(f"benchmarks/{name}.py", cwd=tmp_path, env=environment)
+    report = json.loads((tmp_path / f"{name}-cpu.json").read_text())
+    assert report["commit"] and (report.get("rows") or report["data"])
