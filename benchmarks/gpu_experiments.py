@@ -104,13 +104,14 @@ def convolutions(note):
             turn = slice(None, None, -1 if tall else 1)
             x = normal(clips, a, *(1, frames)[turn]).contiguous(memory_format=memory)
             w = normal(b, a, *(1, 9)[turn]).contiguous(memory_format=memory)
-            step, pad = [1, stride][turn], [0, 4][turn]
-            g = torch.randn_like(F.conv2d(x, w, None, step, pad))
-            rates = {"forward": gflop / milliseconds(3, F.conv2d, x, w, None, step, pad)}
-            backward = torch.ops.aten.convolution_backward
-            rest = (None, step, pad, [1, 1], False, [0, 0], 1)
-            for name, mask in (("input", [True, False, False]), ("weight", [False, True, False])):
-                ms = milliseconds(3, backward, g, x, w, *rest, mask)
+            forward = partial(F.conv2d, x, w, None, [1, stride][turn], [0, 4][turn])
+            x.requires_grad_(), w.requires_grad_()
+            y = forward()
+            # Of one input alone autograd computes the gradient of it alone.
+            backward = partial(torch.autograd.grad, y, grad_outputs=torch.randn_like(y))
+            rates = {"forward": gflop / milliseconds(3, forward)}
+            for name, of in {"input": x, "weight": w}.items():
+                ms = milliseconds(3, backward, inputs=of, retain_graph=True)
                 rates[f"gradient of the {name}"] = gflop / ms
             note(f"{a} -> {b}, {frames} frames, stride {stride}, {layout}, TFLOP/s", rates)
     torch.backends.cudnn.benchmark = False
