@@ -93,7 +93,7 @@ if [ "$MODE" = main ]; then
   WORKERS=$(df --output=avail -BM /dev/shm | awk 'NR == 2 { n = int($1 / 1300); print (n > 6 ? 6 : n) }')
   PAPER=(--preset paper --data "$WORK/paper.h5" --epochs 30 --log_every 2 "${STAGE[@]}")
   stages paper --workers "$WORKERS" "${PAPER[@]}" "${STAGE1[@]}" -- --workers "$WORKERS" "${PAPER[@]:4}"
-  stages demo --preset demo --workers 2 "${DEMO[@]}" -- --workers 2 "${DEMO[@]}"
+  stages demo --data demo --workers 2 "${DEMO[@]}" -- --workers 2 "${DEMO[@]}"
   for file in runs/*/log.jsonl runs/*/metrics.json; do
     if [ -f "$file" ]; then echo "## $file"; tail -n 40 "$file"; fi
   done > "$OUT/runs.txt"
