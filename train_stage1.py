@@ -284,9 +284,8 @@ def main(argv=None):
         embd_dim=args.embd_dim,
         recon_dim=args.recon_dim if args.recon_weight else 0,
         audio_width=args.audio_width,
+        checkpoint_activations=args.checkpoint_activations,
     ).to(device)
-    if "audio" in model.modalities:
-        model.DAVEnet.checkpoint_activations = args.checkpoint_activations
     model.train()
     if device.type == "cpu":
         memory.check(model, sample, n_clips // world, word_vectors)

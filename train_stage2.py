@@ -320,14 +320,12 @@ def main(argv=None):
     sizes["recon_dim"] = start["args"]["recon_dim"] if args.recon_weight else 0
     if "T" not in pair:
         sizes["word_dim"] = words.dim
-    model = MCN(**sizes).to(device)
+    model = MCN(**sizes, checkpoint_activations=args.checkpoint_activations).to(device)
     known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads come or go
     model.load_state_dict({key: start["model"][key] for key in known}, strict=False)
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[letter].name for letter in pair)
-    if "audio" in model.modalities:
-        model.DAVEnet.checkpoint_activations = args.checkpoint_activations
     model.train()
     if device.type == "cpu":
         memory.check(model, sample, n_clips // world, word_vectors)
