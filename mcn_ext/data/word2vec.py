@@ -24,6 +24,7 @@ import numpy as np
 from mcn_ext.data.unpickle import load_key_vectors
 
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_NUMBER = re.compile(rb"[-+]?(\d[\d.eE+-]*|\.\d[\deE+-]*|nan|inf)")
 _MIB = 2**20
 
 
@@ -43,12 +44,13 @@ def _entries(file: BinaryIO, data: bytes, n_words: int, dim: int) -> Iterator[tu
 
 def _lines(lines: Iterator[bytes], n_words: int, dim: int) -> Iterator[tuple[bytes, bytes]]:
     """(word, digits of its vector) of a text."""
-    number, line = 0, b""
+    number, digits = 0, b""
     for line in lines:
-        if fields := line.split(maxsplit=1):
-            yield fields[0], fields[-1]
+        if line.strip():
+            word, _, digits = line.replace(b"\t", b" ").partition(b" ")
+            yield word, digits
             number += 1
-    if number < n_words or len(line.split()) <= dim:
+    if number < n_words or len(digits.split()) < dim:
         raise ValueError(f"it ends after {number} words, or within one")
 
 
@@ -61,7 +63,7 @@ def _scan(file: BinaryIO, wanted: Set[str] | None) -> tuple[list[str], np.ndarra
     else:
         n_words, dim = 0, len(counts) - 1
     fields = first.split()
-    is_text = len(fields) > dim > 0 and re.fullmatch(rb"[-+.\deEnaif]+", fields[-1])
+    is_text = len(fields) > dim > 0 and _NUMBER.fullmatch(fields[-1])
     if not is_text and not has_counts:
         raise ValueError("its first line is neither two counts nor a word and its numbers")
     entries = (
@@ -74,8 +76,11 @@ def _scan(file: BinaryIO, wanted: Set[str] | None) -> tuple[list[str], np.ndarra
         name = unicodedata.normalize("NFC", word.decode(errors="replace"))
         if (wanted is None or name in wanted) and name not in found:
             numbers = raw.split() if is_text else np.frombuffer(raw, "<f4")
-            if len(numbers) == dim:  # or the word has a space in it, as some of GloVe's do
-                found[name] = np.array(numbers, np.float32)
+            if len(numbers) > dim and not _NUMBER.fullmatch(numbers[0]):
+                continue  # a word with spaces, as GloVe has some
+            if len(numbers) != dim:
+                raise ValueError(f"{name!r} has {len(numbers)} numbers, the first word {dim}")
+            found[name] = np.array(numbers, np.float32)
     return list(found), np.array(list(found.values()), np.float32).reshape(len(found), dim)
 
 
@@ -111,8 +116,9 @@ def read(path: Path, wanted: Set[str] | None = None) -> tuple[dict[str, int], np
     except FileNotFoundError:
         raise
     except Exception as error:  # damage makes zip, gzip, numpy and pickle raise a dozen types
+        reason = str(error) or type(error).__name__
         raise SystemExit(
-            f"--word2vec {path}: not word vectors ({error}); give word2vec's .bin, a text with a "
+            f"--word2vec {path}: not word vectors ({reason}); give word2vec's .bin, a text with a "
             "word and its numbers a line (GloVe, fastText's .vec; also .gz), a gensim .kv, or a "
             "run's words.npz. If it is one of these, it is damaged: get it again"
         ) from error

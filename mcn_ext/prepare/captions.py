@@ -118,7 +118,8 @@ def _import_pysubs2():
 def _read_subtitles(text: str) -> list[dict]:
     """Cues of a file of a kind that pysubs2 finds out by its content."""
     events = _import_pysubs2().SSAFile.from_string(text).get_text_events()
-    return _unroll((e.start / 1000, e.end / 1000, _MARKUP.sub("", e.plaintext)) for e in events)
+    texts = [_MARKUP.sub("", e.plaintext.replace("[br]", " ")) for e in events]
+    return _unroll((e.start / 1000, e.end / 1000, t) for e, t in zip(events, texts, strict=True))
 
 
 # ------------------------------------------------------------------------------------- tables
