@@ -13,6 +13,7 @@ from mcn_ext.data import word2vec
 from mcn_ext.data import words as module
 from mcn_ext.data.store import Store, StoreWriter
 from mcn_ext.data.words import Coverage, WordVectors, coverage, tokenize, vectors_for
+from tests.conftest import ROOT, SMALL, WORDS, call, run
 
 
 def vectors(*names):
@@ -103,6 +104,17 @@ def test_words_of_all_scripts(text, words, form):
     assert tokenize(unicodedata.normalize(form, text)) == [
         unicodedata.normalize("NFC", word) for word in words
     ]
+
+
+@pytest.mark.slow
+def test_search_says_which_words_are_unknown(tmp_path, store_path):
+    WordVectors(list(WORDS), np.eye(len(WORDS), 10), "test").save(tmp_path / "w.npz")
+    options = ("--word2vec", tmp_path / "w.npz", "--max_steps", 1, "--out", tmp_path / "run")
+    call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, *options, cwd=tmp_path)
+    search = ["-m", "mcn_ext.search", "--store", store_path, "--run", tmp_path / "run"]
+    asked, env = f"{WORDS[0].upper()} the quux", {"PYTHONPATH": str(ROOT)}
+    said = run(*search, asked, cwd=tmp_path, env=env).stdout
+    assert "unknown words, which are left out: quux, the\n" in said
 
 
 # ------------------------------------------------------------------------- files of vectors
