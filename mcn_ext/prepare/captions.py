@@ -61,8 +61,8 @@ def _seconds(value) -> float:
 
 def _n_shared(before: list[str], words: list[str]) -> int:
     """With how many words, at most, the one ends and the other begins."""
-    ends = (before[max(len(before) - n, 0) :] for n in range(len(words) + 1))
-    return max(n for n, end in enumerate(ends) if end == words[:n])
+    lengths = range(min(len(before), len(words), 100) + 1)  # three lines have some 30
+    return max(n for n in lengths if before[len(before) - n :] == words[:n])
 
 
 def _unroll(cues: Iterable[tuple[float, float, str]]) -> list[dict]:
