@@ -58,7 +58,7 @@ def get_parser():
     add(
         "--word2vec",
         type=Path,
-        help="word vectors: word2vec .bin, .txt, .vec, gensim .kv or a "
+        help="word vectors of word2vec, GloVe, fastText, gensim (.kv) or a "
         "run's words.npz (data/word2vec.bin; without one, vectors are trained on the captions)",
     )
     add(

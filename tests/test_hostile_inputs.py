@@ -39,13 +39,31 @@ def dtype_state(code):
     return b"cnumpy\ndtype\n(S'" + code + b"'\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb."
 
 
+def array_of(code, contents, n):
+    """An array of n of a dtype, whose state is given ``contents``."""
+    build = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I%d\nt" % n
+    )
+    return build + b"cnumpy\ndtype\n(S'" + code + b"'\ntRI00\n" + contents + b"tb."
+
+
 BROKEN = {
     "persistent id": b"\x80\x02NQ.",
     "text persistent id": b"P1\n.",
     "extension": b"\x80\x02\x82\x01.",
     "declared length": b"\x80\x04\x8e" + struct.pack("<Q", 2**50) + b"x.",
     "declared bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
-    "object dtype": dtype_state(b"O8"),
+    "objects as bytes": array_of(b"O8", b"C\x08aaaaaaaa", 1),
+    "objects as a tuple": array_of(b"O8", b"(I1\nt", 1),
+    "too few objects": array_of(b"O8", b"(lI1\na", 2),
+    "negative shapes": array_of(b"O8", b"(lI1\na", -1),
+    "objects by _frombuffer": b"cnumpy.core.numeric\n_frombuffer\n(C\x08aaaaaaaacnumpy\ndtype\n"
+    b"(S'O8'\ntR(I1\ntS'C'\ntR.",
+    "objects as a scalar's bytes": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntR"
+    b"C\x08aaaaaaaatR.",
+    "no characters": array_of(b"U1", b"C\x04\xff\xff\xff\xff", 1),
+    "texts of no size": array_of(b"U0", b"C\x04aaaa", 1),
+    "texts beyond their bytes": array_of(b"U1", b"C\x04a\0\0\0", 2),
     "void dtype": dtype_state(b"V8"),
     "object scalar": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'O8'\ntRNtR.",
     "array beyond its bytes": b"cnumpy.core.numeric\n_frombuffer\n(C\x08aaaaaaaacnumpy\ndtype\n"
@@ -88,14 +106,12 @@ def test_any_bytes_are_a_value_or_an_error(tmp_path, data):
 
 
 def test_a_damaged_cache_of_word_vectors_is_made_again(tmp_path, store_path, caplog):
-    models = pytest.importorskip("gensim.models")
-    keyed = models.KeyedVectors(5)
-    keyed.add_vectors(WORDS, np.ones((len(WORDS), 5), np.float32))
-    keyed.save_word2vec_format(tmp_path / "v.bin", binary=True)
+    entries = b"".join(word.encode() + b" " + np.ones(5, "<f4").tobytes() for word in WORDS)
+    (tmp_path / "v.bin").write_bytes(b"%d 5\n" % len(WORDS) + entries)
     (tmp_path / "cache.npz").write_bytes(b"PK\3\4 damaged")
     words = vectors_for(Store(store_path), tmp_path / "v.bin", tmp_path / "cache.npz")
     assert "cache.npz: damaged" in caplog.text and words.words == sorted(WORDS)
     assert WordVectors.load(tmp_path / "cache.npz").words == words.words
     (tmp_path / "v.bin").write_bytes(b"99999999999 300\nchop ")
-    with pytest.raises(SystemExit, match="v.bin: not a word2vec file"):
+    with pytest.raises(SystemExit, match="v.bin: not word vectors .it ends after 0 of"):
         vectors_for(Store(store_path), tmp_path / "v.bin", None)

@@ -1,6 +1,5 @@
-"""Raw videos to a store: ResNet-152, captions, the whole chain; media are made here."""
+"""Raw videos to a store: ResNet-152, the whole chain; media are made here."""
 
-import json
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mcn_ext.data.store import Store, validate
-from mcn_ext.prepare import Skipped, captions, resnet, videos
+from mcn_ext.prepare import Skipped, resnet, videos
 from mcn_ext.prepare.__main__ import main
 from tests.test_decode import decoded, make_media, tone
 
@@ -108,66 +107,6 @@ def test_crops_are_pillows(height, width):
     top, left = (round((side - 224) / 2) for side in resized.shape[:2])
     wanted = resized[top : top + 224, left : left + 224].astype(int)
     assert np.abs(got - wanted).max() <= 1
-
-
-# ----------------------------------------------------------------------------------- captions
-
-SRT = """\ufeff1\r
-00:00:00,500 --> 00:00:02,000\r
-chop the <i>onion</i>\r
-{\\an8}&amp; the carrot\r
-\r
-2\r
-00:01:02,250 --> 01:00:03,000 X1:40\r
-fry\r
-"""
-VTT = """WEBVTT
-Kind: captions
-
-00:00.000 --> 00:02.000 align:start
-now<00:00:00.500><c> we</c>
-
-00:02.000 --> 00:02.010
-now we
- 
-
-00:02.010 --> 00:04.000
-now we
-chop<00:00:03.000><c> it</c>
-"""
-
-
-def test_captions_of_all_kinds(tmp_path):
-    rows = [{"start": 0.5, "end": 2, "text": "chop"}, {"start": 3, "end": 4, "text": "fry"}]
-    table = {"a": {k: [row[k] for row in rows] for k in rows[0]}}
-    wanted = ((0.5, 3.0), (2.0, 4.0), ("chop", "fry"))
-    files = {
-        "one.json": json.dumps(rows),
-        "two.json": json.dumps({"segments": rows, "text": ""}),
-        "three.json": json.dumps(table["a"]),
-        "four.csv": "\ufeffstart,end,text\n0.5,2,chop\n3,4,fry\n",
-        "many.json": json.dumps(table),
-        "lists.json": json.dumps({"a": rows}),
-        "many.csv": "id,start,end,text\na,0.5,2,chop\nb,1,2,x\na,3,4,fry\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        read = captions.Captions(tmp_path / name)
-        assert read.of("a") == wanted and read.single == ("many" not in name and name[0] != "l")
-    (tmp_path / "a.srt").write_bytes(SRT.encode("utf-16"))
-    (tmp_path / "b.vtt").write_text(VTT)
-    folder = captions.Captions(tmp_path)
-    assert folder.of("a") == ((0.5, 62.25), (2.0, 3603.0), ("chop the onion & the carrot", "fry"))
-    assert folder.of("b") == ((0.0, 2.01), (2.0, 4.0), ("now we", "chop it"))
-    for name in ("c", "x" * 999):
-        with pytest.raises(Skipped):
-            folder.of(name)
-    (tmp_path / "bad.srt").write_text("99:99 --> x\n")
-    with pytest.raises(Skipped, match="no caption with"):
-        captions.Captions(tmp_path / "bad.srt").of("a")
-    (tmp_path / "bad.json").write_text("3")
-    with pytest.raises(SystemExit, match="expected a dictionary"):
-        captions.Captions(tmp_path / "bad.json")
 
 
 # ---------------------------------------------------------------------------------- the store

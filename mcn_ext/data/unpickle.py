@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import pickle
 import re
@@ -22,12 +23,14 @@ class UnsafePickle(ValueError):
 
 
 class Dtype:
-    """A dtype of numbers. Its state may change the byte order, nothing else: numpy would believe a
-    state that says object pointers are plain bytes."""
+    """A dtype of numbers, texts or objects. Its state may change the byte order, nothing else:
+    numpy would believe a state that says object pointers are plain bytes."""
 
     def __init__(self, code: str, *_):
-        if not re.fullmatch("[biuf][1248]|f16|c8|c16", code):
-            raise UnsafePickle(f"asks for an array of {code[:40]!r}, which are not numbers")
+        if not re.fullmatch(r"[biuf][1248]|f16|c8|c16|[US]\d+|O8?", code):
+            raise UnsafePickle(
+                f"asks for an array of {code[:40]!r}, which are not numbers, texts or objects"
+            )
         self.numpy = np.dtype(code)
 
     def __setstate__(self, state):
@@ -35,15 +38,31 @@ class Dtype:
 
 
 class _Array(np.ndarray):
-    """An array with a :class:`Dtype`; numpy checks that its bytes fit its shape."""
+    """An array with a :class:`Dtype`; of texts, which become Python's, or of objects: these come as
+    a list of what the pickle has read, never as bytes."""
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, raw = state
-        super().__setstate__((1, shape, dtype.numpy, fortran, bytes(raw)))
+        kind, size = dtype.numpy.kind, dtype.numpy.itemsize
+        if kind in "US":
+            raw = [scalar(dtype, raw[at : at + size]) for at in range(0, len(raw), size)]
+        if kind in "USO":  # numpy would read past the end of a list that is too short
+            whole = all(type(n) is int and n >= 0 for n in shape)
+            if type(raw) is not list or not whole or math.prod(shape) != len(raw):
+                raise UnsafePickle(f"has an array of shape {shape} without as many items")
+            super().__setstate__((1, shape, np.dtype(object), fortran, raw))
+        else:  # numpy checks that the bytes fit the shape
+            super().__setstate__((1, shape, dtype.numpy, fortran, bytes(raw)))
 
 
 def scalar(dtype: Dtype, raw: bytes):
-    return np.frombuffer(raw, dtype.numpy)[0]
+    """A number, a str or bytes."""
+    if dtype.numpy.kind == "U":  # not by numpy: it crashes on what is no character
+        order = "be" if dtype.numpy.byteorder == ">" else "le"
+        return bytes(raw).decode(f"utf-32-{order}", "surrogatepass").rstrip("\0")
+    if dtype.numpy.kind == "S":
+        return bytes(raw).rstrip(b"\0")
+    return np.frombuffer(raw, dtype.numpy)[0]  # which refuses objects
 
 
 NUMPY = ("numpy.core", "numpy._core")  # numpy < 2, and since
@@ -98,7 +117,9 @@ class Unpickler(pickle.Unpickler):
         return scalar(dtype, raw)
 
     def _frombuffer(self, raw, dtype, shape, order):
-        return np.frombuffer(bytes(raw), dtype.numpy).reshape(shape, order=order)
+        array = self._array()
+        array.__setstate__((1, shape, dtype, order == "F", raw))
+        return array
 
     def _storage(self, data: bytes):
         # torch pickles a storage as a torch file, and reads it with everything allowed. Not here.

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Set
 from itertools import islice
 from pathlib import Path
@@ -14,17 +15,28 @@ from typing import NamedTuple
 import numpy as np
 
 from mcn_ext.data.files import replace
-from mcn_ext.data.unpickle import load_key_vectors
+from mcn_ext.data.word2vec import read, read_npz
 
 MAX_SENTENCES = 500_000
 MAX_COUNTED = 200_000  # captions; on a store of 136 million, a sample tells as much
 LOG = logging.getLogger("mcn")
 _WORD = re.compile(r"[\w']+")
+# Typographic apostrophes are plain ones; soft hyphens and variants of signs are not seen.
+_SIGNS = str.maketrans("\u2019\u02bc", "''", "\u00ad\ufe0e\ufe0f")
+_JOINERS = "\u200c\u200d"  # stand within words of Persian and Hindi
+
+
+def _is_in_word(sign: str) -> bool:
+    return sign.isalnum() or sign in "_'" + _JOINERS or unicodedata.category(sign)[0] == "M"
 
 
 def tokenize(text: str) -> list[str]:
-    """Words of a caption, case kept, as the published code splits them."""
-    return _WORD.findall(text)
+    """Words of a caption, case kept, as the published code splits them; beyond ASCII, they are not
+    cut at combining marks, and have composed accents (NFC)."""
+    if text.isascii():  # quicker, and the same
+        return _WORD.findall(text)
+    text = unicodedata.normalize("NFC", text.translate(_SIGNS))
+    return "".join(sign if _is_in_word(sign) else " " for sign in text).split()
 
 
 def forms(word: str) -> list[str]:
@@ -80,13 +92,7 @@ class WordVectors:
     @classmethod
     def load(cls, path: Path) -> WordVectors:
         """Read what :meth:`save` wrote; damage raises one of a dozen types."""
-        with np.load(path, allow_pickle=False) as file:
-            vectors = file["vectors"]
-            texts = {name: file[name].tobytes().decode() for name in file if name != "vectors"}
-        words = texts["words"].split("\n")
-        if vectors.ndim != 2 or len(words) != len(vectors):
-            raise ValueError(f"{path}: {len(words)} words, vectors of shape {vectors.shape}")
-        return cls(words, vectors, texts["source"], texts.get("absent", "").split())
+        return cls(*read_npz(path))
 
 
 class Coverage(NamedTuple):
@@ -117,55 +123,19 @@ def coverage(store, words: WordVectors) -> Coverage:
     return Coverage(len(known), sum(known.values()), n_captions, n_without)
 
 
-def require_gensim(word2vec: Path | None) -> None:
-    """SystemExit if gensim is not installed and needed: for all of --word2vec but .npz and .kv, and
-    to train vectors where it is not given."""
-    if word2vec is None:
-        what = "without --word2vec, word vectors are trained on the captions, which"
-    elif word2vec.suffix in (".npz", ".kv"):
-        return
-    else:
-        what = f"--word2vec {word2vec}: a file that is not .npz or .kv"
+def require_gensim() -> None:
+    """SystemExit if gensim, which trains word vectors, is not installed."""
     if importlib.util.find_spec("gensim") is None:
         raise SystemExit(
-            f"{what} needs gensim, and it is not installed: pip install gensim, or give --word2vec "
-            "FILE.npz (words.npz of another run), which does not need it"
+            "without --word2vec, word vectors are trained on the captions, which needs gensim, and "
+            "it is not installed: pip install gensim, or give --word2vec FILE"
         )
 
 
-def _read(path: Path) -> tuple[dict[str, int], np.ndarray]:
-    """({word: row}, vectors) of a file: .npz of :meth:`WordVectors.save`, gensim .kv, text (.txt,
-    .vec), else word2vec binary."""
-    require_gensim(path)
-    try:
-        if path.suffix == ".npz":
-            found = WordVectors.load(path)
-            words, vectors = found.words, found.vectors
-        elif path.suffix == ".kv":  # gensim reads its own format with pickle, which may run code
-            words, vectors = load_key_vectors(path)
-        else:
-            from gensim.models import KeyedVectors
-
-            binary = path.suffix not in (".txt", ".vec")
-            load = KeyedVectors.load_word2vec_format
-            found = load(str(path), binary=binary, unicode_errors="replace")
-            words, vectors = found.index_to_key, found.vectors
-        if not vectors.shape[1]:
-            raise ValueError("its vectors have no numbers")
-        return {word: row for row, word in enumerate(words)}, vectors
-    except (FileNotFoundError, ImportError):  # a gensim that is broken is not the file's fault
-        raise
-    except Exception as error:  # gensim checks little: damage surfaces as a dozen types
-        raise SystemExit(
-            f"--word2vec {path}: not a word2vec file ({error}); give a .bin, a gensim .kv, a text "
-            "file ending in .txt or .vec, or a run's words.npz"
-        ) from error
-
-
 def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> WordVectors:
-    """The vectors of ``word2vec`` for words; SystemExit if it has none of them, warns of some that
-    are not finite. ``whose`` they are, for people."""
-    row_of, vectors = _read(word2vec)
+    """The vectors of ``word2vec`` for words, each under the best of its :func:`forms`; SystemExit
+    if it has none of them, warns of some that are not finite. ``whose`` they are, for people."""
+    row_of, vectors = read(word2vec, {form for word in seen for form in forms(word)})
     found = (next((form for form in forms(word) if form in row_of), None) for word in seen)
     known = sorted({form for form in found if form is not None})
     if not known:
@@ -187,20 +157,12 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
     return WordVectors(words, rows[finite], source or str(word2vec))
 
 
-def is_kept(word2vec: Path, cache: Path) -> bool:
-    """Whether ``cache`` has vectors of ``word2vec``, kept by :func:`vectors_for`."""
-    try:
-        return WordVectors.load(cache).source.startswith(f"{word2vec} #")
-    except Exception:  # not there, or damaged: a dozen types
-        return False
-
-
 def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] = ()) -> WordVectors:
     """The vectors of ``word2vec`` for the words of the store's captions, and of ``more`` texts.
 
-    GoogleNews has 3 million words and takes a minute and 3.6 GB to read; the words of a store are
-    kept beside it in ``cache`` and read from there by every later run and rank. Words of ``more``
-    join them there, or are noted as absent.
+    GoogleNews has 3 million words in 3.6 GB; the words of a store are kept beside it in ``cache``
+    and read from there by every later run and rank. Words of ``more`` join them there, or are noted
+    as absent.
     """
     stat, made = word2vec.stat(), store.files[0].stat()
     facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
@@ -231,7 +193,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
 
 def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
     """Skip-gram vectors of the store's own captions, for when there is no word2vec file."""
-    require_gensim(None)
+    require_gensim()
     from gensim.models import Word2Vec
 
     # Not all 136 million captions of HowTo100M, which would take days and 100 GB.

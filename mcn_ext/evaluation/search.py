@@ -170,6 +170,9 @@ def main(argv=None) -> int:
             )
 
     # ---------------------------------------------------------------------------------- search
+    asked = {word for sentence in args.sentences for word in tokenize(sentence)}
+    if unknown := sorted(word for word in asked if embedder.words.row(word) is None):
+        print(f"unknown words, which are left out: {', '.join(unknown)}")
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in store.files]
     key, name = (
         hashlib.sha256(repr(facts).encode()).hexdigest()

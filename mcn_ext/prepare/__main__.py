@@ -39,7 +39,7 @@ def add_features(p: Parser, row: str, names: str, audio: str) -> None:
 def add_howto100m(p: Parser) -> None:
     names, audio = "<path>/<id>_2d.npz and _3d.npz", "<path>/<id>_spec.npz (default: --features)"
     add_features(p, "'path', rows topic/sub/VIDEOID", names, audio)
-    about = "caption.pickle, a .json, or a folder with one start,end,text CSV per video"
+    about = "caption.pickle, a .json, or a folder with ID.csv (start,end,text), ID.en.vtt ..."
     add(p, "--captions", Path, "FILE", about, required=True)
 
 
@@ -57,9 +57,9 @@ def add_steps(p: Parser, row: str, key: str, annotation: str) -> None:
 def add_videos(p: Parser) -> None:
     about = "media files, or folders of them; a video's id is its file's name"
     add(p, "paths", Path, "FILE_OR_DIR", about, nargs="+")
-    about = """.srt, .vtt, .json or .csv (start,end,text) of one video; .json, .pickle or a .csv
-        with a column id of several; or a folder with ID.srt and the like. Videos without are kept,
-        but not trained on"""
+    about = """subtitles (.srt .vtt .ass .sub ...), .json or .csv (start,end,text) of one video;
+        .json, .pickle or a .csv with a column id of several; or a folder with ID.srt, ID.en.vtt and
+        the like. Videos without are kept, but not trained on"""
     add(p, "--captions", Path, "FILE", about)
     about = "ResNet-152's weights under torchvision's names (resnet152-394f9c45.pth)"
     add(p, "--weights", Path, "PTH", about)

@@ -218,10 +218,11 @@ def prepare(
             skips.add(name, f"twice in {list_file}")
         else:
             paths[name] = path
-    return convert_features(
+    said = Captions(captions, len(paths))
+    summary = convert_features(
         paths,
         folders,
-        Captions(captions).of,
+        said.of,
         out,
         skips,
         kind="howto100m",
@@ -229,3 +230,4 @@ def prepare(
         settings={"list": str(list_file), "captions": str(captions)},
         **options,
     )
+    return summary + said.summary()

@@ -184,12 +184,7 @@ def prepare(
     external, files = parse_streams(streams), find_videos(paths)
     if captions:
         require("--captions", captions)
-    said = Captions(captions) if captions else None
-    if said and said.single and len(files) > 1:
-        raise SystemExit(
-            f"--captions {captions}: captions of one video, but there are {len(files)}; give a "
-            f"folder of files named by id, as {files[0].stem}{captions.suffix}"
-        )
+    said = Captions(captions, len(files)) if captions else None
     features = None if "2d" in external else _resnet(weights, random_weights, device)
     specs = _specs(external, files, features)
     note = " (2D features of RANDOM weights)" if features and weights is None else ""
@@ -242,9 +237,10 @@ def prepare(
         if parts:
             rows["2d"] = np.concatenate(parts)
         try:
-            return rows, said.of(name) if said else ((), (), ())
+            return rows, said.of(file.stem if said.files else name) if said else ((), (), ())
         except Skipped as reason:
             tqdm.write(f"{name}: {reason}; kept without captions", file=sys.stderr)
             return rows, ((), (), ())
 
-    return convert(writer, skips, todo, read, workers=workers, note=note)
+    summary = convert(writer, skips, todo, read, workers=workers, note=note)
+    return summary + (said.summary() if said else "")

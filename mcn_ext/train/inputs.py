@@ -16,7 +16,6 @@ from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import (
     WordVectors,
     coverage,
-    is_kept,
     require_gensim,
     train_vectors,
     vectors_for,
@@ -138,10 +137,8 @@ def check_gensim(args: argparse.Namespace, init: Path | None, folder: Path) -> N
     """SystemExit if :func:`open_words` will need gensim and it is not installed, before a store or
     a run folder is made or moved."""
     kept = [run / WORDS for run in (init, folder if args.resume else None) if run is not None]
-    if not any(path.exists() for path in kept) and not (
-        args.word2vec and is_kept(args.word2vec, _words_beside(args.data))
-    ):
-        require_gensim(args.word2vec)
+    if args.word2vec is None and not any(path.exists() for path in kept):
+        require_gensim()
 
 
 def _words_beside(store: Path) -> Path:
