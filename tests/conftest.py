@@ -4,8 +4,10 @@ import contextlib
 import importlib.util
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # Before torch is loaded, for this process and those it starts: threads that wait sleep. By default
@@ -94,24 +96,71 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(f"{module}._pyplot", lambda: None)
 
 
-def run(*command, cwd, check=True, timeout=300, env=None):
-    """Run a script of the project as a user would; returns the finished process with its output."""
-    words = [str(word) for word in command]
+def command_line(*parts):
+    """Words of a command: a string is split at its spaces, anything else (a path) is one word."""
+    words = []
+    for part in parts:
+        words += part.split() if isinstance(part, str) else [str(part)]
+    return words
+
+
+def program(*parts, env=None):
+    """How to start a script of the project, or what ``python`` takes: (words, environment)."""
+    words = command_line(*parts)
     if words[0].endswith(".py"):
         words[0] = str(ROOT / words[0])
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
+    alone = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return [sys.executable, *words], os.environ | alone | (env or {})
+
+
+def run(*parts, cwd, check=True, timeout=300, env=None):
+    """Run a script of the project as a user would; returns the finished process with its output."""
+    words, env = program(*parts, env=env)
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
     if check and done.returncode:
         raise AssertionError(
             f"{words} exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
     return done
+
+
+def torchrun(n_ranks, *parts, **options):
+    """`run` as so many ranks; a script of the project is given with its path."""
+    launch = "-m torch.distributed.run --standalone --nproc_per_node"
+    return run(launch, n_ranks, *parts, **options)
+
+
+@contextlib.contextmanager
+def started(*parts, cwd, env=None, **options):
+    """A process that goes on, in a group of its own, which is killed at the end."""
+    words, env = program(*parts, env=env)
+    process = subprocess.Popen(
+        words, cwd=cwd, env=env, text=True, start_new_session=True, **options
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition, seconds=120):
+    """Return once the condition holds; an AssertionError after so long."""
+    for _ in range(50 * seconds):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def is_empty(group):
+    """Whether a process group has no process left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def load_script(script):
@@ -122,9 +171,10 @@ def load_script(script):
     return module
 
 
-def call(script, *args, cwd, check=True, pictures=False):
+def call(*parts, cwd, check=True, pictures=False):
     """A script's main() in this process: what `run` does, without loading torch again, and without
     pictures unless a test looks at them: one takes longer than a small run."""
+    script, *words = command_line(*parts)
     out, err, code = io.StringIO(), io.StringIO(), 0
     module = load_script(script)
     with pytest.MonkeyPatch.context() as patch:
@@ -134,53 +184,24 @@ def call(script, *args, cwd, check=True, pictures=False):
             patch.setattr(report, "similarity_picture", lambda *args: None)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                module.main([str(a) for a in args])
+                module.main(words)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             print(end.code if isinstance(end.code, str) else "", file=err)
     if check and code:
-        raise AssertionError(f"{script} {args}:\n{out.getvalue()}\n{err.getvalue()}")
-    return subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
+        raise AssertionError(f"{script} {words}:\n{out.getvalue()}\n{err.getvalue()}")
+    return subprocess.CompletedProcess([script, *words], code, out.getvalue(), err.getvalue())
+
+
+def stage1(store, *flags, pair="AV", **options):
+    """Train a small stage 1 in this process."""
+    return call("train_stage1.py --pair", pair, "--data", store, *SMALL, *flags, **options)
 
 
 # Flags of a run that takes seconds; all that changes its numbers is in them.
-SMALL = (
-    "--preset",
-    "demo",
-    "--embd_dim",
-    16,
-    "--recon_dim",
-    8,
-    "--audio_width",
-    0.0625,
-    "--audio_frames",
-    200,
-    "--batch_size",
-    4,
-    "--n_pair",
-    4,
-    "--cluster_size",
-    4,
-    "--queue_size",
-    2,
-    "--epochs",
-    2,
-    "--log_every",
-    1,
-    "--device",
-    "cpu",
-    "--min_time",
-    1,
-    "--lr",
-    1e-3,
-    "--temperature",
-    0.07,
-    "--margin",
-    0.001,
-    "--cluster_weight",
-    0.1,
-    "--recon_weight",
-    1,
-    "--audio_augment",
-    0,
+SMALL = command_line(
+    "--preset demo --device cpu --embd_dim 16 --recon_dim 8 --audio_width 0.0625",
+    "--audio_frames 200 --audio_augment 0 --batch_size 4 --n_pair 4 --min_time 1 --epochs 2",
+    "--lr 1e-3 --temperature 0.07 --margin 0.001 --recon_weight 1",
+    "--cluster_weight 0.1 --cluster_size 4 --queue_size 2 --log_every 1",
 )

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_stage1
 from mcn_ext import clustering
 from mcn_ext.data import clips
+from mcn_ext.train import memory
 
 FLOAT, TO_DEVICE, FIT = torch.Tensor.float, clips.to_device, clustering.spherical_kmeans
 
@@ -22,6 +23,10 @@ def wide(value):
     if isinstance(value, dict):
         return {key: wide(v) for key, v in value.items()}
     return value.double() if value.is_floating_point() else value
+
+
+def to_device(*arguments):
+    return wide(TO_DEVICE(*arguments))
 
 
 def fit(x, k, *, init, **options):
@@ -39,6 +44,6 @@ def use_float64():
 
 if __name__ == "__main__":
     use_float64()
-    clips.to_device = lambda *arguments: wide(TO_DEVICE(*arguments))
+    clips.to_device = memory.to_device = to_device
     clustering.spherical_kmeans = fit
     train_stage1.main(sys.argv[1:])

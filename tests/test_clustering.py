@@ -5,7 +5,6 @@ import torch
 
 from mcn_ext.clustering import OnlineClusters, spherical_kmeans
 from mcn_ext.reference import unit_rows
-from tests.conftest import ROOT, run
 
 THREADS = 2  # of this process: the same result again is to be the same with several
 
@@ -21,16 +20,6 @@ def blobs(k=8, per=50, d=16, noise=0.1, seed=0):
 
 def cosine_inertia(x, centroids, labels):
     return float((1 - (unit_rows(x.float()) * centroids[labels]).sum(1)).sum())
-
-
-@pytest.mark.slow
-def test_finds_blobs():
-    x, truth = blobs()
-    centroids, labels = spherical_kmeans(x, 8, generator=torch.Generator().manual_seed(0))
-    assert centroids.dtype == torch.float32 and labels.dtype == torch.int64
-    torch.testing.assert_close(centroids.norm(dim=1), torch.ones(8))
-    pairs = {(int(a), int(b)) for a, b in zip(truth, labels, strict=True)}
-    assert len(pairs) == 8  # one label per blob and one blob per label
 
 
 @pytest.mark.slow
@@ -61,13 +50,6 @@ def test_rows_that_share_a_direction_do_not_collapse():
     assert counts.min() > 0 and counts.max() < 400
 
 
-def test_empty_clusters_are_reseeded():
-    x, _ = blobs()
-    init = torch.cat([x[:1], -x.mean(0, keepdim=True).repeat(7, 1) + 5])  # most are where no row is
-    _, labels = spherical_kmeans(x, 8, init=init, max_iter=50)
-    assert (torch.bincount(labels, minlength=8) > 0).all()
-
-
 def spread(n, d, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
@@ -81,13 +63,10 @@ def adversaries():
     outliers = torch.cat([one + 1e-3 * spread(4000, 8), -spread(3, 8, 1)])
     return {
         "all equal": (one.repeat(50, 1), 1),
-        "two directions": (spread(2, 8).repeat(30, 1), 2),
         "five directions": (spread(5, 8).repeat_interleave(torch.tensor([1, 1, 1, 1, 996]), 0), 5),
         "zero rows": (torch.cat([torch.zeros(50, 8), spread(40, 8)]), 40),
         "one giant cluster": (outliers, 4003),
         "norms 1e-20 to 1e20": (scaled, 60),
-        "norms of 1e-20": (spread(60, 8) * 1e-20, 60),
-        "norms of 1e20": (spread(60, 8) * 1e20, 60),
         "not finite": (broken, 56),
         "fewer rows than k": (spread(7, 8), 7),
         "opposite rows": (torch.cat([spread(30, 8), -spread(30, 8)]), 60),
@@ -98,23 +77,8 @@ def adversaries():
 
 
 @pytest.mark.parametrize("name", list(adversaries()))
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.float16, torch.bfloat16)),
-    ],
-)
-def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
-    rows, distinct = adversaries()[name]
-    x = rows.to(dtype)
-    if dtype != torch.float32:  # fewer bits: rows fall together, or leave the range
-        usable = torch.isfinite(x).all(1) & (x != 0).any(1)
-        distinct = min(distinct, len(unit_rows(x[usable].float()).unique(dim=0)))
-        if not distinct:
-            with pytest.raises(ValueError, match="nothing to cluster"):
-                spherical_kmeans(x, 3)
-            return
+def test_no_centroid_is_not_finite_and_no_cluster_dead(name):
+    x, distinct = adversaries()[name]
     for k in (1, 3, 16, 64):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             centroids, labels = spherical_kmeans(x, k)
@@ -122,7 +86,7 @@ def test_no_centroid_is_not_finite_and_no_cluster_dead(name, dtype):
         torch.testing.assert_close(centroids.norm(dim=1), torch.ones(k))
         usable = torch.isfinite(x).all(1) & (x != 0).any(1)
         live = len(labels[usable].unique())
-        assert live == min(k, distinct) or dtype != torch.float32 and live >= distinct // 2
+        assert live == min(k, distinct)
         again = spherical_kmeans(x, k)
         assert torch.equal(centroids, again[0]) and torch.equal(labels, again[1])
         # Whatever came out is a start from which rows that differ use every cluster.
@@ -139,6 +103,13 @@ def test_tight_groups_far_apart_keep_most_clusters(noise):
     assert len(labels.unique()) >= 230
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_rows_are_clustered_in_fp32(dtype):
+    x = blobs()[0].to(dtype)
+    for got, want in zip(spherical_kmeans(x, 8), spherical_kmeans(x.float(), 8), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_labels_are_the_nearest_centroids():
     x = spread(2500, 16)  # more than one block
     centroids, labels = spherical_kmeans(x, 30)
@@ -147,19 +118,17 @@ def test_labels_are_the_nearest_centroids():
     assert (own >= similarity - 1e-6).all()
 
 
-def test_a_start_is_mended_not_believed():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_a_start_is_mended_not_believed(bad):
     x, _ = blobs()
     good, _ = spherical_kmeans(x, 8)
-    for bad in (float("nan"), float("inf"), 0.0):
-        start = good.clone()
-        start[2], start[5, 1] = bad, bad if bad else start[5, 1]
-        centroids, labels = spherical_kmeans(x, 8, init=start)
+    start = good.clone()
+    start[2] = bad
+    for init in (start, good[:3]):  # the rest is drawn
+        centroids, labels = spherical_kmeans(x, 8, init=init)
         assert torch.isfinite(centroids).all() and len(labels.unique()) == 8
-    centroids, labels = spherical_kmeans(x, 8, init=good[:3])  # the rest is drawn
-    assert len(labels.unique()) == 8
-    # A converged start stays as it is.
     same, _ = spherical_kmeans(x, 8, init=good)
-    torch.testing.assert_close(same, good)
+    torch.testing.assert_close(same, good)  # it had converged
 
 
 def test_what_cannot_be_clustered_is_refused():
@@ -196,14 +165,6 @@ def test_online_clusters_fit_when_full_warm_start_and_resume():
     assert torch.equal(again.label(steps[0]), clusters.label(steps[0]))
 
 
-def test_queue_without_enough_usable_rows_waits():
-    clusters = OnlineClusters(4, queue_size=1, refit_every=1)
-    clusters.push(
-        torch.cat([torch.zeros(10, 3), torch.full((5, 3), float("nan")), torch.ones(2, 3)])
-    )
-    assert clusters.centroids is None
-
-
 def test_a_poisoned_or_resized_state_is_mended():
     clusters = OnlineClusters(6, queue_size=4, refit_every=1)
     for i in range(5):
@@ -223,7 +184,7 @@ def test_a_poisoned_or_resized_state_is_mended():
     assert again.centroids is None
 
 
-def test_rows_that_are_not_finite_do_not_enter_the_queue():
+def test_rows_that_are_not_finite_do_not_enter_the_queue_and_too_few_wait():
     clusters = OnlineClusters(3, queue_size=2, refit_every=1)
     rows = spread(12, 4)
     rows[2], rows[5, 1], rows[7] = float("nan"), float("inf"), 0
@@ -231,41 +192,6 @@ def test_rows_that_are_not_finite_do_not_enter_the_queue():
         clusters.push(rows)
     assert all(torch.isfinite(q).all() for q in clusters.queue)
     assert torch.isfinite(clusters.centroids).all() and clusters.statistics["largest_share"] < 1
-
-
-RANKS = """
-import sys, torch
-from mcn_ext import distributed
-from mcn_ext.clustering import OnlineClusters
-from mcn_ext.distributed import default_group, gather, rank, world
-torch.set_num_threads(1)
-distributed.init("cpu")
-clusters = OnlineClusters(16, queue_size=3, refit_every=2)
-for step in range(8):
-    rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
-    mine = rows.chunk(world())[rank()]
-    clusters.push(gather(mine, default_group()))
-if rank() == world() - 1:
-    torch.save(clusters.centroids, sys.argv[1])
-distributed.finish()
-"""
-
-
-@pytest.mark.slow
-def test_any_number_of_ranks_finds_the_same_clusters(tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    env = {"PYTHONPATH": str(ROOT)}
-    for ranks in (1, 2, 4):
-        run(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            ranks,
-            tmp_path / "ranks.py",
-            tmp_path / f"{ranks}.pt",
-            cwd=tmp_path,
-            env=env,
-        )
-    one, two, four = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (1, 2, 4))
-    assert torch.equal(one, two) and torch.equal(one, four)
+    waiting = OnlineClusters(10, queue_size=1, refit_every=1)
+    waiting.push(rows)  # nine are usable
+    assert waiting.centroids is None

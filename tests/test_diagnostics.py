@@ -38,17 +38,14 @@ def test_uniformity():
 
 
 def objective_with(audio, video, valid=None, clip_id=None):
-    n = len(audio)
-    objective = Objective(["audio", "video"], ["audio", "video"], recon_weight=0.0)
+    names, n = ["audio", "video"], len(audio)
+    objective = Objective(names, names, recon_weight=0.0)
     everything = torch.ones(n, dtype=torch.bool)
-    return objective, objective(
-        {"audio": audio, "video": video},
-        {},
-        {
-            "valid": {"audio": everything if valid is None else valid, "video": everything},
-            "clip_id": torch.arange(n) if clip_id is None else clip_id,
-        },
-    )
+    batch = {
+        "valid": {"audio": everything if valid is None else valid, "video": everything},
+        "clip_id": torch.arange(n) if clip_id is None else clip_id,
+    }
+    return objective, objective({"audio": audio, "video": video}, {}, batch)
 
 
 def test_diagnose_against_plain_sums():
@@ -62,12 +59,14 @@ def test_diagnose_against_plain_sums():
     at = valid.nonzero().flatten().tolist()
     positive = sum(float(a[i] @ v[i]) for i in at) / len(at)
     others = [float(a[i] @ v[j]) for i in at for j in at if clip[i] != clip[j]]
-    assert got["positive_audio_video"] == pytest.approx(positive, abs=1e-4)
-    assert got["negative_audio_video"] == pytest.approx(sum(others) / len(others), abs=1e-4)
-    assert got["alignment_audio_video"] == pytest.approx(2 - 2 * positive, abs=1e-4)
-    assert got["norm_video"] == pytest.approx(
-        float(video[torch.arange(40) != 3].norm(dim=1).mean()), rel=1e-4
-    )
+    norm = float(video[torch.arange(40) != 3].norm(dim=1).mean())
+    for name, value in (
+        ("positive_audio_video", positive),
+        ("negative_audio_video", sum(others) / len(others)),
+        ("alignment_audio_video", 2 - 2 * positive),
+        ("norm_video", norm),
+    ):
+        assert got[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
     assert 1 < got["rank_audio"] <= 6 and got["uniformity_audio"] < 0
     assert signs_of_collapse(got) == []
 

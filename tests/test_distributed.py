@@ -3,28 +3,20 @@
 This file is also the program that every rank runs: ``python tests/test_distributed.py OUT``.
 """
 
-import contextlib
 import itertools
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mcn_ext import distributed, encoders, ops, reference
+from mcn_ext.clustering import OnlineClusters
 from mcn_ext.train.log import read
-from tests.conftest import ROOT, SMALL, run
+from tests.conftest import ROOT, SMALL, run, torchrun
+from tests.test_loss import NAMES, PAIRS, cluster, contrastive, everything, values
 
-NAMES = ("audio", "text", "video")
-TRIANGLE = list(itertools.combinations(NAMES, 2))
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
-ONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # Rows of each rank: equal parts, unequal ones, a rank without any; 303: a GPU's block holds
 # positives of the second rank alone.
 SPLITS = {
@@ -33,123 +25,76 @@ SPLITS = {
     3: [(80, 71, 52), (101, 0, 102)],
     4: [(51, 51, 51, 50), (3, 130, 0, 70)],
 }
+TEMPERATURE, BUDGETS = 0.0703125, (0, 2**31)
 
 
-def rows_of_all(n=203, d=24, dtype=torch.float32):
+def rows_of_all(n=203, d=24):
     """Three modalities of correlated rows of uneven lengths; with rows that are not there, NaN."""
     g = torch.Generator().manual_seed(0)
     base = torch.randn(n, d, generator=g)
     rows = {
-        name: (
-            (base + 0.7 * torch.randn(n, d, generator=g)) * torch.rand(n, 1, generator=g).add(0.1)
-        ).to(dtype)
+        name: (base + 0.7 * torch.randn(n, d, generator=g)) * torch.rand(n, 1, generator=g).add(0.1)
         for name in NAMES
     }
     rows["audio"][5], rows["audio"][150] = torch.nan, 0
     valid = {name: torch.rand(n, generator=g) > 0.2 for name in NAMES}
     valid["audio"][5], valid["audio"][150] = False, True
     valid["text"][:60] = False  # none is valid on a first rank
-    options = {
-        "centroids": torch.randn(9, d, generator=g),
-        "cluster_weight": 0.5,
-        "labels": torch.randint(8, (n,), generator=g),
-        "valid": valid,
-        "ids": {pair: torch.randint(100, (n,), generator=g) for pair in TRIANGLE[:2]},
-    }
-    return rows, options
-
-
-# name: (loss of (rows by modality, all that goes with rows, a temperature, group), frozen ones)
-CASES = {
-    "contrastive": (
-        lambda m, x, o, t, **g: m.contrastive_loss(x["text"], x["video"], temperature=t, **g),
-        (),
-    ),
-    "contrastive, ids, valid": (
-        lambda m, x, o, t, **g: m.contrastive_loss(
-            x["audio"],
-            x["video"],
-            temperature=t,
-            ids=o["ids"][TRIANGLE[0]],
-            valid=o["valid"]["audio"],
-            **g,
-        ),
-        (),
-    ),
-    "contrastive, one side frozen": (
-        lambda m, x, o, t, **g: m.contrastive_loss(x["text"], x["video"], temperature=t, **g),
-        ("text",),
-    ),
-    "published": (
-        lambda m, x, o, t, **g: m.contrastive_loss(
-            x["text"], x["video"], temperature=t * 16, normalize=False, **g
-        ),
-        (),
-    ),
-    "cluster": (
-        lambda m, x, o, t, **g: m.cluster_loss(
-            x["audio"], o["centroids"], o["labels"], temperature=t, valid=o["valid"]["audio"], **g
-        ),
-        (),
-    ),
-    "mcn": (lambda m, x, o, t, **g: m.mcn_loss(x, TRIANGLE, temperature=t, **o, **g).total, ()),
-    "mcn, stage 2": (
-        lambda m, x, o, t, **g: (
-            m.mcn_loss(
-                x,
-                [("audio", "text"), ("text", "video")],
-                clustered=["text"],
-                temperature=t,
-                **o,
-                **g,
-            ).total
-        ),
-        ("audio", "video"),
-    ),
-}
+    labels = torch.randint(8, (n,), generator=g)
+    ids = {pair: torch.randint(100, (n,), generator=g) for pair in PAIRS[:2]}
+    return {"rows": rows, "labels": labels, "valid": valid, "ids": ids}
 
 
 def part(value, sizes, rank):
     """A rank's rows of tensors with one row a clip, in dictionaries or not."""
     if isinstance(value, dict):
-        return {key: part(v, sizes, rank) for key, v in value.items() if key != "centroids"} | (
-            {"centroids": value["centroids"]} if "centroids" in value else {}
-        )
-    return value.split(list(sizes))[rank] if isinstance(value, torch.Tensor) else value
+        return {key: part(v, sizes, rank) for key, v in value.items()}
+    return value.split(list(sizes))[rank]
 
 
-def value_and_gradients(module, case, rows, options, group=None, budget=2**31):
-    """Loss, the temperature's gradient, and each modality's, in one list."""
-    call, frozen = CASES[case]
-    rows = {name: x.clone().requires_grad_(name not in frozen) for name, x in rows.items()}
-    t = torch.tensor(0.07, requires_grad=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MCN_LOSS_BUDGET", str(budget))
-        patch.setattr(ops, "_tile", 0 if budget else 33)
-        loss = call(module, rows, options, t, group=group)
-        loss.backward()
-    zero = torch.zeros_like
-    return [loss.detach(), t.grad, *(zero(x) if x.grad is None else x.grad for x in rows.values())]
+def cases(rows, labels, valid, ids, **group):
+    """name: (loss, its rows, which of them are frozen)."""
+    video, audio, text = rows.values()
+    mu = torch.randn(9, video.shape[1], generator=torch.Generator().manual_seed(1))
+    masked = {"valid": valid["audio"]} | group
+    all_terms = {"centroids": mu, "labels": labels, "valid": valid, "ids": ids} | group
+    return {
+        "contrastive": (contrastive(**group), [text, video], ()),
+        "ids, valid": (contrastive(ids=ids[PAIRS[1]], **masked), [audio, video], ()),
+        "one side frozen": (contrastive(**group), [text, video], (0,)),
+        "published": (contrastive(normalize=False, **group), [text / 4, video / 4], ()),
+        "cluster": (cluster(mu, labels, **masked), [audio], ()),
+        "mcn": (everything(**all_terms, cluster_weight=0.5), [video, audio, text], ()),
+        "mcn, stage 2": (
+            everything([PAIRS[0], PAIRS[2]], **all_terms, clustered=["text"]),
+            [video, audio, text],
+            (0, 1),
+        ),
+    }
 
 
-def wrong(scheme, x, y, group):
-    """Gradient of x under the schemes in use that are not the global batch's loss."""
-    n = dist.get_world_size(group)
-    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-    if scheme == "negatives of the own rank only":
-        reference.contrastive_loss(x, y).backward()
-        return x.grad
-    both = []
-    for side in (x, y):
-        parts = [torch.empty_like(side) for _ in range(n)]
-        dist.all_gather(parts, side.detach(), group=group)
-        parts[dist.get_rank(group)] = side  # so that its own rows get a gradient
-        both.append(torch.cat(parts))
-    reference.contrastive_loss(*both).backward()
-    return x.grad
+def every_way(data, **group):
+    """(case, way): loss, terms and gradients: compiled, in tiles and not, and one in PyTorch."""
+    found = {}
+    for (case, (call, rows, frozen)), budget in itertools.product(
+        cases(**data, **group).items(), BUDGETS
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MCN_LOSS_BUDGET", str(budget))
+            patch.setattr(ops, "_tile", 0 if budget else 33)
+            found[case, budget] = values(ops, call, rows, TEMPERATURE, frozen)
+    call, rows, frozen = cases(**data, **group)["mcn"]
+    found["mcn", "reference"] = values(reference, call, rows, TEMPERATURE, frozen)
+    return found
 
 
-WRONG = ("negatives of the own rank only", "gather without gradients, averaged by DDP")
+def mean_over_ranks(value, sizes, rank):
+    """As DDP takes it; of rows: each rank's in their place among all."""
+    if value.dim() == 2:
+        whole = value.new_zeros(sum(sizes), value.shape[1])
+        whole.split(list(sizes))[rank].copy_(value)
+        value = whole
+    return distributed.total(value) / len(sizes)
 
 
 def main(out):
@@ -159,36 +104,18 @@ def main(out):
     distributed.init("cpu")
     rank, world, group = distributed.rank(), distributed.world(), distributed.default_group()
     found = {}
-
-    def collect(key, scalars, gradients, sizes):
-        """Means over ranks, as DDP takes them, of whole gradients."""
-        whole = []
-        for g in gradients:
-            full = torch.zeros(sum(sizes), *g.shape[1:])
-            begin = sum(sizes[:rank])
-            full[begin : begin + len(g)] = g
-            whole.append(distributed.total(full) / world)
-        found[key] = [*(distributed.total(s) / world for s in scalars), *whole]
-
     for sizes in SPLITS[world]:
-        rows, options = (part(v, sizes, rank) for v in rows_of_all(sum(sizes)))
-        for case, budget in itertools.product(CASES, (0, 2**31)):
-            values = value_and_gradients(ops, case, rows, options, group, budget)
-            collect((sizes, case, budget), values[:2], values[2:], sizes)
-            same = [torch.empty_like(values[0]) for _ in range(world)]
-            dist.all_gather(same, values[0])
-            assert all(torch.equal(s, same[0]) for s in same), "ranks see different losses"
-        values = value_and_gradients(reference, "mcn", rows, options, group)
-        collect((sizes, "mcn", "reference"), values[:2], values[2:], sizes)
-    for scheme in WRONG:
-        x, y = (rows_of_all(200)[0][name].split(200 // world)[rank] for name in ("text", "video"))
-        collect(scheme, [], [wrong(scheme, x, y, group)], [200 // world] * world)
-    with pytest.raises(ValueError, match="ranks disagree about what to compute"):
-        x = torch.ones(2, 3, requires_grad=rank == 0)
-        ops.contrastive_loss(x, torch.ones(2, 3), group=group)
-    with pytest.raises(ValueError, match="ranks disagree about what to compute"):
-        t = torch.tensor(0.07, requires_grad=rank == 0)
-        ops.contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), temperature=t, group=group)
+        data = part(rows_of_all(sum(sizes)), sizes, rank)
+        for way, got in every_way(data, group=group).items():
+            same = distributed.stack(got[0])
+            assert (same == same[0]).all(), "ranks see different losses"
+            found[(sizes, *way)] = [mean_over_ranks(v, sizes, rank) for v in got]
+    ones, t = torch.ones(2, 3), torch.tensor(0.07)
+    for differs in (ones, t):  # in whether it wants a gradient
+        differs.requires_grad_(rank == 0)
+        with pytest.raises(ValueError, match="ranks disagree about what to compute"):
+            ops.contrastive_loss(ones, torch.ones(2, 3), temperature=t, group=group)
+        differs.requires_grad_(False)
 
     sizes = SPLITS[world][-1]
     mel, frames, target = (t.split(list(sizes))[rank] for t in sounds())
@@ -200,9 +127,18 @@ def main(out):
             loss = ((net(mel, frames) - target) * torch.arange(64.0)).square().sum() * world
             loss.backward()
         found["BatchNorm", checkpointed] = [p.grad for p in net.parameters()] + list(net.buffers())
-    if rank == 0:
+    found["clusters"] = online_clusters(rank, world)
+    if rank == world - 1:
         torch.save(found, out)
     distributed.finish()
+
+
+def online_clusters(rank=0, world=1):
+    clusters = OnlineClusters(16, queue_size=3, refit_every=2)
+    for step in range(8):
+        rows = torch.randn(48, 12, generator=torch.Generator().manual_seed(step)) + 0.5
+        clusters.push(distributed.gather(rows.chunk(world)[rank], distributed.default_group()))
+    return clusters.centroids
 
 
 def sounds(n=203):
@@ -219,8 +155,9 @@ def sounds(n=203):
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request, tmp_path_factory):
+    """(number of ranks, what they found)"""
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    run(*LAUNCH, request.param, __file__, out, cwd=ROOT, env=ONE)
+    torchrun(request.param, __file__, out, cwd=ROOT)
     return request.param, torch.load(out, weights_only=True)
 
 
@@ -235,23 +172,9 @@ def distance(got, want):
 @pytest.mark.slow
 def test_losses_and_gradients_are_those_of_one_process(ranks):
     n, found = ranks
-    for sizes, (case, way) in itertools.product(
-        SPLITS[n], [*itertools.product(CASES, (0, 2**31)), ("mcn", "reference")]
-    ):
-        rows = rows_of_all(sum(sizes))
-        if way == "reference":
-            want = value_and_gradients(reference, case, *rows)
-        else:
-            want = value_and_gradients(ops, case, *rows, budget=way)
-        assert distance(found[sizes, case, way], want) <= 1e-6, (sizes, case, way)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", WRONG)
-def test_the_usual_schemes_are_wrong_by_the_same_measure(ranks, scheme):
-    x, y = (rows_of_all(200)[0][name].requires_grad_() for name in ("text", "video"))
-    ops.contrastive_loss(x, y).backward()
-    assert distance(ranks[1][scheme], [x.grad[: len(ranks[1][scheme][0])]]) > 1e-2
+    for sizes in SPLITS[n]:
+        for way, want in every_way(rows_of_all(sum(sizes))).items():
+            assert distance(found[(sizes, *way)], want) <= 1e-6, (sizes, way)
 
 
 @pytest.mark.slow
@@ -267,12 +190,17 @@ def test_batch_norm_is_over_the_global_batch(ranks):
 
 
 @pytest.mark.slow
+def test_any_number_of_ranks_finds_the_same_clusters(ranks):
+    assert torch.equal(ranks[1]["clusters"], online_clusters())
+
+
+@pytest.mark.slow
 def test_four_ranks_follow_the_curve_of_one(tmp_path, store_path):
     """AV, with BatchNorm and clustering, over 12 steps. In float64: in fp32 one process with two
     threads is as far from one with one thread."""
-    flags = ("--pair", "AV", "--data", store_path, *SMALL, "--epochs", 6)
-    run(ROOT / "tests/float64.py", *flags, "--out", "one", cwd=tmp_path)
-    run(*LAUNCH, 4, ROOT / "tests/float64.py", *flags, "--out", "four", cwd=tmp_path, env=ONE)
+    command = (ROOT / "tests/float64.py", "--pair AV --data", store_path, *SMALL, "--epochs 6")
+    run(*command, "--out one", cwd=tmp_path)
+    torchrun(4, *command, "--out four", cwd=tmp_path)
     one, four = (read(tmp_path / name / "log.jsonl") for name in ("one", "four"))
     assert len(one) == 12 and one[-1]["cluster"] > 0
     for term in ("total", "contrastive", "cluster", "reconstruction", "grad_norm"):
@@ -280,61 +208,36 @@ def test_four_ranks_follow_the_curve_of_one(tmp_path, store_path):
             assert a[term] == pytest.approx(b[term], rel=1e-10), (term, a["step"])
 
 
-def ranks_of(torchrun):
-    """{rank: process id} of a torchrun's processes, which have sessions of their own."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-        rank = [int(line[5:]) for line in environment if line.startswith(b"RANK=")]
-        if parent == torchrun and rank:
-            found[rank[0]] = int(entry.name)
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
 def test_a_dead_rank_ends_the_job_and_is_named(tmp_path, store_path):
-    command = [*LAUNCH, 2, ROOT / "train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command), "--epochs", "2000"],
-        cwd=tmp_path,
-        env=os.environ | ONE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    ranks = {}
-    try:
-        log = tmp_path / "runs/stage1-AV/log.jsonl"
-        for _ in range(600):
-            if log.exists() and len(read(log)) > 3:
-                break
-            time.sleep(0.1)
-        ranks = ranks_of(process.pid)
-        os.kill(ranks[1], signal.SIGKILL)
-        said = process.communicate(timeout=90)[1]
-        assert process.returncode and f"local_rank: 1 (pid: {ranks[1]})" in said, said[-3000:]
-    finally:
-        for pid in (process.pid, *ranks.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """Rank 1 kills itself once there are three rows in the log."""
+    (tmp_path / "dies.py").write_text(DIES)
+    command = (tmp_path / "dies.py", "--pair AV --data", store_path, *SMALL, "--epochs 2000")
+    done = torchrun(2, *command, cwd=tmp_path, check=False)
+    assert done.returncode and "local_rank: 1 (pid: " in done.stderr, done.stderr[-3000:]
+    assert "Signal 9 (SIGKILL)" in done.stderr
+
+
+DIES = """
+import os, signal, sys
+import train_stage1
+from mcn_ext.train import guard
+check, calls = guard.Guard.check, []
+def dies(*args):
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return check(*args)
+guard.Guard.check = dies
+train_stage1.main(sys.argv[1:])
+"""
 
 
 def test_the_fewest_rows_are_sent():
     """A pair's second side is what all ranks see: rows there, gradients back."""
 
     def sent(pairs, wanted):
-        ordered, second = ops._columns(pairs, wanted)
-        assert second == set(ordered[1::2])
-        assert sorted(map(sorted, zip(ordered[::2], ordered[1::2], strict=True))) == sorted(
-            map(sorted, zip(pairs[::2], pairs[1::2], strict=True))
-        )
-        return sum(1 + wanted[i] for i in second)
+        return sum(1 + wanted[i] for i in ops._columns(pairs, wanted)[1])
 
     assert sent([0, 1], [1, 1]) == 2 and sent([0, 1], [1, 0]) == 1
     assert sent([0, 1, 0, 2, 1, 2], [1, 1, 1]) == 4

@@ -13,8 +13,8 @@ from mcn_ext.objective import Objective
 from mcn_ext.train import checkpoint, guard
 from mcn_ext.train.log import read
 from mcn_ext.train.replay import replay
-from tests.conftest import ROOT, SMALL, call, run
-from tests.test_model import SIZES, batch
+from tests.conftest import SMALL, stage1, torchrun
+from tests.test_model import SIZES, batch, moved
 
 FAULTS = {
     "audio": lambda item: item["audio"].__setitem__((1, 3, 7), np.nan),
@@ -45,8 +45,7 @@ def break_reader(monkeypatch, modality):
 @pytest.mark.parametrize("modality", ["audio", "video"])
 def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypatch, modality):
     break_reader(monkeypatch, modality)
-    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL, "--epochs", 4)
-    done = call(*command, cwd=tmp_path, pictures=modality == "audio")
+    done = stage1(store_path, "--epochs 4", cwd=tmp_path, pictures=modality == "audio")
     rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
     (bad,) = [row for row in rows if "skipped" in row]
     assert len(rows) == 8 and bad["epoch"] == 1 and bad["skipped"] == "the loss is not finite"
@@ -63,175 +62,164 @@ def test_one_bad_clip_costs_one_step_and_is_named(tmp_path, store_path, monkeypa
     assert f"forward: the output of {part}" in again and NAME in again
 
 
-def test_a_fault_in_the_model_is_found_by_module(tmp_path, store_path, monkeypatch):
-    forward = model.GatedUnit.forward
+def test_a_fault_in_the_model_is_found_by_module_and_stops_the_run(
+    tmp_path, store_path, monkeypatch
+):
+    forward, calls = model.GatedUnit.forward, []
 
-    def broken(self, x):  # the video's, by its width
+    def broken(self, x):  # the video's, by its width, after a good step
         y = forward(self, x)
-        return y + (-y.detach().abs()).sqrt() if self.fc.in_features == 18 else y
+        calls.append(self.fc.in_features == 18 and self.training)
+        return y + (-y.detach().abs()).sqrt() if calls[-1] and sum(calls) > 1 else y
 
     monkeypatch.setattr(model.GatedUnit, "forward", broken)
     monkeypatch.setattr(guard, "MAX_BAD_STEPS", 3)
-    command = ("train_stage1.py", "--pair", "AV", "--data", store_path, *SMALL)
-    done = call(*command, cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "3 bad steps in a row" in done.stderr
+    done = stage1(store_path, "--out run", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "step 4: 3 bad steps in a row" in done.stderr
     assert "video: embedding not finite in all 16 clips" in done.stdout
-    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
-    assert [row["in_a_row"] for row in rows] == [1, 2, 3]
-    dumps = guard.find_dumps(tmp_path / "runs/stage1-AV")
+    rows = read(tmp_path / "run/log.jsonl")
+    assert [row.get("in_a_row") for row in rows] == [None, 1, 2, 3]
+    # Saved at the end of epoch 1, in the row of bad steps: what the last good step left.
+    saved = checkpoint.load(tmp_path / "run/checkpoint.pt")
+    assert saved["step"] == 2 and all(torch.isfinite(v).all() for v in saved["model"].values())
+    dumps = guard.find_dumps(tmp_path / "run")
     assert len(dumps) == guard.MAX_DUMPS
     assert "forward: the output of GU_video" in replay(dumps[-1])
     assert "from finite inputs" in replay(dumps[-1])
 
 
-def small_run(tmp_path, precision="fp32", scale=2.0**10):
-    torch.manual_seed(0)
-    net = model.MCN("AVT", **SIZES)
-    objective = Objective(
-        net.modalities,
-        net.modalities,
-        cluster_size=3,
-        queue_size=1,
-        temperature=0.1,
-        recon_weight=1.0,
-    )
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=scale)
-    keeper = guard.Guard(net, objective, scaler, tmp_path)
-    return net, objective, optimizer, scaler, keeper
-
-
 # What guard.skip keeps of a run's flags, for a replay.
-ARGS = dict(
-    temperature=0.1,
-    margin=0.001,
-    similarity="cosine",
-    cluster_weight=1.0,
-    recon_weight=1.0,
-    cluster_size=3,
-    queue_size=1,
-    seed=0,
-    data="gone.h5",
-)
+LOSS = dict(temperature=0.1, recon_weight=1.0, cluster_size=3, queue_size=1)
+ARGS = LOSS | dict(margin=0.001, similarity="cosine", cluster_weight=1.0, seed=0, data="gone.h5")
 
 
-def one_step(net, objective, optimizer, scaler, keeper, content, step, factor=1.0):
-    keeper.remember()
-    terms = objective(*net(content), content)
-    optimizer.zero_grad()
-    scaler.scale(terms.total * factor).backward()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
-    why, _ = keeper.check(terms.total, norm)
-    if why:
-        return keeper.skip(step, why, terms, ARGS)
-    scaler.step(optimizer)
-    scaler.update()
-    objective.update_clusters(terms)
-    return None
+class SmallRun:
+    """The training loop without data: of MCN, or of another model and its objective."""
+
+    def __init__(self, folder, precision="fp32", net=None, objective=None, scale=64.0, lr=1e-3):
+        torch.manual_seed(0)
+        self.net = net or model.MCN("AVT", **SIZES)
+        self.device = next(self.net.parameters()).device.type
+        self.objective = objective or Objective(self.net.modalities, self.net.modalities, **LOSS)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
+        fp16 = precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device, enabled=fp16, init_scale=scale)
+        self.guard = guard.Guard(self.net, self.objective, self.scaler, folder)
+        self.autocast = torch.autocast(self.device, torch.float16, enabled=False)
+
+    def step(self, number, content=None):
+        """The report of a step that was skipped, or None."""
+        content = content or moved(batch(), self.device)
+        self.guard.remember()
+        with self.autocast:
+            embeddings, errors = self.net(content)
+        self.terms = self.objective(embeddings, errors, content)
+        self.optimizer.zero_grad()
+        self.scaler.scale(self.terms.total).backward()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        why, _ = self.guard.check(self.terms.total, norm)
+        if why:
+            return self.guard.skip(number, why, self.terms, ARGS)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.objective.update_clusters(self.terms)
+        return None
+
+
+@pytest.fixture
+def device():
+    return "cpu"  # test_cuda.py runs the next test on a GPU
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_a_bad_step_leaves_no_trace(tmp_path, precision, fault):
-    parts = small_run(tmp_path, precision)
-    net, objective, optimizer, scaler, keeper = parts
+def test_a_bad_step_leaves_no_trace(tmp_path, device, precision, fault):
+    run = SmallRun(tmp_path, precision, model.MCN("AVT", **SIZES).to(device))
+    if device == "cuda":
+        run.autocast = torch.autocast(device, torch.float16, enabled=precision == "fp16")
     for step in range(4):
-        assert one_step(*parts, batch(), step) is None
+        assert run.step(step) is None
 
     def everything():
-        return [
-            x.clone()
-            for x in (
-                *net.state_dict().values(),
-                objective.clusters.centroids,
-                *objective.clusters.queue,
-                *[v for s in optimizer.state.values() for v in s.values()],
-                torch.tensor([scaler.get_scale(), objective.clusters.steps]),
-            )
-        ]
+        clusters = run.objective.clusters
+        moments = [v for s in run.optimizer.state.values() for v in s.values()]
+        tensors = [*run.net.state_dict().values(), clusters.centroids, *clusters.queue, *moments]
+        return [x.clone() for x in tensors] + [torch.tensor(clusters.steps)]
 
-    before, content = everything(), batch()
+    before, scale, content = everything(), run.scaler.get_scale(), moved(batch(), device)
     if fault == "loss":
         content["text"][1] = float("inf")
-        row = one_step(*parts, content, 5)
+        row = run.step(5, content)
     else:
-        keeper.overflows = guard.OVERFLOWS  # no search for the scale any more
-        hook = net.GU_video.fc.weight.register_hook(lambda g: g * math.nan)
-        row = one_step(*parts, content, 5)
+        run.guard.overflows = guard.OVERFLOWS  # no search for the scale any more
+        hook = run.net.GU_video.fc.weight.register_hook(lambda g: g * math.nan)
+        row = run.step(5)
         hook.remove()
-    assert row["skipped"] == f"the {fault} is not finite" and keeper.skipped == 1
-    after = everything()
-    if fault == "gradient" and precision == "fp16":
-        assert after[-1][0] == before[-1][0] / 2  # the scale alone moves
-        after[-1][0] = before[-1][0]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert row["skipped"] == f"the {fault} is not finite" and run.guard.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
     if fault == "gradient":
+        assert run.scaler.get_scale() == (scale / 2 if precision == "fp16" else scale)
         assert row["clips"] == [] and row["gradients"] == "GU_video.fc.weight"
     else:
+        assert run.scaler.get_scale() == scale
         assert row["clips"][0]["modality"] == "text" and row["clips"][0]["n_bad"] == 1
-    assert one_step(*parts, batch(), 6) is None and keeper.in_a_row == 0
+    assert run.step(6) is None and run.guard.in_a_row == 0
     json.dumps(row, allow_nan=False)
     dump = checkpoint.load(guard.find_dumps(tmp_path)[0], "mcn_bad_step")
-    assert torch.equal(dump["batch"]["clip_id"], content["clip_id"])
+    assert torch.equal(dump["batch"]["clip_id"], content["clip_id"].cpu())
 
 
 def test_an_overflow_of_the_loss_scale_is_no_bad_step(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "MAX_BAD_STEPS", 1)
-    parts = small_run(tmp_path, "fp16", scale=2.0**20)
-    scaler, keeper = parts[3], parts[4]
-    hook = parts[0].GU_video.fc.weight.register_hook(
-        lambda g: g * (math.inf if scaler.get_scale() > 2**17 else 1)
+    run = SmallRun(tmp_path, "fp16", scale=2.0**20)
+    run.net.GU_video.fc.weight.register_hook(
+        lambda g: g * (math.inf if run.scaler.get_scale() > 2**17 else 1)
     )
-    rows = [one_step(*parts, batch(), step) for step in range(5)]
-    hook.remove()
+    rows = [run.step(step) for step in range(5)]
     assert [row is not None for row in rows] == [True, True, True, False, False]
     assert rows[0] == {
         "skipped": "fp16 overflow: loss scale 1.04858e+06 to 524288",
         "gradients": "GU_video.fc.weight",
     }
-    keeper.give_up(5)  # does not
-    assert keeper.skipped == 3 and keeper.in_a_row == 0 and not guard.find_dumps(tmp_path)
+    run.guard.give_up(5)  # does not
+    assert run.guard.skipped == 3 and run.guard.in_a_row == 0 and not guard.find_dumps(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_scale_that_is_never_found_is_a_bad_step(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(guard, "MAX_BAD_STEPS", 3)
-    parts = small_run(tmp_path, "fp16")
-    parts[0].GU_video.fc.weight.register_hook(lambda g: g * math.nan)
-    keeper = parts[4]
+    run = SmallRun(tmp_path, "fp16")
+    run.net.GU_video.fc.weight.register_hook(lambda g: g * math.nan)
     for step in range(guard.OVERFLOWS + 3):
-        keeper.give_up(step)
-        row = one_step(*parts, batch(), step)
-        assert row["gradients"] == "GU_video.fc.weight"
+        run.guard.give_up(step)
+        assert run.step(step)["gradients"] == "GU_video.fc.weight"
     assert "8th in a row; gradients not finite: GU_video.fc.weight" in capsys.readouterr().out
-    assert keeper.in_a_row == 3
+    assert run.guard.in_a_row == 3
     with pytest.raises(SystemExit, match="3 bad steps in a row"):
-        keeper.give_up(step)
+        run.guard.give_up(step)
 
 
 def test_gradients_too_long_for_their_norm_are_a_bad_step(tmp_path):
     """Finite entries, an infinite norm: no loss scale helps, Adam's squares would be infinite."""
-    parts = small_run(tmp_path, "fp16")
-    parts[0].GU_video.fc.weight.register_hook(lambda g: torch.full_like(g, 1e30))
-    row = one_step(*parts, batch(), 1)
+    run = SmallRun(tmp_path, "fp16")
+    run.net.GU_video.fc.weight.register_hook(lambda g: torch.full_like(g, 1e30))
+    row = run.step(1)
     assert row["skipped"] == "the gradient is not finite" and row["in_a_row"] == 1
 
 
 def test_the_newest_bad_steps_are_kept(tmp_path):
-    parts = small_run(tmp_path)
-    content = batch()
+    run, content = SmallRun(tmp_path), batch()
     content["text"][1] = math.nan
     for step in range(1, 9):
-        one_step(*parts, content if step % 2 else batch(), step)
-    assert [p.name for p in guard.find_dumps(tmp_path)] == [
-        f"bad-step-00000{step}.pt" for step in (3, 5, 7)
-    ]
+        run.step(step, content if step % 2 else None)
+    kept = [path.name for path in guard.find_dumps(tmp_path)]
+    assert kept == [f"bad-step-00000{step}.pt" for step in (3, 5, 7)]
 
 
 def test_the_replay_finds_a_fault_in_backward(tmp_path, monkeypatch):
-    parts = small_run(tmp_path)
-    forward = model.MCN._audio
+    run, forward = SmallRun(tmp_path), model.MCN._audio
 
     def fault(gradient):
         gradient = gradient.clone()
@@ -245,7 +233,7 @@ def test_the_replay_finds_a_fault_in_backward(tmp_path, monkeypatch):
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     monkeypatch.setattr(model.MCN, "_audio", broken)
-    row = one_step(*parts, batch(), 1)
+    row = run.step(1)
     assert row["skipped"] == "the gradient is not finite" and "DAVEnet" in row["gradients"]
     text = replay(guard.find_dumps(tmp_path)[0])
     assert "forward:" not in text
@@ -253,18 +241,18 @@ def test_the_replay_finds_a_fault_in_backward(tmp_path, monkeypatch):
 
 
 def test_skipped_steps_do_not_move_the_schedule(tmp_path, store_path, monkeypatch):
-    pytest.importorskip("gensim")
-    command = ("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, "--epochs", 4)
-    call(*command, "--out", "whole", cwd=tmp_path)
-    break_reader(monkeypatch, "video")
-    call(*command, "--out", "holed", cwd=tmp_path)
-    whole, holed = read(tmp_path / "whole/log.jsonl"), read(tmp_path / "holed/log.jsonl")
-    assert [row["lr"] for row in holed if "lr" in row] == [row["lr"] for row in whole][:7]
+    rates = []
+    for name in ("whole", "holed"):
+        stage1(store_path, "--epochs 4 --out", name, cwd=tmp_path)
+        break_reader(monkeypatch, "video")
+        rates.append([row["lr"] for row in read(tmp_path / name / "log.jsonl") if "lr" in row])
+    assert rates[1] == rates[0][:7]
 
 
 INJECT = """
-import os, runpy, sys
+import sys
 import numpy as np
+import train_stage1
 from mcn_ext.data import clips as data
 read = data.TrainingClips.__getitem__
 def broken(self, key):
@@ -273,32 +261,20 @@ def broken(self, key):
         item["audio"][1, 3, 7] = np.nan
     return item
 data.TrainingClips.__getitem__ = broken
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+train_stage1.main(sys.argv[1:])
 """
 
 
 @pytest.mark.slow
 def test_ranks_skip_together_and_name_the_one_clip(tmp_path, store_path):
-    (tmp_path / "inject.py").write_text(INJECT.replace("VIDEO", str(VIDEO)))
-    flags = ("--pair", "AV", "--data", store_path, *SMALL, "--epochs", 3)
-    done = run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        tmp_path / "inject.py",
-        ROOT / "train_stage1.py",
-        *flags,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-    )
-    rows = read(tmp_path / "runs/stage1-AV/log.jsonl")
-    (bad,) = [row for row in rows if "skipped" in row]
-    assert len(rows) == 6 and NAME in done.stdout
+    script, folder = tmp_path / "inject.py", tmp_path / "runs/stage1-AV"
+    script.write_text(INJECT.replace("VIDEO", str(VIDEO)))
+    flags = ("--pair AV --data", store_path, *SMALL, "--epochs 3")
+    done = torchrun(2, script, *flags, cwd=tmp_path)
+    rows = read(folder / "log.jsonl")
+    assert len(rows) == 6 and sum("skipped" in row for row in rows) == 1 and NAME in done.stdout
     assert "audio: input not finite in 1 of 16 clips" in done.stdout  # of both ranks' 8
-    files = sorted(p.name for p in (tmp_path / "runs/stage1-AV").glob("bad-step-*"))
+    files = sorted(p.name for p in folder.glob("bad-step-*"))
     assert len(files) == 2 and files[1].endswith(".rank1.pt")
-    again = replay(tmp_path / "runs/stage1-AV" / files[0])
+    again = replay(folder / files[0])
     assert "16 clips" in again and "forward: the output of DAVEnet" in again and NAME in again

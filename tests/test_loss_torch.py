@@ -51,15 +51,14 @@ def test_opcheck(device, mode, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not sizes of an older build
     torch._dynamo.reset()
     rows, options = problem(13, 5, device)
     call = everything(**options)
-    compiled = torch.compile(lambda rows, t: call(ops, rows, t), fullgraph=True, backend=backend)
-    got = values(ops, lambda _, rows, t: compiled(rows, t), rows)
-    assert_close(got, values(ops, call, rows), rtol=1e-6, atol=1e-7)
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    assert_close(values(ops, compiled, rows), values(ops, call, rows), rtol=1e-6, atol=1e-7)
 
 
 def test_a_loss_scale_meets_gradients_that_fp16_has_not_rounded_away(device, mode):
@@ -83,15 +82,6 @@ def test_double_backward_is_refused(device, mode, wrt):
         (loss + gradient.square().sum()).backward()
 
 
-def test_terms_may_be_changed_in_place(device, mode):
-    rows, options = problem(9, 5, device)
-    want = values(ops, everything(**options), rows)
-    rows = [x.requires_grad_() for x in rows]
-    terms = everything(**options)(ops, rows, 0.25)
-    terms.contrastive.mul_(2)
-    assert_close(list(torch.autograd.grad(terms.total, rows)), want[3:6], **BITS)
-
-
 @pytest.mark.slow
 def test_a_compiled_call_takes_any_number_of_rows(device, mode):
     torch._dynamo.reset()
@@ -103,15 +93,6 @@ def test_a_compiled_call_takes_any_number_of_rows(device, mode):
             torch._dynamo.mark_dynamic(x, 0)
         assert_close(compiled(ops, rows, 0.25), contrastive()(ops, rows, 0.25))
     assert counter.frame_count == 1
-
-
-def test_backward_may_be_compiled(device, mode):
-    from torch._dynamo.compiled_autograd import _enable
-
-    rows = embeddings(9, 5, device=device)
-    want = values(ops, contrastive(), rows)
-    with _enable(lambda graph: graph):
-        assert_close(values(ops, contrastive(), rows), want, **BITS)
 
 
 def test_under_autocast_and_without_gradients(device, mode, monkeypatch):

@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mcn_ext import ops, reference
+from mcn_ext.clustering import spherical_kmeans
 from mcn_ext.objective import Objective
 from mcn_ext.reference import unit_rows
-from mcn_ext.train import guard
+from tests.conftest import load_script
+from tests.test_guard import SmallRun
+
+
+def all_finite(tensors):
+    return all(bool(torch.isfinite(x).all()) for x in tensors)
 
 
 class Scaled(nn.Module):
@@ -25,43 +31,33 @@ class Scaled(nn.Module):
         self.scale = scale
 
     def forward(self, x):
-        return {name: encoder(x[name]) * self.scale for name, encoder in self.encoders.items()}
+        rows = x["rows"]
+        return {m: encoder(rows[m]) * self.scale for m, encoder in self.encoders.items()}, {}
 
 
 def train_scaled(names, scale, dtype, steps, n=24, seed=0, **options):
     """Number of bad steps, and whether all that was computed and learnt is finite."""
     torch.manual_seed(seed)
-    net = Scaled(names, scale)
+    net, precision = Scaled(names, scale), "fp16" if dtype == torch.float16 else "fp32"
     objective = Objective(names, names, recon_weight=0.0, seed=seed, **options)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    keeper = guard.Guard(net, objective, scaler, folder=None)
+    run = SmallRun(None, precision, net, objective, scale=2.0**16, lr=1e-2)
+    run.autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     g, bad, finite = torch.Generator().manual_seed(seed), 0, True
-    for _ in range(steps):
+    for step in range(steps):
         shared = torch.randn(n, 12, generator=g)
-        rows = {name: shared + torch.randn(n, 12, generator=g) for name in names}
-        valid = {name: torch.rand(n, generator=g) < 0.9 for name in names}
-        content = {"valid": valid, "clip_id": torch.arange(n) // 2, "caption_id": torch.arange(n)}
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            embeddings = net(rows)
-        terms = objective(embeddings, {}, content)
-        finite &= all(bool(torch.isfinite(value)) for value in terms.scalars().values())
-        optimizer.zero_grad()
-        scaler.scale(terms.total).backward()
-        scaler.unscale_(optimizer)
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        why, _ = keeper.check(terms.total, torch.nn.utils.get_total_norm(gradients))
-        if why:
-            assert dtype == torch.float16 and why == guard.GRADIENT
-            bad += "overflow" not in keeper.skip(0, why, terms, {})["skipped"]
-            continue
-        scaler.step(optimizer)
-        scaler.update()
-        objective.update_clusters(terms)
+        content = {
+            "rows": {name: shared + torch.randn(n, 12, generator=g) for name in names},
+            "valid": {name: torch.rand(n, generator=g) < 0.9 for name in names},
+            "clip_id": torch.arange(n) // 2,
+            "caption_id": torch.arange(n),
+        }
+        row = run.step(step, content)
+        finite &= all_finite(run.terms.scalars().values())
+        bad += row is not None and "overflow" not in row["skipped"]
     if objective.clusters is not None and objective.clusters.centroids is not None:
-        finite &= bool(torch.isfinite(objective.clusters.centroids).all())
-    assert keeper.skipped < max(0.2 * steps, 24)  # tiny fp16 embeddings: until the scale fits
-    return bad, finite and all(bool(torch.isfinite(p).all()) for p in net.parameters())
+        finite &= all_finite([objective.clusters.centroids])
+    assert run.guard.skipped < max(0.2 * steps, 24)  # tiny fp16 embeddings: until the scale fits
+    return bad, finite and all_finite(net.parameters())
 
 
 @pytest.mark.slow
@@ -100,6 +96,25 @@ def test_no_setting_of_the_objective_goes_nan(
 
 @settings(max_examples=60, deadline=None)
 @given(
+    n=st.integers(0, 9),
+    d=st.integers(1, 6),
+    temperature=st.floats(0.01, 10),
+    log_scale=st.floats(-12, 12),
+    normalize=st.booleans(),
+    loss_impl=st.sampled_from([ops, reference]),
+    data=st.data(),
+)
+def test_no_rows_give_nan(n, d, temperature, log_scale, normalize, loss_impl, data):
+    values = data.draw(st.lists(st.floats(-1, 1, width=32), min_size=2 * n * d, max_size=2 * n * d))
+    rows = (torch.tensor(values).reshape(2, n, d) * 10.0**log_scale).requires_grad_()
+    ids, valid = torch.randint(4, (2, n), generator=torch.Generator().manual_seed(n))
+    options = {"temperature": temperature, "normalize": normalize, "ids": ids, "valid": valid > 0}
+    loss = loss_impl.contrastive_loss(*rows, **options)
+    assert loss >= 0 and all_finite([loss, *torch.autograd.grad(loss, rows)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
     n=st.integers(1, 12),
     d=st.integers(1, 8),
     seed=st.integers(0, 99),
@@ -119,16 +134,14 @@ def test_gradients_are_bounded_and_never_shorten_a_row(n, d, seed, temperature, 
     # In float64: squares of 1e-20 leave fp32.
     grad, rows = x.grad.double(), x.detach().double()
     length, size = rows.norm(dim=1), grad.norm(dim=1)
-    assert (size <= 4 / (temperature * length) * 1.001).all()
-    assert ((grad * rows).sum(1).abs() <= 1e-5 * length * (size + 4 / (temperature * length))).all()
+    bound = 4 / (temperature * length)
+    assert (size <= bound * 1.001).all()
+    assert ((grad * rows).sum(1).abs() <= 1e-5 * length * (size + bound)).all()
 
 
 @pytest.mark.slow
 def test_what_kills_the_recipe_does_not_kill_ours():
     """A refit on rows as the recipe has them before its end: long, alike, many."""
-    from mcn_ext.clustering import spherical_kmeans
-    from tests.conftest import load_script
-
     recipe = load_script("benchmarks/nan_recipe.py")
     torch.manual_seed(0)
     rows = (8.0 + 0.08 * torch.randn(10240, recipe.DIM)).half().float()

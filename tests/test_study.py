@@ -6,40 +6,35 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 from mcn_ext.study import plan, run
-from tests.conftest import ROOT, SMALL
+from tests.conftest import SMALL, started, wait_for
 
 EPOCHS = SMALL.index("--epochs")
-FLAGS = list(map(str, SMALL[:EPOCHS] + SMALL[EPOCHS + 2 :]))
+FLAGS = SMALL[:EPOCHS] + SMALL[EPOCHS + 2 :]
 
 
 @pytest.fixture
-def command(tmp_path, store_path, eval_path, monkeypatch, capsys):
+def command(tmp_path, store_path, eval_path, capsys):
     """Prints a study's commands: a list of chains of (script, flags)."""
 
-    def flops(args, dims, modalities, frozen=""):  # of made-up layers: quick
-        cost = {"A": 1e8, "V": 1e6, "T": 1e6}
-        return sum(cost[m] * (1 if m in frozen else 3) for m in modalities)
-
-    def call(*words, show=("--print",)):
+    def call(words="", show="--print"):
         stores = ["--data", store_path, "--youcook2", eval_path, "--out", tmp_path / "a study"]
-        plan.main(list(map(str, [*stores, "--seeds", 0, 3, *FLAGS, *words, *show])))
+        words = shlex.split(f"--seeds 0 3 {' '.join(FLAGS)} {words} {show}")
+        plan.main([*map(str, stores), *words])
         return capsys.readouterr().out
 
-    monkeypatch.setattr(plan, "training_flops", flops)
     return call
 
 
 # ------------------------------------------------------------------------------------ the plan
 def test_all_orders_and_the_baselines_that_are_equal(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run", lambda *_: [])
-    variants = ("joint=--stage1_encoders finetune --learn_temperature", "long=--epochs 20")
-    command("--variant", variants[0], "--variant", variants[1], show=())
+    joint = "--variant 'joint=--stage1_encoders finetune --learn_temperature'"
+    command(f"{joint} --variant 'long=--epochs 20'", show="")
     runs = json.loads((tmp_path / "a study/study.json").read_text())["runs"]
     methods = {entry["method"]: entry for entry in runs if entry["seed"] == 3}
     assert len(runs) == 2 * len(methods)
@@ -62,8 +57,8 @@ def test_all_orders_and_the_baselines_that_are_equal(command, tmp_path, monkeypa
 
 
 def test_commands_of_a_chain(command):
-    variant = "long=--epochs 2 --queue_size 2 --stage1_encoders finetune"
-    lines = command("--warmup_steps", "7", "--variant", variant).splitlines()
+    variant = "--variant 'long=--epochs 2 --queue_size 2 --stage1_encoders finetune'"
+    lines = command(f"--warmup_steps 7 {variant}").splitlines()
     assert len(lines) == len(set(lines))
     chain = [shlex.split(part) for part in lines[0].split(" && ")]
     scripts = ["train_stage1.py"] + ["train_stage2.py"] * 3
@@ -81,9 +76,9 @@ def test_commands_of_a_chain(command):
 
 
 def test_sbatch_script_runs_one_chain_a_task(command):
-    launch = ("--launch", "torchrun --nproc_per_node 4")
-    lines = command(*launch).splitlines()
-    script = command(*launch, show=("--print", "slurm"))
+    launch = "--launch 'torchrun --nproc_per_node 4'"
+    lines = command(launch).splitlines()
+    script = command(launch, show="--print slurm")
     assert f"--array=1-{len(lines)} " in script and lines[0].startswith("torchrun --nproc")
     assert "--gpus-per-node=4 --cpus-per-task=32" in script
     srun = 'srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c'
@@ -100,52 +95,35 @@ def test_sbatch_script_runs_one_chain_a_task(command):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--seed", "1"], "--seed: the study sets it"),
-        (["--pair", "AV"], "--pair"),
-        (["--variant", "no flags"], "NAME=FLAGS"),
-        (["--lr", "fast"], "--lr"),
-        (["--joint_pair"], "--joint_pair"),
-        (["--variant", "x=--add A"], "--variant x"),
-        (["--batch_size", "99"], "--batch_size 99"),
-        (["--noise", "1"], "--noise makes data"),
-        (["--youcook2", "none.h5"], "none.h5"),
+        ("--seed 1", "--seed: the study sets it"),
+        ("--pair AV", "--pair"),
+        ("--variant 'no flags'", "NAME=FLAGS"),
+        ("--lr fast", "--lr"),
+        ("--joint_pair", "--joint_pair"),
+        ("--variant 'x=--add A'", "--variant x"),
+        ("--batch_size 99", "--batch_size 99"),
+        ("--noise 1", "--noise makes data"),
+        ("--youcook2 none.h5", "none.h5"),
     ],
 )
 def test_a_wrong_flag_ends_it_before_any_work(command, tmp_path, words, message, capsys):
     with pytest.raises(SystemExit) as end:
-        command(*words)
+        command(words)
     assert message in str(end.value) + capsys.readouterr().err
     assert not (tmp_path / "a study").exists()
 
 
 def test_another_study_in_the_folder_is_refused(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run", lambda *_: [])
-    command(show=())
-    command("--jobs", "2", "--variant", "a=--lr 1e-5", show=())
+    command(show="")
+    command("--jobs 2 --variant 'a=--lr 1e-5'", show="")
     for words, message in (
-        (["--epochs", "5", "5"], "--epochs"),
-        (["--margin", "0.1"], "--margin"),
-        (["--variant", "a=--lr 1e-2"], "a=--lr 1e-5|a --lr 1e-5"),
+        ("--epochs 5 5", "--epochs"),
+        ("--margin 0.1", "--margin"),
+        ("--variant 'a=--lr 1e-2'", "a=--lr 1e-5|a --lr 1e-5"),
     ):
         with pytest.raises(SystemExit, match=message):
-            command(*words, show=())
-
-
-def test_flops_are_those_of_the_layers():
-    """A gated unit is two linear layers, 2 F D + 2 D D a row; backward is twice that, minus the
-    gradient of the input. Frozen encoders have a forward pass alone."""
-
-    class Args:
-        embd_dim, recon_dim, recon_weight, audio_width, audio_frames = 16, 8, 0.0, 0.0625, 64
-
-    f, d, w, n_words = 18, 16, plan.WORD_DIM, plan.WORDS
-    video, text = 2 * f * d + 2 * d * d, n_words * 2 * w * d + 4 * d * d
-    back = 2 * f * d + 4 * d * d, n_words * 4 * w * d + 8 * d * d
-    dims = {"2d": 12, "3d": 6}
-    both = plan.training_flops(Args, dims, "VT")
-    frozen = plan.training_flops(Args, dims, "VT", frozen="V")
-    assert both - frozen == back[0] and frozen >= video + text
-    assert plan.training_flops(Args, dims, "AVT") > both
+            command(words, show="")
 
 
 # ---------------------------------------------------------------------------------- the runner
@@ -201,11 +179,9 @@ with run.only_one(out) as lock:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_study_loses_no_run_and_the_next_one_waits_for_it(tmp_path, number):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
-    try:
-        end = time.monotonic() + 60
-        while not (tmp_path / "ready").exists() and time.monotonic() < end:
-            time.sleep(0.05)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with started(tmp_path / "program.py", tmp_path, cwd=tmp_path) as process:
+        wait_for((tmp_path / "ready").exists)
         process.send_signal(number)
         if number == signal.SIGKILL:  # its run goes on
             process.wait(30)
@@ -214,28 +190,26 @@ def test_a_killed_study_loses_no_run_and_the_next_one_waits_for_it(tmp_path, num
         with run.only_one(tmp_path, patience=30):
             assert (tmp_path / "saved").exists()
         assert process.wait(30) == (-9 if number == signal.SIGKILL else 128 + number)
-    finally:
-        process.kill()
 
 
 @pytest.mark.slow
 def test_a_study_killed_and_resumed_equals_one_that_was_not(tmp_path, store_path, eval_path):
-    def study(out):
-        words = ["--data", store_path, "--youcook2", eval_path, "--out", tmp_path / out]
-        words += ["--seeds", 0, "--orders", "VT_A", "--epochs", 4, 2, "--save_every", 1]
-        words = ["-m", "mcn_ext.study", *words, "--stage1_encoders", "frozen", *FLAGS]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([sys.executable, *map(str, words)], cwd=tmp_path, env=environment)
+    stores = ("--data", store_path, "--youcook2", eval_path)
+    flags = "--seeds 0 --orders VT_A --epochs 4 2 --save_every 1 --stage1_encoders frozen --out"
 
-    assert study("alone").wait() == 0
-    for checkpoint in ("seed0/stage1-VT/checkpoint.pt", "seed0/stage2-VT_A/checkpoint.pt"):
-        process, end = study("killed"), time.monotonic() + 120
-        while not (tmp_path / "killed" / checkpoint).exists() and time.monotonic() < end:
-            time.sleep(0.02)
-        assert process.poll() is None
-        process.terminate()
-        assert process.wait() == 128 + signal.SIGTERM
-    assert study("killed").wait() == 0
+    def study(out):
+        words = ("-m mcn_ext.study", *stores, *FLAGS, flags, out)
+        return started(*words, cwd=tmp_path)
+
+    with study("alone") as process:
+        assert process.wait() == 0
+    for stage in ("stage1-VT", "stage2-VT_A"):
+        with study("killed") as process:
+            wait_for((tmp_path / "killed/seed0" / stage / "checkpoint.pt").exists)
+            process.terminate()
+            assert process.wait() == 128 + signal.SIGTERM
+    with study("killed") as process:
+        assert process.wait() == 0
     (entry,) = json.loads((tmp_path / "killed/study.json").read_text())["runs"]
     one, other = (
         np.load(tmp_path / f / entry["run"] / "youcook2.npz") for f in ("alone", "killed")
