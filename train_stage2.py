@@ -138,7 +138,12 @@ def get_parser():
         default=False,
         help="start at --temperature and learn it, as CLIP does",
     )
-    add("--margin", type=float, default=0.001, help="subtracted from the positives' similarity")
+    add(
+        "--margin",
+        type=flags.number,
+        default=0.001,
+        help="subtracted from the positives' similarity",
+    )
     add(
         "--similarity",
         choices=("cosine", "dot"),

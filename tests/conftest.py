@@ -22,6 +22,7 @@ import torch
 
 from mcn_ext import report
 from mcn_ext.data.store import StoreWriter
+from mcn_ext.prepare.__main__ import main as prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT.parent / "shared" / "data" / "spoken_digits"
@@ -87,6 +88,19 @@ def digits():
     if not DIGITS.is_dir():
         pytest.skip("the spoken digits (../shared/data/spoken_digits) are not beside this checkout")
     return DIGITS
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capsys):
+    """Runs a KIND in a folder of its own; returns what it prints and what it lists as skipped."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words, out="out.h5"):
+        assert prepare([*map(str, words), "--out", out]) == 0, capsys.readouterr().err
+        skipped = tmp_path / f"{out}.skipped.csv"
+        return capsys.readouterr().out, skipped.read_text() if skipped.exists() else ""
+
+    return command
 
 
 @pytest.fixture

@@ -125,31 +125,20 @@ def test_batches_depend_on_seed_epoch_and_video_alone(store_path):
 def test_collate_pads_audio_and_to_device_looks_words_up():
     items = [
         {
-            "audio": np.ones((2, 40, 20), np.float32),
-            "words": np.array([[0, -1], [1, 0]]),
-            "valid.audio": np.ones(2, bool),
-            "video.2d": np.zeros((2, 3), np.float32),
-        },
-        {
-            "audio": np.ones((1, 40, 33), np.float32),
-            "words": np.array([[-1, -1]]),
-            "valid.audio": np.zeros(1, bool),
-            "video.2d": np.zeros((1, 3), np.float32),
-        },
+            "audio": np.ones((len(words), 40, frames), np.float32),
+            "words": np.array(words),
+            "valid.audio": np.full(len(words), valid),
+            "video.2d": np.zeros((len(words), 3), np.float32),
+        }
+        for frames, words, valid in ((20, [[0, -1], [1, 0]], True), (33, [[-1, -1]], False))
     ]
     batch = collate(items)
     assert batch["audio"].shape == (3, 40, 48) and batch["audio"][0, 0].sum() == 20
     moved = to_device(batch, torch.device("cpu"), torch.eye(2))
-    assert moved["text"].shape == (3, 2, 2) and moved["text_mask"].tolist() == [
-        [True, False],
-        [True, True],
-        [False, False],
-    ]
-    assert moved["video"]["2d"].shape == (3, 3) and moved["valid"]["audio"].tolist() == [
-        True,
-        True,
-        False,
-    ]
+    mask = [[True, False], [True, True], [False, False]]
+    assert moved["text"].shape == (3, 2, 2) and moved["text_mask"].tolist() == mask
+    assert moved["video"]["2d"].shape == (3, 3)
+    assert moved["valid"]["audio"].tolist() == [True, True, False]
 
 
 @pytest.mark.slow

@@ -13,45 +13,41 @@ av = pytest.importorskip("av")
 CLIP = ROOT.parent / "shared" / "data" / "raw_video" / "v_GGSY1Qvo990.mp4"
 
 
-def make_media(path, times=(), pictures=None, sound=None, sound_at=0.0):
+def make_media(path, times=(), pictures=None, sound=None, sound_at=0.0, sounds=(), length=None):
     """A file whose frames are shown from ``times`` (s); each grey of 10 * its second, or given.
 
-    sound: (n,) float32 at 16 kHz, beginning at ``sound_at`` s.
+    sound: (n,) float32 at 16 kHz, beginning at ``sound_at`` s; sounds: more tracks. length: of the
+    last frame (s).
     """
-    with av.open(str(path), "w") as container:
-        packets, streams = [], []
+    tracks, packets, streams = [x for x in (sound, *sounds) if x is not None], [], []
+    with av.open(str(path), "w", options={"write_xing": "0"}) as container:
         if len(times):
             video = container.add_stream(
-                "libx264",
-                rate=25,
-                width=64,
-                height=48,
-                pix_fmt="yuv420p",
-                options={"preset": "ultrafast"},
+                "libx264", rate=25, width=64, height=48, options={"preset": "ultrafast"}
             )
             video.codec_context.time_base = video.time_base = Fraction(1, 1000)
             streams.append(video)
-        if sound is not None:
-            pcm = str(path).endswith((".mkv", ".wav"))
-            audio = container.add_stream("pcm_s16le" if pcm else "aac", rate=16_000, layout="mono")
-            streams.append(audio)
+        codec = {".mkv": "pcm_s16le", ".wav": "pcm_s16le", ".mp3": "libmp3lame"}
+        codec = codec.get(path.suffix, "aac")
+        streams += [container.add_stream(codec, rate=16_000, layout="mono") for _ in tracks]
         for i, at in enumerate(times):
-            picture = (
-                np.full((48, 64, 3), 10 * int(at) + 5, np.uint8)
-                if pictures is None
-                else pictures[i]
-            )
+            grey = np.full((48, 64, 3), 10 * int(at) + 5, np.uint8)
+            picture = grey if pictures is None else pictures[i]
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = round(1000 * at), Fraction(1, 1000)
             packets += video.encode(frame)
-        for lo in range(0, 0 if sound is None else len(sound), 1024):
-            block = (sound[None, lo : lo + 1024] * 32767).astype(np.int16)
-            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
-            frame.sample_rate, frame.time_base = 16_000, Fraction(1, 16_000)
-            frame.pts = round(sound_at * 16_000) + lo
-            packets += audio.encode(frame)
+        for stream, samples in zip(streams[len(streams) - len(tracks) :], tracks, strict=True):
+            for lo in range(0, len(samples), 1024):
+                block = (samples[None, lo : lo + 1024] * 32767).astype(np.int16)
+                frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+                frame.sample_rate, frame.time_base = 16_000, Fraction(1, 16_000)
+                frame.pts = round(sound_at * 16_000) + lo
+                packets += stream.encode(frame)
         for stream in streams:
             packets += stream.encode(None)
+        if length:
+            last = max((p for p in packets if p.stream is video), key=lambda p: p.pts)
+            last.duration = round(length / last.time_base)
         for packet in sorted(packets, key=lambda p: p.dts * p.time_base):  # interleaved, as players
             container.mux(packet)  # expect them
     return path
@@ -123,6 +119,37 @@ def test_sound_without_video_and_video_without_sound(tmp_path):
     assert decoded(tmp_path / "b.mkv", video=False)[0] == []
 
 
+def quiet_then_loud(seconds):
+    half = 8_000 * seconds
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, half)
+    return np.concatenate([np.zeros(half), noise]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "name,content,frames,seconds",
+    [
+        # Without an index FFmpeg guesses a length by the first packets, 17 and 2 times too long.
+        ("a.aac", {"sound": quiet_then_loud(30)}, 0, 30),
+        ("a.mp3", {"sound": quiet_then_loud(30)}, 0, 30),
+        # The second sound track is longer: the file is as long as that.
+        ("b.mkv", {"times": np.arange(0, 9, 0.1), "sound": tone(9), "sounds": [tone(40)]}, 9, 9),
+        ("b.mp4", {"times": np.arange(0, 9, 0.1), "sound": tone(9), "sounds": [tone(40)]}, 9, 9),
+        # Slide shows: the last picture stays, as the file says, or until the sound ends.
+        ("c.mkv", {"times": [0, 5, 10], "length": 20}, 30, 0),
+        ("c.mp4", {"times": [0, 5, 10], "length": 20}, 30, 0),
+        ("d.mkv", {"times": [0, 5, 10], "sound": tone(30)}, 30, 30),
+        ("d.mp4", {"times": [0, 5, 10], "sound": tone(30)}, 30, 30),
+        ("e.mkv", {"times": [0], "sound": tone(30)}, 30, 30),
+        # Videos that end before their sound do not.
+        ("f.mkv", {"times": np.arange(0, 9, 0.1), "sound": tone(30)}, 9, 30),
+    ],
+)
+def test_whole_files_are_read_to_their_end(tmp_path, name, content, frames, seconds):
+    times, _, mel = decoded(make_media(tmp_path / name, **content))
+    assert abs(len(times) - frames) <= 1
+    assert (mel is None) == (not seconds) and (mel is None or abs(len(mel) - 100 * seconds) < 20)
+
+
 def test_a_turned_camera(tmp_path):
     picture = np.zeros((48, 64, 3), np.uint8)
     picture[:, :32, 0] = 220  # the left half is red
@@ -154,6 +181,13 @@ def test_broken_files_are_skipped_with_a_reason(tmp_path):
         with pytest.raises(Skipped, match=f"{name}: .*{reason}"):
             decoded(tmp_path / name)
     assert len(decoded(good)[0]) == 20
+
+
+def test_a_full_temporary_folder_ends_the_run(tmp_path, monkeypatch):
+    wav = make_media(tmp_path / "a.wav", sound=tone(2))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "w+b", buffering=0))
+    with pytest.raises(SystemExit, match="temporary folder .*No space left.*set TMPDIR"):
+        decoded(wav)
 
 
 @pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not beside this checkout")

@@ -1,5 +1,7 @@
 """Broken and hostile inputs of the converters: pickles, lists, captions, word vectors."""
 
+import io
+import os
 import pickle
 import struct
 
@@ -47,6 +49,35 @@ def array_of(code, contents, n):
     return build + b"cnumpy\ndtype\n(S'" + code + b"'\ntRI00\n" + contents + b"tb."
 
 
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+class EvilTorch:
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (pickle.dumps(Evil()),)
+
+
+def hostile():
+    torch_file = io.BytesIO()
+    torch.save({"x": Evil()}, torch_file)
+
+    class Nested:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (torch_file.getvalue(),)
+
+    yield "reduce", pickle.dumps([Evil()])
+    yield "protocol 0", b"cos\nsystem\n(S'touch executed'\ntR."
+    yield "eval", b'cbuiltins\neval\n(S\'__import__("os").system("touch executed")\'\ntR.'
+    yield "getattr", b"cbuiltins\ngetattr\n(cos\nsystem\nS'x'\ntR."
+    yield "stack global", b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ftouch executed\x85R."
+    yield "torch.load inside", pickle.dumps(EvilTorch())
+    yield "torch file inside", pickle.dumps([Nested()])
+    yield "numpy object array", pickle.dumps(np.array([Evil()], dtype=object))
+    yield "truncated", pickle.dumps([1.0] * 99)[:50]
+
+
 BROKEN = {
     "persistent id": b"\x80\x02NQ.",
     "text persistent id": b"P1\n.",
@@ -75,11 +106,31 @@ BROKEN = {
 }
 
 
+BROKEN |= dict(hostile())
+
+
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_and_hostile_pickles_are_an_error(tmp_path, name):
+def test_broken_and_hostile_pickles_are_an_error(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pkl").write_bytes(BROKEN[name])
     with pytest.raises(UnsafePickle, match="x.pkl"):
         load_pickle(tmp_path / "x.pkl")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_honest_pickles_load(tmp_path, protocol):
+    value = {
+        "f": np.arange(6.0, dtype=np.float16).reshape(2, 3),
+        "t": torch.arange(4).half(),
+        "s": ["é", None, True, 2.5],
+        "scalar": np.float32(3),
+        "fortran": np.asfortranarray(np.ones((2, 2))),
+    }
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol=protocol))
+    got = load_pickle(tmp_path / "x.pkl")
+    np.testing.assert_array_equal(got["f"], value["f"])
+    assert torch.equal(got["t"], value["t"]) and got["s"] == value["s"] and got["scalar"] == 3
 
 
 def test_views_of_a_tensor_load(tmp_path):

@@ -18,7 +18,7 @@ from mcn_ext.data.store import Store, validate
 from mcn_ext.data.store_writer import StoreWriter
 from mcn_ext.evaluation.localization import load_steps
 from mcn_ext.prepare.__main__ import main
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, STREAMS, run
 
 RATES = {"2d": 1.0, "3d": 1.5, "mel": 100.0}
 QUICK = settings(
@@ -39,19 +39,6 @@ VALUES = st.one_of(
 class Evil:
     def __reduce__(self):
         return os.system, ("touch executed",)
-
-
-@pytest.fixture
-def convert(tmp_path, monkeypatch, capsys):
-    """Runs a KIND in a folder of its own; returns what it prints and what it lists as skipped."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*words, out="out.h5"):
-        assert main([*map(str, words), "--out", out]) == 0, capsys.readouterr().err
-        skipped = tmp_path / f"{out}.skipped.csv"
-        return capsys.readouterr().out, skipped.read_text() if skipped.exists() else ""
-
-    return command
 
 
 # ---------------------------------------------------------------------------------- HowTo100M
@@ -161,7 +148,8 @@ def test_a_killed_conversion_goes_on_where_it_was(convert, tmp_path):
         for name in ("video/id", "2d/data", "3d/data", "mel/data", "mel/offset", "caption/text"):
             assert (resumed[name][:] == at_once[name][:]).all(), name
     # Other inputs under the same name are not mixed in.
-    StoreWriter(tmp_path / "other.h5", {"2d": {"dim": 12, "rate_hz": 1.0}}, "something else")
+    other = StoreWriter(tmp_path / "other.h5", {"2d": STREAMS["2d"]}, "something else")
+    other.lock.close()  # as if its process had ended
     command[-1] = "other.h5"
     failed = run(*command, cwd=tmp_path, check=False, env=env)
     assert failed.returncode == 1 and "begun from other inputs" in failed.stderr

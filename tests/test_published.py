@@ -259,10 +259,3 @@ def test_evaluation_and_search(begin, eval_path, store_path, tmp_path):
     np.testing.assert_allclose(kept, torch.cat(rows).half(), rtol=2e-3, atol=2e-3)
     words = ["--store", store_path, "--run", "mcn", "--window", 4, "--device", "cpu", "chop it"]
     assert search([str(word) for word in words]) == 0
-
-
-@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py", "evaluate.py"])
-def test_the_flag_that_is_gone_says_what_to_use(script, tmp_path):
-    need = {"train_stage1.py": ["--pair", "AV"], "train_stage2.py": ["--add", "T"]}.get(script, [])
-    done = call(script, *need, "--init-published", "mcn.pth", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "python -m mcn_ext.prepare published FILE" in done.stderr

@@ -46,6 +46,12 @@ def test_prefixes_wrappers_and_the_legacy_format(read, legacy):
         {"state_dict": {f"net.{name}": value for name, value in state.items()}},
         {"model_state_dict": {f"module.model.{name}": value for name, value in state.items()}},
         {"net": state, "loss": 0.5},
+        {f"_orig_mod.{name}": value for name, value in state.items()},
+        {"model": {f"module._orig_mod.{name}": value for name, value in state.items()}},
+        {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        {name.replace(".", "._orig_mod.", 1): value for name, value in state.items()},
+        {f"_fsdp_wrapped_module.{name}": value for name, value in state.items()},
+        {name.replace("fc.", "_checkpoint_wrapped_module.fc."): v for name, v in state.items()},
     ):
         found = read(content, legacy)
         assert found.unused == ["classification.weight"] and len(found.state) == len(state) - 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcn_ext.data.store import main as describe
+from mcn_ext.store import main as describe
 from tests.conftest import ROOT, SMALL, WORDS, run, write_store
 
 pytestmark = pytest.mark.slow

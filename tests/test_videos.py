@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -85,6 +86,9 @@ def test_names_are_torchvisions_and_other_weights_are_refused(tmp_path):
     } <= names
     with pytest.raises(SystemExit, match="no such file.*resnet152-394f9c45.pth"):
         resnet.load(net, tmp_path / "none.pth")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 90}, tmp_path / "wrapped.pth")
+    assert len(resnet.load(resnet.ResNet((1, 1, 1, 1)), tmp_path / "wrapped.pth")) == 64
     torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     for name in ("other.pth", "bad.pth"):
@@ -122,10 +126,10 @@ def test_videos_to_a_store(tmp_path, small_resnet, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("in/more", "3d"):
         (tmp_path / name).mkdir(parents=True)
-    make_media("in/talk.mkv", np.arange(0, 5, 0.1), sound=tone(5))
-    make_media("in/more/silent.mp4", np.arange(0, 2, 0.1))
-    make_media("in/sound.wav", sound=tone(3))
-    make_media("in/talk.mp4", [0.0])
+    make_media(Path("in/talk.mkv"), np.arange(0, 5, 0.1), sound=tone(5))
+    make_media(Path("in/more/silent.mp4"), np.arange(0, 2, 0.1))
+    make_media(Path("in/sound.wav"), sound=tone(3))
+    make_media(Path("in/talk.mp4"), [0.0])
     (tmp_path / "in/broken.mp4").write_bytes(b"broken")
     (tmp_path / "in/notes.txt").write_text("not a video")
     (tmp_path / "in/talk.srt").write_text("1\n00:00:01,000 --> 00:00:03,000\nchop it\n")
@@ -157,7 +161,7 @@ def test_videos_to_a_store(tmp_path, small_resnet, monkeypatch, capsys):
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "b.mp4"):
-        make_media(name, [0.0])
+        make_media(Path(name), [0.0])
     (tmp_path / "a.srt").write_text("00:01 --> 00:02\nx\n")
     for words, message in (
         ("a.mp4", "--weights: frames need a ResNet-152.*download.pytorch.org"),

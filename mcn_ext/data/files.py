@@ -1,13 +1,56 @@
-"""Writes files atomically: at every moment a file is the old one or the new one, complete."""
+"""Writes files atomically (each is the old or the new one, complete), one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_locks: dict[Path, BinaryIO] = {}  # of this process, which end with it
+
+
+def _release_locks() -> None:
+    for file in _locks.values():
+        file.close()
+
+
+# A process that reads ahead outlives a killed run for seconds, and would keep its lock.
+os.register_at_fork(after_in_child=_release_locks)
+
+
+def lock(path: Path, wait: bool = False) -> BinaryIO:
+    """Keep a file or folder for this process, until what is returned is closed.
+
+    A lock of the operating system, on a file beside ``path``: it is gone when its process is.
+    SystemExit if another process has it: its host, number and start. wait: until it is free.
+    """
+    if path in _locks:  # an earlier run of this process
+        _locks.pop(path).close()
+    beside = path.with_name(f".{path.name}.lock")
+    with writing(beside):
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        file = open(beside, "a+b", buffering=0)
+    _locks[path] = file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"host {platform.node()}, process {os.getpid()}, since {now}".encode())
+    except BlockingIOError:
+        file.seek(0)
+        raise SystemExit(
+            f"{path}: another run is writing here ({file.read().decode() or 'just started'}); "
+            "wait for it, end it, or give another --out"
+        ) from None
+    except OSError:  # a file system without locks, or a full one
+        pass
+    return file
 
 
 @contextlib.contextmanager

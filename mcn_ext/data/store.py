@@ -14,10 +14,9 @@ rows. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import sys
+import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from pathlib import Path
@@ -25,9 +24,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from mcn_ext.console import printable
 from mcn_ext.data.store_file import (
     N_MELS,
-    VERSION,
     Shard,
     StoreError,
     are_times,
@@ -38,7 +37,7 @@ from mcn_ext.data.store_file import (
 )
 from mcn_ext.data.store_writer import StoreWriter
 
-__all__ = ["N_MELS", "Store", "StoreError", "StoreWriter", "main", "validate"]
+__all__ = ["N_MELS", "Store", "StoreError", "StoreWriter", "compare_durations", "validate"]
 MAX_OPEN = 128  # files a process keeps open at a time
 GAP_BYTES = 2**18  # reading so much takes as long as a read of its own
 
@@ -145,6 +144,17 @@ class Store:
             raise self.shards[number].error("caption/start and end", problem)
         return int(self._caption_starts[number]) + first, start, end
 
+    def caption_ends(self) -> np.ndarray:
+        """When the last caption of each video ends, (n,) s; NaN without captions."""
+        ends = np.full(len(self), np.nan)
+        for number, (first, shard) in enumerate(zip(self._starts, self.shards, strict=False)):
+            offset = shard.offsets["caption"]
+            said = np.flatnonzero(np.diff(offset))
+            times = self._read(number, "caption/end", 0, int(offset[-1]))
+            if len(said):
+                ends[first + said] = np.maximum.reduceat(times, offset[said])
+        return ends
+
     def caption_texts(self, video: int) -> list[str]:
         number, first, last = self._at(video, "caption")
         return self._texts(number, "caption/text", first, last)
@@ -178,6 +188,50 @@ class Store:
         return [rows[a - low : b - low] for a, b in zip(first, last, strict=True)]
 
 
+def compare_durations(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
+    """What does not fit where streams and captions of a video should last equally long.
+
+    Returns notices about the whole store (a stream at another rate than said), and (id, durations)
+    of each video that does not fit. Streams of one row a video are pooled, and are not compared.
+    """
+    counts = {name: store.row_counts(name) for name in store.dims}
+    rates = {name: store.rates[name] for name, n in counts.items() if n.max(initial=0) > 1}
+    if not rates:
+        return [], []
+    seconds = {name: np.where(counts[name], counts[name] / rates[name], np.nan) for name in rates}
+    spans = np.array(list(seconds.values()))
+    # The middle one: of three streams that is right where two agree. "lower": of two, one of them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of videos without any stream, which are NaN
+        middle = np.nanpercentile(spans, 50, axis=0, method="lower")
+        longest = np.nanmax(spans, axis=0)
+    seconds["captions"] = ends = store.caption_ends()
+    slack = 2 / min(rates.values())  # seconds: rounding to whole rows, at either end
+    notices, wrong = [], ends > 1.05 * longest + slack  # captions may end early
+    for name, rate in rates.items():
+        wrong |= np.abs(seconds[name] - middle) > 0.05 * middle + slack
+        ratio, rounding = _median(seconds[name] / middle), _median(slack / middle)
+        if abs(ratio - 1) > 0.02 + rounding:
+            notices.append(
+                f"stream {name} lasts {ratio:.3g} times as long as the others: has it "
+                f"{rate * ratio:.3g} rows a second, not {rate:g}, or is it cut off?"
+            )
+    ratio = _median(ends / longest)
+    if ratio > 1.05 + _median(slack / longest) or ratio < 0.03:
+        notices.append(f"captions end after {ratio:.2g} of the video: are their times seconds?")
+    ids = store.ids() if wrong.any() else []
+    return notices, [
+        (ids[i], ", ".join(f"{s} {t[i]:.4g} s" for s, t in seconds.items() if t[i] == t[i]))
+        for i in np.flatnonzero(wrong)
+    ]
+
+
+def _median(values: np.ndarray) -> float:
+    """Of the values that are there; 1 without any."""
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else 1.0
+
+
 def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
     """Check a store from end to end and describe it; StoreError with the first thing wrong.
 
@@ -193,6 +247,11 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
             f"{name:4s} {counts.sum()} rows x {dim}, {store.rates[name]:g} per second, "
             f"{(counts == 0).sum()} videos without"
         )
+    info["notices"], misfits = compare_durations(store)
+    if misfits:
+        name, durations = misfits[0]
+        about = f"durations disagree in {len(misfits)} videos, such as {printable(name)}"
+        info["notices"].append(f"{about}: {durations}")
     if not check_rows:
         return info
     info["checksums"] = True
@@ -222,26 +281,3 @@ def _check_dataset(shard: Shard, data: h5py.Dataset) -> bool:
             f"its checksum is {crc}, {wanted} was written: damaged, or edited since; copy it again",
         )
     return wanted is not None
-
-
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mcn_ext.store", description="Validate and describe a store."
-    )
-    parser.add_argument("path", help="a .h5 store or a folder of shards")
-    parser.add_argument(
-        "--quick", action="store_true", help="check the layout only, do not read every row"
-    )
-    args = parser.parse_args(argv)
-    try:
-        info = validate(args.path, check_rows=not args.quick)
-    except StoreError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{args.path}: valid mcn-store version {VERSION}, {info['source']}")
-    print(f"  {info['videos']} videos, {info['captions']} captions")
-    if not args.quick:
-        print("  checksums agree" if info["checksums"] else "  no checksums (an older store)")
-    for line in info["streams"]:
-        print(" ", line)
-    return 0

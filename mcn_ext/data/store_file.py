@@ -71,33 +71,32 @@ class Shard:
     def __init__(self, path: Path):
         self.path, self.dims, self.rates, self.offsets = path, {}, {}, {}
         with reading(path), open_hdf5(path) as file:
-            kind, version = file.attrs.get("format"), file.attrs.get("version")
-            if kind != "mcn-store":
-                raise self.error("attribute format", f"{kind!r}, not 'mcn-store'")
-            if version != VERSION:
-                raise self.error("attribute version", f"{version}, this code reads {VERSION}")
+            for name, wanted in (("format", "mcn-store"), ("version", VERSION)):
+                if (found := file.attrs.get(name)) != wanted:
+                    raise self.error(f"attribute {name}", f"{found!r}, this code reads {wanted!r}")
             self.source = str(file.attrs.get("source", ""))
-            (self.n,) = self._shape(file, "video/id", str, 1)
+            self.n = len(self._dataset(file, "video/id", str))
             for name in sorted(set(file) - {"video", "caption"}):
-                rows, self.dims[name] = self._shape(file, f"{name}/data", np.float16, 2)
-                self.offsets[name] = self._offset(file, name, rows)
+                data = self._dataset(file, f"{name}/data", np.float16, 2)
+                self.dims[name] = data.shape[1]
+                self.offsets[name] = self._offset(file, name, len(data))
                 self.rates[name] = rate = float(file[name].attrs.get("rate_hz", np.nan))
                 if not 0 < rate < 1e6:
                     raise self.error(name, f"attribute rate_hz is {rate}")
             if self.dims.get("mel", N_MELS) != N_MELS:
                 raise self.error("mel/data", f"{self.dims['mel']} columns, expected {N_MELS}")
             kinds = {"start": np.float32, "end": np.float32, "text": str}
-            rows = {self._shape(file, f"caption/{key}", kinds[key], 1) for key in kinds}
+            rows = {len(self._dataset(file, f"caption/{key}", kinds[key])) for key in kinds}
             if len(rows) > 1:
                 raise self.error("caption", "start, end and text differ in length")
-            self.offsets["caption"] = self._offset(file, "caption", rows.pop()[0])
+            self.offsets["caption"] = self._offset(file, "caption", rows.pop())
 
     def error(self, dataset: str, problem: str) -> StoreError:
         fix = "prepare the store again with python -m mcn_ext.prepare"
         return StoreError(f"{self.path}: {dataset}: {problem}; {fix}")
 
-    def _shape(self, file: h5py.File, name: str, kind, ndim: int) -> tuple[int, ...]:
-        """Shape of a dataset, which must have this dtype and number of dimensions."""
+    def _dataset(self, file: h5py.File, name: str, kind, ndim: int = 1) -> h5py.Dataset:
+        """A dataset, which must have this dtype and number of dimensions."""
         data = file.get(name)
         if not isinstance(data, h5py.Dataset):
             raise self.error(name, "missing, or not a dataset")
@@ -105,14 +104,13 @@ class Shard:
         if data.ndim != ndim or not (is_text if kind is str else data.dtype == kind):
             expected = f"{kind.__name__} in {ndim} dimensions"
             raise self.error(name, f"{data.dtype} of shape {data.shape}, expected {expected}")
-        return data.shape
+        return data
 
     def _offset(self, file: h5py.File, group: str, rows: int) -> np.ndarray:
         """First row of each video, and ``rows`` at the end, (n + 1,) int64."""
-        (n,) = self._shape(file, f"{group}/offset", np.int64, 1)
-        offset = file[f"{group}/offset"][:]
-        ends = n == self.n + 1 and (offset[0], offset[-1]) == (0, rows)
-        if not ends or (offset[1:] < offset[:-1]).any():
+        offset = self._dataset(file, f"{group}/offset", np.int64)[:]
+        steps = np.diff(offset, prepend=0, append=rows)  # of which first and last must be 0
+        if len(steps) != self.n + 2 or steps.min() < 0 or steps[0] or steps[-1]:
             problem = f"does not run from 0 to its {rows} rows in {self.n} steps"
             raise self.error(f"{group}/offset", problem)
         return offset

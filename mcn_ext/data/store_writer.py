@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,13 +13,58 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mcn_ext.data.files import replacing, sync_folder, write_text
+from mcn_ext.console import printable
+from mcn_ext.data.files import lock, replacing, sync_folder, write_text
 from mcn_ext.data.store_file import VERSION, Shard, StoreError, blocks, checksum, open_hdf5, reading
 
 
 def mend(text: str) -> str:
     """A text as HDF5 can hold it: without NUL and without half a surrogate pair."""
     return text.replace("\0", " ").encode("utf-8", "replace").decode()
+
+
+class _File(io.FileIO):
+    """A file that HDF5 writes to. HDF5 crashes where a write fails, at once or at the end of the
+    process; so it is told that all is well, reads what it wrote, and ``check`` raises the error."""
+
+    failure: OSError | None = None
+
+    def __init__(self, path: Path):
+        super().__init__(path, "w+")
+        self.lost: list[tuple[int, bytes]] = []  # (position, bytes) since the failure
+
+    def write(self, data) -> int:
+        rest = memoryview(data).cast("B")
+        try:
+            while self.failure is None and rest:  # a disk may take a part
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+        if rest:
+            self.lost.append((self.tell(), bytes(rest)))
+            self.seek(len(rest), os.SEEK_CUR)
+        return len(data)
+
+    def readinto(self, buffer) -> int:
+        view, start = memoryview(buffer).cast("B"), self.tell()
+        n = super().readinto(view)
+        view[n:] = bytes(len(view) - n)
+        for at, data in self.lost:
+            low, high = max(at, start), min(at + len(data), start + len(view))
+            if low < high:
+                view[low - start : high - start] = data[low - at : high - at]
+        return len(view)
+
+    def truncate(self, size=None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = error
+            return size
+
+    def check(self) -> None:
+        if self.failure:
+            raise self.failure
 
 
 class StoreWriter:
@@ -47,6 +93,7 @@ class StoreWriter:
     ):
         self.out, self.streams, self.source = Path(out), streams, source
         self.shard_bytes = shard_mib * 2**20
+        self.lock = lock(self.out)  # two runs would take each other's parts
         single = self.out.suffix in (".h5", ".hdf5")
         self.folder = self.out.with_name(self.out.name + ".parts") if single else self.out
         if single and self.out.exists() and not overwrite:
@@ -88,7 +135,7 @@ class StoreWriter:
         """
         name = mend(name)
         if name in self.done:
-            raise StoreError(f"video id {name!r} twice in {self.out}")
+            raise StoreError(f"video id {printable(name)} twice in {self.out}")
         arrays = {}
         for stream, spec in self.streams.items():
             given = rows.get(stream)
@@ -134,22 +181,24 @@ class StoreWriter:
         """A file from the blocks of each dataset, written in turn; offsets come whole."""
         text, kinds = h5py.string_dtype(), {"start": np.float32, "end": np.float32}
         # Metadata of the v110 format has checksums of its own.
-        with h5py.File(path, "w", libver=("v110", "v110"), locking=False) as file:
-            file.attrs.update(format="mcn-store", version=VERSION, source=mend(self.source))
-            for group in (*self.streams, "caption"):
-                (offset,) = contents[f"{group}/offset"]
-                _fill(file, f"{group}/offset", (len(offset),), np.int64, [offset])
-                if group != "caption":
-                    spec = self.streams[group]
-                    keys = ("model", "weights_sha256", "tool")
-                    file[group].attrs.update({key: spec.get(key, "unknown") for key in keys})
-                    file[group].attrs["rate_hz"] = spec["rate_hz"]
-                    shape, name = (offset[-1], spec["dim"]), f"{group}/data"
-                    _fill(file, name, shape, np.float16, contents[name])
-            for key in ("start", "end", "text"):
-                name = f"caption/{key}"
-                _fill(file, name, (offset[-1],), kinds.get(key, text), contents[name])
-            _fill(file, "video/id", (len(offset) - 1,), text, contents["video/id"])
+        with _File(path) as raw:
+            with h5py.File(raw, "w", libver=("v110", "v110")) as file:
+                file.attrs.update(format="mcn-store", version=VERSION, source=mend(self.source))
+                for group in (*self.streams, "caption"):
+                    (offset,) = contents[f"{group}/offset"]
+                    _fill(raw, file, f"{group}/offset", (len(offset),), np.int64, [offset])
+                    if group != "caption":
+                        spec = self.streams[group]
+                        keys = ("model", "weights_sha256", "tool")
+                        file[group].attrs.update({key: spec.get(key, "unknown") for key in keys})
+                        file[group].attrs["rate_hz"] = spec["rate_hz"]
+                        shape, name = (offset[-1], spec["dim"]), f"{group}/data"
+                        _fill(raw, file, name, shape, np.float16, contents[name])
+                for key in ("start", "end", "text"):
+                    name = f"caption/{key}"
+                    _fill(raw, file, name, (offset[-1],), kinds.get(key, text), contents[name])
+                _fill(raw, file, "video/id", (len(offset) - 1,), text, contents["video/id"])
+            raw.check()
 
     def close(self) -> Path:
         """Write what is left, join the parts if one file was asked for; returns the path."""
@@ -157,8 +206,13 @@ class StoreWriter:
         if not self.parts:
             self.settings_file.unlink()  # nothing that a corrected run would have to agree with
             raise StoreError(f"{self.out}: no usable video, nothing written")
-        if self.folder == self.out:
-            return self.out
+        if self.folder != self.out:
+            self._join()
+        self.lock.close()
+        return self.out
+
+    def _join(self) -> None:
+        """Make one file of the parts, and remove them."""
         if len(self.parts) == 1:
             os.replace(self.parts[0], self.out)
             sync_folder(self.out.parent)
@@ -174,7 +228,6 @@ class StoreWriter:
             with replacing(self.out) as tmp:
                 self._write(tmp, contents)
         shutil.rmtree(self.folder)
-        return self.out
 
 
 def _offset(counts: Iterable[int]) -> np.ndarray:
@@ -196,13 +249,14 @@ def _joined(shards: list[Shard], name: str) -> Iterator[np.ndarray]:
                 )
 
 
-def _fill(file: h5py.File, name: str, shape: tuple, dtype, contents: Iterable) -> None:
+def _fill(raw: _File, file: h5py.File, name: str, shape: tuple, dtype, contents: Iterable) -> None:
     """Create a dataset, write it block by block, and the checksum of what was written."""
     data, position, crc = file.create_dataset(name, shape, dtype), 0, 0
     for block in contents:
         block = np.asarray(block, data.dtype)
         if len(block):
             data[position : position + len(block)] = block
+            raw.check()
         position += len(block)
         crc = checksum(block, crc)
     data.attrs["crc32"] = np.uint32(crc)

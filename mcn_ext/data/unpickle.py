@@ -123,7 +123,7 @@ class Unpickler(pickle.Unpickler):
 
     def _storage(self, data: bytes):
         # torch pickles a storage as a torch file, and reads it with everything allowed. Not here.
-        return torch.load(io.BytesIO(data), weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
     def _tensor(self, storage, offset, size, stride, *_):
         # as_strided checks that the tensor lies in its storage; torch's own constructor does not.

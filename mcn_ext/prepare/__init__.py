@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
+import errno
+import io
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,39 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mcn_ext.console import printable
+from mcn_ext.data.files import write_text
+
+# Of the machine, not of the file: no space, too many open files, a network disk that is gone. The
+# items that come after would all be lost, so these end a run; the same command then resumes it.
+MACHINE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EMFILE", "ENFILE", "ESTALE", "ENOTCONN", "ENODEV")
+}
+
 
 class Skipped(ValueError):
     """An item that cannot be used; says which file and why. The run goes on without it."""
+
+
+def skipped(what: object, error: Exception) -> Skipped:
+    """The reason to leave a file out that cannot be read; SystemExit if it is the machine's."""
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        raise SystemExit(f"{what}: {error}; set that right and run the same command again")
+    return Skipped(f"{what}: not readable ({type(error).__name__}: {error})")
+
+
+def write_table(path: Path, header: list[str], rows: list[tuple[str, str]]) -> str:
+    """Write a CSV, or remove an old one if there are no rows; returns the first ones in words."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return ""
+    rows = [tuple(map(printable, row)) for row in rows]
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
+    examples = "; ".join(f"{name}: {reason}" for name, reason in rows[:3])
+    return f"listed in {path} ({examples}{' ...' if rows[3:] else ''})"
 
 
 class SkipList:
@@ -27,17 +58,9 @@ class SkipList:
         self.rows.append((name, str(reason)))
 
     def close(self) -> str:
-        """Write the list, or remove an old one if nothing was left out; returns a summary."""
-        if not self.rows:
-            self.path.unlink(missing_ok=True)
-            return "none skipped"
-        tmp = self.path.with_name(self.path.name + ".tmp")
-        with open(tmp, "w", newline="") as file:
-            csv.writer(file).writerows([("id", "reason"), *self.rows])
-        os.replace(tmp, self.path)
-        examples = "; ".join(f"{name}: {reason}" for name, reason in self.rows[:3])
-        more = " ..." if len(self.rows) > 3 else ""
-        return f"{len(self.rows)} skipped, listed in {self.path} ({examples}{more})"
+        """Write the list; returns a summary."""
+        written = write_table(self.path, ["id", "reason"], self.rows)
+        return f"{len(self.rows)} skipped, {written}" if written else "none skipped"
 
 
 def require(flag: str, path: Path) -> None:
@@ -84,6 +107,13 @@ def convert(
     (start, end, text) of the captions); it runs in ``workers`` threads and raises Skipped.
     HDF5 is written by this thread alone. StoreError if no item could be used.
     """
+    from mcn_ext.data.store import Store, StoreError, compare_durations  # h5py is slow to load
+
+    if others := writer.done - items.keys():
+        raise StoreError(
+            f"{writer.out} was begun with {len(others)} {unit} that are not in the input now, such "
+            f"as {min(others)}; pass --overwrite to start again, or another --out"
+        )
     total, resumed, lacking = len(items) + len(skips.rows), len(writer.done), Counter()
     todo = [entry for entry in items.items() if entry[0] not in writer.done]
     results = in_order(lambda entry: read(*entry), todo, workers)
@@ -96,15 +126,20 @@ def convert(
         rows, captions = result
         for stream in writer.streams:
             lacking["audio" if stream == "mel" else stream] += rows.get(stream) is None
-        lacking["captions (training passes over them; give --captions)"] += not captions[0]
+        lacking["captions (training passes over them; give --captions)"] += not len(captions[0])
         writer.add(name, rows, *captions)
-    kept, skipped = len(writer.done), skips.close()
+    kept, left_out = len(writer.done), skips.close()
     if kept:
         before_close()
     else:
-        print(skipped)
+        print(printable(left_out))
     store = writer.close()
+    notices, misfits = compare_durations(Store(store))
+    path = store.with_name(store.name + ".durations.csv")
+    if listed := write_table(path, ["id", "durations"], misfits):
+        notices.append(f"in {len(misfits)} {unit} durations disagree, {listed}")
     again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
     streams = ", ".join(f"{name} {spec['dim']}" for name, spec in writer.streams.items())
     without = "".join(f", {count} without {what}" for what, count in lacking.items() if count)
-    return f"{store}: {kept} of {total} {unit}{again}{note}, streams {streams}{without}; {skipped}"
+    summary = f"{store}: {kept} of {total} {unit}{again}{note}, streams {streams}{without}"
+    return "\n".join([f"{summary}; {left_out}", *(f"WARNING: {notice}" for notice in notices)])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mcn_ext.train import flags
-from mcn_ext.train.flags import Parser, not_negative, pair, positive
+from mcn_ext.train.flags import NOISE, RATE, Parser, between, not_negative, pair, positive
 
 MODULES = {"msrvtt": "youcook2", "miningyoutube": "crosstask"}  # of the other kinds, their name
 
@@ -30,9 +30,9 @@ def add_features(p: Parser, row: str, names: str, audio: str) -> None:
     add(p, "--features_audio", Path, "DIR", f"folder of {audio}")
     for stream, rate in (("2d", 1.0), ("3d", 1.5)):
         about = f"rows of {stream} features per second (default {rate})"
-        add(p, f"--rate_{stream}", positive(float), "HZ", about, rate)
+        add(p, f"--rate_{stream}", between(float, *RATE), "HZ", about, rate)
     about = "reading threads (default 4); more on network disks"
-    add(p, "--workers", positive(int), "N", about, 4)
+    add(p, "--workers", between(int, 1, 1000), "N", about, 4)
     add_shards(p, 512)
 
 
@@ -72,7 +72,7 @@ def add_videos(p: Parser) -> None:
     about = "frames of a video at a time (default 32); more for a large GPU"
     add(p, "--batch_size", positive(int), "N", about, 32)
     about = "decoding processes (default 0: one a core, at most 16)"
-    add(p, "--workers", not_negative(int), "N", about, 0)
+    add(p, "--workers", between(int, 0, 1000), "N", about, 0)
     about = "a decoder without a sign of life for so long is ended, its video skipped (300)"
     add(p, "--time_limit", positive(float), "S", about, 300)
     add_shards(p, 64)
@@ -83,7 +83,7 @@ def add_demo(p: Parser) -> None:
     for modality in ("video", "audio"):
         about = f"""noise of the {modality} alone: 0 is clean, 2 twice as noisy (default 1); to see
             which pair to align first when modalities differ"""
-        add(p, f"--{modality}_noise", not_negative(float), "X", about, 1.0)
+        add(p, f"--{modality}_noise", between(float, *NOISE), "X", about, 1.0)
     add(p, "--videos", positive(int), "N", "training videos (default 256)", 256)
 
 
@@ -133,19 +133,18 @@ def parser() -> Parser:
 
 def main(argv=None) -> int:
     args = vars(parser().parse_args(argv))
+    from mcn_ext.console import printable
     from mcn_ext.data.store import StoreError
     from mcn_ext.data.unpickle import UnsafePickle
 
     kind = args.pop("kind")
     module = importlib.import_module(f"mcn_ext.prepare.{MODULES.get(kind, kind)}")
-    if "rate_2d" in args:
-        args["rates"] = {"2d": args.pop("rate_2d"), "3d": args.pop("rate_3d"), "mel": 100.0}
     if kind in {"youcook2", "crosstask"} | MODULES.keys():
         args["kind"] = kind
     try:
-        print(module.prepare(**args))
+        print(printable(module.prepare(**args)))
     except (StoreError, UnsafePickle, OSError) as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
     return 0
 

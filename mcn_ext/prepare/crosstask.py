@@ -17,10 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.prepare import SkipList, Skipped, in_order, require
+from mcn_ext.data.files import write_text
+from mcn_ext.prepare import SkipList, Skipped, in_order, require, skipped
 from mcn_ext.prepare.captions import as_text
-from mcn_ext.prepare.howto100m import LABELS, Features, convert_features, load_array, read_table
-from mcn_ext.train.log import write_text
+from mcn_ext.prepare.howto100m import (
+    LABELS,
+    convert_features,
+    feature_files,
+    load_array,
+    read_table,
+)
 
 ONE_TASK = "all"  # of MiningYouTube's videos, which have none
 MAX_SECONDS = 1_000_000
@@ -75,7 +81,7 @@ def read_annotation(folder: Path, stem: str, n_steps: int) -> tuple[int | None, 
         else:
             raise Skipped(f"no annotation {stem}.npy or .csv in {folder}")
     except (OSError, csv.Error) as error:
-        raise Skipped(f"{stem[:99]}: {error}") from error
+        raise skipped(stem[:99], error) from error
     return seconds, sorted(segments, key=lambda segment: (*segment[1:], segment[0]))
 
 
@@ -119,7 +125,8 @@ def prepare(
     out: Path,
     *,
     kind: str,
-    rates: dict[str, float],
+    rate_2d: float,
+    rate_3d: float,
     workers: int = 4,
     **options,
 ) -> str:
@@ -138,37 +145,39 @@ def prepare(
     options: overwrite, shard_mib.
     """
     require("--annotations", annotations)
-    folders = Features(features, features_audio, ["3d"], **{"3d": ["features"], "mel": ["arr_0"]})
-    columns = ["video_id", "task"] if kind == "crosstask" else ["video_id"]
-    rows = read_table(list_file, columns, ",".join(["GLd3aX16zBg", "23521"][: len(columns)]))
-    texts, skips, videos = read_steps(steps), SkipList(out), {}
+    # In one folder, <id>.npz is the sound.
+    together = features_audio is not None and features_audio.resolve() == features.resolve()
+    bare = None if together else "3d"
+    streams = feature_files(features, features_audio, rate_2d, rate_3d, bare)
+    columns, skips = ["video_id", "task"] if kind == "crosstask" else ["video_id"], SkipList(out)
+    example = ",".join(["GLd3aX16zBg", "23521"][: len(columns)])
+    rows = read_table(list_file, columns, example, skips)
+    texts, videos = read_steps(steps), {}
 
     def last_second(name: str, segments: Segments) -> int:
-        for stream in ("2d", "3d"):
+        for files in (streams["2d"], streams["3d"]):
             try:
-                if found := folders.load(name, stream):
-                    return math.ceil(len(found[1]) / rates[stream])
+                if found := files.load(name):
+                    return math.ceil(len(found[1]) / files.rate_hz)
             except Skipped:
                 break  # reported when the features' turn comes
         return max((last for _, _, last in segments), default=0)
 
-    def read(row: list[str]) -> dict:
-        name, task = row[0].rsplit("/", 1)[-1], row[1] if row[1:] else ONE_TASK
-        key, stem = (task, f"{task}_{name}") if row[1:] else (name, name)
+    def read(item: tuple[str, list[str]]) -> dict:
+        name, (_, *task) = item
+        key, stem = (task[0], f"{task[0]}_{name}") if task else (name, name)
         if not texts.get(key):
-            raise Skipped(f"no steps of {'task ' if row[1:] else ''}{key} in {steps}")
+            raise Skipped(f"no steps of {'task ' if task else ''}{key} in {steps}")
         seconds, segments = read_annotation(annotations, stem, len(texts[key]))
         if seconds is None:
             seconds = last_second(name, segments)
         kept = [[k, first, min(last, seconds)] for k, first, last in segments if first < seconds]
         if not kept:
             raise Skipped(f"no step is annotated in its {seconds} s")
+        task = task[0] if task else ONE_TASK
         return {"task": task, "seconds": seconds, "steps": texts[key], "segments": kept}
 
-    for row, video in in_order(read, rows, workers):
-        name = row[0].rsplit("/", 1)[-1]
-        if name in videos:
-            video = Skipped(f"twice in {list_file}")
+    for (name, _), video in in_order(read, rows, workers):
         if isinstance(video, Skipped):
             skips.add(name, video)
         else:
@@ -189,12 +198,11 @@ def prepare(
     content = {"protocol": kind, "source": source, "videos": videos}
     summary = convert_features(
         {name: name for name in videos},
-        folders,
+        streams,
         captions_of,
         out,
         skips,
         kind=kind,
-        rates=rates,
         settings={
             "list": str(list_file),
             "annotations": str(annotations),

@@ -160,14 +160,34 @@ def decode(path: str, *, video: bool = True, audio: bool = True, threads: int = 
     without video (or with a cover picture only) no "frame". Skipped for what cannot be used.
     """
     av = import_av()
-    container = open_media(path)
+    container, length = _open(av, path)
     try:
         with container:
-            yield from _decode(av, container, video, audio, threads)
+            yield from _decode(av, container, length, video, audio, threads)
     except av.FFmpegError as error:
         raise Skipped(f"{path}: {error.strerror or error}") from error
+    except OSError as error:
+        raise SystemExit(
+            f"{path}: its sound could not be kept in the temporary folder {tempfile.gettempdir()} "
+            f"({error.strerror}). Make room, or set TMPDIR to another folder; the same command "
+            "then resumes"
+        ) from error
     except Skipped as reason:
         raise Skipped(f"{path}: {reason}") from reason
+
+
+def _open(av, path: str) -> tuple:
+    """(container, its length in seconds as the file says it, 0 where it does not)."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.WARNING)
+    try:
+        with av.logging.Capture() as log:
+            container = open_media(path)
+    finally:
+        av.logging.set_level(level)
+    # Files without an index, as .aac and some .mp3: FFmpeg guesses, and says so in its log alone.
+    guessed = any("Estimating duration" in message for _, _, message in log)
+    return container, 0.0 if guessed else (container.duration or 0) / av.time_base
 
 
 def _streams(av, container, video: bool, audio: bool, threads: int) -> tuple[list, list]:
@@ -186,14 +206,19 @@ def _streams(av, container, video: bool, audio: bool, threads: int) -> tuple[lis
     return pictures, sounds
 
 
-def _decode(av, container, video: bool, audio: bool, threads: int) -> Iterator:
+def _decode(av, container, declared: float, video: bool, audio: bool, threads: int) -> Iterator:
     pictures, sounds = _streams(av, container, video, audio, threads)
     zero = (container.start_time or 0) / av.time_base
     seconds, samples, packets, damaged = Seconds(), Samples(av), 0, 0
-    end, length, alive = 0.0, 0.0, time.monotonic()
+    n_pictures, end, rest, alive = 0, 0.0, 0.0, time.monotonic()
     for stream in pictures:
-        length = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-    for packet in container.demux(*pictures, *sounds):
+        rest = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+    # Of all streams: a second sound track may be what the file's length is that of.
+    for packet in container.demux():
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - zero)
+        if packet.stream not in pictures + sounds:
+            continue
         packets += 1
         try:
             frames = packet.decode()
@@ -207,16 +232,22 @@ def _decode(av, container, video: bool, audio: bool, threads: int) -> Iterator:
                 samples.add(frame, at)
                 end = max(end, at + frame.samples / frame.sample_rate)
             else:
-                at = seconds.time + length * (seconds.frame is not None) if at is None else at
+                at = seconds.time + rest * (seconds.frame is not None) if at is None else at
+                if frame.duration:  # long, in a slide show
+                    rest = float(frame.duration * frame.time_base)
                 yield from map(_upright, seconds.add(at, frame))
-                end = max(end, at + length)
+                n_pictures, end = n_pictures + 1, max(end, at + rest)
         if time.monotonic() - alive > 1:
             alive = time.monotonic()
             yield "alive", None
-    yield from map(_upright, seconds.end(length))
+    if n_pictures <= seconds.time + 1:  # less than one a second: a slide show, whose last stays
+        # Without sound, only a file that says so itself: a broken one has few pictures, too.
+        slow = any((stream.average_rate or 1) < 1 for stream in pictures)
+        until = samples.count / SAMPLE_RATE if sounds else declared * slow
+        rest, end = max(rest, until - seconds.time), max(end, until)
+    yield from map(_upright, seconds.end(min(rest, declared or rest)))
     if damaged > MAX_DAMAGED * packets:
         raise Skipped(f"{damaged} of {packets} packets cannot be decoded")
-    declared = (container.duration or 0) / av.time_base
     if end < 0.9 * declared - 2:
         raise Skipped(f"breaks off after {end:.0f} of {declared:.0f} s")
     sound = samples.end()
@@ -234,14 +265,16 @@ def _upright(settled) -> tuple:
 
 
 def serve(pipe: Connection, path: str, options: dict) -> None:
-    """Send what :func:`decode` yields into a pipe, then ("end", None) or ("skipped", reason)."""
+    """Send what :func:`decode` yields into a pipe, then ("end", None) or ("error", exception)."""
     try:
         for message in decode(path, **options):
             pipe.send(message)
         pipe.send(("end", None))
     except (BrokenPipeError, KeyboardInterrupt):
         pass  # the parent is gone
+    except SystemExit as error:
+        pipe.send(("error", error))
     except Exception as error:  # the parent goes on with the next file
-        known = isinstance(error, Skipped)
-        reason = f"{path}: could not be decoded ({type(error).__name__}: {error})"
-        pipe.send(("skipped", str(error) if known else reason))
+        if not isinstance(error, Skipped):
+            error = Skipped(f"{path}: could not be decoded ({type(error).__name__}: {error})")
+        pipe.send(("error", error))

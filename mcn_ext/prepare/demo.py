@@ -18,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mcn_ext.data.files import lock
 from mcn_ext.data.store import N_MELS, Store, StoreError, StoreWriter
 from mcn_ext.prepare.howto100m import MEL_RATE
+from mcn_ext.train.flags import NOISE
 
 VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()
 THINGS = (
@@ -37,7 +39,6 @@ DIALS = {"seed": 0, "video_noise": 1.0, "audio_noise": 1.0, "videos": 256}
 SOURCE = "demo data (made up)"
 N_EVAL = 400
 FRAMES_PER_WORD = 24  # 0.24 s
-MAX_NOISE = 1000.0  # far beyond hearing and seeing anything; float16 holds what it makes
 
 
 def _flags(dials: dict) -> str:
@@ -243,15 +244,16 @@ def is_there(out: Path) -> bool:
 def prepare(out: Path, *, overwrite: bool = False, **dials) -> str:
     """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary.
 
-    dials: of ``DIALS``. Noise levels are 0 (clean) to MAX_NOISE; 1 is the demo's. The stores'
+    dials: of ``DIALS``. Noise levels are 0 (clean) to 1000; 1 is the demo's. The stores'
     ``source`` and ``tool`` tell what they were made with; StoreError if what is there was made
     with something else.
     """
     dials = {name: type(value)(dials.get(name, value)) for name, value in DIALS.items()}
     for name in ("video_noise", "audio_noise"):
-        if not 0 <= dials[name] <= MAX_NOISE:
-            raise StoreError(f"--{name} {dials[name]} must be 0 to {MAX_NOISE:g}")
+        if not NOISE[0] <= dials[name] <= NOISE[1]:
+            raise StoreError(f"--{name} {dials[name]} must be {NOISE[0]} to {NOISE[1]}")
     train, evaluation = out / "train.h5", out / "eval.h5"
+    keep = lock(out, wait=True)  # two runs on a fresh clone: the second finds what the first made
     for path in (train, evaluation):
         if path.exists() and not overwrite and Store(path).source != _source(dials):
             raise StoreError(
@@ -263,6 +265,7 @@ def prepare(out: Path, *, overwrite: bool = False, **dials) -> str:
         world = _World(dials["seed"])
         _train(train, world, dials)
         _evaluation(evaluation, world, dials)
+    keep.close()
     store = Store(train)
     return (
         f"{out}: {store.source}, {len(store)} training videos with {store.n_captions} "

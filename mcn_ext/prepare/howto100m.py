@@ -10,23 +10,25 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mcn_ext.data.store_file import N_MELS
 from mcn_ext.data.store_writer import StoreWriter, mend
-from mcn_ext.prepare import SkipList, Skipped, convert, require
+from mcn_ext.prepare import SkipList, Skipped, convert, require, skipped
 from mcn_ext.prepare.captions import Captions
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
 LABELS = {"howto100m": "HowTo100M", "crosstask": "CrossTask", "miningyoutube": "MiningYouTube"}
 
 
-def read_table(path: Path, columns: Sequence[str], example: str) -> list[list[str]]:
-    """The ``columns`` of a --list's rows, where the first is not empty; SystemExit if it has not
-    these columns."""
+def read_table(
+    path: Path, columns: Sequence[str], example: str, skips: SkipList
+) -> list[tuple[str, list[str]]]:
+    """(video id, values of ``columns``) of a --list's rows. Rows without an id are put on
+    ``skips``, as are those whose id was there. SystemExit for a file without these columns."""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             reader = csv.DictReader(file)
@@ -39,10 +41,19 @@ def read_table(path: Path, columns: Sequence[str], example: str) -> list[list[st
             rows = [[mend(row[c] or "").strip() for c in columns] for row in reader]
     except (OSError, csv.Error) as error:
         raise SystemExit(f"--list {path}: not a CSV file ({error})") from error
-    rows = [row for row in rows if row[0]]
-    if not rows:
+    videos = {}
+    for number, row in enumerate(rows, 1):
+        row[0] = row[0].removeprefix("None/").strip("/")
+        name = row[0].rsplit("/", 1)[-1]
+        if not name:
+            skips.add("", f"no {columns[0]} in row {number} of {path}")
+        elif name in videos:
+            skips.add(name, f"twice in {path}")
+        else:
+            videos[name] = row
+    if not videos:
         raise SystemExit(f"--list {path}: lists no video")
-    return rows
+    return list(videos.items())
 
 
 def as_rows(array: np.ndarray, what: object) -> np.ndarray:
@@ -54,21 +65,21 @@ def as_rows(array: np.ndarray, what: object) -> np.ndarray:
     return array
 
 
-def load_array(
-    path: Path, keys: Sequence[str] = ("features", "arr_0"), kinds: str = "f"
-) -> np.ndarray:
-    """The (rows, columns) of an .npy, or of the first of ``keys`` in an .npz, float16; Skipped for
-    damage, dtypes other than numpy's ``kinds``, values that are not finite."""
+def load_array(path: Path, kinds: str = "f") -> np.ndarray:
+    """The (rows, columns) of an .npy, or of features or arr_0 in an .npz, as float16.
+
+    Skipped for damage, another shape, dtypes not of numpy's ``kinds``, values that are not finite.
+    """
     try:
         array = np.load(path)  # of numbers alone: it refuses objects
         if not isinstance(array, np.ndarray):
             with array as archive:
-                name = next((key for key in keys if key in archive), None)
-                if name is None:
-                    raise ValueError(f"it holds {archive.files[:9]}, expected {' or '.join(keys)}")
-                array = archive[name]
+                names = [key for key in ("features", "arr_0") if key in archive]
+                if not names:
+                    raise ValueError(f"it holds {archive.files[:9]}, expected features or arr_0")
+                array = archive[names[0]]
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
-        raise Skipped(f"{path}: not readable ({type(error).__name__}: {error})") from error
+        raise skipped(path, error) from error
     if array.ndim != 2 or array.dtype.kind not in kinds or not array.size:
         raise Skipped(
             f"{path}: {array.dtype} array of shape {array.shape}, expected numbers (n, dim)"
@@ -76,81 +87,117 @@ def load_array(
     return as_rows(array, path)
 
 
-def find_features(folder: Path, path: str, kind: str, bare: bool = False) -> Path | None:
-    """The file of one stream of a video under any of the layouts in use.
+@dataclass
+class Files:
+    """The files of one stream: ``<path>/<id>_<suffix>.npz`` and its variants in ``folder``.
 
-    bare: the folder holds this stream only, whose files may go without the suffix ``_<kind>``.
-    """
-    name = path.rsplit("/", 1)[-1]
-    names = [f"{path}/{name}_{kind}", f"{path}_{kind}", f"{name}_{kind}"]
-    if bare:
-        names += [f"{path}/{name}", path]
-    files = [folder / f"{name}{suffix}" for name in names for suffix in (".npz", ".npy")]
-    try:
-        return next((file for file in files if file.is_file()), None)
-    except OSError as error:  # a name no file can have
-        raise Skipped(f"{path[:99]}: {error.strerror}") from error
-
-
-class Features:
-    """The feature files of videos in ``folder``, and their spectrograms in ``audio`` (default:
-    there too).
-
-    bare: streams whose files may go without the suffix ``_<kind>``. keys: {stream: names of its
-    array in an .npz, the best first}.
+    flag: what the folder was given as. bare: names may go without ``_<suffix>``, too, as no other
+    stream does so in this folder.
     """
 
-    def __init__(self, folder: Path, audio: Path | None, bare: Sequence[str], **keys):
-        require("--features", folder)
-        require("--features_audio", audio or folder)
-        self.folder, self.audio, self.keys = folder, audio or folder, keys
-        self.bare = {*bare, "mel"} if audio else {*bare}
+    flag: str
+    folder: Path
+    suffix: str
+    rate_hz: float
+    bare: bool = False
 
-    def load(self, path: str, kind: str) -> tuple[Path, np.ndarray] | None:
-        """(file, rows (n, width) float16) of a video's stream; None without a file, or Skipped."""
-        folder, suffix = (self.audio, "spec") if kind == "mel" else (self.folder, kind)
-        file = find_features(folder, path, suffix, bare=kind in self.bare)
+    def __post_init__(self):
+        require(self.flag, self.folder)
+
+    def find(self, path: str) -> Path | None:
+        """The file of a video, under any of the layouts in use."""
+        name = path.rsplit("/", 1)[-1]
+        names = [f"{path}/{name}_{self.suffix}", f"{path}_{self.suffix}", f"{name}_{self.suffix}"]
+        if self.bare:
+            names += [f"{path}/{name}", path]
+        files = [self.folder / f"{name}{ending}" for name in names for ending in (".npz", ".npy")]
+        try:
+            return next((file for file in files if file.is_file()), None)
+        except OSError as error:  # a name no file can have
+            raise skipped(path[:99], error) from error
+
+    def load(self, path: str) -> tuple[Path, np.ndarray] | None:
+        """(file, rows (n, width) float16) of a video; None without a file, or Skipped."""
+        file = self.find(path)
         if file is None:
             return None
-        array = load_array(file, self.keys.get(kind, ("features", "arr_0")))
-        return file, array.T if kind == "mel" else array
+        array = load_array(file)
+        return file, array.T if self.suffix == "spec" else array
 
-    def widths(self, paths: list[str]) -> dict[str, int]:
-        """{stream: the most common width of its first 20 readable files}, from 1000 videos."""
 
-        def of(kind: str):
-            for path in paths[:1000]:
-                try:
-                    if found := self.load(path, kind):
-                        yield found[1].shape[1]
-                except Skipped:
-                    pass  # reported when its turn comes
+def feature_files(
+    features: Path, audio: Path | None, rate_2d: float, rate_3d: float, bare: str | None
+) -> dict[str, Files]:
+    """The files of each stream, by the flags of kinds that read folders of features.
 
-        counts = {kind: Counter(islice(of(kind), 20)) for kind in ("2d", "3d", "mel")}
-        dims = {kind: count.most_common(1)[0][0] for kind, count in counts.items() if count}
-        if dims.get("mel", N_MELS) != N_MELS:
+    bare: which of 2d and 3d may go without its suffix.
+    """
+    return {
+        "2d": Files("--features", features, "2d", rate_2d, bare == "2d"),
+        "3d": Files("--features", features, "3d", rate_3d, bare == "3d"),
+        "mel": Files("--features_audio", audio or features, "spec", MEL_RATE, audio is not None),
+    }
+
+
+def find_widths(streams: dict[str, Files], paths: list[str]) -> dict[str, int]:
+    """{stream: the most common width of its first 20 readable files} of 1000 videos.
+
+    SystemExit for a stream that has files, of which none can be read: it would vanish.
+    """
+    dims = {}
+    for name, files in streams.items():
+        widths, unreadable = Counter(), []
+        for path in paths[:1000]:
+            try:
+                if found := files.load(path):
+                    widths[found[1].shape[1]] += 1
+            except Skipped as reason:  # reported when its turn comes, if others can be read
+                unreadable.append(reason)
+            if sum(widths.values()) == 20:
+                break
+        if widths:
+            dims[name] = widths.most_common(1)[0][0]
+        elif unreadable:
             raise SystemExit(
-                f"{self.audio}: the spectrograms have {dims['mel']} bands, the audio "
-                f"encoder takes {N_MELS}"
+                f"{files.flag} {files.folder}: of the {name} files of {len(unreadable)} videos "
+                f"none can be read, the first because of {unreadable[0]}. Correct them; to go on "
+                "without this stream, move its files elsewhere"
             )
-        if not dims.keys() & {"2d", "3d"}:
-            name = paths[0].split("/")[-1]
-            raise SystemExit(
-                f"--features {self.folder}: no readable _2d.npz, _3d.npz or .npy of the first "
-                f"videos of --list; looked for names like {self.folder / paths[0]}/{name}_2d.npz"
+    if dims.get("mel", N_MELS) != N_MELS:
+        raise SystemExit(
+            f"{streams['mel'].folder}: the spectrograms have {dims['mel']} bands, the audio "
+            f"encoder takes {N_MELS}"
+        )
+    return dims
+
+
+def load_rows(
+    streams: dict[str, Files], dims: dict[str, int], path: str
+) -> dict[str, np.ndarray | None]:
+    """{stream: rows (n, dim) float16, or None without a file} of a video; Skipped if one does not
+    fit the others."""
+    rows = {}
+    for name, files in streams.items():
+        found = files.load(path)
+        if found and name not in dims:
+            raise Skipped(
+                f"{found[0]}: the first 1000 videos have no {name} file; list this one before them"
             )
-        return dims
+        if found and found[1].shape[1] != dims[name]:
+            width = found[1].shape[1]
+            raise Skipped(f"{found[0]}: width {width}, the other videos have {dims[name]}")
+        rows[name] = found and found[1]
+    return rows
 
 
 def convert_features(
     paths: dict[str, str],
-    features: Features,
+    streams: dict[str, Files],
     captions_of: Callable,
     out: Path,
     skips: SkipList,
     *,
     kind: str,
-    rates: dict[str, float],
     settings: dict,
     workers: int = 4,
     before_close: Callable = lambda: None,
@@ -161,35 +208,31 @@ def convert_features(
     captions_of: id -> (start, end, text), or raises Skipped. kind: the command's name. skips: what
     was left out so far. before_close: see :func:`.convert`. options: overwrite, shard_mib.
     """
-    dims = features.widths(list(paths.values()))
-    streams = {
+    dims, folder = find_widths(streams, list(paths.values())), streams["2d"].folder
+    if not dims.keys() & {"2d", "3d"}:
+        path = next(iter(paths.values()))
+        raise SystemExit(
+            f"--features {folder}: no _2d.npz, _3d.npz or .npy of the first videos of --list; "
+            f"looked for names like {folder / path}/{path.split('/')[-1]}_2d.npz"
+        )
+    specs = {
         name: {
             "dim": dim,
-            "rate_hz": rates[name],
+            "rate_hz": streams[name].rate_hz,
             "model": "log-mel as found" if name == "mel" else f"{name.upper()} features as found",
             "tool": f"mcn_ext.prepare {kind}",
         }
         for name, dim in sorted(dims.items())
     }
-    writer = StoreWriter(
-        out,
-        streams,
-        f"{LABELS[kind]} features from {features.folder}",
-        settings=settings | {"audio": str(features.audio)},
-        **options,
-    )
+    source = f"{LABELS[kind]} features from {folder}"
+    settings = settings | {"audio": str(streams["mel"].folder)}
+    writer = StoreWriter(out, specs, source, settings=settings, **options)
 
     def read(name: str, path: str):
-        rows = {}
-        for stream, dim in dims.items():
-            found = features.load(path, stream)
-            if found:
-                file, rows[stream] = found
-                if rows[stream].shape[1] != dim:
-                    width = rows[stream].shape[1]
-                    raise Skipped(f"{file}: width {width}, the other videos have {dim}")
-            elif stream != "mel":  # silent videos are of use for video and text
-                raise Skipped(f"no {stream} features under {features.folder / path}")
+        rows = load_rows(streams, dims, path)
+        for stream in dims.keys() - {"mel"}:  # silent videos are of use for video and text
+            if rows[stream] is None:
+                raise Skipped(f"no {stream} features under {folder / path}")
         return rows, captions_of(name)
 
     return convert(writer, skips, paths, read, workers=workers, before_close=before_close)
@@ -202,7 +245,8 @@ def prepare(
     captions: Path,
     out: Path,
     *,
-    rates: dict[str, float],
+    rate_2d: float,
+    rate_3d: float,
     **options,
 ) -> str:
     """Convert; returns the summary that is printed. The module's first lines have the formats.
@@ -210,23 +254,16 @@ def prepare(
     options: workers, overwrite, shard_mib.
     """
     require("--captions", captions)
-    folders, skips, paths = Features(features, features_audio, ["2d"]), SkipList(out), {}
-    for (path,) in read_table(list_file, ["path"], "topic/subtopic/VIDEOID"):
-        path = path.removeprefix("None/").strip("/")
-        name = path.rsplit("/", 1)[-1]
-        if name in paths:
-            skips.add(name, f"twice in {list_file}")
-        else:
-            paths[name] = path
-    said = Captions(captions, len(paths))
+    streams, skips = feature_files(features, features_audio, rate_2d, rate_3d, "2d"), SkipList(out)
+    rows = read_table(list_file, ["path"], "topic/subtopic/VIDEOID", skips)
+    said = Captions(captions, len(rows))
     summary = convert_features(
-        paths,
-        folders,
+        {name: path for name, (path,) in rows},
+        streams,
         said.of,
         out,
         skips,
         kind="howto100m",
-        rates=rates,
         settings={"list": str(list_file), "captions": str(captions)},
         **options,
     )

@@ -29,7 +29,9 @@ from mcn_ext.prepare import require
 from mcn_ext.train import checkpoint, flags
 from mcn_ext.train.log import write_text
 
-WRAPPERS = {"state_dict", "model_state_dict", "model", "net", "module"}
+WRAPPERS = {"state_dict", "model_state_dict", "model", "net"}  # around a state dict
+# Parts of names that torch.compile, DistributedDataParallel, FSDP and checkpointing add.
+ADDED = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # The last layer of each modality's encoder, as wide as the joint space.
 LAST = {"A": "DAVEnet_projection.bias", "V": "GU_video.fc.bias", "T": "GU_text_captions.fc.bias"}
 STREAMS = {4096: {"2d": 2048, "3d": 2048}, 2048: {"2d": 2048}}
@@ -107,17 +109,16 @@ def _load(path: Path) -> object:
         ) from error
 
 
-def _tensors(content: object, at: str = "") -> dict[str, Tensor]:
-    """All tensors in nested dictionaries, by their path without WRAPPERS."""
+def tensors(content: object, at: str = "") -> dict[str, Tensor]:
+    """All tensors in nested dictionaries, by their path without WRAPPERS before it, and ADDED."""
     if isinstance(content, Tensor):
         return {at: content.detach()}
     found: dict[str, Tensor] = {}
     for key, value in content.items() if isinstance(content, Mapping) else ():
-        parts = f"{at}.{key}".lstrip(".").split(".")
-        while parts[0] in WRAPPERS and parts[1:]:
+        parts = [part for part in f"{at}.{key}".split(".") if part and part not in ADDED]
+        while parts and parts[0] in WRAPPERS:
             parts = parts[1:]
-        name = ".".join(parts)
-        for inner, tensor in _tensors(value, "" if name in WRAPPERS else name).items():
+        for inner, tensor in tensors(value, ".".join(parts)).items():
             if inner in found:
                 raise ValueError(f"several models in it: two tensors are {inner}")
             found[inner] = tensor
@@ -207,7 +208,7 @@ def read_published(
             "folder to train_stage2.py --init or evaluate.py --run"
         )
     try:
-        state = _tensors(content)
+        state = tensors(content)
         for prefix, description in OTHER_MODELS.items():
             if any(name.startswith(prefix) for name in state):
                 raise ValueError(f"{description}: another model; its embeddings would be wrong")
@@ -221,8 +222,7 @@ def read_published(
         used, missing = _fit(asked, sizes)
     except (ValueError, IndexError) as error:  # IndexError: a tensor of fewer axes
         raise SystemExit(f"{path}: {error}") from error
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     unused = [name for name in state if name not in used]
     return Published(path, used, sizes, unused, missing, digest)
 
@@ -269,6 +269,7 @@ def prepare(
     Its settings are those of the published training and evaluation: the dot product at temperature
     1, clips padded to PADDING. Returns the summary that is printed.
     """
+    checkpoint.lock(out)
     if (out / checkpoint.LATEST).exists() and not overwrite:
         raise SystemExit(f"{out} holds a run; pass --overwrite to replace it, or another --out")
     stores = _open_stores(data)

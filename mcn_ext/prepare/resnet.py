@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mcn_ext.prepare.published import tensors
+
 LAYERS = (3, 8, 36, 3)  # blocks in each of the four stages of the 152-layer net
 DIM = 2048
 SHORT_SIDE, CROP = 256, 224
@@ -120,7 +122,7 @@ def load(net: ResNet, path: Path) -> str:
     if not path.is_file():
         raise SystemExit(f"--weights {path}: no such file; {WHERE}")
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(tensors(torch.load(path, map_location="cpu", weights_only=True)))
     except Exception as error:  # torch, zip and pickle raise a dozen types for damage
         raise SystemExit(
             f"--weights {path}: not the weights of a ResNet-152 ({str(error)[:300]}); {WHERE}"

@@ -7,12 +7,13 @@ batches of one video's frames, so that they depend on nothing else that is being
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import re
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,36 +21,57 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mcn_ext.console import printable
 from mcn_ext.data.store_file import N_MELS
-from mcn_ext.data.store_writer import StoreWriter, mend
+from mcn_ext.data.store_writer import StoreWriter
 from mcn_ext.prepare import SkipList, Skipped, convert, require, resnet
 from mcn_ext.prepare.captions import Captions
 from mcn_ext.prepare.decode import import_av, serve
-from mcn_ext.prepare.howto100m import MEL_RATE, as_rows, find_features, load_array
+from mcn_ext.prepare.howto100m import MEL_RATE, Files, as_rows, find_widths, load_rows
+from mcn_ext.train.flags import RATE, between
 
 SUFFIXES = frozenset(
-    ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .m2ts .mts .flv .wmv .asf .3gp .ogv .vob .mxf "
-    ".wav .mp3 .m4a .aac .flac .ogg .opus .wma".split()
+    ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .m2v .ts .m2ts .mts .flv .f4v .wmv .asf .3gp .3g2 "
+    ".ogv .ogm .vob .mxf .rm .rmvb .divx .dv .wav .mp3 .mp2 .mka .m4a .m4b .aac .ac3 .flac .ogg "
+    ".oga .opus .wma .amr .aif .aiff .caf".split()
 )
 
 
 def find_videos(paths: list[Path]) -> list[Path]:
-    """Files as they are named, and media files below folders, in order of their paths."""
-    found: list[Path] = []
+    """Files as they are named, and media files below folders, linked ones too, in order of their
+    paths. What else is in a folder is counted on stderr."""
+    found, passed_over = [], Counter()
     for path in paths:
-        files = [path]
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
-            files = [file for file in files if file.is_file()]
-        if not files or not files[0].is_file():
-            raise SystemExit(f"{path}: no such file, or a folder without a video or sound file")
-        found += files
+        if not path.is_dir():
+            if not path.exists():
+                raise SystemExit(f"{path}: no such file")
+            found.append(path)
+            continue
+        below, seen = [], set()
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link to a folder above, or to one that was read
+                subfolders.clear()
+                continue
+            seen.add(real)
+            for file in (Path(folder, name) for name in names):
+                if file.suffix.lower() in SUFFIXES:
+                    below.append(file)
+                else:
+                    passed_over[file.suffix.lower() or "no ending"] += 1
+        if not below:
+            raise SystemExit(f"{path}: a folder without a video or sound file")
+        found += sorted(below)
+    if passed_over:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in passed_over.most_common(9))
+        print(printable(f"files that are not media by their ending: {kinds}"), file=sys.stderr)
     return found
 
 
 def video_id(file: Path) -> str:
-    """The id of a video, of the name of its file."""
-    return mend(file.stem)
+    """The id of a video, of the name of its file: which may be any bytes, of which Python makes
+    what the locale says."""
+    return printable(os.fsencode(file.stem).decode(errors="backslashreplace"))
 
 
 def find_media(folder: Path) -> dict[str, list[Path]]:
@@ -63,39 +85,24 @@ def find_media(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def parse_streams(specs: list[str]) -> dict[str, tuple[Path, float]]:
-    """NAME=DIR:RATE, each -> {name: (folder, rows per second)}."""
+def parse_streams(specs: list[str]) -> dict[str, Files]:
+    """NAME=DIR:RATE, each -> {name: its files}."""
     streams = {}
     for spec in specs:
-        match = re.fullmatch(r"(\w+)=(.+):(\d+\.?\d*)", spec)
-        if not match:
-            raise SystemExit(f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5")
-        name, folder, rate = match.groups()
+        match = re.fullmatch(r"(\w+)=(.+):([^:]+)", spec)
+        try:
+            name, folder, rate = match.groups()
+            rate = between(float, *RATE)(rate)
+        except (AttributeError, ValueError, argparse.ArgumentTypeError):
+            raise SystemExit(
+                f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5"
+            ) from None
         if name in ("mel", "video", "caption"):
             raise SystemExit(f"--streams {spec}: {name} is not a name for features")
-        require(f"--streams {spec}:", Path(folder))
-        streams[name] = Path(folder), float(rate)
+        if name in streams:
+            raise SystemExit(f"--streams {spec}: {name} is given twice")
+        streams[name] = Files(f"--streams {spec}:", Path(folder), name, rate, bare=True)
     return streams
-
-
-def load_stream(folder: Path, video: str, name: str) -> np.ndarray | None:
-    """A video's (rows, dim) float16 of a stream from elsewhere; None if there is no file."""
-    file = find_features(folder, video, name, bare=True)
-    return None if file is None else load_array(file)
-
-
-def _width(folder: Path, name: str, ids: list[str]) -> int:
-    """The width of the first readable features of these videos."""
-    for video in ids:
-        try:
-            if (rows := load_stream(folder, video, name)) is not None:
-                return rows.shape[1]
-        except Skipped:
-            pass  # reported when its turn comes
-    raise SystemExit(
-        f"--streams {name}={folder}: no readable features of any video; looked for "
-        f"{ids[0]}.npz, {ids[0]}.npy, {ids[0]}_{name}.npz, {ids[0]}/..."
-    )
 
 
 def decode_apart(path: Path, time_limit: float, options: dict, target=serve) -> Iterator:
@@ -114,8 +121,8 @@ def decode_apart(path: Path, time_limit: float, options: dict, target=serve) -> 
             kind, value = here.recv()
             if kind == "end":
                 return
-            if kind == "skipped":
-                raise Skipped(value)
+            if kind == "error":
+                raise value
             yield kind, value
     except EOFError:
         process.join()
@@ -137,17 +144,17 @@ def _resnet(weights: Path | None, random_weights: bool, device: str | None) -> r
     return resnet.Frames2D(weights, device)
 
 
-def _specs(external: dict, files: list[Path], features: resnet.Frames2D | None) -> dict:
+def _specs(external: dict[str, Files], ids: list[str], features: resnet.Frames2D | None) -> dict:
     """The store's streams: those from elsewhere, ResNet-152's, the spectrogram."""
-    ids = [file.stem for file in files]
-    specs = {
-        name: {
-            "dim": _width(folder, name, ids),
-            "rate_hz": rate,
-            "model": f"{name} features as found",
-        }
-        for name, (folder, rate) in external.items()
-    }
+    dims, specs = find_widths(external, ids), {}
+    for name, files in external.items():
+        if name not in dims:
+            raise SystemExit(
+                f"{files.flag} no readable features of any video; looked for {ids[0]}.npz, "
+                f"{ids[0]}.npy, {ids[0]}_{name}.npz, {ids[0]}/..."
+            )
+        model = f"{name} features as found"
+        specs[name] = {"dim": dims[name], "rate_hz": files.rate_hz, "model": model}
     if features:
         specs["2d"] = {
             "dim": resnet.DIM,
@@ -186,17 +193,17 @@ def prepare(
         require("--captions", captions)
     said = Captions(captions, len(files)) if captions else None
     features = None if "2d" in external else _resnet(weights, random_weights, device)
-    specs = _specs(external, files, features)
+    specs = _specs(external, [file.stem for file in files], features)
     note = " (2D features of RANDOM weights)" if features and weights is None else ""
     writer = StoreWriter(
         out,
         specs,
-        f"videos from {', '.join(map(str, paths))}"[:500] + note,
+        printable(f"videos from {', '.join(map(str, paths))}")[:500] + note,
         overwrite=overwrite,
         shard_mib=shard_mib,
         settings={"captions": str(captions), "streams": sorted(map(str, streams))},
     )
-    skips, todo = SkipList(out), {}
+    skips, todo, dims = SkipList(out), {}, {name: specs[name]["dim"] for name in external}
     for file in files:
         name = video_id(file)
         if name in todo:
@@ -213,14 +220,9 @@ def prepare(
         return as_rows(rows, "the features (are these the right weights?)")
 
     def read(name: str, file: Path):
-        rows = {}
-        for stream, (folder, _) in external.items():  # first, as it costs little
-            rows[stream] = found = load_stream(folder, file.stem, stream)
-            if found is not None and found.shape[1] != specs[stream]["dim"]:
-                raise Skipped(
-                    f"{folder}: {stream} is {found.shape[1]} wide, the other videos have "
-                    f"{specs[stream]['dim']}"
-                )
+        if not file.is_file():
+            raise Skipped(f"{file}: not a file, or a link to none")
+        rows = load_rows(external, dims, file.stem)  # first, as it costs little
         batch, parts = [], []
         for kind, value in decode_apart(file, time_limit, options):
             if kind == "mel":
@@ -239,7 +241,7 @@ def prepare(
         try:
             return rows, said.of(file.stem if said.files else name) if said else ((), (), ())
         except Skipped as reason:
-            tqdm.write(f"{name}: {reason}; kept without captions", file=sys.stderr)
+            tqdm.write(printable(f"{name}: {reason}; kept without captions"), file=sys.stderr)
             return rows, ((), (), ())
 
     summary = convert(writer, skips, todo, read, workers=workers, note=note)

@@ -38,27 +38,31 @@ def _first(item: dict, keys: list[str]):
     return next((item[key] for key in keys if item.get(key) is not None), None)
 
 
-def _rows(value, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """float16 array of a tensor, an array or a list of numbers; Skipped for anything else, or
-    another shape (None: any length)."""
+def _array(value, what: str) -> np.ndarray:
+    """float32 array of a tensor, an array or a list of numbers; Skipped for anything else."""
     try:
         with np.errstate(over="ignore"):
-            array = np.asarray(value, np.float32)
+            return np.asarray(value, np.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise Skipped(f"{what} is not an array of numbers ({error})") from error
-    if array.ndim != len(shape) or any(
-        n not in (None, m) for n, m in zip(shape, array.shape, strict=True)
-    ):
-        raise Skipped(f"{what} has shape {array.shape}, the other clips have {shape}")
-    return as_rows(array, what)
 
 
 def _pooled(item: dict, keys: list[str], dim: int) -> np.ndarray:
-    """(1, dim) float16."""
-    value = _first(item, keys)
-    if value is None:
+    """(1, dim) float16 of a feature pooled over time."""
+    if (value := _first(item, keys)) is None:
         raise Skipped(f"no {' or '.join(keys)} features")
-    return _rows(value, keys[-1], (dim,))[None]
+    array = _array(value, keys[-1])
+    if array.shape != (dim,):
+        raise Skipped(f"{keys[-1]} has shape {array.shape}, the other clips have {(dim,)}")
+    return as_rows(array, keys[-1])[None]
+
+
+def _spectrogram(value) -> np.ndarray:
+    """(frames, 40) float16."""
+    array = _array(value, "audio")
+    if array.ndim != 2 or array.shape[0] != N_MELS:
+        raise Skipped(f"audio has shape {array.shape}, expected {N_MELS} bands x frames")
+    return as_rows(array, "audio").T
 
 
 def _captions(item: dict, keys: list[str]) -> list[str]:
@@ -71,11 +75,40 @@ def _captions(item: dict, keys: list[str]) -> list[str]:
     return [as_text(text) for text in (value if several else [value])]
 
 
-def _width(items: list[dict], keys: list[str]) -> int | None:
-    """The most common width of a pooled feature; None if no clip has it."""
-    values = [_first(item, keys) for item in items]
-    widths = Counter(len(v) for v in values if np.ndim(v) == 1 and len(v))
-    return widths.most_common(1)[0][0] if widths else None
+def _shape(value) -> tuple[int, ...]:
+    try:
+        return _array(value, "").shape
+    except Skipped:  # reported when its turn comes
+        return ()
+
+
+def _width(items: list[dict], keys: list[str], where: object) -> int | None:
+    """The most common width of a pooled feature; None if no clip has any. SystemExit if all there
+    are have another shape: the stream would vanish."""
+    values = [value for item in items if (value := _first(item, keys)) is not None]
+    shapes = Counter(map(_shape, values)).most_common()
+    width = next((shape[0] for shape, _ in shapes if len(shape) == 1 and shape[0]), None)
+    if shapes and width is None:
+        raise SystemExit(
+            f"{where}: {' or '.join(keys)} have the shape {shapes[0][0]} in most clips, and (dim,) "
+            "in none; expected features that are pooled over time"
+        )
+    return width
+
+
+def _by_id(items: list[dict]) -> dict[str, dict]:
+    """The clips by names of their own: ids, with #2 and so on where clips share one."""
+    clips, repeats = {}, Counter()
+    for number, item in enumerate(items):
+        try:
+            name = unique = as_text(item.get("id", number))
+        except Skipped:
+            name = unique = str(number)
+        while unique in clips:  # another clip may be called x#2
+            repeats[name] += 1
+            unique = f"{name}#{repeats[name] + 1}"
+        clips[unique] = item
+    return clips
 
 
 def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=False) -> str:
@@ -91,7 +124,7 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=F
             f"{pickle_file}: expected a list of dictionaries with {names}, "
             f"audio, {' or '.join(texts)}, id"
         )
-    widths = {stream: _width(items, options) for stream, options in keys.items()}
+    widths = {name: _width(items, options, pickle_file) for name, options in keys.items()}
     # Pooled over time already: one row, which every clip's slice contains whatever its length.
     specs = {
         stream: {"dim": dim, "rate_hz": 1.0, "model": "pooled 2D/3D features as found"}
@@ -107,21 +140,13 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=F
     specs = {name: spec | {"tool": f"mcn_ext.prepare {kind}"} for name, spec in specs.items()}
     source, settings = f"{label} clips from {pickle_file.name}", {"pickle": str(pickle_file)}
     writer = StoreWriter(out, specs, source, overwrite=overwrite, settings=settings)
-    clips, repeats = {}, Counter()
-    for number, item in enumerate(items):
-        try:
-            name = as_text(item.get("id", number))
-        except Skipped:
-            name = str(number)
-        repeats[name] += 1  # clips may share an id
-        clips[name if repeats[name] == 1 else f"{name}#{repeats[name]}"] = item
 
     def read(name: str, item: dict):
         rows = {stream: _pooled(item, keys[stream], specs[stream]["dim"]) for stream in pooled}
         captions, end = _captions(item, texts), 1.0  # without sound: the time of the pooled row
         if item.get("audio") is not None:
-            rows["mel"] = _rows(item["audio"], "audio", (N_MELS, None)).T
+            rows["mel"] = _spectrogram(item["audio"])
             end = len(rows["mel"]) / MEL_RATE or end
         return rows, ([0.0] * len(captions), [end] * len(captions), captions)
 
-    return convert(writer, SkipList(out), clips, read, unit="clips")
+    return convert(writer, SkipList(out), _by_id(items), read, unit="clips")

@@ -92,7 +92,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--noise",
         nargs="+",
-        type=flags.not_negative(float),
+        type=flags.between(float, *flags.NOISE),
         help="instead of --data, demo data with each level of video noise and each of audio "
         "noise; 0 is clean, 1 the demo's",
     )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pickle
-import platform
 import re
 import secrets
 import shutil
 import struct
-import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
 from mcn_ext import distributed
+from mcn_ext.data import files
 from mcn_ext.train.log import replace, say
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -170,42 +167,14 @@ def set_random_state(states: list[dict], device: torch.device) -> None:
         torch.cuda.set_rng_state(mine["cuda"], device)
 
 
-_locks: dict[Path, TextIO] = {}  # held until this process ends, however it ends
-
-
-def _release_locks() -> None:
-    for file in _locks.values():
-        file.close()
-
-
-# A process that reads ahead outlives a killed run for seconds, and would keep its lock.
-os.register_at_fork(after_in_child=_release_locks)
-
-
 def lock(folder: Path) -> None:
-    """Keep a run folder for this process. All ranks call this. SystemExit if another process has
-    it: its host, number and time. (A lock of the operating system, on a file beside the folder.)"""
+    """Keep a run folder for this process: :func:`mcn_ext.data.files.lock`. All ranks call this."""
     why = None
     if distributed.rank() == 0:
-        path = folder.with_name(f".{folder.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path in _locks:  # an earlier run of this process
-            _locks.pop(path).close()
-        file = _locks[path] = open(path, "a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"host {platform.node()}, process {os.getpid()}, since {now}")
-            file.flush()
-        except BlockingIOError:
-            file.seek(0)
-            why = (
-                f"{folder}: another run is writing here ({file.read() or 'it has just started'}); "
-                "wait for it, end it, or give another --out"
-            )
-        except OSError:  # a file system without locks
-            pass
+            files.lock(folder)
+        except SystemExit as error:
+            why = str(error)
     if why := distributed.broadcast_object(why):
         raise SystemExit(why)
 

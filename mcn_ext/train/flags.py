@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +29,10 @@ PREPARE = {
     "moments": "videos DIR --captions FILE",
 }
 WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
+
+RATE = 1e-3, 1e5  # rows a second, of a stream
+NOISE = 0, 1000  # of demo data: far beyond hearing and seeing anything; float16 holds what it makes
+LARGEST = 2**31 - 1  # of a number: no count, rate, size or time needs more; 32 bits hold it
 
 # Flags of the first edition, and what to use now.
 GONE = {
@@ -86,8 +90,15 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         known = {option.replace("-", "_"): option for option in self._option_string_actions}
         args = list(sys.argv[1:] if args is None else args)
-        for i, arg in enumerate(args):
-            if arg.startswith("--"):
+        end = args.index("--") if "--" in args else len(args)
+        for i, arg in enumerate(args[:end]):
+            if arg in self._option_string_actions:
+                continue
+            if arg.startswith("-") and os.path.lexists(arg):
+                args[i] = f"./{arg}"  # a file: some of YouTube's ids begin so
+            elif re.match("-[^-]", arg) and not _is_number(arg):
+                self.error(f"{arg}: no such flag or file; write a new file as ./{arg}")
+            elif arg.startswith("--"):
                 name, equals, value = arg.partition("=")
                 args[i] = known.get(name.replace("-", "_"), name) + equals + value
         return super().parse_known_args(args, namespace)
@@ -187,33 +198,41 @@ def pair(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PAIRS)}")
 
 
-def _checked(kind, accepts, description: str):
-    """An argparse type: ``kind`` of the text, if ``accepts`` it."""
+def _is_number(text: str) -> bool:
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+def between(kind, low: float, high: float = LARGEST, more: bool = False):
+    """An argparse type: a number from ``low`` (``more``: greater than it) to ``high``."""
 
     def parse(text: str):
         value = kind(text)
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {description}")
+        if not low <= value <= high or (more and value == low):  # NaN is nowhere between
+            least = f"greater than {low}" if more else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{text} must be {least}, at most {high}")
         return value
 
-    parse.__name__ = f"{kind.__name__} {description}"
+    parse.__name__ = kind.__name__
     return parse
 
 
-number = _checked(float, math.isfinite, "a number")
+number = between(float, -LARGEST)
 
 
 def positive(kind):
-    return _checked(kind, lambda value: value > 0, "greater than 0")
+    return between(kind, 0, more=True)
 
 
 def not_negative(kind):
-    return _checked(kind, lambda value: value >= 0, "0 or more")
+    return between(kind, 0)
 
 
 # Of windows in a video: smaller ones would fill the memory, and show one row many times.
-window_seconds = _checked(float, lambda value: 0.1 <= value <= 1e5, "0.1 to 100000 seconds")
-window_stride = _checked(float, lambda value: 0.01 <= value <= 100, "0.01 to 100")
+window_seconds = between(float, 0.1, 1e5)
+window_stride = between(float, 0.01, 100)
 
 
 def letter(text: str) -> str:
