@@ -282,11 +282,12 @@ def main(argv=None):
         yield name, about | result, notices, lines
 
     # -------------------------------------------------------------------------------- the loop
-    protocols = {"youcook2": find_clips, "msrvtt": find_clips, "moments": find_moments}
+    protocols = dict.fromkeys(RETRIEVAL, find_clips) | dict.fromkeys(STEPS, find_steps)
+    protocols["moments"] = find_moments
     for name, store in stores.items():
         embedder.learn_words(store, () if name in RETRIEVAL else texts)
         try:
-            for key, result, notices, lines in protocols.get(name, find_steps)(name, store):
+            for key, result, notices, lines in protocols[name](name, store):
                 title = f"{run.name}: {title_of(store)}, {similarity}"
                 title = "; ".join(filter(None, [title, unfinished, *notices]))
                 print(printable(title), lines, sep="\n")

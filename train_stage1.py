@@ -19,8 +19,7 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 # ------------------------------------------------------------------------------------------ flags
-# Sizes, weights and schedule below are the published experiment's; similarity and temperature are
-# not: the published objective is --similarity dot. The demo preset is small, for two CPU cores.
+# The demo preset: small, for two CPU cores.
 DEMO = dict(
     batch_size=16,
     n_pair=8,
@@ -38,6 +37,8 @@ DEMO = dict(
 
 
 def get_parser():
+    """The defaults are the published experiment's sizes, weights and schedule. Similarity and
+    temperature are not: the published objective is --similarity dot."""
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     positive, not_negative = flags.positive, flags.not_negative
@@ -47,7 +48,7 @@ def get_parser():
         "--pair",
         type=flags.pair,
         required=True,
-        metavar="AV|VT|AT|AVT",
+        metavar="|".join(flags.PAIRS),
         help="modalities to align: A audio, V video, T text",
     )
     add(
@@ -177,7 +178,7 @@ def get_parser():
         help="of the encoders; losses and "
         "clustering are always fp32 (bf16 on GPUs that have it, else fp32)",
     )
-    add("--max_steps", type=positive(int), help="stop early; the schedule stays as it is")
+    add("--max_steps", type=positive(int), help="stop early; the schedule still spans --epochs")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder (runs/stage1-PAIR)")
@@ -214,6 +215,7 @@ def get_args(argv=None):
 
 
 def main(argv=None):
+    # Blocks that both stages have are the same lines in both files; tests/test_flags.py compares.
     args = get_args(argv)  # before torch is imported: --help answers at once
 
     import torch
@@ -334,7 +336,7 @@ def main(argv=None):
     step, run_id = 0, checkpoint.new_run_id()
     if resumed:
         step, run_id, state = resumed["step"], resumed["run_id"], resumed["training"]
-        model.load_state_dict(resumed["model"])
+        checkpoint.load_weights(folder, model, resumed["model"])
         checkpoint.load_optimizer(folder, optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         guard.load_state_dict(state["guard"])
@@ -424,7 +426,11 @@ def main(argv=None):
                 objective.limit_temperature()
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:
-                    row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+                    row = {
+                        "step": step,
+                        "epoch": epoch,
+                        "lr": max(group["lr"] for group in optimizer.param_groups),
+                    }
                     more = {"grad_norm": guard.norm, "skipped_steps": guard.skipped}
                     more |= objective.statistics() | objective.parts(terms)
                     more |= diagnose(objective, terms)

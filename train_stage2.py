@@ -5,8 +5,9 @@
     python train_stage2.py --add V --init runs/stage1-AT --stage1_encoders finetune
     python train_stage2.py --add T --max_steps 20           # a trial
 
-Stage 1's flags are the defaults here. To resume after an interruption, run the same command again.
-The run folder, runs/stage2-AV_T, holds the same files as stage 1's.
+Data, objective and batches are stage 1's by default (INHERITED below). To resume after an
+interruption, run the same command again. The run folder, runs/stage2-AV_T, holds the same files as
+stage 1's.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def get_parser():
         "--add",
         type=flags.letter,
         required=True,
-        metavar="A|V|T",
+        metavar="|".join(flags.MODALITIES),
         help="modality to add: A audio, V video, T text",
     )
     add("--init", type=Path, help="stage-1 run folder (the newest in runs/ that lacks --add)")
@@ -187,7 +188,7 @@ def get_parser():
         help="of the encoders; losses and "
         "clustering are always fp32 (bf16 on GPUs that have it, else fp32)",
     )
-    add("--max_steps", type=positive(int), help="stop early; the schedule stays as it is")
+    add("--max_steps", type=positive(int), help="stop early; the schedule still spans --epochs")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="run folder (runs/stage2-PAIR_ADDED)")
@@ -225,11 +226,12 @@ def get_args(argv=None, start=None):
         args = parser.parse_args(argv)
     args.word2vec = Path(args.word2vec) if args.word2vec else None
     args.data, args.preset, args.demo = flags.find_data(Path(args.data), preset)
-    flags.check(args, own_words="T" not in start["pair"])
+    flags.check(args, own_words="T" not in start["modalities"])
     return args
 
 
 def main(argv=None):
+    # Blocks that both stages have are the same lines in both files; tests/test_flags.py compares.
     args = get_args(argv)  # before torch is imported: --help answers at once
 
     import torch
@@ -265,7 +267,7 @@ def main(argv=None):
     learnt = start.get("training", {}).get("objective", {}).get("log_scale")
     if learnt is not None:  # stage 2 begins with the temperature that stage 1 has learnt
         start["args"]["temperature"] = round(math.exp(-float(learnt)), 6)
-    args = get_args(argv, start["args"])
+    args = get_args(argv, start["args"] | {"modalities": pair})
     # A retrained stage 1, or one that has gone on, is another start: not resumed from.
     args.init, args.init_run_id, args.init_step = init, start["run_id"], start["step"]
     args.first_epoch = start["args"]["epochs"]
@@ -287,7 +289,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------- run and data
     name = f"stage2-{pair}_{args.add}{'-demo' if args.demo else ''}"
     folder = args.out or Path("runs") / name
-    inputs.check_gensim(args, init, folder)
+    if "T" in modalities:
+        inputs.check_gensim(args, init, folder)
     video_dims = start["sizes"]["video_dims"] if "V" in pair else None
     store = inputs.open_store(args, modalities, video_dims)
     video_dims = video_dims or streams_of("V", store.dims)
@@ -295,8 +298,10 @@ def main(argv=None):
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
-    words = inputs.open_words(args, store, init, folder, bool(resumed))
-    word_vectors = torch.from_numpy(words.vectors).to(device)
+    words = (
+        inputs.open_words(args, store, init, folder, bool(resumed)) if "T" in modalities else None
+    )
+    word_vectors = torch.from_numpy(words.vectors).to(device) if words else None
     reader = ClipReader(
         store,
         modalities,
@@ -323,11 +328,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     sizes = start["sizes"] | {"modalities": modalities, "video_dims": video_dims}
     sizes["recon_dim"] = start["args"]["recon_dim"] if args.recon_weight else 0
-    if "T" not in pair:
+    if args.add == "T":
         sizes["word_dim"] = words.dim
     model = MCN(**sizes, checkpoint_activations=args.checkpoint_activations).to(device)
     known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads come or go
-    model.load_state_dict({key: start["model"][key] for key in known}, strict=False)
+    weights = {key: start["model"][key] for key in known}
+    checkpoint.load_weights(init, model, weights, strict=False)
     frozen = args.stage1_encoders == "frozen"
     if frozen:
         model.freeze(MODALITIES[letter].name for letter in pair)
@@ -374,7 +380,7 @@ def main(argv=None):
     step, run_id = 0, checkpoint.new_run_id()
     if resumed:
         step, run_id, state = resumed["step"], resumed["run_id"], resumed["training"]
-        model.load_state_dict(resumed["model"])
+        checkpoint.load_weights(folder, model, resumed["model"])
         checkpoint.load_optimizer(folder, optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         guard.load_state_dict(state["guard"])
@@ -464,7 +470,11 @@ def main(argv=None):
                 objective.limit_temperature()
                 log.count(step, n_clips)
                 if step % args.log_every == 0 or step == last_step:
-                    row = {"step": step, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+                    row = {
+                        "step": step,
+                        "epoch": epoch,
+                        "lr": max(group["lr"] for group in optimizer.param_groups),
+                    }
                     more = {"grad_norm": guard.norm, "skipped_steps": guard.skipped}
                     more |= objective.statistics() | objective.parts(terms)
                     more |= diagnose(objective, terms)

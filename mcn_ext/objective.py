@@ -173,7 +173,7 @@ class Objective(nn.Module):
 
     def statistics(self) -> dict[str, float]:
         """Numbers for log.jsonl: of the clusters, and a learnt temperature."""
-        learnt = {} if self.log_scale is None else {"temperature": float(self.temperature)}
+        learnt = {} if self.log_scale is None else {"temperature": float(self.temperature.detach())}
         return {**(self.clusters.statistics if self.clusters else {}), **learnt}
 
     @torch.no_grad()

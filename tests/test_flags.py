@@ -98,7 +98,7 @@ def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/word2vec.bin").touch()
     for pair, words in (("AT", None), ("AV", Path("data/word2vec.bin"))):
-        assert STAGE2.get_args(["--add", "V"], first | {"pair": pair}).word2vec == words
+        assert STAGE2.get_args(["--add", "V"], first | {"modalities": pair}).word2vec == words
     # Another similarity has another scale.
     assert STAGE2.get_args(["--add", "T", "--similarity", "dot"], first).temperature == 1.0
 

@@ -82,7 +82,7 @@ class Shard:
                 self.offsets[name] = self._offset(file, name, len(data))
                 self.rates[name] = rate = float(file[name].attrs.get("rate_hz", np.nan))
                 if not 0 < rate < 1e6:
-                    raise self.error(name, f"attribute rate_hz is {rate}")
+                    raise self.error(name, f"attribute rate_hz is {rate} or missing")
             if self.dims.get("mel", N_MELS) != N_MELS:
                 raise self.error("mel/data", f"{self.dims['mel']} columns, expected {N_MELS}")
             kinds = {"start": np.float32, "end": np.float32, "text": str}

@@ -57,7 +57,7 @@ class Embedder:
             self.word2vec = None
         self.device, self.batch_size = distributed.init(args.device), args.batch_size
         self.model = MCN(**self.sizes).to(self.device).eval()
-        self.model.load_state_dict(self.content["model"])
+        checkpoint.load_weights(self.run, self.model, self.content["model"])
         # Of published weights, to which whole clips and sentences are filled up.
         self.padding = self.content.get("padding")
         self.counts = defaultdict(lambda: np.zeros(2, int))

@@ -40,9 +40,9 @@ def asked(
         for queries, candidates in product(sets, sets)
         if not set(queries) & set(candidates)
     ]
-    directions = [d for d in MAIN if d in every]
-    if all_directions:
-        directions += [d for d in every if d not in MAIN]
+    customary = [d for d in every if d in MAIN or d.startswith("text->")]
+    directions = every if all_directions else customary or every
+    directions = sorted(directions, key=lambda d: MAIN.index(d) if d in MAIN else len(MAIN))
     return [
         (direction, fusion)
         for direction, fusion in product(directions, fusions)

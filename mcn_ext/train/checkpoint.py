@@ -251,6 +251,18 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     return content
 
 
+def load_weights(folder: Path, model: torch.nn.Module, state: dict, strict: bool = True) -> None:
+    """Load a run's weights; SystemExit if they are of another model, which code has changed."""
+    try:
+        model.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        found = " ".join(str(error).split())[:300]
+        raise SystemExit(
+            f"{folder}: its weights do not fit this model ({found}); train anew with --no-resume "
+            "(keeps the old folder) or another --out"
+        ) from None
+
+
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimiser's state. SystemExit if it is of another optimiser, or one of other settings
     than the learning rate, which the schedule sets: torch would go on with the old ones."""

@@ -189,7 +189,7 @@ class Guard:
             "skipped": why,
             "in_a_row": self.in_a_row,
             "gradient_norm": str(self.norm),
-            "terms": {name: str(value) for name, value in self.objective.parts(terms).items()},
+            "terms": {name: str(value) for name, value in self._terms(terms).items()},
             "weights": some(not_finite(named)),
             "gradients": gradients,
             "clips": merge(distributed.gather_objects(clips)),
@@ -198,6 +198,11 @@ class Guard:
         if distributed.rank() == 0:
             say(self.report(step, row))
         return row
+
+    def _terms(self, terms: Terms) -> dict[str, float]:
+        """All terms of a step and their sum, in which a term may be that only the script has."""
+        total = float(distributed.total(terms.total.detach())) / distributed.world()
+        return self.objective.parts(terms) | {"total": total}
 
     def give_up(self, step: int) -> None:
         """SystemExit after MAX_BAD_STEPS bad steps in a row."""

@@ -129,6 +129,10 @@ class RunLog:
         if self.args["recon_weight"]:
             weight = self.args["recon_weight"]
             parts.append(f"{weight:g} x reconstruction {terms['reconstruction']:.4f}")
+        known = terms["contrastive"] + self.args["cluster_weight"] * terms["cluster"]
+        rest = terms["total"] - known - self.args["recon_weight"] * terms["reconstruction"]
+        if abs(rest) > 1e-4 * abs(terms["total"]):  # of a term of your own
+            parts.append(f"others {rest:.3f}")
         return f"loss {terms['total']:.3f} = {' + '.join(parts)}"
 
     def warn_once(self, step: int, signs: list[str]) -> None:

@@ -66,7 +66,7 @@ def build(dump: dict) -> tuple[MCN, Objective]:
     trained = [name for name in names if name not in model.frozen]
     options = {name: args[name] for name in OBJECTIVE}
     learnt = dump.get("objective", {})
-    objective = Objective(names, trained, learn_temperature=bool(learnt), **options)
+    objective = Objective(names, trained, learn_temperature="log_scale" in learnt, **options)
     objective.load_state_dict(learnt)
     if objective.clusters:
         objective.clusters.centroids = dump["centroids"]
