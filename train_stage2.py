@@ -212,7 +212,8 @@ def get_parser():
 
 
 def get_args(argv=None, start=None):
-    """``start``: the flags of the run that stage 2 starts from, which become defaults."""
+    """``start``: the flags of the run that stage 2 starts from, which become defaults, and its
+    "modalities"."""
     parser = get_parser()
     args = parser.parse_args(argv)
     if start is None:

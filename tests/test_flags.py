@@ -91,6 +91,7 @@ def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.h5").touch()
     first = flags.as_dict(parse("--data", "x.h5", "--temperature", 0.2, "--min_time", 0.5))
+    first["modalities"] = "AV"
     args = STAGE2.get_args(["--add", "T", "--temperature", "0.3"], first)
     assert (args.data, args.min_time, args.temperature) == (Path("x.h5"), 0.5, 0.3)
     assert (args.epochs, args.preset, args.demo) == (10, "paper", False)

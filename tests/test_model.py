@@ -124,4 +124,4 @@ def test_a_learnt_temperature_is_a_parameter_within_limits():
     with torch.no_grad():
         scale.fill_(9.0)
     learnt.limit_temperature()  # 1 / temperature is at most 100
-    assert float(learnt.temperature) == pytest.approx(0.01)
+    assert learnt.temperature.item() == pytest.approx(0.01)
