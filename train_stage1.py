@@ -279,7 +279,7 @@ def main(argv=None):
     loader = make_loader(clips, sampler, workers, device)
     n_clips = args.batch_size * args.n_pair
     sample = inputs.read_sample(clips)  # what the checks before the first step look at
-    inputs.check_content(sample, store, words)
+    inputs.check_content(sample, store, words, refuse=not resumed)
     memory.warn_of_shared_memory(sample, n_clips // world, workers)
 
     # ------------------------------------------------------------------------ model and objective
@@ -294,8 +294,6 @@ def main(argv=None):
         checkpoint_activations=args.checkpoint_activations,
     ).to(device)
     model.train()
-    if device.type == "cpu":
-        memory.check(model, sample, n_clips // world, word_vectors)
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,
         trained=model.modalities,
@@ -366,11 +364,16 @@ def main(argv=None):
     if step >= last_step:
         if rank == 0 and not (folder / "curves.png").exists():  # killed before it was drawn
             curves(folder)
+        longer = "raise or leave out --max_steps"
+        if step >= total_steps:
+            longer = "start a run with more --epochs and another --out"
         say(
-            f"{folder} is at step {step} of {total_steps}: nothing to do. To train longer, start a "
-            f"run with more --epochs and another --out. {hint}"
+            f"{folder} is at step {step} of {total_steps}: nothing to do. To train longer, "
+            f"{longer}. {hint}"
         )
         return distributed.finish()
+    if device.type == "cpu":
+        memory.check(model, sample, n_clips // world, word_vectors)
 
     # ------------------------------------------------------------------------------ several ranks
     net = model

@@ -296,6 +296,8 @@ def main(argv=None):
     store = inputs.open_store(args, modalities, video_dims)
     video_dims = video_dims or streams_of("V", store.dims)
     args.data_id = inputs.identify(store)  # a run goes on with the data that it began with
+    if start["args"].get("data_id", args.data_id) != args.data_id:
+        say(f"WARNING: {args.data} holds other data than those that {init} was trained on")
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
@@ -322,7 +324,7 @@ def main(argv=None):
     loader = make_loader(clips, sampler, workers, device)
     n_clips = args.batch_size * args.n_pair
     sample = inputs.read_sample(clips)  # what the checks before the first step look at
-    inputs.check_content(sample, store, words)
+    inputs.check_content(sample, store, words, refuse=not resumed)
     memory.warn_of_shared_memory(sample, n_clips // world, workers)
 
     # ------------------------------------------------------------------------ model and objective
@@ -339,8 +341,6 @@ def main(argv=None):
     if frozen:
         model.freeze(MODALITIES[letter].name for letter in pair)
     model.train()
-    if device.type == "cpu":
-        memory.check(model, sample, n_clips // world, word_vectors)
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,
         trained=[MODALITIES[args.add].name] if frozen else model.modalities,
@@ -411,11 +411,16 @@ def main(argv=None):
     if step >= last_step:
         if rank == 0 and not (folder / "curves.png").exists():  # killed before it was drawn
             curves(folder)
+        longer = "raise or leave out --max_steps"
+        if step >= total_steps:
+            longer = "start a run with more --epochs and another --out"
         say(
-            f"{folder} is at step {step} of {total_steps}: nothing to do. To train longer, start a "
-            f"run with more --epochs and another --out. {hint}"
+            f"{folder} is at step {step} of {total_steps}: nothing to do. To train longer, "
+            f"{longer}. {hint}"
         )
         return distributed.finish()
+    if device.type == "cpu":
+        memory.check(model, sample, n_clips // world, word_vectors)
 
     # ------------------------------------------------------------------------------ several ranks
     net = model

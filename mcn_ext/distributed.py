@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,13 @@ def gather_objects(value) -> list:
     return values
 
 
+def fail(message: str) -> NoReturn:
+    """SystemExit on all ranks, which call this together. They leave the group first: a rank whose
+    peers have gone would be aborted."""
+    finish()
+    raise SystemExit(message)
+
+
 def check_equal(what: str, mine: Mapping[str, object]) -> None:
     """SystemExit, on every rank, that names the entries of ``mine`` in which ranks differ."""
     everyone = gather_objects(dict(mine))
@@ -138,7 +146,7 @@ def check_equal(what: str, mine: Mapping[str, object]) -> None:
             values = (f"{value} (rank {', '.join(map(str, n))})" for value, n in ranks.items())
             differences.append(f"{key} {' / '.join(values)}")
     if differences:
-        raise SystemExit(
+        fail(
             f"ranks were started with unlike {what}: {'; '.join(differences)}. Start all of them "
             "with the same"
         )

@@ -111,10 +111,12 @@ def no_pictures(monkeypatch):
 
 
 def command_line(*parts):
-    """Words of a command: a string is split at its spaces, anything else (a path) is one word."""
+    """Words of a command. The first string and those that begin with a flag are split at their
+    spaces; anything else (a path, a sentence) is one word."""
     words = []
     for part in parts:
-        words += part.split() if isinstance(part, str) else [str(part)]
+        typed = isinstance(part, str) and (not words or part.startswith("-"))
+        words += part.split() if typed else [str(part)]
     return words
 
 

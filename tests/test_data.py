@@ -171,7 +171,7 @@ def test_words_from_every_format_agree(tmp_path, store_path, caplog):
     assert holed.words == sorted(set(WORDS) - {"boil"}) and np.isfinite(holed.vectors).all()
     assert "vectors of 1 words are not finite and are left out: boil" in caplog.text
     (tmp_path / "broken.bin").write_bytes(b"not vectors")
-    with pytest.raises(SystemExit, match="broken.bin: not a word2vec file"):
+    with pytest.raises(SystemExit, match="broken.bin: not word vectors"):
         vectors_for(store, tmp_path / "broken.bin", None)
 
 

@@ -92,8 +92,9 @@ def test_what_is_there_is_said_before_numbers_are(tmp_path, monkeypatch, what, l
     done = call(*command, cwd=tmp_path, check=False)
     n = round(40 * (1 - lacking))
     assert f"{what} in {n} of 40 ({n / 40:.0%})" in done.stdout
-    assert (f"WARNING: {what} in less than half" in done.stdout) == (lacking == 0.6)
-    assert (f"{what} in less than a tenth" in done.stderr) == stops == ("R@1" not in done.stdout)
+    only = f"only {1 - lacking:.0%} with {what}"
+    assert (f"WARNING: {only}" in done.stdout) == (lacking == 0.6)
+    assert (f"{only}: too few" in done.stderr) == stops == ("R@1" not in done.stdout)
     monkeypatch.setenv("MCN_ANYWAY", "1")
     assert not stops or "R@1" in call(*command, cwd=tmp_path).stdout
 

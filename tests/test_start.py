@@ -12,9 +12,10 @@ import torch
 
 from mcn_ext.data.batch import collate
 from mcn_ext.data.clips import PREFETCH, ClipReader, TrainingClips
+from mcn_ext.data.shares import ANYWAY
 from mcn_ext.data.store import Store
 from mcn_ext.model import MCN
-from mcn_ext.train import checkpoint, inputs, memory
+from mcn_ext.train import checkpoint, memory
 from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, STREAMS, call, write_store
 
@@ -115,11 +116,11 @@ def test_content_is_said_and_too_little_of_it_ends_the_run(tmp_path, monkeypatch
         return call(*STAGE1, "--data", store, "--out", store.stem, cwd=tmp_path, check=False)
 
     some = start(4)
-    assert "clips with video 100%, clips with audio 75%" in some.stdout
+    assert "of 64 clips looked at: 100% with video, 75% with audio" in some.stdout
     assert "WARNING" not in some.stdout
     none = start(1)
     assert none.returncode == 1 and "only 0% clips with audio: too few" in none.stderr
-    monkeypatch.setenv(inputs.ANYWAY, "1")
+    monkeypatch.setenv(ANYWAY, "1")
     assert "WARNING: only 0% clips with audio" in start(1).stdout
 
 

@@ -251,7 +251,6 @@ class TrainingClips(torch.utils.data.Dataset):
         self.reader, self.n_pair, self.min_time, self.seed = reader, n_pair, min_time, seed
         store = reader.store
         self.videos = np.flatnonzero(store.caption_counts())
-        self.n_without_captions = len(store) - len(self.videos)
 
     def __len__(self) -> int:
         return len(self.videos)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,13 +15,13 @@ from mcn_ext import distributed
 from mcn_ext.console import printable
 from mcn_ext.data.batch import fill_up
 from mcn_ext.data.clips import ClipReader, collate, lacking_streams, to_device
+from mcn_ext.data.shares import judge
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import WordVectors, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
 from mcn_ext.train import checkpoint, flags
 
-WORDS = "words.npz"  # in a run folder
 AUDIO_FRAMES = 5120  # as published: up to 51 s of a clip are heard in evaluation
 
 
@@ -44,11 +43,11 @@ class Embedder:
         self.words = None  # that the text encoder was trained on, and that are learnt since
         if "T" in self.sizes["modalities"]:
             try:
-                self.words = WordVectors.load(self.run / WORDS)
+                self.words = WordVectors.load(self.run / checkpoint.WORDS)
             except Exception as error:  # damage makes zip and numpy raise a dozen types
                 raise SystemExit(
-                    f"--run {self.run}: {WORDS}, the words the text encoder was trained on, cannot "
-                    f"be read from it ({error}); is it the run's own folder?"
+                    f"--run {self.run}: {checkpoint.WORDS}, the words the text encoder was trained "
+                    f"on, cannot be read from it ({error}); is it the run's own folder?"
                 ) from error
         self.word2vec = self.words and self.args["word2vec"] and Path(self.args["word2vec"])
         if self.word2vec and not self.word2vec.exists():
@@ -64,20 +63,19 @@ class Embedder:
 
     def say_shares(self, where: object) -> None:
         """Print how much of what was embedded since the last time has content, by modality; a text
-        has, if one of its words is known. Warns below a half; SystemExit below a tenth, whose
-        numbers say nothing of the rest, unless MCN_ANYWAY is set in the environment."""
-        rows = {name: (n, of, n / max(of, 1)) for name, (n, of) in self.counts.items()}
+        has, if one of its words is known. Too little is a warning or a SystemExit, since numbers
+        of a few say nothing of the rest: :func:`mcn_ext.data.shares.judge`."""
+        shares = {f"with {name}": n / max(of, 1) for name, (n, of) in self.counts.items()}
+        counts = ", ".join(
+            f"{name} in {n} of {of} ({n / max(of, 1):.0%})" for name, (n, of) in self.counts.items()
+        )
         self.counts.clear()
-        counts = [f"{name} in {n} of {of} ({share:.0%})" for name, (n, of, share) in rows.items()]
-        print(printable(f"{where}: {', '.join(counts)}"))
-        for name, (*_, share) in rows.items():
-            if share < 0.1 and not os.environ.get("MCN_ANYWAY"):
-                raise SystemExit(
-                    f"{where}: {name} in less than a tenth. Are these the right features, captions "
-                    "and word vectors? To evaluate all the same, set MCN_ANYWAY=1"
-                )
-            if share < 0.5:
-                print(f"WARNING: {name} in less than half")
+        print(printable(f"{where}: {counts}"))
+        error, warnings = judge(shares)
+        if error:
+            raise SystemExit(f"{where}: {error}")
+        for warning in warnings:
+            print(f"WARNING: {warning}")
 
     def check(self, store: Store, flag: str) -> None:
         """SystemExit if the model cannot read the store, named by ``flag`` and its path."""

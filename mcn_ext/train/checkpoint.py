@@ -20,6 +20,7 @@ from mcn_ext.train.log import replace, say
 
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 DAMAGED = "checkpoint.damaged.pt"
+WORDS = "words.npz"  # the word vectors that a run was trained on
 FORMAT = 1
 # Flags that change neither the model nor what it is shown, or are remedies: they may differ when a
 # run is resumed.
@@ -176,7 +177,7 @@ def lock(folder: Path) -> None:
         except SystemExit as error:
             why = str(error)
     if why := distributed.broadcast_object(why):
-        raise SystemExit(why)
+        distributed.fail(why)
 
 
 def new_run_id() -> str:
@@ -203,11 +204,12 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
                 while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
                     number += 1
                 shutil.move(folder, aside)
+                say(f"{folder}, which was there, is {aside} now")
             content = _recover(folder)
         except SystemExit as error:
             why = str(error)
     if why := distributed.broadcast_object(why):
-        raise SystemExit(why)
+        distributed.fail(why)
     if distributed.rank() != 0 and (folder / LATEST).exists():
         try:
             content = load(folder / LATEST)  # what rank 0 has found good
@@ -215,14 +217,14 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
             say(str(error))
     seen = distributed.gather_objects(content and (content["run_id"], content["step"]))
     if any(other != seen[0] for other in seen):
-        raise SystemExit(
+        distributed.fail(
             f"ranks see different checkpoints in {folder}: put --out on a disk that all of them "
             "share, and start them in the same folder"
         )
     if content is None:
         return None
     if "training" not in content:
-        raise SystemExit(
+        distributed.fail(
             f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
             "can go on; train anew with --no-resume or another --out"
         )
@@ -244,7 +246,7 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     if old.get("data_id", args.get("data_id")) != args.get("data_id"):
         changed.append(f"other data (--data {args['data']} has been prepared anew since)")
     if changed:
-        raise SystemExit(
+        distributed.fail(
             f"{folder} holds a run with {', '.join(changed)}. To go on with it, give the same "
             "flags; to train anew, --no-resume (keeps the old folder) or another --out"
         )
@@ -277,7 +279,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) 
     if sizes[0] != sizes[1]:
         differences.add(f"groups of {sizes[0]} parameters (now {sizes[1]})")
     if differences:
-        raise SystemExit(
+        distributed.fail(
             f"{folder} holds a run of another optimiser: {', '.join(sorted(differences))}. Train "
             "anew with --no-resume (keeps the old folder) or another --out"
         )

@@ -6,6 +6,7 @@ import sys
 from math import nan
 from pathlib import Path
 
+from mcn_ext.console import printable
 from mcn_ext.modalities import MODALITIES
 
 COLOURS = {row.name: row.colour for row in MODALITIES.values()}
@@ -133,7 +134,7 @@ def curves(run: Path) -> Path | None:
         panels["grad_norm"].axvline(step, color="tab:red", linewidth=0.8)
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.suptitle(run.name)
+    figure.suptitle(printable(run.name))
     path = _save(figure, run / "curves.png")
     plt.close(figure)
     return path

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -157,7 +158,14 @@ def run(main) -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except Exception as error:
+            from mcn_ext.data.store_file import StoreError  # it loads h5py: --help does not wait
+
+            if not isinstance(error, StoreError):
+                raise
+            raise SystemExit(str(error)) from None
     except SystemExit as error:
         if isinstance(error.code, str):
             _after_the_first()
@@ -292,7 +300,8 @@ def next_command(folder: Path, modalities: str, named: bool) -> str:
     """What to run after a stage; ``named``: with its folder, which is not the default one."""
     missing = next((m for m in MODALITIES if m not in modalities), None)
     script = f"train_stage2.py --add {missing}" if missing else "evaluate.py --youcook2"
-    where = f" --{'init' if missing else 'run'} {folder}" if named else ""
+    named = named or (folder.name.endswith("-demo") and real_data() is not None)
+    where = f" --{'init' if missing else 'run'} {shlex.quote(str(folder))}" if named else ""
     return f"Next: python {script}{where}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mcn_ext import __version__, distributed
 from mcn_ext.data.clips import TrainingClips, collate, lacking_streams
+from mcn_ext.data.shares import ANYWAY, judge
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import (
     WordVectors,
@@ -23,6 +24,7 @@ from mcn_ext.data.words import (
 from mcn_ext.modalities import MODALITIES, PAIRS
 from mcn_ext.objective import Objective
 from mcn_ext.train import flags
+from mcn_ext.train.checkpoint import WORDS
 from mcn_ext.train.log import say
 
 DEMO_BANNER = "\n".join(
@@ -32,10 +34,7 @@ DEMO_BANNER = "\n".join(
         "=" * 78,
     ]
 )
-WORDS = "words.npz"  # in a run folder
-SAMPLE = 16  # videos that are looked at before the first step
-ANYWAY = "MCN_ANYWAY"
-
+SAMPLE = 256  # clips that are looked at before the first step
 
 # Flags that ranks may differ in: places, which are each machine's own.
 OWN_FLAGS = {"device", "workers", "data", "word2vec", "init"}
@@ -46,7 +45,7 @@ def check_ranks(args: argparse.Namespace) -> None:
     train a model of its own, or wait for the others in vain."""
     mine = {f"--{key}": value for key, value in flags.as_dict(args).items() if key not in OWN_FLAGS}
     mine |= {"torch": torch.__version__, "mcn_ext": __version__}
-    mine["MCN_LOSS"] = os.environ.get("MCN_LOSS")
+    mine |= {name: os.environ.get(name) for name in ("MCN_LOSS", ANYWAY)}
     distributed.check_equal("flags or versions", mine)
 
 
@@ -170,39 +169,49 @@ def open_words(
 
 
 def read_sample(clips: TrainingClips) -> dict[str, Tensor]:
-    """The clips of some videos from all over the store, as one batch: what the checks before the
-    first step look at."""
-    videos = np.linspace(0, len(clips) - 1, min(SAMPLE, len(clips))).astype(int)
-    return collate([clips[0, int(video)] for video in videos])
+    """About SAMPLE clips of videos drawn at random, the same on every rank, as one batch: what the
+    checks before the first step look at."""
+    n = min(SAMPLE, len(clips))
+    videos = np.random.default_rng(0).choice(len(clips), n, replace=False)
+    few = TrainingClips(
+        clips.reader,
+        n_pair=min(clips.n_pair, -(-SAMPLE // n)),
+        min_time=clips.min_time,
+        seed=clips.seed,
+    )
+    return collate([few[0, int(video)] for video in sorted(videos)])
 
 
-def check_content(sample: dict[str, Tensor], store: Store, words: WordVectors | None) -> None:
+def check_content(
+    sample: dict[str, Tensor], store: Store, words: WordVectors | None, refuse: bool
+) -> None:
     """Say how many clips have each modality, and how many words of the captions are known; warn
-    where it is less than half, SystemExit where it is less than a tenth."""
+    where it is less than half. SystemExit, if ``refuse``, where it is less than a tenth."""
     shares = {
         f"clips with {key[6:]}": float(valid.float().mean())
         for key, valid in sample.items()
         if key.startswith("valid.")
     }
+    say(
+        f"  of {len(sample['clip_id'])} clips looked at: "
+        + ", ".join(f"{share:.0%} {name[6:]}" for name, share in shares.items())
+    )
+    # A pass over up to 200,000 captions, which one rank makes.
     known = words and distributed.broadcast_object(
         coverage(store, words) if distributed.rank() == 0 else None
     )
-    lines = [f"  {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}"]
     if known:
         shares["captions with a known word"] = 1 - known.n_without / max(1, known.n_captions)
-        lines.append(
-            f"  words: {known.n_known:,} of {known.n_words:,} known ({words.source}), captions "
-            f"without any: {known.n_without:,} of {known.n_captions:,}"
+        source = words.source.partition(" #")[0]  # what follows tells versions of the file apart
+        say(
+            f"  words: {known.n_known:,} of {known.n_words:,} known ({source}), captions without "
+            f"any: {known.n_without:,} of {known.n_captions:,}"
         )
-    say("\n".join(lines))
-    for name, share in shares.items():
-        if share < 0.1 and not os.environ.get(ANYWAY):
-            raise SystemExit(
-                f"only {share:.0%} {name}: too few to learn from. Are these the right features or "
-                f"word vectors? To train all the same, set {ANYWAY}=1 in the environment"
-            )
-        if share < 0.5:
-            say(f"WARNING: only {share:.0%} {name}")
+    error, warnings = judge(shares, refuse)
+    if error:
+        distributed.fail(f"--data {store.path}: {error}")
+    for warning in warnings:
+        say(f"WARNING: {warning}")
 
 
 def warn_of_clusters(objective: Objective, n_clips: int, total_steps: int) -> None:
