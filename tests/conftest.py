@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -111,12 +112,10 @@ def no_pictures(monkeypatch):
 
 
 def command_line(*parts):
-    """Words of a command. The first string and those that begin with a flag are split at their
-    spaces; anything else (a path, a sentence) is one word."""
+    """Words of a command: a string is split as a shell does, anything else (a path) is a word."""
     words = []
     for part in parts:
-        typed = isinstance(part, str) and (not words or part.startswith("-"))
-        words += part.split() if typed else [str(part)]
+        words += shlex.split(part) if isinstance(part, str) else [str(part)]
     return words
 
 

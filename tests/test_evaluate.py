@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 
 import numpy as np
 import pytest
@@ -131,8 +132,8 @@ def test_no_text_of_the_data_ends_a_command_or_steers_the_terminal(tmp_path, enc
     common = ("--run", "run", "--device", "cpu")
     commands = [
         ("evaluate.py", "--moments", store, *common),
-        ("-m", "mcn_ext.search", "--store", store, "--json", "f.json", *common, UGLY),
-        ("-m", "mcn_ext.search", "--store", store, *common, "\x1b[2J é nothing"),  # fails
+        ("-m", "mcn_ext.search", "--store", store, "--json", "f.json", *common, shlex.quote(UGLY)),
+        ("-m", "mcn_ext.search", "--store", store, *common, "'\x1b[2J é nothing'"),  # fails
         ("evaluate.py", "--youcook2", f"{store}\x1b[2J", *common),  # fails
         ("-m", "mcn_ext.report", "run\x1b[2J"),  # fails
     ]

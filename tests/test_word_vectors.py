@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import shlex
 import struct
 import unicodedata
 
@@ -113,7 +114,7 @@ def test_search_says_which_words_are_unknown(tmp_path, store_path):
     call("train_stage1.py", "--pair", "VT", "--data", store_path, *SMALL, *options, cwd=tmp_path)
     search = ["-m", "mcn_ext.search", "--store", store_path, "--run", tmp_path / "run"]
     asked, env = f"{WORDS[0].upper()} the quux", {"PYTHONPATH": str(ROOT)}
-    said = run(*search, asked, cwd=tmp_path, env=env).stdout
+    said = run(*search, shlex.quote(asked), cwd=tmp_path, env=env).stdout
     assert "unknown words, which are left out: quux, the\n" in said
 
 
