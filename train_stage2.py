@@ -325,7 +325,7 @@ def main(argv=None):
     n_clips = args.batch_size * args.n_pair
     sample = inputs.read_sample(clips)  # what the checks before the first step look at
     inputs.check_content(sample, store, words, refuse=not resumed)
-    memory.warn_of_shared_memory(sample, n_clips // world, workers)
+    memory.check_shared_memory(sample, n_clips // world, workers)
 
     # ------------------------------------------------------------------------ model and objective
     torch.manual_seed(args.seed)

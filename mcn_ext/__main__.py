@@ -8,6 +8,7 @@ import sys
 import torch
 
 from mcn_ext import __version__, ops
+from mcn_ext.train import flags
 
 
 def main() -> int:
@@ -46,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.run(main)

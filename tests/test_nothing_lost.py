@@ -124,6 +124,7 @@ FILES += [b"new\nline.mp4", b"cr\rx.mp4", b"http:x.mp4", b"gone.mp4", b"\\xe9.mp
 @given(st.sets(st.sampled_from(FILES), min_size=1))
 @QUICK
 def test_every_media_file_is_in_the_store_or_listed(tmp_path_factory, sound_alone, capsys, names):
+    pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("media")
     (folder / "v/sub").mkdir(parents=True)
     (folder / "v/loop").symlink_to(folder / "v")

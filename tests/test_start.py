@@ -168,23 +168,24 @@ def test_the_estimate_is_of_what_backward_keeps(store_path):
     assert 0.7 < (estimate - learnt) / memory.PEAK / held < 1.5
 
 
-def test_a_lack_of_shared_memory_is_said(store_path, monkeypatch, capsys):
+def test_a_lack_of_shared_memory_ends_the_run(store_path, monkeypatch):
     batch = collate([clips_of(store_path)[0, i] for i in range(3)])
-    held = sum(x.nbytes for x in batch.values())
-    needed = 2 * (PREFETCH + 1) * held
+    needed = 2 * (PREFETCH + 1) * sum(x.nbytes for x in batch.values())
 
-    def said(free, workers=2):
+    def check(free, workers=2):
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage)
-        memory.warn_of_shared_memory(batch, 12, workers)
-        return capsys.readouterr().out
+        memory.check_shared_memory(batch, 12, workers)
 
-    assert said(needed) == said(0, workers=0) == ""
-    text = said(needed - 1)
-    assert "--workers 2 on 1 rank(s) keep up to 0.00 GB of batches in shared" in text
-    assert "Use --workers 1, or, in a container, docker run --shm-size 1g" in text
+    check(needed), check(0, workers=0)
+    advice = "Use --workers 1, or, in a container, docker run --shm-size 1g"
+    with pytest.raises(SystemExit, match=f"--workers 2 on 1 rank.* keep up to 0.00 GB.*{advice}"):
+        check(needed - 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "on 2 rank(s)" in said(needed)
+    with pytest.raises(SystemExit, match="on 2 rank"):
+        check(needed)
+    monkeypatch.setenv(ANYWAY, "1")
+    check(0)
 
 
 def test_a_store_without_captions_is_named(tmp_path, store_path):

@@ -25,6 +25,7 @@ from mcn_ext.modalities import MODALITIES, streams_of
 
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
 SILENCE_DB = 0.1
+LONGEST_WAIT = 600  # seconds for a batch: a worker that has lost one never sends it
 PREFETCH = 2  # batches of a worker read ahead
 
 
@@ -305,6 +306,7 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         prefetch_factor=PREFETCH if workers else None,
+        timeout=LONGEST_WAIT if workers else 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # workers' seeds: not from the model's random numbers
     )

@@ -160,9 +160,17 @@ def run(main) -> None:
     try:
         try:
             sys.exit(main())
+        except BrokenPipeError:  # of `| head`: what it wanted to read is written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
         except Exception as error:
             from mcn_ext.data.store_file import StoreError  # it loads h5py: --help does not wait
 
+            if "out of shared memory" in str(error) or "DataLoader timed out" in str(error):
+                raise SystemExit(
+                    f"{error}. Its workers need shared memory (/dev/shm): lower --workers, or, in "
+                    "a container, raise docker run --shm-size. To resume, run the same command"
+                ) from None
             if not isinstance(error, StoreError):
                 raise
             raise SystemExit(str(error)) from None

@@ -15,7 +15,6 @@ from mcn_ext.data.batch import to_device
 from mcn_ext.data.clips import PREFETCH
 from mcn_ext.data.shares import ANYWAY
 from mcn_ext.model import MCN
-from mcn_ext.train.log import say
 
 TRIED = 4  # clips of the forward pass by which a step's memory is estimated
 # Peak memory of a step on a CPU, in units of what its forward pass keeps for backward: 3.9
@@ -29,23 +28,23 @@ def _ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def warn_of_shared_memory(sample: Mapping[str, Tensor], n_clips: int, workers: int) -> None:
-    """Say if the batches read ahead on this machine may not fit into /dev/shm.
+def check_shared_memory(sample: Mapping[str, Tensor], n_clips: int, workers: int) -> None:
+    """SystemExit if the batches read ahead on this machine do not fit into /dev/shm: a worker that
+    finds no memory there loses its batch, and the run waits for it. All ranks call this.
 
-    sample: some clips as :func:`.collate` returns them. n_clips: of a batch on a rank. A worker
-    that finds no memory there ends with a bus error, which names nothing.
+    sample: some clips as :func:`.collate` returns them. n_clips: of a batch on a rank.
     """
     if not workers or not os.path.isdir("/dev/shm"):
         return
     clip_bytes = sum(x.nbytes for x in sample.values()) / len(sample["clip_id"])
     one_each = int(_ranks_here() * (PREFETCH + 1) * n_clips * clip_bytes)
     needed, free = workers * one_each, shutil.disk_usage("/dev/shm").free
-    if needed > free:
-        say(
-            f"WARNING: --workers {workers} on {_ranks_here()} rank(s) keep up to "
-            f"{needed / 1e9:.2f} GB of batches in shared memory, and /dev/shm has {free / 1e9:.2f} "
-            f"GB free: a worker may end with a bus error. Use --workers {free // one_each}, or, in "
-            f"a container, docker run --shm-size {needed // 2**30 + 1}g"
+    if any(distributed.gather_objects(needed > free)) and not os.environ.get(ANYWAY):
+        distributed.fail(
+            f"--workers {workers} on {_ranks_here()} rank(s) keep up to {needed / 1e9:.2f} GB of "
+            f"batches in shared memory, and /dev/shm has {free / 1e9:.2f} GB free. Use --workers "
+            f"{free // one_each}, or, in a container, docker run --shm-size {needed // 2**30 + 1}g. "
+            f"({ANYWAY}=1 in the environment goes on.)"
         )
 
 
