@@ -43,8 +43,8 @@ def check_shared_memory(sample: Mapping[str, Tensor], n_clips: int, workers: int
         distributed.fail(
             f"--workers {workers} on {_ranks_here()} rank(s) keep up to {needed / 1e9:.2f} GB of "
             f"batches in shared memory, and /dev/shm has {free / 1e9:.2f} GB free. Use --workers "
-            f"{free // one_each}, or, in a container, docker run --shm-size {needed // 2**30 + 1}g. "
-            f"({ANYWAY}=1 in the environment goes on.)"
+            f"{free // one_each}, or, in a container, docker run --shm-size "
+            f"{needed // 2**30 + 1}g. ({ANYWAY}=1 in the environment goes on.)"
         )
 
 
