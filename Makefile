@@ -27,7 +27,7 @@ mcn_ext/_C.so: setup.py pyproject.toml $(wildcard csrc/*) .venv/dependencies
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# The tables of docs/performance.md, in about 12 minutes on 2 cores; results in benchmarks/results, or in OUT.
+# The tables of docs/performance.md, in about 7 minutes on 2 cores; results in benchmarks/results, or in OUT.
 bench: setup
 	$(PY) benchmarks/loss.py
 	$(PY) benchmarks/accuracy.py
