@@ -271,7 +271,7 @@ def main(argv=None):
     args = get_args(argv, start["args"] | {"modalities": pair})
     # A retrained stage 1, or one that has gone on, is another start: not resumed from.
     args.init, args.init_run_id, args.init_step = init, start["run_id"], start["step"]
-    args.first_epoch = start["args"]["epochs"]
+    args.first_epoch = start["args"].get("first_epoch", 0) + start["args"]["epochs"]
     inputs.check_word2vec(args, start["args"], pair)
     modalities = pair + args.add
 
@@ -330,7 +330,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------ model and objective
     torch.manual_seed(args.seed)
     sizes = start["sizes"] | {"modalities": modalities, "video_dims": video_dims}
-    sizes["recon_dim"] = start["args"]["recon_dim"] if args.recon_weight else 0
+    recon_dim = start["args"].get("recon_dim", sizes["recon_dim"])
+    sizes["recon_dim"] = recon_dim if args.recon_weight else 0
     if args.add == "T":
         sizes["word_dim"] = words.dim
     model = MCN(**sizes, checkpoint_activations=args.checkpoint_activations).to(device)
