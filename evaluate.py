@@ -37,6 +37,7 @@ def parse(argv):
     }.items():
         parser.add_argument(
             f"--{name}",
+            # Without STORE the value is "", so that None means that the set was not asked for.
             nargs="?",
             const="",
             metavar="STORE",
@@ -131,6 +132,7 @@ def parse(argv):
             "say what to evaluate on: --youcook2 [STORE], --msrvtt, --crosstask, "
             "--miningyoutube or --moments"
         )
+    # A flag that has no effect is an error: the user would believe that it was applied.
     for flag, sets in {
         "whole_videos": {"youcook2"},
         "msrvtt_clips": {"msrvtt"},
@@ -173,6 +175,7 @@ def main(argv=None):
     stores, steps, sentences, videos = {}, {}, {}, None
     for name in args.sets:
         path, prepare = flags.STORES[name], f"{flags.PREPARE[name]} --out {flags.STORES[name]}"
+        # The demo has evaluation clips of its own, in place of YouCook2's.
         if trained["demo"] and name == "youcook2":
             path, prepare = flags.DEMO / "eval.h5", f"demo --out {flags.DEMO}"
         path = Path(getattr(args, name) or path)
@@ -198,6 +201,7 @@ def main(argv=None):
             sentences = moments.captions_of(store)
         if name == "youcook2" and args.whole_videos:
             videos = retrieval.videos_of(store.ids())
+    # Sentences and steps need not be captions of a store, so learn_words is given them.
     texts = [text for _, _, said in sentences.values() for text in said]
     n_sentences = len(texts)
     for task in steps.values():
@@ -220,6 +224,7 @@ def main(argv=None):
     def find_clips(name, store):
         clips = embedder.clips(store)
         strict = name == "msrvtt"  # a clip without sound is a miss there
+        # Fewer candidates are easier, so clips of the test set that are missing are misses.
         absent = max((args.msrvtt_clips or 1000) - len(store), 0) if strict else 0
         embedder.say_shares(store.path)
         ranks, video_ranks, corner = retrieval.evaluate(
@@ -230,6 +235,7 @@ def main(argv=None):
             temperature=trained["temperature"],
             strict=strict,
             absent=absent,
+            # --whole_videos is for YouCook2 alone.
             videos=None if strict else videos,
         )
         without = {m: int((~valid).sum()) for m, valid in clips[1].items() if not valid.all()}
@@ -250,6 +256,7 @@ def main(argv=None):
                 yield key, result, notices, markdown(*table_rows(rows, n, what))
         similarity_picture(corner.numpy(), f"{name} {direction}", rank, run / "similarity.png")
         if args.keep_embeddings:
+            # Embeddings trained on dot products can be larger than fp16 holds, so they stay fp32.
             kept = retrieval.arrays(clips, ranks, half=similarity == "cosine")
             replace(run / f"{name}.npz", lambda stream: np.savez(stream, **kept))
 
@@ -285,6 +292,7 @@ def main(argv=None):
     protocols = dict.fromkeys(RETRIEVAL, find_clips) | dict.fromkeys(STEPS, find_steps)
     protocols["moments"] = find_moments
     for name, store in stores.items():
+        # The run keeps the words of its training captions only; an evaluation set may use others.
         embedder.learn_words(store, () if name in RETRIEVAL else texts)
         try:
             for key, result, notices, lines in protocols[name](name, store):
@@ -299,9 +307,11 @@ def main(argv=None):
                     "complete": content["complete"],
                     "similarity": similarity,
                 }
+                # Written after every table, so that an error in a later set loses no result.
                 keep(metrics, key, about | result)
                 write_text(metrics_file, json.dumps(metrics, indent=1) + "\n")
         except (FloatingPointError, StoreError) as error:
+            # Embeddings that are not finite are an error: their ranks would mean nothing.
             raise SystemExit(f"--{name} {store.path}, {file}: {error}") from None
     print(printable(f"written: {metrics_file}"))
     print(printable(f"Next, a page of it all: python -m mcn_ext.report {shlex.quote(str(run))}"))

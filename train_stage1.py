@@ -204,9 +204,12 @@ def get_parser():
 def get_args(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
+    # --preset and --similarity set defaults of other flags. Parsing again applies these defaults
+    # where the user gave no value.
     data, preset, demo = flags.find_data(args.data, args.preset)
     parser.set_defaults(**(DEMO if preset == "demo" else {}))
     if args.similarity == "dot":
+        # A dot product is not bounded by 1, and the published objective has no temperature.
         parser.set_defaults(temperature=1.0)
     args = parser.parse_args(argv)
     args.data, args.preset, args.demo = data, preset, demo
@@ -245,6 +248,7 @@ def main(argv=None):
     rank, world = distributed.rank(), distributed.world()
     args.n_ranks = world
     inputs.check_ranks(args)
+    # Older GPUs emulate bf16; that does not count as support.
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = args.precision or ("bf16" if bf16 else "fp32")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -283,12 +287,15 @@ def main(argv=None):
     memory.check_shared_memory(sample, n_clips // world, workers)
 
     # ------------------------------------------------------------------------ model and objective
+    # All ranks draw the same initial weights. Their later random numbers differ, see below.
     torch.manual_seed(args.seed)
     model = MCN(
         args.pair,
         video_dims=streams_of("V", store.dims),
+        # Without text the width is not used; stage 2 sets it when it adds text.
         word_dim=words.dim if words else 300,
         embd_dim=args.embd_dim,
+        # No heads without the loss: they would take memory and learn nothing.
         recon_dim=args.recon_dim if args.recon_weight else 0,
         audio_width=args.audio_width,
         checkpoint_activations=args.checkpoint_activations,
@@ -311,6 +318,7 @@ def main(argv=None):
     # --------------------------------------------------------------------- optimiser and schedule
     parameters = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    # In fp16 gradients below 3e-8 become 0, so the loss is scaled up. bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total_steps = args.epochs * sampler.steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
@@ -397,6 +405,7 @@ def main(argv=None):
     while step < last_step and not stopped:
         epoch = step // sampler.steps_per_epoch + 1
         waiting = time.perf_counter()
+        # A resumed run may begin within an epoch: it skips the batches that it has trained on.
         sampler.set_epoch(epoch, start=step % sampler.steps_per_epoch)
         for batch in loader:
             log.waited += time.perf_counter() - waiting
@@ -414,6 +423,7 @@ def main(argv=None):
             distributed.average_gradients(objective.parameters())  # DDP does the model's
             step += 1
 
+            # Unscaled first: check, clipping and log need the norm of the true gradient.
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
@@ -442,6 +452,7 @@ def main(argv=None):
                         log.warn_once(step, signs_of_collapse(more))
                 objective.update_clusters(terms)  # into the queue; k-means when due
 
+            # Leaves before the save below: the one after the loop would write this step again.
             if step >= last_step or stopped or step % sampler.steps_per_epoch == 0:
                 break
             if step % args.save_every == 0:

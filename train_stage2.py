@@ -218,6 +218,7 @@ def get_args(argv=None, start=None):
     args = parser.parse_args(argv)
     if start is None:
         return args
+    # These become defaults: parsing again applies them where the user gave no value.
     inherited = {name: start[name] for name in INHERITED if start.get(name) is not None}
     preset = args.preset or inherited["preset"]
     parser.set_defaults(**((DEMO if preset == "demo" else {}) | inherited))
@@ -280,6 +281,7 @@ def main(argv=None):
     rank, world = distributed.rank(), distributed.world()
     args.n_ranks = world
     inputs.check_ranks(args)
+    # Older GPUs emulate bf16; that does not count as support.
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = args.precision or ("bf16" if bf16 else "fp32")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -328,15 +330,22 @@ def main(argv=None):
     memory.check_shared_memory(sample, n_clips // world, workers)
 
     # ------------------------------------------------------------------------ model and objective
+    # All ranks draw the same initial weights. Their later random numbers differ, see below.
     torch.manual_seed(args.seed)
     sizes = start["sizes"] | {"modalities": modalities, "video_dims": video_dims}
+<<<<<<< HEAD
     recon_dim = start["args"].get("recon_dim", sizes["recon_dim"])
     sizes["recon_dim"] = recon_dim if args.recon_weight else 0
+=======
+    # Not from sizes, which have 0 if stage 1 had no reconstruction loss.
+    sizes["recon_dim"] = start["args"]["recon_dim"] if args.recon_weight else 0
+>>>>>>> 042eee18704f8ebb6a4b9276e992ee08336aff07
     if args.add == "T":
         sizes["word_dim"] = words.dim
     model = MCN(**sizes, checkpoint_activations=args.checkpoint_activations).to(device)
     known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads come or go
     weights = {key: start["model"][key] for key in known}
+    # Not strict: the start run has no weights for the modality that is added.
     checkpoint.load_weights(init, model, weights, strict=False)
     frozen = args.stage1_encoders == "frozen"
     if frozen:
@@ -359,6 +368,7 @@ def main(argv=None):
     # --------------------------------------------------------------------- optimiser and schedule
     parameters = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    # In fp16 gradients below 3e-8 become 0, so the loss is scaled up. bf16 has the range of fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total_steps = args.epochs * sampler.steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
@@ -445,6 +455,7 @@ def main(argv=None):
     while step < last_step and not stopped:
         epoch = step // sampler.steps_per_epoch + 1
         waiting = time.perf_counter()
+        # A resumed run may begin within an epoch: it skips the batches that it has trained on.
         sampler.set_epoch(epoch, start=step % sampler.steps_per_epoch)
         for batch in loader:
             log.waited += time.perf_counter() - waiting
@@ -462,6 +473,7 @@ def main(argv=None):
             distributed.average_gradients(objective.parameters())  # DDP does the model's
             step += 1
 
+            # Unscaled first: check, clipping and log need the norm of the true gradient.
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             why, stopped = guard.check(terms.total, norm, stop.requested)  # the same on all ranks
@@ -490,6 +502,7 @@ def main(argv=None):
                         log.warn_once(step, signs_of_collapse(more))
                 objective.update_clusters(terms)  # into the queue; k-means when due
 
+            # Leaves before the save below: the one after the loop would write this step again.
             if step >= last_step or stopped or step % sampler.steps_per_epoch == 0:
                 break
             if step % args.save_every == 0:

@@ -41,6 +41,7 @@ class _Sums(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         shift, scale = grad.chunk(2)
+        # d(sum of x) / dx = 1 and d(sum of x^2) / dx = 2 x
         return affine(x, 2 * scale, shift)
 
 
@@ -69,6 +70,7 @@ class BatchNorm(nn.BatchNorm2d):
             y = affine(x, *self._scale_and_shift(x, mask))
         else:
             y = super().forward(x)
+        # The bias makes padding non-zero, and the next convolution would read it.
         return y if mask is None else y.mul_(mask)
 
     def _scale_and_shift(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,6 +79,7 @@ class BatchNorm(nn.BatchNorm2d):
         sums = torch.cat([_Sums.apply(x), frames.sum(dtype=torch.float64).view(1)])
         sums = _SumOverRanks.apply(sums)
         count = sums[-1]
+        # In silence count is 0. NaN from 0 / 0 would enter the running statistics: NaN * 0 is NaN.
         mean, mean_square = (sums[:-1] / count.clamp_min(1)).chunk(2)
         # In float64, because this cancels where the mean is far from 0.
         var = (mean_square - mean.square()).clamp_min(0)
@@ -85,11 +88,13 @@ class BatchNorm(nn.BatchNorm2d):
         mean = torch.where(enough, mean, self.running_mean)
         var = torch.where(enough, var, self.running_var)
         scale = self.weight * (var + self.eps).rsqrt()
+        # The first lines' equation as one product and one sum: y = scale * x + shift.
         return scale, self.bias - mean * scale
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         rate = self.momentum * (count > 1).to(self.running_mean)  # 0 in silence
+        # As torch does: normalise with the biased variance, keep the unbiased one.
         unbiased = var * count / (count - 1).clamp_min(1)
         self.running_mean.lerp_(mean.to(rate), rate)
         self.running_var.lerp_(unbiased.to(rate), rate)

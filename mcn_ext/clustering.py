@@ -35,6 +35,7 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """Number (n,) int64 of each point's nearest centroid: argmin |x - c|^2 over c."""
+    # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), and |x|^2 is the same for every c: so argmax.
     offset = -0.5 * centroids.square().sum(dim=1)
     blocks = points.split(BLOCK[points.device.type])
     return torch.cat([torch.addmm(offset, x, centroids.t()).argmax(dim=1) for x in blocks])
@@ -58,9 +59,11 @@ def _draw(points: Tensor, distance: Tensor, n: int, generator: torch.Generator) 
     drawn = []
     for _ in range(n):
         weights = distance if distance.any() else torch.ones_like(distance)
+        # On the CPU, where the generator is.
         index = torch.multinomial(weights.cpu(), TRIES, replacement=True, generator=generator)
         tried = points[index.to(points.device)]
         square = torch.addmm(own + tried.square().sum(dim=1), points, tried.t(), alpha=-2.0)
+        # What may be rounding alone becomes 0, else near copies of a centroid would be drawn.
         square *= square > SAME + ROUNDING * own
         closer = torch.minimum(square, distance[:, None])
         best = closer.sum(dim=0).argmin()
@@ -75,6 +78,7 @@ def _means(points: Tensor, mean: Tensor, labels: Tensor, centroids: Tensor) -> T
     # A sum whose order never changes, on a GPU too: index_add_ has atomics there.
     order = labels.argsort(stable=True)
     sums = F.embedding_bag(order, points, counts.cumsum(0) - counts, mode="sum")
+    # Points are given less ``mean``; it is added before the length is divided out.
     whole = mean + sums / counts.clamp(min=1)[:, None]
     keep = (counts == 0) | (whole.norm(dim=1) < 1e-6)
     return torch.where(keep[:, None], centroids, unit_rows(whole) - mean)
@@ -148,6 +152,7 @@ def spherical_kmeans(
             before = labels
             means = _means(points, mean, labels, centroids)
             centroids, labels = _assign(points, means, generator)
+            # Equal labels have equal means: the fit has converged.
             if torch.equal(labels, before):
                 break
         all_labels = usable.long()  # rows that took no part: 0
@@ -174,6 +179,7 @@ class OnlineClusters:
     @property
     def first_fit(self) -> int:
         """The step of a new run at which k-means first runs."""
+        # queue_size, rounded up to a multiple of refit_every.
         return -(-self.queue_size // self.refit_every) * self.refit_every
 
     def push(self, joint: Tensor) -> None:
@@ -181,6 +187,7 @@ class OnlineClusters:
 
         Rows that are zero or not finite become zero rows, which take no part in a fit.
         """
+        # No graph: the queue would keep the activations of its last steps alive.
         rows = joint.detach().float()
         rows = torch.where(torch.isfinite(rows).all(dim=1, keepdim=True), rows, 0.0)
         self.queue = [*self.queue, rows][-self.queue_size :]
@@ -229,6 +236,7 @@ class OnlineClusters:
         self.steps, self.statistics = state["steps"], state["statistics"]
         self.centroids = state["centroids"]
         if self.centroids is not None:
+            # A NaN centroid would be the nearest of every row: argmax prefers NaN.
             finite = torch.isfinite(self.centroids).all(dim=1)
             kept = self.centroids[finite][: self.k].to(device)
             self.centroids = kept if len(kept) else None

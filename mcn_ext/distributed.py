@@ -37,6 +37,7 @@ def init(device: str) -> torch.device:
     ``device`` is auto (a GPU when there is one), cpu, cuda or cuda:N. nccl on GPUs, gloo on CPU.
     """
     env = os.environ
+    # With RANK set, torchrun has started this process: SLURM's tasks are then torchruns, not ranks.
     if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
@@ -62,6 +63,7 @@ def init(device: str) -> torch.device:
                 f"--device {device}: torch {torch.__version__} sees no GPU; use --device cpu"
             )
         if device == "cuda":
+            # Modulo, since a launcher may show each process one GPU only, which is number 0 for it.
             device = f"cuda:{local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     if int(env.get("WORLD_SIZE", 1)) > 1:
@@ -102,6 +104,7 @@ def wait_for_first(function):
     if need be (a pass over all captions of HowTo100M), and get None."""
     if world() == 1:
         return function()
+    # The default group would give up after 10 minutes, see init().
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     result = function() if rank() == 0 else None
     dist.barrier(group)
@@ -167,6 +170,7 @@ def stack(value: Tensor) -> Tensor:
     everything = value.new_empty(world(), *value.shape)
     if world() == 1:
         return everything.copy_(value)
+    # flatten() of a new tensor is a view of it, so that the message lands in ``everything``.
     _all_gather(everything.flatten(), value.detach().contiguous().flatten())
     return everything
 
@@ -174,6 +178,7 @@ def stack(value: Tensor) -> Tensor:
 def total(value: Tensor) -> Tensor:
     """Sum of a tensor without gradient over all ranks."""
     if world() > 1:
+        # all_reduce overwrites its argument.
         value = value.clone()
         dist.all_reduce(value)
     return value
@@ -183,6 +188,7 @@ def _mean_in_rank_order(flat: Tensor) -> Tensor:
     """Overwrite a vector with its mean over ranks, added up in their order."""
     n = world()
     size = -(-len(flat) // n)
+    # Rank r adds up part r of all vectors, then sends it to all. Zeros make the parts equal.
     send = torch.cat([flat, flat.new_zeros(n * size - len(flat))])
     parts = torch.empty_like(send)
     dist.all_to_all_single(parts, send)
@@ -207,6 +213,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     not hold. All ranks must have gradients of the same ones."""
     for parameter in parameters:
         if parameter.grad is not None and world() > 1:
+            # Divided before the sum, as a mean of finite gradients must not overflow.
             dist.all_reduce(parameter.grad.div_(world()))
 
 
@@ -229,6 +236,7 @@ class Ranks:
     def share_sizes(self, x: Tensor, common: Mapping | None = None) -> None:
         """Learn how many rows (of x here) each rank holds. ValueError, on every rank, if they
         disagree about ``common``. Waits for the device."""
+        # 7 bytes, which an int64 holds without touching its sign. One message carries both numbers.
         digest = hashlib.blake2b(repr(common).encode(), digest_size=7).digest()
         mine = torch.tensor([len(x), int.from_bytes(digest, "big")], device=x.device)
         table = mine.new_empty(self.n * 2)
@@ -243,6 +251,7 @@ class Ranks:
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks (sum of sizes, ...), in rank order, without gradient."""
+        # Messages of an all-gather have one size: short ranks send padding, which is cut off below.
         longest = max(self.sizes)
         mine = x.detach().contiguous()
         if len(mine) < longest:
@@ -274,6 +283,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, ranks: Ranks) -> Tensor:
+        # Rows are in rank order, so this rank's begin behind those of the ranks before it.
         begin = sum(ranks.sizes[: ranks.rank])
         ctx.rows, ctx.n_ranks = slice(begin, begin + len(x)), ranks.n
         return ranks.gather(x)

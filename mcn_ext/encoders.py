@@ -27,6 +27,7 @@ class GatedUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
+        # glu(cat(a, b)) = a * sigmoid(b)
         return F.glu(torch.cat([x, self.cg["fc"](x)], dim=1), dim=1)
 
 
@@ -58,12 +59,14 @@ class Block(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, stride: int):
         super().__init__()
         self.stride = stride
+        # Padding 4 of width 9 keeps the number of frames. No bias: the BatchNorm after it has one.
         conv = partial(nn.Conv2d, kernel_size=(1, 9), padding=(0, 4), bias=False)
         self.conv1 = conv(dim_in, dim_out, stride=(1, stride))
         self.bn1 = BatchNorm(dim_out)
         self.conv2 = conv(dim_out, dim_out)
         self.bn2 = BatchNorm(dim_out)
         self.downsample = None
+        # Where the shape stays the same, x is added as it is.
         if stride != 1 or dim_in != dim_out:
             shortcut = nn.Conv2d(dim_in, dim_out, 1, stride=(1, stride), bias=False)
             self.downsample = nn.ModuleList([shortcut, BatchNorm(dim_out)])
@@ -142,6 +145,7 @@ class ResDAVEnet(nn.Module):
                 x, mask = self._run(block, x, mask)
         # As published: over whole pooled frames, T // 16 of n_frames // 16, at least one.
         n_pooled = (n_frames // 16).clamp_min(1)
+        # The sum over time is in fp32: 16-bit sums lose digits as they grow.
         x = x[:, :, 0].to(torch.promote_types(x.dtype, torch.float32))
         averaged = _real(n_pooled, x).to(x.dtype)
         return torch.einsum("bct,bt->bc", x, averaged) / averaged.sum(dim=1, keepdim=True)
@@ -154,7 +158,9 @@ class ResDAVEnet(nn.Module):
             x,
             mask,
             use_reentrant=False,
+            # A block draws no random numbers.
             preserve_rng_state=False,
+            # The forward that backward repeats must not update running statistics again.
             context_fn=lambda: (nullcontext(), unchanged_buffers(block)),
         )
 

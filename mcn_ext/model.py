@@ -36,6 +36,7 @@ class MCN(nn.Module):
     ):
         super().__init__()
         video_dims = dict(video_dims or {"2d": 2048, "3d": 2048})
+        # Saved in every checkpoint: MCN(**sizes) builds the same model again.
         self.sizes = dict(
             modalities=modalities,
             video_dims=video_dims,
@@ -70,6 +71,7 @@ class MCN(nn.Module):
         self.frozen = list(modalities)
         for module in self._frozen_modules():
             module.requires_grad_(False)
+        # Puts the frozen modules in eval mode now, not only at the next call of train().
         self.train(self.training)
 
     def train(self, mode: bool = True):
@@ -85,6 +87,7 @@ class MCN(nn.Module):
 
     def _video(self, batch) -> tuple[Tensor, Tensor]:
         # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.
+        # Each stream at unit length, so that no stream dominates the concatenation by its scale.
         streams = [
             F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
             for name in self.sizes["video_dims"]
@@ -107,9 +110,11 @@ class MCN(nn.Module):
     def embed(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor | None]:
         """(embedding (B, embd_dim), reconstruction MSE (B,) fp32 or None) of one modality."""
         features, embedding = self.encode(modality, batch)
+        # The head is the last module of a modality, see modalities.py.
         head = getattr(self, BY_NAME[modality].modules[-1])
         if head is None or modality in self.frozen:
             return embedding, None
+        # In fp32: under autocast a difference below 1e-4 would be 0 once it is squared in fp16.
         return embedding, (head(embedding).float() - features.detach().float()).square().mean(dim=1)
 
     def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -127,6 +132,7 @@ class MCN(nn.Module):
         """
         embeddings, errors = {}, {}
         for name in self.modalities:
+            # No graph through a frozen encoder, so its activations are not kept for backward.
             with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.frozen):
                 embeddings[name], error = self.embed(name, batch)
             if error is not None:

@@ -74,14 +74,17 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.modalities, self.trained = list(modalities), list(trained)
+        # Sorted, so that a pair has the same name in the log of every order.
         self.pairs = [p for p in combinations(sorted(modalities), 2) if set(p) & set(trained)]
         self.fixed_temperature = temperature
+        # A logarithm: the scale stays positive, and equal steps change it by equal factors.
         scale = torch.tensor(-math.log(temperature))
         self.log_scale = nn.Parameter(scale) if learn_temperature else None
         self.margin, self.normalize = margin, similarity == "cosine"
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
         self.clusters = None
         if cluster_weight:
+            # Refitted every queue_size steps: no step is part of two fits.
             self.clusters = OnlineClusters(cluster_size, queue_size, queue_size, seed)
 
     @property
@@ -108,6 +111,7 @@ class Objective(nn.Module):
             loss.contrastive,
             loss.cluster,
             reconstruction,
+            # Detached: the log reads them, and must not keep the graph of the step.
             {name: x.detach() for name, x in embeddings.items()},
             {name: x.detach() for name, x in errors.items()},
             batch,
@@ -118,6 +122,7 @@ class Objective(nn.Module):
         """The contrastive terms of ``pairs`` and the clustering terms of ``clustered``."""
         centroids = labels = None
         if self.clusters and self.clusters.centroids is not None and clustered:
+            # One label for all modalities of a clip, of their mean: it pulls them to one centroid.
             centroids, labels = self.clusters.centroids, self.clusters.label(joint)
         return ops.mcn_loss(
             {name: embeddings[name] for name in self.modalities},
@@ -147,6 +152,7 @@ class Objective(nn.Module):
             # Zeros go in before unit_rows: an invalid row may hold NaN.
             present = torch.where(valid[name][:, None], embeddings[name].detach().float(), 0.0)
             rows.append(unit_rows(present))
+        # Of modalities that are present, (B,); at least 1, since a clip may have none.
         count = sum(valid[name].float() for name in self.modalities)
         return sum(rows) / count.clamp_min(1.0)[:, None]
 
@@ -158,7 +164,9 @@ class Objective(nn.Module):
         """
         terms = []
         for name, error in errors.items():
+            # A global batch may have no clip with this modality: its term is then 0, not 0 / 0.
             n = distributed.total(valid[name].sum()).clamp_min(1)
+            # Not error * valid: NaN * 0 is NaN.
             mine = torch.where(valid[name], error, torch.zeros_like(error)).sum()
             terms.append(mine * distributed.world() / n)
         if not terms:
@@ -190,6 +198,7 @@ class Objective(nn.Module):
         for name, error in terms.errors.items():
             parts[f"reconstruction_{name}"] = self.reconstruction({name: error}, batch["valid"])
         return {
+            # The mean over ranks: a rank's value may be its share, see reconstruction().
             name: float(distributed.total(value)) / distributed.world()
             for name, value in parts.items()
         }

@@ -45,6 +45,7 @@ def unit_rows(x: Tensor) -> Tensor:
     largest = x.detach().abs().amax(dim=1, keepdim=True)
     scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
     norm = scaled.norm(dim=1, keepdim=True)
+    # |x| = norm * largest; a row below EPS has no direction, and x / EPS without a gradient.
     alive = norm.detach() * largest > EPS
     # The inner where keeps the unused branch finite: autograd multiplies by 0, and 0 * inf is NaN.
     return torch.where(
@@ -70,6 +71,7 @@ def _logsumexp(z: Tensor, dim: int) -> Tensor:
     """logsumexp, but -inf with zero gradient (not NaN) where all entries are -inf or none exist."""
     if z.shape[dim] == 0:
         return z.new_full((z.shape[1 - dim],), -math.inf)
+    # Subtracted so that exp cannot overflow. It cancels out, so it needs no gradient.
     top = z.detach().amax(dim=dim, keepdim=True)
     top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)
     total = (z - top).exp().sum(dim=dim)
@@ -138,15 +140,19 @@ def contrastive_loss(
         x, y = gather(x, group), gather(y, group)
         ids, valid = gather(ids, group), gather(valid, group)
     with torch.autocast(x.device.type, enabled=False):
+        # Without autocast: bf16 would leave two or three digits of a cosine.
         x, y = _working(x, valid), _working(y, valid)
         a, b = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
+        # z_ii of the first lines, (N,)
         positive = ((a * b).sum(dim=1) - margin) / temperature
+        # The positive is not in the sum: the softplus form adds it, see the first lines.
         skip = torch.eye(len(a), dtype=torch.bool, device=a.device)
         if ids is not None:
             skip = skip | (ids[:, None] == ids[None, :])
         if valid is not None:
             skip = skip | ~valid[:, None] | ~valid[None, :]
         z = (a @ b.t() / temperature).masked_fill(skip, -math.inf)
+        # Over dim 1: x_i against all y. Over dim 0: y_j against all x.
         loss = sum(_softplus_mean(_logsumexp(z, dim), positive, valid) for dim in (1, 0))
         return _poison(loss, x, y)
 
@@ -178,6 +184,7 @@ def cluster_loss(
     if group is not None:
         x, labels, valid = gather(x, group), gather(labels, group), gather(valid, group)
     if valid is not None:
+        # A row that is not valid may have any label; 0 can be looked up.
         labels = torch.where(valid, labels, torch.zeros_like(labels))
     outside = (labels < 0) | (labels >= len(centroids))
     if outside.any():
@@ -187,6 +194,7 @@ def cluster_loss(
         x, mu = _working(x, valid), centroids.to(torch.promote_types(x.dtype, torch.float32))
         a, b = (unit_rows(x), unit_rows(mu)) if normalize else (x, mu)
         z = a @ b.t() / temperature
+        # Its own centroid is left out of the sum, as the positive is in contrastive_loss.
         own = torch.nn.functional.one_hot(labels, len(mu)).bool()
         positive = ((a * b[labels]).sum(dim=1) - margin) / temperature
         loss = _softplus_mean(_logsumexp(z.masked_fill(own, -math.inf), 1), positive, valid)
@@ -222,6 +230,7 @@ def mcn_loss(
     """
     valid = dict(valid or {})
     if group is not None:
+        # Gathered once here, not again for each pair.
         embeddings = {name: gather(x, group) for name, x in embeddings.items()}
         valid = {name: gather(mask, group) for name, mask in valid.items()}
         labels = gather(labels, group)
@@ -233,6 +242,7 @@ def mcn_loss(
     common = dict(temperature=temperature, margin=margin, normalize=normalize)
     contrastive = next(iter(embeddings.values())).new_zeros((), dtype=torch.float32)
     for first, second in pairs:
+        # A pair needs both sides. With one mask, masks[-1] is masks[0].
         masks = [valid[name] for name in (first, second) if name in valid]
         pair_ids = ids.get((first, second)) if isinstance(ids, Mapping) else ids
         contrastive = contrastive + contrastive_loss(
@@ -245,6 +255,7 @@ def mcn_loss(
     if centroids is None:
         return LossTerms(contrastive, contrastive.detach(), torch.zeros_like(contrastive).detach())
     names = list(embeddings if clustered is None else clustered)
+    # log K is the cross entropy of equal logits.
     scale = math.log(len(centroids)) if normalize and len(centroids) > 1 else 1.0
     cluster = sum(
         cluster_loss(embeddings[name], centroids, labels, valid=valid.get(name), **common)

@@ -26,6 +26,7 @@ def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
         sounds = [item["audio"] for item in items]
         n, n_frames = sum(map(len, sounds)), max(sound.shape[2] for sound in sounds)
         n_frames = -(-n_frames // FRAMES) * FRAMES
+        # Time before mels in memory: as in the store, and as DAVEnet's first product reads it.
         audio = np.zeros((n, n_frames, sounds[0].shape[1]), sounds[0].dtype)
         first = 0
         for sound in sounds:
@@ -44,6 +45,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | No
     out: dict = {}
     for key, value in batch.items():
         if key != "n_frames":
+            # From pinned memory the host does not wait for the copy.
             value = value.to(device, non_blocking=True)
         if value.is_floating_point() and value.device.type == "cpu":
             # numpy's memory has huge pages; to get so much from torch takes longer than to fill it.
@@ -58,6 +60,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | No
     if "words" in out:
         rows = out.pop("words")
         out["text_mask"] = rows >= 0
+        # Padding is -1: row 0 takes its place, and text_mask hides it.
         out["text"] = table[rows.clamp_min(0)]
     return out
 

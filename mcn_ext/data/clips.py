@@ -35,6 +35,7 @@ def caption_span(
     """(first, last) caption of the clip around caption ``index``: grown by its nearer neighbour."""
     first = last = index
     while end[last] - start[first] < min_time and (first > 0 or last < len(start) - 1):
+        # Length in seconds if the clip grows by the caption before it, and by the one after it.
         earlier = end[last] - start[first - 1] if first > 0 else np.inf
         later = end[last + 1] - start[first] if last < len(start) - 1 else np.inf
         if earlier < later:
@@ -48,6 +49,7 @@ def draw_spans(
     start: np.ndarray, end: np.ndarray, n: int, min_time: float, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
     """n clips of a video as (first, last) captions: all different while there are enough."""
+    # A dict and not a set, which would lose the order of drawing.
     spans: dict[tuple[int, int], None] = {}
     start, end = list(start), list(end)  # of the same numbers, which arrays would make each time
     for index in rng.permutation(len(start)).tolist():
@@ -55,12 +57,14 @@ def draw_spans(
         if len(spans) == n:
             break
     distinct = list(spans)
+    # With too few captions clips repeat; equal clip ids keep them from being negatives.
     return [distinct[i % len(distinct)] for i in range(n)]
 
 
 def caption_id(rows: np.ndarray) -> int:
     """Equal for equal sets of words, which the text encoder, a maximum over words, confuses."""
     distinct = np.array(sorted(set(rows.tolist())), np.int64)  # faster than np.unique, for so few
+    # 8 bytes, signed: what an int64 holds.
     digest = hashlib.blake2b(distinct.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -77,7 +81,9 @@ def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) ->
     rows = np.minimum(np.arange(max(1, round(frames * pace))) / pace, frames - 1).astype(int)
     bands = np.arange(n_mels) + rng.uniform(-3, 3) * strength
     bands = np.clip(bands, 0, n_mels - 1).round().astype(int)
+    # Lists as indices copy: what follows does not change the caller's array.
     mel = mel[rows][:, bands]
+    # In dB at five bands, and on straight lines between them.
     equalizer = rng.normal(0, 4 * strength, 5)
     mel += np.interp(np.arange(n_mels), np.linspace(0, n_mels - 1, 5), equalizer).astype(np.float32)
     for axis, longest in ((1, 0.2), (0, 0.15)):
@@ -166,6 +172,7 @@ class ClipReader:
         """
         number, start, end = self.store.caption_times(video)
         first, last = np.array(spans, np.int64).T
+        # Unique in the store: number of the first caption, and how many more follow (20 bits).
         out = {"clip_id": ((number + first) << 20) + last - first}
         out |= self.cut(video, start[first], end[last], rng)
         if self.words is not None:
@@ -179,6 +186,7 @@ class ClipReader:
         """Maxima over time of a stream from ``begin`` to ``stop`` (n,) s, (n, dim) float16, and
         which of them can be used (n,) bool: not those without rows or with a NaN, which are 0."""
         features = maxima(self.store.clips(video, stream, begin, stop), self.store.dims[stream])
+        # Not all zeros either: such a row has no direction.
         usable = np.isfinite(features).all(axis=1) & features.any(axis=1)
         features[~usable] = 0  # 0 * NaN would reach the gradients of all rows
         return features, usable
@@ -214,6 +222,7 @@ class ClipReader:
             n_frames = np.array([len(clip) for clip in clips], np.int64)
             shape = (len(clips), max(16, n_frames.max()), N_MELS)
             audio = np.zeros(shape, np.float16 if rng is None else np.float32)
+            # Silence stays zeros; its clips are left out of the losses.
             n_frames[~valid] = 0
             for mel, clip, n in zip(audio, clips, n_frames, strict=True):
                 mel[:n] = clip[:n]
@@ -260,6 +269,7 @@ class TrainingClips(torch.utils.data.Dataset):
         epoch, index = key
         video = int(self.videos[index])
         _, start, end = self.reader.store.caption_times(video)
+        # Not one generator for all: what it draws would depend on what was read before.
         rng = np.random.default_rng((self.seed, epoch, video))
         spans = draw_spans(start, end, self.n_pair, self.min_time, rng)
         return self.reader.read(video, spans, rng if self.reader.audio_augment else None)
@@ -287,6 +297,7 @@ class ClipSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.first_epoch + self.epoch
+        # The same order on every rank, and again when the run is resumed.
         order = np.random.default_rng((self.seed, epoch)).permutation(self.n_videos)
         n_local = self.batch_size // distributed.world()
         for step in range(self.start, self.steps_per_epoch):
@@ -300,6 +311,7 @@ def make_loader(
     """A DataLoader of this rank's batches, read ahead by ``workers`` processes."""
     return DataLoader(
         clips,
+        # It runs in the main process, so that set_epoch also reaches workers that live on.
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
@@ -317,6 +329,7 @@ def _start_worker(_worker: int) -> None:
 
     SLURM and torchrun signal every process, a terminal's Ctrl-C the whole group.
     """
+    # One thread each, since there may be a worker for every core: default_workers.
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -336,4 +349,5 @@ def default_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # The cores that this process may use: SLURM and containers may give a part of the machine.
     return min(8, max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -58,17 +58,20 @@ class Store:
         first = self.shards[0]
         self.dims, self.rates, self.source = first.dims, first.rates, first.source
         for shard in self.shards[1:]:
+            # All shards are read with the widths and rates of the first.
             if (shard.dims, shard.rates) != (self.dims, self.rates):
                 problem = f"{shard.dims} at {shard.rates} Hz differ from {first.path.name}'s"
                 raise shard.error("streams", f"{problem} {self.dims} at {self.rates} Hz")
         self._starts = np.cumsum([0] + [shard.n for shard in self.shards])
         captions = [int(shard.offsets["caption"][-1]) for shard in self.shards]
+        # Captions are numbered through all shards: clip ids are made of these numbers.
         self._caption_starts = np.cumsum([0, *captions])
         self.n_captions = sum(captions)
         self._open: OrderedDict[int, dict[str, h5py.File | h5py.Dataset]] = OrderedDict()
         self._pid = os.getpid()
 
     def __getstate__(self):
+        # Files of h5py cannot be pickled, and are not to be shared by processes.
         return self.__dict__ | {"_open": OrderedDict(), "_pid": -1}
 
     def __len__(self) -> int:
@@ -79,6 +82,7 @@ class Store:
         if self._pid != os.getpid():
             self._open, self._pid = OrderedDict(), os.getpid()
         if number not in self._open:
+            # The system limits open files; the one that was not used for longest is closed.
             if len(self._open) >= MAX_OPEN:
                 self._open.popitem(last=False)[1]["/"].close()
             self._open[number] = {"/": open_hdf5(self.files[number])}
@@ -116,6 +120,7 @@ class Store:
             for offset in shard.offsets.values():
                 digest.update(offset.tobytes())
             with reading(shard.path), open_hdf5(shard.path) as file:
+                # Checksums stand for the rows, which would take long to read.
                 sums = [
                     int(data.attrs.get("crc32", 0))  # as a number: numpy's versions print others
                     for group in file.values()
@@ -154,6 +159,7 @@ class Store:
             said = np.flatnonzero(np.diff(offset))
             times = self._read(number, "caption/end", 0, int(offset[-1]))
             if len(said):
+                # Of an empty range reduceat returns another video's value, so these are left out.
                 ends[first + said] = np.maximum.reduceat(times, offset[said])
         return ends
 
@@ -178,12 +184,14 @@ class Store:
         path, rate = f"{stream}/data", self.rates[stream]
         first = begin + (np.asarray(start, float) * rate).astype(np.int64)
         last = begin + (np.asarray(end, float) * rate).astype(np.int64) + 1
+        # A clip that begins behind the video's end is empty, and its length is never negative.
         first = np.clip(first, begin, stop)
         last = np.clip(last, first, stop)
         if not len(first):
             return []
         low, high = first.min(), last.max()
         between = high - low - (last - first).sum()  # below 0 where clips overlap
+        # In bytes, 2 for each float16: what is read in vain against what the reads would cost.
         if between * 2 * self.dims[stream] > len(first) * GAP_BYTES:
             return [self._read(number, path, a, b) for a, b in zip(first, last, strict=True)]
         rows = self._read(number, path, low, high)
@@ -200,6 +208,7 @@ def compare_durations(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
     rates = {name: store.rates[name] for name, n in counts.items() if n.max(initial=0) > 1}
     if not rates:
         return [], []
+    # NaN where a video lacks the stream, which is then in no comparison.
     seconds = {name: np.where(counts[name], counts[name] / rates[name], np.nan) for name in rates}
     spans = np.array(list(seconds.values()))
     # The middle one: of three streams that is right where two agree. "lower": of two, one of them.
@@ -254,6 +263,7 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
         name, durations = misfits[0]
         about = f"durations disagree in {len(misfits)} videos, such as {printable(name)}"
         info["notices"].append(f"{about}: {durations}")
+    # What follows reads every byte, which takes long for a large store.
     if not check_rows:
         return info
     info["checksums"] = True
@@ -264,6 +274,7 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
                     info["checksums"] &= _check_dataset(shard, file[f"{group}/{name}"])
             if not are_times(file["caption/start"][:], file["caption/end"][:]):
                 raise shard.error("caption/start", "not 0 <= start <= end")
+    # Within shards and between them: an id must name one video.
     duplicates = len(store) - len(set(store.ids()))
     if duplicates:
         raise StoreError(f"{path}: video/id has {duplicates} duplicates; prepare the store again")

@@ -42,6 +42,7 @@ def open_hdf5(path: Path) -> h5py.File:
 def blocks(data: h5py.Dataset) -> Iterator[np.ndarray]:
     """Values of a dataset in order, a few MiB at a time; texts as bytes."""
     row_bytes = max(1, data.size // max(1, len(data)) * data.dtype.itemsize)
+    # At least one row, however wide.
     step = max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, len(data), step):
         yield data[first : first + step]
@@ -50,6 +51,7 @@ def blocks(data: h5py.Dataset) -> Iterator[np.ndarray]:
 def checksum(values: np.ndarray, crc: int = 0) -> int:
     """CRC-32 of numbers as they lie in the file, or of texts in UTF-8, each ended by NUL."""
     if values.dtype == object:
+        # Without an end "ab", "c" would have the checksum of "a", "bc".
         values = b"".join(text + b"\0" for text in values)
     else:
         values = np.ascontiguousarray(values)
@@ -76,17 +78,21 @@ class Shard:
                     raise self.error(f"attribute {name}", f"{found!r}, this code reads {wanted!r}")
             self.source = str(file.attrs.get("source", ""))
             self.n = len(self._dataset(file, "video/id", str))
+            # Sorted: the model concatenates video streams in this order.
             for name in sorted(set(file) - {"video", "caption"}):
                 data = self._dataset(file, f"{name}/data", np.float16, 2)
                 self.dims[name] = data.shape[1]
+                # Kept in memory: a clip is then one read of rows, without a read of offsets.
                 self.offsets[name] = self._offset(file, name, len(data))
                 self.rates[name] = rate = float(file[name].attrs.get("rate_hz", np.nan))
+                # False for NaN, too.
                 if not 0 < rate < 1e6:
                     raise self.error(name, f"attribute rate_hz is {rate} or missing")
             if self.dims.get("mel", N_MELS) != N_MELS:
                 raise self.error("mel/data", f"{self.dims['mel']} columns, expected {N_MELS}")
             kinds = {"start": np.float32, "end": np.float32, "text": str}
             rows = {len(self._dataset(file, f"caption/{key}", kinds[key])) for key in kinds}
+            # One offset dataset serves all three.
             if len(rows) > 1:
                 raise self.error("caption", "start, end and text differ in length")
             self.offsets["caption"] = self._offset(file, "caption", rows.pop())

@@ -41,6 +41,7 @@ class _File(io.FileIO):
         except OSError as error:
             self.failure = error
         if rest:
+            # HDF5 believes that this was written: it may read it again, and goes on behind it.
             self.lost.append((self.tell(), bytes(rest)))
             self.seek(len(rest), os.SEEK_CUR)
         return len(data)
@@ -48,6 +49,7 @@ class _File(io.FileIO):
     def readinto(self, buffer) -> int:
         view, start = memoryview(buffer).cast("B"), self.tell()
         n = super().readinto(view)
+        # Behind the end of the file there are zeros, then what could not be written.
         view[n:] = bytes(len(view) - n)
         for at, data in self.lost:
             low, high = max(at, start), min(at + len(data), start + len(view))
@@ -98,6 +100,7 @@ class StoreWriter:
         self.folder = self.out.with_name(self.out.name + ".parts") if single else self.out
         if single and self.out.exists() and not overwrite:
             raise StoreError(f"{self.out} exists; pass --overwrite to replace it, or another --out")
+        # --overwrite deletes the folder, so it must hold nothing but a store.
         for path in self.folder.glob("*"):
             if not re.fullmatch(r"(shard-\d{5,}\.h5|prepare\.json)(\.tmp)?", path.name):
                 raise StoreError(
@@ -109,14 +112,17 @@ class StoreWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings_file = self.folder / "prepare.json"
         wanted = {"source": source, "streams": streams, **(settings or {})}
+        # Sorted: equal settings are equal bytes.
         wanted = json.dumps(wanted, sort_keys=True)
         if not self.settings_file.exists():
             write_text(self.settings_file, wanted)
+        # Parts of other inputs must not be joined with new ones.
         elif self.settings_file.read_bytes() != wanted.encode():
             raise StoreError(
                 f"{self.folder} was begun from other inputs ({self.settings_file}); "
                 "pass --overwrite to start again, or another --out"
             )
+        # Parts that a killed run had not finished.
         for leftover in self.folder.glob("shard-*.tmp"):
             leftover.unlink()
         self.parts = sorted(self.folder.glob("shard-*.h5"))
@@ -140,6 +146,7 @@ class StoreWriter:
         for stream, spec in self.streams.items():
             given = rows.get(stream)
             array = np.empty((0, spec["dim"])) if given is None else given
+            # Half the space of fp32 on disk and on the way to the GPU.
             arrays[stream] = array = np.asarray(array, np.float16)
             if array.ndim != 2 or array.shape[1] != spec["dim"]:
                 raise StoreError(
@@ -153,6 +160,7 @@ class StoreWriter:
         self.done.add(name)
         self.videos.append((name, arrays, start, end, [mend(t) for t in text]))
         self.bytes += sum(array.nbytes for array in arrays.values())
+        # Features are nearly all of the bytes; captions and ids are not counted.
         if self.bytes >= self.shard_bytes:
             self._flush()
 
@@ -162,6 +170,7 @@ class StoreWriter:
             return
         names, arrays, starts, ends, texts = zip(*self.videos, strict=True)
         contents = {
+            # As bytes, since the checksum is of UTF-8.
             "video/id": [[name.encode() for name in names]],
             "caption/offset": [_offset(map(len, texts))],
             "caption/start": starts,
@@ -214,6 +223,7 @@ class StoreWriter:
     def _join(self) -> None:
         """Make one file of the parts, and remove them."""
         if len(self.parts) == 1:
+            # The only part is the file already.
             os.replace(self.parts[0], self.out)
             sync_folder(self.out.parent)
         else:
@@ -227,6 +237,7 @@ class StoreWriter:
                 contents[f"{group}/offset"] = [_offset(np.concatenate(steps))]
             with replacing(self.out) as tmp:
                 self._write(tmp, contents)
+        # Last: until the file is complete, a run that was killed finds its parts.
         shutil.rmtree(self.folder)
 
 
@@ -253,7 +264,9 @@ def _fill(raw: _File, file: h5py.File, name: str, shape: tuple, dtype, contents:
     """Create a dataset, write it block by block, and the checksum of what was written."""
     data, position, crc = file.create_dataset(name, shape, dtype), 0, 0
     for block in contents:
+        # Converted first, so that the checksum is of what the file holds.
         block = np.asarray(block, data.dtype)
+        # check(), since HDF5 is told that every write succeeds, see _File.
         if len(block):
             data[position : position + len(block)] = block
             raw.check()

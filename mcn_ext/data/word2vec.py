@@ -34,10 +34,12 @@ def _entries(file: BinaryIO, data: bytes, n_words: int, dim: int) -> Iterator[tu
     for number in range(n_words):
         start = data.find(b" ", at) + 1
         if not start or len(data) < start + size:  # the next block; a word has less than a MiB
+            # What is left of this block, then the next one: an entry may lie across two.
             data, at = data[at:] + file.read(size + _MIB), 0
             start = data.find(b" ") + 1
             if not start or len(data) < start + size:
                 raise ValueError(f"it ends after {number} of {n_words} words")
+        # Some writers end each vector with a newline, which then stands before the next word.
         at, word = start + size, data[at : start - 1]
         yield word.lstrip(), data[start:at]
 
@@ -50,6 +52,7 @@ def _lines(lines: Iterator[bytes], n_words: int, dim: int) -> Iterator[tuple[byt
             word, _, digits = line.replace(b"\t", b" ").partition(b" ")
             yield word, digits
             number += 1
+    # A download that broke off ends early, or within a line.
     if number < n_words or len(digits.split()) < dim:
         raise ValueError(f"it ends after {number} words, or within one")
 
@@ -63,6 +66,7 @@ def _scan(file: BinaryIO, wanted: Set[str] | None) -> tuple[list[str], np.ndarra
     else:
         n_words, dim = 0, len(counts) - 1
     fields = first.split()
+    # Both formats may begin with two counts; only a text's next line is a word and numbers.
     is_text = len(fields) > dim > 0 and _NUMBER.fullmatch(fields[-1])
     if not is_text and not has_counts:
         raise ValueError("its first line is neither two counts nor a word and its numbers")
@@ -74,6 +78,7 @@ def _scan(file: BinaryIO, wanted: Set[str] | None) -> tuple[list[str], np.ndarra
     found: dict[str, np.ndarray] = {}
     for word, raw in entries:
         name = unicodedata.normalize("NFC", word.decode(errors="replace"))
+        # NFC can make two spellings equal: the first in the file counts.
         if (wanted is None or name in wanted) and name not in found:
             numbers = raw.split() if is_text else np.frombuffer(raw, "<f4")
             if len(numbers) > dim and not _NUMBER.fullmatch(numbers[0]):
@@ -87,6 +92,7 @@ def _scan(file: BinaryIO, wanted: Set[str] | None) -> tuple[list[str], np.ndarra
 def read_npz(path: Path) -> tuple[list[str], np.ndarray, str, list[str]]:
     """(words, vectors, source, absent) of an .npz of :class:`mcn_ext.data.words.WordVectors`, which
     keeps texts as UTF-8 bytes."""
+    # allow_pickle=False: a file from elsewhere must not run code.
     with np.load(path, allow_pickle=False) as file:
         vectors = file["vectors"]
         texts = {name: file[name].tobytes().decode() for name in file if name != "vectors"}
@@ -107,6 +113,7 @@ def read(path: Path, wanted: Set[str] | None = None) -> tuple[dict[str, int], np
         elif start.startswith(b"\x80"):  # a pickle, which may run code where gensim reads it
             words, vectors = load_key_vectors(path)
         else:
+            # By the first bytes: a file's name need not say how it is packed.
             unpack = next((_PACKED[key] for key in _PACKED if start.startswith(key)), open)
             with unpack(path, "rb") as file:
                 words, vectors = _scan(file, wanted)

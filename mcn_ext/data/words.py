@@ -27,6 +27,7 @@ _JOINERS = "\u200c\u200d"  # stand within words of Persian and Hindi
 
 
 def _is_in_word(sign: str) -> bool:
+    # M: combining marks, such as vowels of Hindi, which \w does not match.
     return sign.isalnum() or sign in "_'" + _JOINERS or unicodedata.category(sign)[0] == "M"
 
 
@@ -117,6 +118,7 @@ def coverage(store, words: WordVectors) -> Coverage:
     n_captions = n_without = 0
     for text in islice(texts, MAX_COUNTED):
         found = tokenize(text)
+        # Each word is looked up once, however often it occurs.
         known |= {word: words.row(word) is not None for word in found if word not in known}
         n_captions += 1
         n_without += not any(known[word] for word in found)
@@ -135,6 +137,7 @@ def require_gensim() -> None:
 def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> WordVectors:
     """The vectors of ``word2vec`` for words, each under the best of its :func:`forms`; SystemExit
     if it has none of them, warns of some that are not finite. ``whose`` they are, for people."""
+    # All forms are asked for at once: the file may be 3.6 GB, and is read once.
     row_of, vectors = read(word2vec, {form for word in seen for form in forms(word)})
     found = (next((form for form in forms(word) if form in row_of), None) for word in seen)
     known = sorted({form for form in found if form is not None})
@@ -144,6 +147,7 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
             "it; is it for another language?"
         )
     rows = vectors[[row_of[word] for word in known]]
+    # One NaN in the table would make every caption with that word NaN.
     finite = np.isfinite(rows).all(axis=1)
     broken = [word for word, good in zip(known, finite, strict=True) if not good]
     if broken:
@@ -165,6 +169,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
     as absent.
     """
     stat, made = word2vec.stat(), store.files[0].stat()
+    # Sizes and times stand for the contents, which would take long to hash.
     facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
     # "forms": caches of earlier versions have words as written only.
     key = hashlib.sha256(repr((*facts, store.n_captions, "forms")).encode()).hexdigest()
@@ -176,6 +181,7 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
             if cached.source == source:
                 if asked <= cached.index.keys() | cached.absent:
                     return cached
+                # The cache holds the store's words already; only the new ones have to join them.
                 seen, absent = set(cached.words), cached.absent
         except Exception as error:  # damage makes zip and numpy raise a dozen types
             LOG.warning("%s: damaged (%s), made again", cache, error)
@@ -198,12 +204,14 @@ def train_vectors(store, dim: int = 300, seed: int = 0) -> WordVectors:
 
     # Not all 136 million captions of HowTo100M, which would take days and 100 GB.
     every = max(1, store.n_captions // MAX_SENTENCES)
+    # Every n-th caption of the whole store: its beginning may be about few things.
     sentences = [tokenize(text) for text in islice(store.texts(), 0, None, every)]
     # One worker and a fixed seed: the same captions give the same vectors.
     model = Word2Vec(
         sentences,
         vector_size=dim,
         window=5,
+        # A word seen once or twice is hardly learnt; of few captions all words are kept.
         min_count=3 if len(sentences) > 300 else 1,
         sg=1,
         seed=seed + 1,

@@ -49,12 +49,14 @@ class Embedder:
                     f"--run {self.run}: {checkpoint.WORDS}, the words the text encoder was trained "
                     f"on, cannot be read from it ({error}); is it the run's own folder?"
                 ) from error
+        # Without a file, where vectors were trained on captions, no further words can be known.
         self.word2vec = self.words and self.args["word2vec"] and Path(self.args["word2vec"])
         if self.word2vec and not self.word2vec.exists():
             missing = printable(self.word2vec.absolute())
             print(f"{missing} is gone: only words of the training captions are known")
             self.word2vec = None
         self.device, self.batch_size = distributed.init(args.device), args.batch_size
+        # In eval mode an embedding does not depend on the other clips of the batch.
         self.model = MCN(**self.sizes).to(self.device).eval()
         checkpoint.load_weights(self.run, self.model, self.content["model"])
         # Of published weights, to which whole clips and sentences are filled up.
@@ -69,6 +71,7 @@ class Embedder:
         counts = ", ".join(
             f"{name} in {n} of {of} ({n / max(of, 1):.0%})" for name, (n, of) in self.counts.items()
         )
+        # The next data set is counted by itself.
         self.counts.clear()
         print(printable(f"{where}: {counts}"))
         error, warnings = judge(shares)
@@ -98,6 +101,7 @@ class Embedder:
             return
         cache = store.path.with_name(store.path.name + ".words.npz")
         words = vectors_for(store, self.word2vec, cache, more)
+        # The text encoder has learnt the vectors of one file; others mean nothing to it.
         if not self.words.agrees(words):
             raise SystemExit(
                 f"{self.word2vec} is not the file the run was trained with; put that "
@@ -111,6 +115,7 @@ class Embedder:
             self.sizes["modalities"],
             video_streams=self.sizes["video_dims"],
             words=self.words if words else None,
+            # Runs of the first edition could be trained with another number.
             max_words=self.args.get("max_words", 20),
             audio_frames=audio_frames,
         )
@@ -125,6 +130,7 @@ class Embedder:
         """Batches of lists of what a reader returns."""
         table = None
         if "text" in names:
+            # Copied anew each time, since learn_words may have replaced the words.
             table = torch.from_numpy(self.words.vectors).to(self.device)
         embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
         for items in batches:
@@ -133,6 +139,7 @@ class Embedder:
                 batch = fill_up(batch, **padding)
             for name in names:
                 there = batch["valid"][name].cpu()
+                # encode and not embed: the reconstruction is of training alone.
                 embeddings[name].append(self.model.encode(name, batch)[1].float().cpu())
                 valid[name].append(there)
                 self.counts[name] += int(there.sum()), len(there)
@@ -152,6 +159,7 @@ class Embedder:
         clips = [(i, [(0, 0)]) for i in range(len(store))] if clips is None else list(clips)
         reader = self._reader(store, True, audio_frames)
         slices = tqdm(self._slices(len(clips)), desc="embed", unit="batch", mininterval=0.5)
+        # Without the augmentation of training: read() gets no random numbers.
         batches = ([reader.read(*clip) for clip in clips[part]] for part in slices)
         return self._embed(batches, self.model.modalities, self.padding)
 
@@ -193,6 +201,7 @@ def open_store(path: Path, flag: str, prepare: str) -> Store:
 def open_run(run: Path | None, file: Path | None) -> tuple[Path, Path]:
     """(run folder, checkpoint) of --run and --checkpoint, or of the newest run. One of the demo
     data is named, unless there is neither another run nor other data."""
+    # Resolved: the same folder may be written in two ways.
     if run and file and run.resolve() != file.parent.resolve():
         raise SystemExit(
             f"--checkpoint {file} does not lie in --run {run}, whose results it would "

@@ -59,6 +59,7 @@ def _place(scores: np.ndarray, one_second: bool) -> list[tuple[int, int]]:
     defined).
     """
     n_seconds, n_steps = scores.shape
+    # Prefix sums: the score of a run of seconds is one difference.
     sums = np.concatenate([np.zeros((1, n_steps)), scores.cumsum(axis=0)])
     starts, ends = np.empty((n_steps, n_seconds)), np.empty((n_steps, n_seconds + 1))
     after = np.zeros(n_seconds + 1)
@@ -68,9 +69,11 @@ def _place(scores: np.ndarray, one_second: bool) -> list[tuple[int, int]]:
             starts[k] = scores[:, k] + after[1:]
         else:
             starts[k] = _best_from(ends[k])[1:] - sums[:-1, k]
+        # N_k(T) = -inf: no step can start after the last second.
         after = np.append(_best_from(starts[k]), -np.inf)
     runs, first = [], 0
     for k in range(n_steps):
+        # argmax returns the first of equal values, so the earliest start.
         start = first + int(starts[k, first:].argmax())
         first = start + 1 + (0 if one_second else int(ends[k, start + 1 :].argmax()))
         runs.append((start, first))
@@ -131,6 +134,7 @@ def overlaps(labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndar
     the Jaccard index; IoD = |P and G| / |P|, intersection over detection, 0 where P is empty
     (Bojanowski et al., ECCV 2014; Kuehne et al., 2019). labels: (T,), truth: (T, K) bool.
     """
+    # A step that is not annotated has no IoU: there is nothing to find.
     steps = np.flatnonzero(truth.any(axis=0))
     truth, predicted = truth[:, steps], labels[:, None] == steps
     both = (predicted & truth).sum(axis=0)
@@ -230,7 +234,9 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
         row = dict.fromkeys(("matched", "evenly", "iou", "iod", "right", "right_steps"), 0.0)
         row["task"] = video["task"] if steps["protocol"] == "crosstask" else ONE_TASK
         row["annotated"], row["chance"] = annotated.sum(), expected_hits(truth).sum()
+        # Added before the checks below: a video without scores counts as missed.
         rows.append(row)
+        # assign and align need a second for each step.
         if n_seconds < n_steps:
             counts["too_short"] += 1
             continue
@@ -247,6 +253,7 @@ def localize(steps: dict, score: Score, *, background: float = LEVEL, seed: int 
         labels = align(standardize(scores.numpy()), background)
         row["matched"] = (hits(assign(scores.numpy()), truth) & asked).sum()
         counts["unknown"] += int((annotated & ~asked).sum())
+        # A label of -1 reads the last step's entry, and can only become -1 again.
         labels[~asked[labels]] = BACKGROUND  # where a step nobody asked for would lie
         right = right_seconds(labels, truth)
         row["right"] = right.mean()
@@ -268,14 +275,17 @@ def _summary(rows: list[dict], background: float, seed: int) -> dict:
     # Videos without an annotated step have neither recall nor IoU.
     rows = [row for row in rows if row["annotated"]]
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    # Not a set: tasks stay in the order of the file.
     annotated, tasks = column["annotated"], list(dict.fromkeys(column["task"].tolist()))
     task = np.array([tasks.index(name) for name in column["task"]])
 
     def per_task(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
         return np.bincount(task, values) / np.bincount(task, counts)
 
+    # A video with more annotated steps counts more here, unlike in recall_by_video.
     recall = per_task(column["matched"], annotated)
     rng, of = np.random.default_rng(seed), [task == k for k in range(len(tasks))]
+    # Videos and not steps: steps of one video are found or missed together.
     draws = [resample(column["matched"][videos], annotated[videos], rng) for videos in of]
     return {
         "steps": int(annotated.sum()),
@@ -302,6 +312,7 @@ def scorer(embedder, store: Store, kind: str = "cosine") -> Score:
     def score(name: str, n_seconds: int, steps: list[str]) -> tuple[Tensor, Tensor] | None:
         if name not in number:
             return None
+        # Second t lasts from t to t + 1.
         begin = np.arange(n_seconds, dtype=float)
         # Not the next second's row: [t, t + 1) of streams of 1, 1.5 and 100 rows a second.
         clips = embedder.stretches(store, number[name], begin, begin + 0.999)

@@ -33,6 +33,7 @@ def ranks(similarity: Tensor, answers: Tensor | None = None, *, finite: bool = T
     )
     own = similarity.gather(1, answers[:, None])
     better = (similarity > own).sum(dim=1)
+    # Its own column ties with itself.
     ties = (similarity == own).sum(dim=1) - 1
     return (1 + better + ties / 2).cpu().numpy().astype(np.float64)
 
@@ -41,6 +42,7 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
     """{"R@1", "R@1_ci95", ..., "MedR_ci95"} in percent; 95 % percentile bootstrap over queries."""
     rng = np.random.default_rng(seed)
     drawn = [rank[rng.integers(0, len(rank), len(rank))] for _ in range(resamples)]
+    # k=k stores this k: else all lambdas would use the last one.
     statistics = {f"R@{k}": lambda ranks, k=k: 100.0 * (ranks <= k).mean() for k in RECALLS}
     out = {}
     for name, statistic in (statistics | {"MedR": np.median}).items():
@@ -53,6 +55,7 @@ def summarize(rank: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> dict
 def resample(sums: np.ndarray, counts: np.ndarray, rng, resamples: int = 2000) -> np.ndarray:
     """Sum of ``sums`` (n,) / sum of ``counts`` (n,) of rows that are drawn anew, (resamples,): a
     bootstrap of clusters, such as the sentences of each video."""
+    # How often each row is drawn is enough: two products then give the sums of all draws.
     times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), resamples)
     return (times @ sums) / (times @ counts)
 

@@ -30,8 +30,10 @@ def windows(
     found = []
     for length in lengths:
         last, step = max(seconds - length, 0.0), stride * length
+        # Less 1e-9: rounding must not add a window that is the last one again.
         begin = np.append(step * np.arange(np.ceil(last / step - 1e-9)), last)
         found.append(np.stack([begin, np.minimum(begin + length, seconds)], axis=1))
+    # A video shorter than two lengths has the same window for both.
     return np.unique(np.concatenate(found), axis=0)
 
 
@@ -40,7 +42,9 @@ def overlap(stretches: np.ndarray, other: np.ndarray) -> np.ndarray:
     empty."""
     low = np.maximum(stretches[:, None, 0], other[None, :, 0])
     high = np.minimum(stretches[:, None, 1], other[None, :, 1])
+    # high - low is negative where two stretches do not meet.
     both = np.maximum(high - low, 0)
+    # |A or B| = |A| + |B| - |A and B|
     union = np.ptp(stretches, axis=1)[:, None] + np.ptp(other, axis=1)[None, :] - both
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
@@ -74,6 +78,7 @@ def captions_of(store: Store) -> Sentences:
     found = {}
     for video, name in enumerate(store.ids()):
         _, start, end = store.caption_times(video)
+        # A caption of no length overlaps nothing.
         long, texts = np.flatnonzero(end > start), store.caption_texts(video)
         if len(long):
             times = start[long].astype(float), end[long].astype(float)
@@ -132,6 +137,7 @@ def evaluate(
         candidates = windows(store.seconds(number[name]), lengths, stride)
         n_windows += len(candidates)
         reached = _reached(overlap(candidates, np.stack([start, end], axis=1)))
+        # All windows of a video once, for all its sentences and directions.
         clips = embedder.stretches(store, number[name], candidates[:, 0], candidates[:, 1])
         asked = embedder.texts(texts)
         unknown += int((~asked[1]["text"]).sum())
@@ -140,8 +146,10 @@ def evaluate(
             check_finite(scores)
             any_of = torch.stack([clips[1][m] for m in direction.split("->")[1].split("+")]).any(0)
             usable = asked[1]["text"][:, None] & any_of
+            # -inf, since 0 would rank above a negative cosine.
             hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), reached))
         hits["chance"].append(reached.mean(axis=0))
+        # The best window of each sentence, as if the ranking were perfect.
         hits["ceiling"].append(reached.max(axis=0))
     result = {
         "n": sum(map(len, hits["chance"])),
@@ -162,6 +170,7 @@ def _summary(values: list[np.ndarray]) -> dict:
     for name, of in zip(["mIoU", *RECALLS], sums.T, strict=True):
         out[name] = round(float(100 * of.sum() / counts.sum()), 3)
         if len(values) > 1:
+            # The same seed for all: directions are compared on the same resampled videos.
             draws = 100 * resample(of, counts, np.random.default_rng(0))
             out[f"{name}_ci95"] = np.percentile(draws, [2.5, 97.5]).round(3).tolist()
     return out

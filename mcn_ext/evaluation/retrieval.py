@@ -53,6 +53,7 @@ def asked(
 def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tuple[int, list]]:
     """``n`` clips of a training store as (video, spans), from videos all over it."""
     videos = np.flatnonzero(store.caption_counts())
+    # Evenly spaced: the order of a store may follow its topics.
     chosen = videos[np.linspace(0, len(videos) - 1, min(n, len(videos))).astype(int)]
     rng, counts = np.random.default_rng(seed), np.bincount(np.arange(n) % len(chosen))
     return [
@@ -92,10 +93,12 @@ def arrays(clips: Clips, ranks: Mapping[str, np.ndarray], half: bool) -> dict[st
 def _side(clips: Clips, names: str, kind: str, fusion: str) -> Tensor:
     """Rows whose dot products with the other side's are the similarities."""
     embeddings, valid = clips
+    # sum over (a, b) of q_a . c_b = (sum of q_a) . (sum of c_b): one product serves all pairs.
     rows = 0
     for m in names.split("+"):
         x = embeddings[m]
         x = unit_rows(x) if kind == "cosine" or fusion == "mean" else x
+        # A modality without content adds nothing; its embedding is not zero by itself.
         rows = torch.where(valid[m][:, None], x, 0.0) + rows
     return unit_rows(rows) if fusion == "mean" else rows
 
@@ -148,6 +151,7 @@ class Scores:
         self.scale, self.drawn = 1.0, None
         if fusion == "bank":
             self.scale, rows = temperature, _side(bank, query, kind, how)
+            # Blocks of candidates, as bank x candidates scores may not fit into memory.
             self.drawn = torch.cat(
                 [
                     (rows @ part.T / temperature).logsumexp(dim=0)
@@ -160,7 +164,9 @@ class Scores:
         finite: such rows must not vanish from the mean."""
         scores = self.queries[queries] @ self.candidates.T
         if self.drawn is not None:
+            # In place: a second block would double the memory.
             scores = scores.div_(self.scale).sub_(self.drawn)
+        # Before the mask, whose -inf is meant.
         check_finite(scores)
         # Clips with nothing to compare stand behind all others.
         return scores.masked_fill_(~self.answers, -torch.inf)
@@ -176,6 +182,7 @@ class Scores:
         """Rank of each query's own clip, (n + absent,); one that cannot ask or be found, or is one
         of ``absent`` clips of the set of which nothing is known, is a miss: it ranks last."""
         own = torch.arange(len(self.queries))
+        # Checked above: -inf is not finite, and means "not there".
         found = [ranks(block, own[queries], finite=False) for queries, block in self.blocks()]
         last = float(len(own) + absent)
         rank = np.where(self.asks & self.answers, np.concatenate(found), last)
@@ -193,11 +200,14 @@ class Scores:
         total = torch.zeros(n, n)
         for queries, block in self.blocks():
             best = torch.full((len(block), n), -torch.inf)
+            # Max over the clips j of each video v, for every query i.
             best.scatter_reduce_(1, video.expand(len(block), -1), block, "amax")
             asks = self.asks[queries]
+            # Sum over the clips i of each video u that can ask; divided by their number below.
             total.index_add_(0, video[queries][asks], best[asks])
         n_asked = torch.bincount(video[self.asks], minlength=n)
         n_answers = torch.bincount(video[self.answers], minlength=n)
+        # Not 0 / 0 for a video without a query, which the next line makes a miss.
         found = ranks(total / n_asked.clamp(min=1)[:, None], finite=False)
         return np.where((n_asked == 0) | (n_answers == 0), float(n), found)
 
@@ -214,6 +224,7 @@ def videos_of(ids: list[str]) -> list[str]:
     if all(found):
         names = [match[1] for match in found]
     else:
+        # A base counts only if a clip has it as its id: an id may end in # and digits by itself.
         bases = [re.sub(r"#\d+$", "", name) for name in ids]
         names = [base if base in whole else name for base, name in zip(bases, ids, strict=True)]
     if len(set(names)) in (1, len(names)):
@@ -243,6 +254,7 @@ def evaluate(
         name = direction + (f" ({fusion})" if fusion != "sum" else "")
         scores = Scores(clips, direction, fusion=fusion, **settings)
         if corner is None:
+            # A corner alone: the whole matrix may not fit into memory.
             corner = scores.scores(slice(SHOWN))[:, :SHOWN]
         found[name] = scores.ranks(absent)
         if videos:

@@ -50,10 +50,12 @@ def only_one(out: Path, patience: float = 60.0) -> Iterator[Path]:
     file, host = out / "study.lock", socket.gethostname()
     end = time.monotonic() + patience
     while True:
+        # Mode x fails if the file exists, so that of two studies one gets the lock.
         with contextlib.suppress(FileExistsError), open(file, "x") as lock:
             lock.write(f"{host} {os.getpid()}")
             break
         owner, *pids = file.read_text().split() or [""]
+        # Process numbers are known on the host alone that gave them.
         if owner == host and not any(map(_alive, pids)):
             file.unlink(missing_ok=True)
         elif time.monotonic() > end:
@@ -75,6 +77,7 @@ def finished(run: Path, store: str | None = None) -> bool:
     metrics, weights = run / "metrics.json", run / "checkpoint.pt"
     try:
         result = json.loads(metrics.read_text())["youcook2"]
+        # Trained on since: the numbers are of older weights.
         newer = not weights.exists() or metrics.stat().st_mtime >= weights.stat().st_mtime
         evaluated = newer and (run / "youcook2.npz").exists()
         return bool(evaluated and result["complete"] and store in (None, result["data"]))
@@ -102,6 +105,7 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
     todo, total = list(filter(None, map(unfinished, chains))), sum(map(len, chains))
     left, begin = sum(map(len, todo)), time.monotonic()
     n_cores = len(os.sched_getaffinity(0))
+    # Chains share the cores. What the user has set wins.
     environment = {"OMP_NUM_THREADS": str(max(1, n_cores // jobs)), **os.environ}
     signals: list[int] = []
     processes: set[subprocess.Popen] = set()
@@ -111,6 +115,7 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
 
     def stop(number: int, _frame) -> None:
         signals.append(number)
+        # A copy, since threads change the set meanwhile.
         for process in list(processes):
             process.terminate()
 
@@ -138,6 +143,7 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
                 if signals:
                     return
                 status = execute(words, output)
+                # The last command evaluates: success without its results is a failure, too.
                 if status or words is commands[-1] and not finished(folder):
                     if not signals:
                         text = output.read_text(errors="replace").strip().splitlines() or [""]
@@ -156,6 +162,7 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
     try:
+        # Threads are enough: they wait for processes, which do the work.
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run_chain, todo))
     finally:

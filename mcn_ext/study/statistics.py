@@ -54,6 +54,7 @@ def _bootstrap_means(values: np.ndarray, resamples: int) -> np.ndarray:
     """
     n_seeds, n = values.shape
     correction = np.sqrt(n_seeds / (n_seeds - 1)) if n_seeds > 1 else 0.0
+    # (seeds, resamples): each seed's mean over the same drawn queries.
     per_seed = values.astype(np.float32) @ _query_counts(n, resamples) / n
     rng = np.random.default_rng([0, 1])  # another stream than the one that draws queries
     counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples).T
@@ -83,8 +84,11 @@ def interval95(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]
     n_seeds, mean = len(values), float(values.mean())
     variance = float(_bootstrap_means(values, resamples).var())
     of_seeds = float(values.mean(axis=1).var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
+    # Satterthwaite: df = V^2 / (V_s^2 / (S - 1)); the queries' share of V has many degrees.
+    # By chance V may be below the seeds' V_s, hence max.
     df = (n_seeds - 1) * max(1.0, variance / of_seeds) ** 2 if of_seeds else np.inf
     inverse = [1 / x for x in STUDENT_T]
+    # np.interp needs rising x: 1 / df falls along the table, so both are reversed.
     log_t = np.interp(1 / df, inverse[::-1], np.log(list(STUDENT_T.values()))[::-1])
     half = float(np.exp(log_t)) * variance**0.5
     return mean - half, mean + half
@@ -93,6 +97,7 @@ def interval95(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]
 def recall_interval(ranks: np.ndarray, k: int = 10, resamples: int = 2000) -> tuple[float, float]:
     """95 % interval of R@k in percent, of ranks (seeds, queries)."""
     low, high = interval95(100.0 * (ranks <= k), resamples)
+    # The interval is symmetric and may leave what a recall can be.
     return max(0.0, low), min(100.0, high)
 
 
@@ -109,6 +114,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, k: int = 10, resamples: int =
     """
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"ranks must be (seeds, queries), the same for both: {a.shape}, {b.shape}")
+    # -100, 0 or 100 for each query: their mean is in percentage points.
     gain = 100.0 * ((a <= k).astype(np.float32) - (b <= k))
     low, high = interval95(gain, resamples)
     significant = low > 0 or high < 0
@@ -177,6 +183,7 @@ class RunFolder:
     def signs_of_collapse(self) -> list[str]:
         end = next((row for row in reversed(self.log) if "total" in row), {})
         signs = signs_of_collapse(end)
+        # signs_of_collapse does not look at the loss.
         return signs if isfinite(end.get("total", 0)) else [*signs, "the last loss is not finite"]
 
     @property
@@ -191,6 +198,7 @@ class RunFolder:
     def seconds(self) -> float:
         """Training time, from the logged speeds."""
         rows = [row for row in self.log if row.get("clips_per_s")]
+        # A row's speed is that of the steps since the row before.
         steps = np.diff([0, *(row["step"] for row in rows)])
         return self.clips_per_step * sum(steps / [row["clips_per_s"] for row in rows])
 
@@ -256,6 +264,7 @@ class Study:
         self, method: str, metric: str = "R@10", direction: str = MAIN, cell: str = ""
     ) -> np.ndarray:
         """A metric, one value for each seed."""
+        # NaN where a run was not evaluated in this direction.
         found = [run.final.recall(direction, metric) for run in self.of(method, cell)]
         return np.array([value for value in found if isfinite(value)])
 
@@ -272,6 +281,7 @@ class Study:
         """The best method of each two-stage order, best first."""
         best: dict[str, str] = {}
         for method in self.ranked(self.methods, cell):
+            # The best come first, so the first of an order is its best method.
             best.setdefault(self.orders[method], method)
         best.pop(BASELINE, None)
         return list(best.values())
@@ -333,6 +343,7 @@ class Study:
         """R@10 of the first pair, both directions, "before" and "after" stage 2."""
         rows = []
         for method in self.methods:
+            # One stage has no state before stage 2 to compare with.
             runs = [run for run in self.of(method) if run.first]
             a, b = (MODALITIES[letter].name for letter in self.orders[method][:2])
             for direction in (f"{a}->{b}", f"{b}->{a}"):
@@ -341,6 +352,7 @@ class Study:
                 if recalls:
                     before, after = np.mean(recalls, axis=0)
                     change = compare_ranks(
+                        # After less before: negative where stage 2 has forgotten.
                         {run.seed: run.final.ranks.get(direction) for run in runs},
                         {run.seed: run.first.ranks.get(direction) for run in runs},
                     )
@@ -352,6 +364,7 @@ class Study:
         """{flag: {value: the runs that have it}} of args.json, without flags that differ by design;
         the value of most runs first."""
         seen: dict[str, dict[str, dict]] = {}
+        # In a grid each noise level has data of its own.
         hidden = NOT_COMPARED | ({"data"} if self.grid else set())
         for run in self.runs:
             for number, stage in enumerate(run.stages, 1):

@@ -80,6 +80,7 @@ def _read(path: Path, kind: str = "mcn_checkpoint") -> dict:
             bad = [entry.filename for entry in file.infolist() if entry.external_attr & 0x10]
             if bad := file.testzip() or (bad and bad[0]):
                 raise zipfile.BadZipFile(f"the checksum of {bad} is wrong")
+        # weights_only: reading a file from elsewhere runs no code that is in it.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         runs = sorted(str(file.parent) for file in path.parent.parent.glob(f"*/{LATEST}"))
@@ -87,6 +88,7 @@ def _read(path: Path, kind: str = "mcn_checkpoint") -> dict:
             f"{path}: no such checkpoint; "
             + (f"there is {', '.join(runs)}" if runs else "train a run first, or correct the path")
         ) from None
+    # Not Damaged: the file may be good, and _recover must not move it away.
     except (pickle.UnpicklingError, PermissionError) as error:
         raise SystemExit(
             f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})"
@@ -124,13 +126,16 @@ def save(
     """Write ``checkpoint.pt``, keep the one before as ``checkpoint.previous.pt``, and, after an
     epoch, write its weights as ``epoch-NN.pt``. All ranks call this. SystemExit on a full disk, and
     for weights that are not finite."""
+    # Weights that are not finite would take the place of the last good checkpoint.
     if not all(value.isfinite().all() for value in model.values()):
         raise SystemExit(
             f"step {step}: the weights are not finite and are not saved; what is in {folder} is "
             "from before. Lower --lr, or --precision fp32"
         )
+    # No rank goes on, or exits, before the files are complete.
     if distributed.rank() != 0:
         return distributed.barrier()
+    # Without the optimiser, whose moments would make epoch-NN.pt up to three times as large.
     content = {
         "mcn_checkpoint": FORMAT,
         "args": args,
@@ -181,6 +186,7 @@ def lock(folder: Path) -> None:
 
 
 def new_run_id() -> str:
+    # Random, not made of the flags: stage 1 trained anew is another start for stage 2.
     return distributed.broadcast_object(secrets.token_hex(8))
 
 
@@ -210,6 +216,7 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
             why = str(error)
     if why := distributed.broadcast_object(why):
         distributed.fail(why)
+    # Rank 0 reads first, since it may have to put the previous checkpoint in place.
     if distributed.rank() != 0 and (folder / LATEST).exists():
         try:
             content = load(folder / LATEST)  # what rank 0 has found good
@@ -229,6 +236,7 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
             "can go on; train anew with --no-resume or another --out"
         )
     old, now = content["args"], FIXED | args
+    # A flag of the first edition; clusters are now refitted every --queue_size steps.
     now["refit_every"] = now.get("queue_size")
 
     def differs(name):
@@ -275,6 +283,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, state: dict) 
         for key in old.keys() - {"params", "lr"} - IMPLEMENTATION
         if old[key] != new.get(key)
     }
+    # torch also compares these, but its error names neither the run nor what to do.
     sizes = [[len(group["params"]) for group in groups] for groups in (olds, news)]
     if sizes[0] != sizes[1]:
         differences.add(f"groups of {sizes[0]} parameters (now {sizes[1]})")
@@ -330,5 +339,6 @@ def find_run(
             continue  # moved aside (.1), or named by hand
         number, letters, is_demo = int(match[1]), match[2] + (match[3] or ""), bool(match[4])
         if stage in (None, number) and (demo or not is_demo) and not (lacks and lacks in letters):
+            # max() takes real data before the demo, then the later stage, then the newest file.
             found[not is_demo, number, file.stat().st_mtime] = file.parent
     return found[max(found)] if found else None

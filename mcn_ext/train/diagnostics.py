@@ -22,7 +22,9 @@ def effective_rank(rows: Tensor) -> Tensor:
     if len(rows) == 0:
         return rows.new_zeros(())
     rows = rows.double()  # an eigenvalue's rounding counts by its root
+    # Its eigenvalues are the squares of the singular values; the smaller of the two matrices.
     gram = rows @ rows.t() if len(rows) <= rows.shape[1] else rows.t() @ rows
+    # Rounding can make an eigenvalue of 0 negative, and its root NaN.
     share = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
     return torch.special.entr(share).sum().exp()
@@ -35,6 +37,7 @@ def uniformity(rows: Tensor) -> Tensor:
         return rows.new_zeros(())
     similarity = rows @ rows.t()
     apart = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    # For unit rows |a - b|^2 = 2 - 2 cos, so that -2 |a - b|^2 = 4 (cos - 1).
     return (4.0 * (similarity[apart] - 1.0)).exp().mean().log()
 
 
@@ -72,6 +75,7 @@ def diagnose(objective: Objective, terms: Terms) -> dict[str, float]:
         out[f"positive_{pair}"] = positive
         out[f"negative_{pair}"] = similarity[others].sum() / others.sum().clamp_min(1)
         out[f"alignment_{pair}"] = 2.0 - 2.0 * positive
+    # One wait for the device, not one for each number.
     values = torch.stack([value.double() for value in out.values()]).tolist()
     return dict(zip(out, (round(value, 5) for value in values), strict=True))
 
@@ -83,6 +87,7 @@ def signs_of_collapse(values: dict[str, float]) -> list[str]:
         signs.append("one cluster holds more than half of the clips")
     for key, value in values.items():
         kind, _, name = key.partition("_")
+        # 0 is a batch without the modality.
         if kind == "rank" and 0.0 < value < 2.0:
             signs.append(f"the {name} embeddings lie on one line (effective rank below 2)")
         if kind == "negative" and value > 0.95:

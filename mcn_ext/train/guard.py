@@ -37,6 +37,7 @@ def _inputs(batch: Mapping, modality: str) -> list[Tensor]:
     x = batch[modality]
     if isinstance(x, Mapping):
         return list(x.values())
+    # Padding words hold row 0 of the table, see to_device: that is no input of the clip.
     mask = batch.get(f"{modality}_mask")
     return [x if mask is None else x.masked_fill(~mask[..., None], 0)]
 
@@ -51,6 +52,7 @@ def find_clips(modalities: list[str], terms: Terms) -> list[dict]:
         if name in terms.errors:
             stages.append(("reconstruction", terms.errors[name]))
         for stage, x in stages:
+            # The first stage in order: what follows from it would hide the cause.
             bad = bad_rows(x)  # of clips that are not valid too: 0 * NaN reaches gradients
             if bad.any():
                 found.append(
@@ -133,6 +135,7 @@ class Guard:
         self.model, self.objective, self.scaler = model, objective, scaler
         self.folder, self.describe = folder, describe
         self.buffers = list(model.buffers())  # BatchNorm statistics
+        # Memory that remember() copies into, so that no step allocates.
         self.remembered = [buffer.clone() for buffer in self.buffers]
         self.skipped = self.in_a_row = self.overflows = 0
         self.norm = math.nan
@@ -149,11 +152,13 @@ class Guard:
         then stop after the same step. This waits for the device, once.
         """
         # Ranks hold their shares of the loss, and one decision must serve them all.
+        # A flag beside the numbers: one message and one wait for the device, not three.
         stop = total.new_full((), float(stop), dtype=torch.float32)
         mine = torch.stack([total.detach().float(), norm.float().to(total.device), stop])
         mean = distributed.total(mine) / distributed.world()
         loss, self.norm, stops = mean.tolist()
         why = "" if math.isfinite(self.norm) else GRADIENT
+        # Where both are not finite, the loss is named: it comes before its gradient.
         if not math.isfinite(loss):
             why = "the loss is not finite"
         if not why:
@@ -168,6 +173,7 @@ class Guard:
         self.skipped += 1
         named = [*self.model.named_parameters(), *self.objective.named_parameters()]
         gradients = some(not_finite((name, p.grad) for name, p in named))
+        # Before update(), which lowers it where unscale_() has found an overflow.
         scale = self.scaler.get_scale()
         if why == GRADIENT and self.scaler.is_enabled():
             self.scaler.update()
@@ -183,6 +189,7 @@ class Guard:
                 return {"skipped": why, "gradients": gradients}
         elif self.scaler.is_enabled():
             self.scaler.update(scale)  # a bad batch says nothing of the scale: it stays
+        # An overflow returned above: it is part of the search for a scale, and not a bad step.
         self.in_a_row += 1
         clips = find_clips(self.objective.modalities, terms)
         row = {
@@ -245,6 +252,7 @@ class Guard:
             "batch": terms.batch,
         }
         if rank == 0:
+            # The same on every rank: one copy is enough.
             content |= {
                 "args": args,
                 "sizes": self.model.sizes,
@@ -253,6 +261,7 @@ class Guard:
                 "objective": self.objective.state_dict(),
             }
         if rank == 0:
+            # All but the newest MAX_DUMPS - 1: this one makes MAX_DUMPS.
             for old in find_dumps(self.folder)[: 1 - MAX_DUMPS]:
                 for file in self.folder.glob(f"{old.stem}.*"):
                     file.unlink(missing_ok=True)

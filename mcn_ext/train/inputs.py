@@ -45,6 +45,7 @@ def check_ranks(args: argparse.Namespace) -> None:
     train a model of its own, or wait for the others in vain."""
     mine = {f"--{key}": value for key, value in flags.as_dict(args).items() if key not in OWN_FLAGS}
     mine |= {"torch": torch.__version__, "mcn_ext": __version__}
+    # Where these differ, a rank would wait for what the others never send.
     mine |= {name: os.environ.get(name) for name in ("MCN_LOSS", ANYWAY)}
     distributed.check_equal("flags or versions", mine)
 
@@ -61,6 +62,7 @@ def open_store(
             say(DEMO_BANNER)
             if not flags.DATA.exists():
                 say(f"  (no data at {flags.DATA.absolute()}; --data names others)")
+            # Rank 0 makes the data; the others open them when they are complete.
             distributed.wait_for_first(
                 lambda: demo.is_there(flags.DEMO) or demo.prepare(flags.DEMO)
             )
@@ -89,13 +91,16 @@ def check_batch_size(args: argparse.Namespace, store: Store) -> None:
             f"--data {args.data}: no video in it has captions, which tell where clips begin and "
             "end; prepare it with captions"
         )
+    # A video is at most once in a batch, and an epoch would have no step.
     if args.batch_size > n_videos:
         raise SystemExit(
             f"--batch_size {args.batch_size}: {args.data} has {n_videos} videos with captions; use "
             f"--batch_size {n_videos} or less"
         )
     n_ranks = args.n_ranks
+    # The sampler cuts the global batch into equal parts.
     if args.batch_size % n_ranks:
+        # The next smaller size that divides; at least one video for each rank.
         fitting = args.batch_size // n_ranks * n_ranks or n_ranks
         raise SystemExit(
             f"--batch_size {args.batch_size} videos do not divide by {n_ranks} ranks; use "
@@ -135,7 +140,9 @@ def no_start(added: str) -> SystemExit:
 def check_gensim(args: argparse.Namespace, init: Path | None, folder: Path) -> None:
     """SystemExit if :func:`open_words` will need gensim and it is not installed, before a store or
     a run folder is made or moved."""
+    # --no-resume moves the folder aside, and its words with it.
     kept = [run / WORDS for run in (init, folder if args.resume else None) if run is not None]
+    # Vectors are trained on the captions only where neither a file nor a run has some.
     if args.word2vec is None and not any(path.exists() for path in kept):
         require_gensim()
 
@@ -162,15 +169,18 @@ def open_words(
             say(f"no --word2vec: training word vectors on {store.n_captions} captions")
             words = train_vectors(store, seed=args.seed)
         folder.mkdir(parents=True, exist_ok=True)
+        # Evaluation and stage 2 need the same vectors, wherever --word2vec lies by then.
         words.save(kept)
         return words
 
+    # None on all ranks but the first: they read what it has saved.
     return distributed.wait_for_first(find) or WordVectors.load(kept)
 
 
 def read_sample(clips: TrainingClips) -> dict[str, Tensor]:
     """About SAMPLE clips of videos drawn at random, the same on every rank, as one batch: what the
     checks before the first step look at."""
+    # One clip of each of many videos says more of the data than many clips of one.
     n = min(SAMPLE, len(clips))
     videos = np.random.default_rng(0).choice(len(clips), n, replace=False)
     few = TrainingClips(
@@ -226,6 +236,7 @@ def warn_of_clusters(objective: Objective, n_clips: int, total_steps: int) -> No
             f"fewer clips than --cluster_size {clusters.k}; use --cluster_size {n_rows // 4 or 1} "
             "or less"
         )
+    # The first fit comes after step n_steps and is used from the next step on.
     elif n_steps >= total_steps:
         say(
             f"  NO clustering will take place: with --queue_size {n_steps} the first fit is at "

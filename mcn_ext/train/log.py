@@ -39,6 +39,7 @@ def environment(device: torch.device) -> str:
                 timeout=10,
                 check=True,
             ).stdout.strip()
+        # No git here, or not a clone: "unknown" is no reason to stop a run.
         except (OSError, subprocess.SubprocessError):
             return None
 
@@ -77,10 +78,12 @@ class RunLog:
             initial=step,
             unit="step",
             disable=not self.first,
+            # In a file, such as a cluster's, every refresh stays: there are fewer.
             mininterval=0.5 if sys.stderr.isatty() else 15,
             desc=folder.name,
             dynamic_ncols=True,
         )
+        # Files are written by rank 0 alone.
         if not self.first:
             return
         with writing(folder):
@@ -110,6 +113,7 @@ class RunLog:
         mean = distributed.total(torch.stack(list(terms.values())).float()) / distributed.world()
         values = dict(zip(terms, mean.tolist(), strict=True))
         now = time.perf_counter()
+        # Speed and waiting are of the steps since the last row, saves included.
         seconds = now - self.last_time
         speed = {
             "clips_per_s": round(self.clips / seconds, 1),
@@ -130,6 +134,7 @@ class RunLog:
             weight = self.args["recon_weight"]
             parts.append(f"{weight:g} x reconstruction {terms['reconstruction']:.4f}")
         known = terms["contrastive"] + self.args["cluster_weight"] * terms["cluster"]
+        # What the three known terms do not explain; 1e-4 of the loss may be rounding.
         rest = terms["total"] - known - self.args["recon_weight"] * terms["reconstruction"]
         if abs(rest) > 1e-4 * abs(terms["total"]):  # of a term of your own
             parts.append(f"others {rest:.3f}")
@@ -147,6 +152,7 @@ class RunLog:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource
 
+        # ru_maxrss is in KiB on Linux, in bytes on macOS.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
             2**10 if sys.platform != "darwin" else 2**20
         )

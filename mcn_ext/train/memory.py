@@ -39,6 +39,7 @@ def check_shared_memory(sample: Mapping[str, Tensor], n_clips: int, workers: int
     clip_bytes = sum(x.nbytes for x in sample.values()) / len(sample["clip_id"])
     one_each = int(_ranks_here() * (PREFETCH + 1) * n_clips * clip_bytes)
     needed, free = workers * one_each, shutil.disk_usage("/dev/shm").free
+    # One rank's answer stops all: else the others would wait for it in the first step.
     if any(distributed.gather_objects(needed > free)) and not os.environ.get(ANYWAY):
         distributed.fail(
             f"--workers {workers} on {_ranks_here()} rank(s) keep up to {needed / 1e9:.2f} GB of "
@@ -64,7 +65,9 @@ def check(model: MCN, sample: Mapping[str, Tensor], n_clips: int, table: Tensor 
 def step_bytes(model: MCN, sample: Mapping[str, Tensor], n_clips: int, table: Tensor | None) -> int:
     """Bytes that a training step of ``n_clips`` clips takes beyond the weights, estimated by what a
     forward pass of a few keeps for backward. table: word vectors, as in :func:`.to_device`."""
+    # On the CPU: check() is for runs without a GPU.
     batch = to_device({key: x[:TRIED] for key, x in sample.items()}, torch.device("cpu"), table)
+    # Backward keeps weights too, but they are there already.
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}  # by storage: several tensors may share one
 

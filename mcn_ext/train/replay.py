@@ -50,6 +50,7 @@ def join(batches: list[Mapping]) -> dict:
             continue
         if key == "audio":
             longest = max(v.shape[-1] for v in values)
+            # Each rank has padded its clips to its own longest.
             values = [nn.functional.pad(v, (0, longest - v.shape[-1])) for v in values]
         out[key] = torch.cat(values)
     return out
@@ -60,10 +61,12 @@ def build(dump: dict) -> tuple[MCN, Objective]:
     args, model = dump["args"], MCN(**dump["sizes"])
     model.load_state_dict(dump["model"])
     names = model.modalities
+    # What was frozen learns nothing here either: it has no gradients to watch.
     if "add" in args and args["stage1_encoders"] == "frozen":
         model.freeze([name for name in names if name != MODALITIES[args["add"]].name])
     model.train()
     trained = [name for name in names if name not in model.frozen]
+    # Flags and arguments have the same names.
     options = {name: args[name] for name in OBJECTIVE}
     learnt = dump.get("objective", {})
     objective = Objective(names, trained, learn_temperature="log_scale" in learnt, **options)
@@ -78,6 +81,7 @@ def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor, describe) -
 
     def on_gradient(name: str):
         def hook(gradient):
+            # Backward runs from the loss to the inputs: the first one found is nearest the loss.
             if "backward" not in first and not torch.isfinite(gradient).all():
                 first["backward"] = f"the gradient of {name}"
                 if len(gradient) == len(clip_ids):
@@ -105,6 +109,7 @@ def watch(model: nn.Module, first: dict[str, str], clip_ids: Tensor, describe) -
         return hook
 
     for name, module in model.named_modules():
+        # A ModuleList is never called, and the model itself ("") ends after all its modules.
         if name and not isinstance(module, nn.ModuleList):
             module.register_forward_hook(on_output(name))
     for name, parameter in model.named_parameters():
@@ -131,13 +136,16 @@ def replay(file: Path, precision: str = "fp32") -> str:
     describe = describe_clips(dump["args"])
     watch(model, first, batch["clip_id"], describe)
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    # On the CPU, wherever the run was.
     autocast = torch.autocast("cpu", kinds[precision]) if precision in kinds else None
     with autocast or contextlib.nullcontext():
         embeddings, errors = model(batch)
     terms = objective(embeddings, errors, batch)
     found = merge([find_clips(objective.modalities, terms)])
     lines += found_lines(found, objective.parts(terms), describe)
+    # The gradient of a NaN is NaN everywhere and says nothing.
     if torch.isfinite(terms.total):
+        # The loss scale of the run: without it, an overflow in fp16 does not show.
         (terms.total * dump["loss_scale"]).backward()
     lines += [f"  first not finite, {way}: {what}" for way, what in first.items()]
     if not first:
