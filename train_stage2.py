@@ -333,13 +333,9 @@ def main(argv=None):
     # All ranks draw the same initial weights. Their later random numbers differ, see below.
     torch.manual_seed(args.seed)
     sizes = start["sizes"] | {"modalities": modalities, "video_dims": video_dims}
-<<<<<<< HEAD
+    # Not from sizes, which have 0 if stage 1 had no reconstruction loss.
     recon_dim = start["args"].get("recon_dim", sizes["recon_dim"])
     sizes["recon_dim"] = recon_dim if args.recon_weight else 0
-=======
-    # Not from sizes, which have 0 if stage 1 had no reconstruction loss.
-    sizes["recon_dim"] = start["args"]["recon_dim"] if args.recon_weight else 0
->>>>>>> 042eee18704f8ebb6a4b9276e992ee08336aff07
     if args.add == "T":
         sizes["word_dim"] = words.dim
     model = MCN(**sizes, checkpoint_activations=args.checkpoint_activations).to(device)
