@@ -369,3 +369,40 @@ def test_a_damaged_file_among_many_is_named(tmp_path):
     for name in ("none", "x" * 999):
         with pytest.raises(Skipped, match=f"no captions in {tmp_path}"):
             captions.of(name)
+
+
+def test_names_of_caption_files_are_matched_in_no_time_and_to_their_own_video(tmp_path):
+    """Long names with many "_" once took for ever; ".v1" is no language."""
+    folder = tmp_path / "subs"
+    folder.mkdir()
+    cue = "1\n00:00:01,000 --> 00:00:02,000\n{}\n"
+    for name in (
+        "01.how" + "_to" * 40 + " (1)",
+        "intro.v1",
+        "cake.en-US",
+        "pie.mp4",
+        "tea.zh-Hans",
+    ):
+        (folder / f"{name}.srt").write_text(cue.format(name))
+    captions = Captions(folder)
+    for video in ("intro.v1", "cake", "pie", "tea"):
+        assert captions.of(video)[2][0].startswith(video)
+    with pytest.raises(Skipped, match="no captions"):
+        captions.of("intro")
+
+
+def test_numbers_that_are_spoken_stay_in_webvtt():
+    cues = ["WEBVTT", "1\n00:01.000 --> 00:02.000\ncounting\n3", "2\n00:02.000 --> 00:03.000\n2"]
+    cues.append("3\n00:03.000 --> 00:04.000\ngo")
+    assert [cue["text"] for cue in read_cues("\n\n".join(cues))] == ["counting 3", "2", "go"]
+
+
+def test_one_bad_row_costs_one_caption(tmp_path):
+    table = tmp_path / "c.csv"
+    table.write_text("start,end,text\n1,2,fry\n,4,boil\n5,6,\n7,1e39,peel\n8,9,chop\n")
+    captions = Captions(table)
+    assert captions.of("any")[2] == ("fry", "chop")
+    assert "2 without 0 <= start < end" in captions.summary()
+    assert "1 without a text" in captions.summary()
+    table.write_bytes("start,end,text\n1,2,sauté\n".encode("cp1252"))
+    assert Captions(table).of("any")[2] == ("sauté",)

@@ -425,3 +425,25 @@ def test_tensors_that_were_saved_on_a_gpu(tmp_path):
 
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"2d": Tensor()}))
     assert load_pickle(tmp_path / "x.pkl")["2d"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_of_shards_that_is_being_written_is_no_store(tmp_path):
+    writer = StoreWriter(tmp_path / "shards", STREAMS, "test", shard_mib=0)
+    for name in "ab":
+        writer.add(name, {"2d": np.ones((2, 12)), "3d": None, "mel": None}, [0], [1], ["x"])
+    with pytest.raises(StoreError, match="has not finished; run the same"):
+        Store(tmp_path / "shards")
+    assert len(Store(writer.close())) == 2
+
+
+def test_overwrite_replaces_a_store_behind_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "shards").symlink_to(tmp_path / "disk")
+    for text in ("old", "new"):
+        writer = StoreWriter(tmp_path / "shards", STREAMS, "test", overwrite=True)
+        writer.add("a", {"2d": np.ones((2, 12)), "3d": None, "mel": None}, [0], [1], [text])
+        assert Store(writer.close()).caption_texts(0) == [text]
+    (tmp_path / "disk/mine.txt").touch()
+    with pytest.raises(StoreError, match="mine.txt, which is not part of a store"):
+        StoreWriter(tmp_path / "shards", STREAMS, "test", overwrite=True)
+    assert len(Store(tmp_path / "shards")) == 1

@@ -35,7 +35,9 @@ def lock(path: Path, wait: bool = False) -> BinaryIO:
     beside = path.with_name(f".{path.name}.lock")
     with writing(beside):
         beside.parent.mkdir(parents=True, exist_ok=True)
-        file = open(beside, "a+b", buffering=0)
+        # Not through a link, at whose end a file would be emptied.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        file = open(os.open(beside, flags, 0o666), "a+b", buffering=0)
     _locks[path] = file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -27,6 +27,7 @@ import numpy as np
 from mcn_ext.console import printable
 from mcn_ext.data.store_file import (
     N_MELS,
+    UNFINISHED,
     Shard,
     StoreError,
     are_times,
@@ -54,6 +55,11 @@ class Store:
         if not self.path.exists() or not self.files:
             what = "a folder without shard-*.h5" if self.path.exists() else "no such store"
             raise StoreError(f"{self.path}: {what}; make a store with python -m mcn_ext.prepare")
+        if (self.path / UNFINISHED).exists():
+            raise StoreError(
+                f"{self.path}: its preparation has not finished; run the same python -m "
+                "mcn_ext.prepare again, which goes on where it ended"
+            )
         self.shards = [Shard(file) for file in self.files]
         first = self.shards[0]
         self.dims, self.rates, self.source = first.dims, first.rates, first.source
@@ -222,7 +228,13 @@ def compare_durations(store: Store) -> tuple[list[str], list[tuple[str, str]]]:
     for name, rate in rates.items():
         wrong |= np.abs(seconds[name] - middle) > 0.05 * middle + slack
         ratio, rounding = _median(seconds[name] / middle), _median(slack / middle)
-        if abs(ratio - 1) > 0.02 + rounding:
+        if abs(ratio - 1) > 0.02 + rounding and len(rates) == 2:  # which one is right is unknown
+            other = next(key for key in rates if key != name)
+            notices.append(
+                f"stream {name} lasts {ratio:.3g} times as long as {other}: has one of them "
+                "another rate than said, or is one cut off?"
+            )
+        elif abs(ratio - 1) > 0.02 + rounding:
             notices.append(
                 f"stream {name} lasts {ratio:.3g} times as long as the others: has it "
                 f"{rate * ratio:.3g} rows a second, not {rate:g}, or is it cut off?"

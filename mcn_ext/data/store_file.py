@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 VERSION = 1
+UNFINISHED = "unfinished"  # a file in a folder of shards that is being written
 N_MELS = 40
 BLOCK_BYTES = 2**22
 

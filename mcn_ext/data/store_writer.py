@@ -15,7 +15,18 @@ import numpy as np
 
 from mcn_ext.console import printable
 from mcn_ext.data.files import lock, replacing, sync_folder, write_text
-from mcn_ext.data.store_file import VERSION, Shard, StoreError, blocks, checksum, open_hdf5, reading
+from mcn_ext.data.store_file import (
+    UNFINISHED,
+    VERSION,
+    Shard,
+    StoreError,
+    blocks,
+    checksum,
+    open_hdf5,
+    reading,
+)
+
+PARTS = r"(shard-\d{5,}\.h5|prepare\.json)(\.tmp)?"
 
 
 def mend(text: str) -> str:
@@ -102,13 +113,13 @@ class StoreWriter:
             raise StoreError(f"{self.out} exists; pass --overwrite to replace it, or another --out")
         # --overwrite deletes the folder, so it must hold nothing but a store.
         for path in self.folder.glob("*"):
-            if not re.fullmatch(r"(shard-\d{5,}\.h5|prepare\.json)(\.tmp)?", path.name):
+            if path.name != UNFINISHED and not re.fullmatch(PARTS, path.name):
                 raise StoreError(
                     f"{self.folder} holds {path.name}, which is not part of a store; "
                     "give --out a folder of its own"
                 )
-        if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.folder.glob("*") if overwrite else ():
+            path.unlink()  # one by one: the folder may be a link to one on another disk
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings_file = self.folder / "prepare.json"
         wanted = {"source": source, "streams": streams, **(settings or {})}
@@ -131,6 +142,8 @@ class StoreWriter:
             Shard(part)  # a damaged part is an error now, not after hours
             with reading(part), open_hdf5(part) as file:
                 self.done.update(file["video/id"].asstr()[:])
+        # Until close() removes it, no reader takes the parts for a whole store.
+        (self.folder / UNFINISHED).touch()
         self.videos: list[tuple] = []  # (id, {stream: rows}, start, end, texts), not yet written
         self.bytes = 0
 
@@ -212,6 +225,7 @@ class StoreWriter:
     def close(self) -> Path:
         """Write what is left, join the parts if one file was asked for; returns the path."""
         self._flush()
+        (self.folder / UNFINISHED).unlink(missing_ok=True)
         if not self.parts:
             self.settings_file.unlink()  # nothing that a corrected run would have to agree with
             raise StoreError(f"{self.out}: no usable video, nothing written")

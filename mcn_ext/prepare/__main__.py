@@ -138,6 +138,8 @@ def main(argv=None) -> int:
     from mcn_ext.data.unpickle import UnsafePickle
 
     kind = args.pop("kind")
+    if not args["out"].name:
+        raise SystemExit(f"--out {args['out']}: give the file or folder a name")
     module = importlib.import_module(f"mcn_ext.prepare.{MODULES.get(kind, kind)}")
     if kind in {"youcook2", "crosstask"} | MODULES.keys():
         args["kind"] = kind

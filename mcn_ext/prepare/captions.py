@@ -29,11 +29,14 @@ from mcn_ext.data.unpickle import load_pickle
 from mcn_ext.prepare import Skipped
 
 KEYS = ("start", "end", "text")
+LONGEST = 1e30  # seconds: a store has float32, which ends at 3e38
 _CLOCK = r"((?:\d+:)?\d{1,2}:\d{1,2}(?:[.,]\d+)?)"
 _CUE = re.compile(rf"^[ \t]*{_CLOCK}[ \t]*-->[ \t]*{_CLOCK}.*$", re.MULTILINE)
 _MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|<[\d:.]+>|\{\\[^{}]*\}")
 # What downloaders put between id and ending: a language, the ending of the media file.
-_TAGS = re.compile(r"(\.([a-z][a-z\d]{1,2}([-_]\w+)*|webm|flac|opus|auto|default|forced))+$", re.I)
+_TAGS = re.compile(
+    r"(\.([a-z]{2,3}([-_][\w-]*)?|mp[34]|m4[av]|webm|flac|opus|auto|default|forced))+$", re.I
+)
 
 
 def as_text(value) -> str:
@@ -92,11 +95,13 @@ def read_cues(text: str) -> list[dict]:
     is_numbered = bool(found) and text[: found[0].start()].rstrip()[-1:].isdigit()
     stops, cues = [*(cue.start() for cue in found), len(text)], []
     for cue, stop in zip(found, stops[1:], strict=True):
-        block = text[cue.end() : stop]
+        block = between = text[cue.end() : stop]
         if text.startswith("WEBVTT"):  # between cues are notes, styles, and names of cues
-            block = block.split("\n\n")[0]
+            block = between.split("\n\n")[0]
         lines = block.strip().split("\n")
-        if is_numbered and stop < len(text) and lines[-1].strip().isdigit():
+        # What was cut off had the number of the next cue in it: a number that is left is spoken.
+        uncut = block == between and stop < len(text)
+        if is_numbered and uncut and lines[-1].strip().isdigit():
             del lines[-1]  # the number of the next cue
         lines = [html.unescape(_MARKUP.sub("", line)) for line in lines]
         cues.append((_seconds(cue[1]), _seconds(cue[2]), " ".join(lines)))
@@ -149,7 +154,10 @@ def _read(path: Path):
     try:
         raw = path.read_bytes()
         wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-        text = raw.decode("utf-16" if wide else "utf-8-sig", "replace")
+        try:
+            text = raw.decode("utf-16" if wide else "utf-8-sig")
+        except UnicodeDecodeError:  # of old players: Western Europe's
+            text = raw.decode("cp1252", "replace")
         return _READERS[path.suffix.lower()](text)
     except Exception as error:  # damage makes json, csv and pysubs2 raise a dozen types
         raise Skipped(
@@ -167,7 +175,7 @@ def _columns(entry) -> tuple:
     if isinstance(entry, dict) and isinstance(entry.get("segments"), list):
         entry = entry["segments"]
     if isinstance(entry, list):
-        return tuple([row[key] for row in entry] for key in KEYS)
+        return tuple([row.get(key) for row in entry] for key in KEYS)
     return tuple(entry[key] for key in KEYS)
 
 
@@ -245,10 +253,13 @@ class Captions:
         kept, left_out = [], []
         try:
             for start, end, text in zip(*_columns(entry), strict=True):
-                start, end = _seconds(start), _seconds(end)
-                if text is None or text != text:  # NaN
+                try:
+                    start, end = _seconds(start), _seconds(end)
+                except (TypeError, ValueError):
+                    start = end = np.nan
+                if text is None or text != text or not as_text(text).strip():  # None, NaN, empty
                     left_out.append("without a text")
-                elif 0 <= start < end < np.inf:
+                elif 0 <= start < end < LONGEST:
                     kept.append((start, end, as_text(text)))
                 else:
                     left_out.append("without 0 <= start < end")

@@ -69,8 +69,9 @@ def _captions(item: dict, keys: list[str]) -> list[str]:
     value = _first(item, keys)
     if value is None:
         raise Skipped(f"no {' or '.join(keys)} in it")
-    several = isinstance(value, list) and len(keys) > 1 and value is item.get("caption")
-    if several and not value:
+    several = len(keys) > 1 and value is item.get("caption")
+    several = several and isinstance(value, (list, tuple, np.ndarray))
+    if several and not len(value):
         raise Skipped("an empty list of captions")
     return [as_text(text) for text in (value if several else [value])]
 

@@ -286,6 +286,8 @@ def check(args: argparse.Namespace, own_words: bool = True) -> None:
             f"--temperature {args.temperature} with --learn_temperature: a learnt one is at least "
             "0.01; start there or above"
         )
+    if args.out is not None and not args.out.name:
+        raise SystemExit(f"--out {args.out}: give the folder a name")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise SystemExit(f"--out {args.out}: a file, not a folder; give another")
     if not args.demo and not args.data.exists():
