@@ -406,3 +406,12 @@ def test_one_bad_row_costs_one_caption(tmp_path):
     assert "1 without a text" in captions.summary()
     table.write_bytes("start,end,text\n1,2,sauté\n".encode("cp1252"))
     assert Captions(table).of("any")[2] == ("sauté",)
+
+
+def test_a_table_whose_texts_have_commas_and_no_quotes(tmp_path):
+    (tmp_path / "a.csv").write_text("start,end,text\n1,2,salt, pepper\n")
+    assert Captions(tmp_path / "a.csv").of("any")[2] == ("salt, pepper",)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "x.csv").write_text("id,start,end,text\nx,1,2,fry, boil\n")
+    assert Captions(folder).of("x")[2] == ("fry, boil",)

@@ -63,7 +63,7 @@ def _seconds(value) -> float:
 
 
 def _n_shared(before: list[str], words: list[str]) -> int:
-    """With how many words, at most, the one ends and the other begins."""
+    """The length of the longest end of ``before`` that ``words`` begins with."""
     lengths = range(min(len(before), len(words), 100) + 1)  # three lines have some 30
     return max(n for n in lengths if before[len(before) - n :] == words[:n])
 
@@ -141,8 +141,11 @@ def _from_csv(text: str) -> dict | list:
     name = next((key for key in ("id", "video_id") if rows and key in rows[0]), None)
     videos = defaultdict(list)
     for row in rows:
+        surplus = row.pop(None, None)  # a text with commas and without quotes
+        if surplus and list(row)[-1] == "text":
+            row["text"] = ",".join([row["text"], *surplus])
         videos[row.get(name)].append(row)
-    return videos if name else rows
+    return dict(videos) if name else rows
 
 
 _READERS = {".csv": _from_csv, ".srt": read_cues, ".vtt": read_cues, ".json": _from_json}
@@ -248,6 +251,8 @@ class Captions:
         if name in self.files:
             path = min(self.files[name], key=partial(_rank, name))
             entry = _read(path)
+            if isinstance(entry, dict) and name in entry:  # a table with a column of ids
+                entry = entry[name]
         if entry is None:
             raise Skipped(f"no captions in {path}")
         kept, left_out = [], []

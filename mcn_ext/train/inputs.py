@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -91,17 +92,19 @@ def check_batch_size(args: argparse.Namespace, store: Store) -> None:
             f"--data {args.data}: no video in it has captions, which tell where clips begin and "
             "end; prepare it with captions"
         )
-    # A video is at most once in a batch, and an epoch would have no step.
+    n_ranks = args.n_ranks
+    if n_videos < n_ranks:
+        raise SystemExit(f"--data {args.data}: {n_videos} videos with captions for {n_ranks} ranks")
+    # The largest batch that fits both; at least one video for each rank.
+    fitting = min(args.batch_size, n_videos) // n_ranks * n_ranks or n_ranks
+    # A video is at most once in a batch: an epoch of a larger one would have no step.
     if args.batch_size > n_videos:
         raise SystemExit(
             f"--batch_size {args.batch_size}: {args.data} has {n_videos} videos with captions; use "
-            f"--batch_size {n_videos} or less"
+            f"--batch_size {fitting} or less"
         )
-    n_ranks = args.n_ranks
     # The sampler cuts the global batch into equal parts.
     if args.batch_size % n_ranks:
-        # The next smaller size that divides; at least one video for each rank.
-        fitting = args.batch_size // n_ranks * n_ranks or n_ranks
         raise SystemExit(
             f"--batch_size {args.batch_size} videos do not divide by {n_ranks} ranks; use "
             f"--batch_size {fitting}"
@@ -185,7 +188,7 @@ def read_sample(clips: TrainingClips) -> dict[str, Tensor]:
     videos = np.random.default_rng(0).choice(len(clips), n, replace=False)
     few = TrainingClips(
         clips.reader,
-        n_pair=min(clips.n_pair, -(-SAMPLE // n)),
+        n_pair=min(clips.n_pair, math.ceil(SAMPLE / n)),
         min_time=clips.min_time,
         seed=clips.seed,
     )
@@ -198,13 +201,13 @@ def check_content(
     """Say how many clips have each modality, and how many words of the captions are known; warn
     where it is less than half. SystemExit, if ``refuse``, where it is less than a tenth."""
     shares = {
-        f"clips with {key[6:]}": float(valid.float().mean())
+        f"clips with {key.removeprefix('valid.')}": float(valid.float().mean())
         for key, valid in sample.items()
         if key.startswith("valid.")
     }
     say(
         f"  of {len(sample['clip_id'])} clips looked at: "
-        + ", ".join(f"{share:.0%} {name[6:]}" for name, share in shares.items())
+        + ", ".join(f"{share:.0%} {name.removeprefix('clips ')}" for name, share in shares.items())
     )
     # A pass over up to 200,000 captions, which one rank makes.
     known = words and distributed.broadcast_object(
