@@ -180,7 +180,7 @@ def main(argv=None):
             path, prepare = flags.DEMO / "eval.h5", f"demo --out {flags.DEMO}"
         path = Path(getattr(args, name) or path)
         store = stores[name] = open_store(path, f"--{name}", prepare)
-        embedder.check(store, f"--{name}")
+        embedder.check(store, f"--{name}", captions=name in RETRIEVAL)
         if name in RETRIEVAL:
             retrieval.check_captions(store, f"--{name}")
             if not directions:

@@ -3,6 +3,7 @@
     python train_stage1.py --pair AV                        # a GPU if there is one, else the CPU
     torchrun --nproc_per_node 4 train_stage1.py --pair AV   # four GPUs (or four CPU processes)
     python train_stage1.py --pair VT --data my.h5 --word2vec GoogleNews-vectors-negative300.bin
+    python train_stage1.py --pair AV --audio beats,clap --preset features   # of frozen encoders
     python train_stage1.py --pair AV --preset demo --max_steps 20       # a trial
 
 Without data/howto100m.h5 it trains on generated demo data. To resume after an interruption, run the
@@ -19,21 +20,24 @@ from pathlib import Path
 from mcn_ext.train import flags
 
 # ------------------------------------------------------------------------------------------ flags
-# The demo preset: small, for two CPU cores.
-DEMO = dict(
-    batch_size=16,
-    n_pair=8,
-    lr=2e-3,
-    embd_dim=256,
-    recon_dim=128,
-    audio_width=0.125,
-    audio_frames=300,
-    min_time=1.0,
-    cluster_size=64,
-    temperature=0.1,
-    cluster_weight=0.3,
-    recon_weight=5.0,
-)
+PRESETS = {
+    "paper": {},
+    "features": dict(batch_size=512, embd_dim=1024),  # no encoder but the gated units to train
+    "demo": dict(  # small, for two CPU cores
+        batch_size=16,
+        n_pair=8,
+        lr=2e-3,
+        embd_dim=256,
+        recon_dim=128,
+        audio_width=0.125,
+        audio_frames=300,
+        min_time=1.0,
+        cluster_size=64,
+        temperature=0.1,
+        cluster_weight=0.3,
+        recon_weight=5.0,
+    ),
+}
 
 
 def get_parser():
@@ -64,8 +68,21 @@ def get_parser():
     )
     add(
         "--preset",
-        choices=("paper", "demo"),
-        help="sizes; demo: small, for a CPU (demo for the demo data, else paper)",
+        choices=PRESETS,
+        help="sizes; features: for --audio NAME; demo: small, for a CPU (demo for the demo data, "
+        "else paper)",
+    )
+    add(
+        "--audio",
+        type=flags.streams,
+        default="davenet",
+        help="davenet: its encoder learns from spectrograms; or names of the store's audio streams,"
+        " with commas between: features of a frozen encoder",
+    )
+    add(
+        "--text",
+        default="words",
+        help="words: their vectors; or the name of the store's caption features",
     )
     add(
         "--n_pair",
@@ -165,7 +182,6 @@ def get_parser():
         default=1e-4,
         help="peak of the schedule; try 1e-3 for small data",
     )
-    add("--warmup_steps", type=not_negative(int), help="default: a tenth of all, at most 1000")
     add(
         "--clip_grad_norm",
         type=positive(float),
@@ -207,7 +223,7 @@ def get_args(argv=None):
     # --preset and --similarity set defaults of other flags. Parsing again applies these defaults
     # where the user gave no value.
     data, preset, demo = flags.find_data(args.data, args.preset)
-    parser.set_defaults(**(DEMO if preset == "demo" else {}))
+    parser.set_defaults(**PRESETS[preset])
     if args.similarity == "dot":
         # A dot product is not bounded by 1, and the published objective has no temperature.
         parser.set_defaults(temperature=1.0)
@@ -233,7 +249,6 @@ def main(argv=None):
         make_loader,
         to_device,
     )
-    from mcn_ext.modalities import streams_of
     from mcn_ext.model import MCN
     from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs, memory
@@ -258,20 +273,21 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------- run and data
     folder = args.out or Path("runs") / f"stage1-{args.pair}{'-demo' if args.demo else ''}"
-    if "T" in args.pair:
+    with_words = "T" in args.pair and args.text == "words"
+    if with_words:
         inputs.check_gensim(args, None, folder)
     store = inputs.open_store(args, args.pair)
-    args.data_id = inputs.identify(store)  # a run goes on with the data that it began with
+    inputs.identify(args, store, args.pair)  # a run goes on with the data that it began with
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
-    words = (
-        inputs.open_words(args, store, None, folder, bool(resumed)) if "T" in args.pair else None
-    )
+    words = inputs.open_words(args, store, None, folder, bool(resumed)) if with_words else None
     word_vectors = torch.from_numpy(words.vectors).to(device) if words else None
     reader = ClipReader(
         store,
         args.pair,
+        audio_streams=inputs.audio_streams(args),
+        text=args.text,
         words=words,
         audio_frames=args.audio_frames,
         audio_augment=args.audio_augment,
@@ -291,9 +307,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = MCN(
         args.pair,
-        video_dims=streams_of("V", store.dims),
+        video_dims=store.streams("V"),
+        audio_dims={name: store.dims[name] for name in reader.audio_streams},
+        text=args.text,
         # Without text the width is not used; stage 2 sets it when it adds text.
-        word_dim=words.dim if words else 300,
+        word_dim=words.dim if words else store.text_dims.get(args.text, 300),
         embd_dim=args.embd_dim,
         # No heads without the loss: they would take memory and learn nothing.
         recon_dim=args.recon_dim if args.recon_weight else 0,
@@ -322,10 +340,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total_steps = args.epochs * sampler.steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(1000, math.ceil(total_steps / 10))
-
+    warmup_steps = min(1000, math.ceil(total_steps / 10))
     peaks = [group["lr"] for group in optimizer.param_groups]  # a group may have a rate of its own
 
     def learning_rate(step, peak):  # linear warm-up, then half a cosine down to 0

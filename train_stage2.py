@@ -36,6 +36,8 @@ DEMO = dict(
 INHERITED = (
     "data",
     "word2vec",
+    "audio",
+    "text",
     "preset",
     "n_pair",
     "min_time",
@@ -78,7 +80,18 @@ def get_parser():
         "run's words.npz (stage 1's, else data/word2vec.bin; without one, vectors are trained on "
         "the captions)",
     )
-    add("--preset", choices=("paper", "demo"), help="sizes; demo: small, for a CPU (stage 1's)")
+    add("--preset", choices=("paper", "features", "demo"), help="sizes (stage 1's)")
+    add(
+        "--audio",
+        type=flags.streams,
+        default="davenet",
+        help="davenet, or names of the store's audio streams, with commas between (stage 1's)",
+    )
+    add(
+        "--text",
+        default="words",
+        help="words, or the name of the store's caption features (stage 1's)",
+    )
     add(
         "--n_pair",
         type=positive(int),
@@ -175,7 +188,6 @@ def get_parser():
         default=1e-4,
         help="peak of the schedule; try 1e-3 for small data",
     )
-    add("--warmup_steps", type=not_negative(int), help="default: a tenth of all, at most 1000")
     add(
         "--clip_grad_norm",
         type=positive(float),
@@ -220,6 +232,8 @@ def get_args(argv=None, start=None):
         return args
     # These become defaults: parsing again applies them where the user gave no value.
     inherited = {name: start[name] for name in INHERITED if start.get(name) is not None}
+    if args.text != "words":
+        inherited.pop("word2vec", None)  # of stage 1, which may have had no text
     preset = args.preset or inherited["preset"]
     parser.set_defaults(**((DEMO if preset == "demo" else {}) | inherited))
     args = parser.parse_args(argv)
@@ -248,7 +262,7 @@ def main(argv=None):
         make_loader,
         to_device,
     )
-    from mcn_ext.modalities import MODALITIES, streams_of
+    from mcn_ext.modalities import MODALITIES
     from mcn_ext.model import MCN
     from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs, memory
@@ -273,7 +287,7 @@ def main(argv=None):
     # A retrained stage 1, or one that has gone on, is another start: not resumed from.
     args.init, args.init_run_id, args.init_step = init, start["run_id"], start["step"]
     args.first_epoch = start["args"].get("first_epoch", 0) + start["args"]["epochs"]
-    inputs.check_word2vec(args, start["args"], pair)
+    inputs.check_inputs(args, start["args"], pair)
     modalities = pair + args.add
 
     # -------------------------------------------------------------------- processes and precision
@@ -292,25 +306,24 @@ def main(argv=None):
     # ------------------------------------------------------------------------------- run and data
     name = f"stage2-{pair}_{args.add}{'-demo' if args.demo else ''}"
     folder = args.out or Path("runs") / name
-    if "T" in modalities:
+    with_words = "T" in modalities and args.text == "words"
+    if with_words:
         inputs.check_gensim(args, init, folder)
-    video_dims = start["sizes"]["video_dims"] if "V" in pair else None
-    store = inputs.open_store(args, modalities, video_dims)
-    video_dims = video_dims or streams_of("V", store.dims)
-    args.data_id = inputs.identify(store)  # a run goes on with the data that it began with
+    store = inputs.open_store(args, modalities, start["sizes"])
+    inputs.identify(args, store, modalities)  # a run goes on with the data that it began with
     if start["args"].get("data_id", args.data_id) != args.data_id:
         say(f"WARNING: {args.data} holds other data than those that {init} was trained on")
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run
-    words = (
-        inputs.open_words(args, store, init, folder, bool(resumed)) if "T" in modalities else None
-    )
+    words = inputs.open_words(args, store, init, folder, bool(resumed)) if with_words else None
     word_vectors = torch.from_numpy(words.vectors).to(device) if words else None
     reader = ClipReader(
         store,
         modalities,
-        video_streams=video_dims,
+        video_streams=start["sizes"]["video_dims"] if "V" in pair else None,
+        audio_streams=inputs.audio_streams(args),
+        text=args.text,
         words=words,
         audio_frames=args.audio_frames,
         audio_augment=args.audio_augment,
@@ -332,12 +345,18 @@ def main(argv=None):
     # ------------------------------------------------------------------------ model and objective
     # All ranks draw the same initial weights. Their later random numbers differ, see below.
     torch.manual_seed(args.seed)
-    sizes = start["sizes"] | {"modalities": modalities, "video_dims": video_dims}
+    sizes = start["sizes"] | {"modalities": modalities}
     # Not from sizes, which have 0 if stage 1 had no reconstruction loss.
     recon_dim = start["args"].get("recon_dim", sizes["recon_dim"])
     sizes["recon_dim"] = recon_dim if args.recon_weight else 0
-    if args.add == "T":
-        sizes["word_dim"] = words.dim
+    # What stage 1's encoders read stays; of the added one it is new.
+    if args.add == "V":
+        sizes["video_dims"] = store.streams("V")
+    elif args.add == "A":
+        sizes["audio_dims"] = {name: store.dims[name] for name in reader.audio_streams}
+    elif args.add == "T":
+        sizes["text"] = args.text
+        sizes["word_dim"] = words.dim if words else store.text_dims[args.text]
     model = MCN(**sizes, checkpoint_activations=args.checkpoint_activations).to(device)
     known = model.state_dict().keys() & start["model"].keys()  # reconstruction heads come or go
     weights = {key: start["model"][key] for key in known}
@@ -368,10 +387,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     total_steps = args.epochs * sampler.steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = min(1000, math.ceil(total_steps / 10))
-
+    warmup_steps = min(1000, math.ceil(total_steps / 10))
     peaks = [group["lr"] for group in optimizer.param_groups]  # a group may have a rate of its own
 
     def learning_rate(step, peak):  # linear warm-up, then half a cosine down to 0

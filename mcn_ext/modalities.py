@@ -11,7 +11,7 @@ class Modality(NamedTuple):
     letter: in flags and names of run folders. name: in batches, logs and directions of retrieval.
     modules: its modules in :class:`mcn_ext.model.MCN`, by the published parameter names, the
     reconstruction head last.
-    streams: of a store, that only it reads. Text reads captions; video reads every other stream.
+    streams: of a store, that are its own where the store does not say: see :func:`modality_of`.
     colour: in figures.
     """
 
@@ -42,9 +42,7 @@ BY_NAME = {row.name: row for row in MODALITIES.values()}
 PAIRS = ("AV", "VT", "AT", "AVT")  # what stage 1 can align, as run folders are named
 
 
-def streams_of(letter: str, dims: dict[str, int]) -> dict[str, int]:
-    """Those of a store's streams (name -> width) that a modality reads, in the store's order."""
-    if letter == "V":
-        taken = {stream for row in MODALITIES.values() for stream in row.streams}
-        return {name: dim for name, dim in dims.items() if name not in taken}
-    return {name: dim for name, dim in dims.items() if name in MODALITIES[letter].streams}
+def modality_of(stream: str) -> str:
+    """Name of the modality of a store's stream without an attribute ``modality``: what the table
+    does not name is video."""
+    return next((row.name for row in MODALITIES.values() if stream in row.streams), "video")

@@ -17,8 +17,11 @@ class MCN(nn.Module):
 
     Args:
         modalities: letters of :data:`.MODALITIES`.
-        video_dims: stream name -> width, in the order the streams are concatenated.
-        word_dim, embd_dim, recon_dim: widths of words, joint space, reconstruction heads (0: none).
+        video_dims, audio_dims: stream name -> width, in the order the streams are concatenated.
+            Without audio_dims the sound is encoded by DAVEnet.
+        text: what its tokens are: "words", or the name of captions' features.
+        word_dim, embd_dim, recon_dim: widths of tokens, joint space, reconstruction heads (0:
+            none).
         audio_width: 1.0 is the published DAVEnet (1024 channels at the end).
         checkpoint_activations: see :class:`.ResDAVEnet`.
     """
@@ -28,6 +31,8 @@ class MCN(nn.Module):
         modalities: str = "AVT",
         *,
         video_dims: Mapping[str, int] | None = None,
+        audio_dims: Mapping[str, int] | None = None,
+        text: str = "words",
         word_dim: int = 300,
         embd_dim: int = 6144,
         recon_dim: int = 1024,
@@ -40,6 +45,8 @@ class MCN(nn.Module):
         self.sizes = dict(
             modalities=modalities,
             video_dims=video_dims,
+            audio_dims=dict(audio_dims or {}),
+            text=text,
             word_dim=word_dim,
             embd_dim=embd_dim,
             recon_dim=recon_dim,
@@ -55,7 +62,12 @@ class MCN(nn.Module):
             dim = sum(video_dims.values())
             self.GU_video = GatedUnit(dim, embd_dim)
             self.recon_v = head(dim)
-        if "audio" in self.modalities:
+        if "audio" in self.modalities and audio_dims:
+            dim = sum(audio_dims.values())
+            self.DAVEnet = self.DAVEnet_projection = None
+            self.GU_audio = GatedUnit(dim, embd_dim)
+            self.recon_a = head(dim)
+        elif "audio" in self.modalities:
             self.DAVEnet = ResDAVEnet(audio_width, checkpoint_activations)
             # Gated at DAVEnet's width, then projected: 36 times fewer weights than gating at 6144.
             self.GU_audio = GatedUnit(self.DAVEnet.dim, self.DAVEnet.dim)
@@ -82,25 +94,25 @@ class MCN(nn.Module):
 
     def _frozen_modules(self) -> list[nn.Module]:
         names = [name for modality in self.frozen for name in BY_NAME[modality].modules]
-        # Without a reconstruction loss there are no heads.
+        # Without a reconstruction loss there are no heads, with audio features no DAVEnet.
         return [module for name in names if (module := getattr(self, name)) is not None]
 
     def _video(self, batch) -> tuple[Tensor, Tensor]:
-        # eps above fp16's smallest number: an empty clip is a zero row, not 0 / 0.
-        # Each stream at unit length, so that no stream dominates the concatenation by its scale.
-        streams = [
-            F.normalize(batch["video"][name].float(), dim=1, eps=1e-6)
-            for name in self.sizes["video_dims"]
-        ]
-        features = torch.cat(streams, dim=1)
+        features = concatenate(batch["video"], self.sizes["video_dims"])
         return features, self.GU_video(features)
 
     def _audio(self, batch) -> tuple[Tensor, Tensor]:
+        if self.DAVEnet is None:
+            features = concatenate(batch["audio"], self.sizes["audio_dims"])
+            return features, self.GU_audio(features)
         features = self.DAVEnet(batch["audio"], batch["n_frames"], batch.get("heard"))
         return features, self.DAVEnet_projection(self.GU_audio(features))
 
     def _text(self, batch) -> tuple[Tensor, Tensor]:
-        features = self.text_pooling_caption(batch["text"], batch["text_mask"])
+        tokens = batch["text"]
+        if self.sizes["text"] != "words":  # word vectors are taken as they are, as published
+            tokens = F.normalize(tokens.float(), dim=2, eps=1e-6)
+        features = self.text_pooling_caption(tokens, batch["text_mask"])
         return features, self.GU_text_captions(features)
 
     def encode(self, modality: str, batch: Mapping) -> tuple[Tensor, Tensor]:
@@ -120,10 +132,10 @@ class MCN(nn.Module):
     def forward(self, batch: Mapping) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Embed a batch.
 
-        batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` (B, 40, T) dB
-        with ``n_frames`` (B,) int64, which are averaged, and, where more are convolved (see
-        :func:`.fill_up`), ``heard`` (B,), both best on the host; ``text`` (B, words, word_dim)
-        with ``text_mask`` (B, words).
+        batch: ``video`` {stream: (B, dim)} maxima over the clip's time; ``audio`` likewise, or, for
+        DAVEnet, (B, 40, T) dB with ``n_frames`` (B,) int64, which are averaged, and, where more are
+        convolved (see :func:`.fill_up`), ``heard`` (B,), both best on the host; ``text`` (B,
+        tokens, word_dim) with ``text_mask`` (B, tokens).
         Only the model's modalities are read.
 
         Returns ({modality: embedding (B, embd_dim)}, {modality: reconstruction MSE (B,) fp32}); the
@@ -138,6 +150,15 @@ class MCN(nn.Module):
             if error is not None:
                 errors[name] = error
         return embeddings, errors
+
+
+def concatenate(streams: Mapping[str, Tensor], names) -> Tensor:
+    """The streams (B, dim) side by side, each at unit length, so that none dominates by its scale.
+
+    An empty clip is a zero row, not 0 / 0: eps is above fp16's smallest number.
+    """
+    rows = [F.normalize(streams[name].float(), dim=1, eps=1e-6) for name in names]
+    return torch.cat(rows, dim=1)
 
 
 def load_published(path, video_dims: Mapping[str, int] | None = None) -> MCN:

@@ -12,7 +12,6 @@ SCRIPTS = ("train_stage1.py", "train_stage2.py", "evaluate.py")
 MODULES = ("prepare.__main__", "study.plan", "report", "store", "evaluation.search")
 # Where 0, or also less, means something.
 ZERO = {
-    "--warmup_steps",
     "--seed",
     "--seeds",
     "--min_time",

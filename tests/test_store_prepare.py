@@ -17,7 +17,7 @@ def test_layout_is_the_documented_one(store_path):
     with h5py.File(store_path) as file:
         root = {name: file.attrs[name] for name in ("format", "version", "source")}
         assert root == {"format": "mcn-store", "version": 1, "source": "test data"}
-        assert set(file["2d"].attrs) == {"rate_hz", "model", "weights_sha256", "tool"}
+        assert set(file["2d"].attrs) == {*"rate_hz model weights_sha256 tool modality".split()}
         n, rows = len(file["video/id"]), file["2d/data"]
         assert rows.dtype == np.float16 and rows.chunks is None and rows.compression is None
         for name in ("2d", "3d", "mel", "caption"):

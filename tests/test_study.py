@@ -58,7 +58,7 @@ def test_all_orders_and_the_baselines_that_are_equal(command, tmp_path, monkeypa
 
 def test_commands_of_a_chain(command):
     variant = "--variant 'long=--epochs 2 --queue_size 2 --stage1_encoders finetune'"
-    lines = command(f"--warmup_steps 7 {variant}").splitlines()
+    lines = command(f"--clip_grad_norm 7 {variant}").splitlines()
     assert len(lines) == len(set(lines))
     chain = [shlex.split(part) for part in lines[0].split(" && ")]
     scripts = ["train_stage1.py"] + ["train_stage2.py"] * 3
@@ -67,7 +67,7 @@ def test_commands_of_a_chain(command):
         folder = train[train.index("--out") + 1]
         assert evaluate[evaluate.index("--run") + 1] == folder
         assert "--require_complete" in evaluate
-        assert train[train.index("--warmup_steps") + 1] == "7"
+        assert train[train.index("--clip_grad_norm") + 1] == "7"
         assert ("--embd_dim" in train) == ("train_stage1.py" in train[1])  # stage 2 inherits sizes
     last = chain[6]
     assert last[last.index("--init") + 1].endswith("a study/seed0/stage1-AV")

@@ -13,27 +13,34 @@ FRAMES = 16  # DAVEnet halves time four times: batches are padded to a multiple 
 
 
 def collate(items: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Clips of several videos as one flat batch; audio is padded with zeros to the longest.
+    """Clips of several videos as one flat batch; sound and captions' features are padded with zeros
+    to the longest.
 
     ``audio`` (N, 40, frames) is a view of (N, frames, 40), as spectrograms lie in the store.
     """
-    batch = {
-        key: torch.from_numpy(np.concatenate([item[key] for item in items]))
-        for key in items[0]
-        if key != "audio"
-    }
-    if "audio" in items[0]:
-        sounds = [item["audio"] for item in items]
-        n, n_frames = sum(map(len, sounds)), max(sound.shape[2] for sound in sounds)
-        n_frames = -(-n_frames // FRAMES) * FRAMES
-        # Time before mels in memory: as in the store, and as DAVEnet's first product reads it.
-        audio = np.zeros((n, n_frames, sounds[0].shape[1]), sounds[0].dtype)
-        first = 0
-        for sound in sounds:
-            audio[first : first + len(sound), : sound.shape[2]] = sound.transpose(0, 2, 1)
-            first += len(sound)
-        batch["audio"] = torch.from_numpy(audio).transpose(1, 2)
+    batch = {}
+    for key in items[0]:
+        values = [item[key] for item in items]
+        if key == "audio":
+            # Time before mels in memory: as in the store, and as DAVEnet's first product reads it.
+            values = _pad([sound.transpose(0, 2, 1) for sound in values], FRAMES)
+            batch[key] = torch.from_numpy(values).transpose(1, 2)
+        else:
+            values = _pad(values) if key in ("text", "text_mask") else np.concatenate(values)
+            batch[key] = torch.from_numpy(values)
     return batch
+
+
+def _pad(arrays: list[np.ndarray], multiple: int = 1) -> np.ndarray:
+    """Arrays (n_i, length_i, ...) below each other, zeros after the end of each, up to the longest,
+    rounded up to a ``multiple``."""
+    longest = -(-max(array.shape[1] for array in arrays) // multiple) * multiple
+    shape = (sum(map(len, arrays)), longest, *arrays[0].shape[2:])
+    out, first = np.zeros(shape, arrays[0].dtype), 0
+    for array in arrays:
+        out[first : first + len(array), : array.shape[1]] = array
+        first += len(array)
+    return out
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device, table: Tensor | None) -> dict:

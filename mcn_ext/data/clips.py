@@ -21,7 +21,7 @@ from mcn_ext import distributed
 from mcn_ext.data.batch import collate, to_device  # noqa: F401
 from mcn_ext.data.store import N_MELS, Store
 from mcn_ext.data.words import WordVectors
-from mcn_ext.modalities import MODALITIES, streams_of
+from mcn_ext.modalities import MODALITIES
 
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
 SILENCE_DB = 0.1
@@ -61,11 +61,12 @@ def draw_spans(
     return [distinct[i % len(distinct)] for i in range(n)]
 
 
-def caption_id(rows: np.ndarray) -> int:
-    """Equal for equal sets of words, which the text encoder, a maximum over words, confuses."""
-    distinct = np.array(sorted(set(rows.tolist())), np.int64)  # faster than np.unique, for so few
+def caption_id(tokens: np.ndarray) -> int:
+    """Equal for equal sets of tokens (rows of word vectors, or captions' features (n, dim)), which
+    the text encoder, a maximum over tokens, confuses."""
+    distinct = sorted({token.tobytes() for token in tokens})
     # 8 bytes, signed: what an int64 holds.
-    digest = hashlib.blake2b(distinct.tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(b"".join(distinct), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -111,37 +112,52 @@ def is_silent(mel: np.ndarray) -> bool:
     return not SILENCE_DB < high - low < np.inf  # also where it is NaN
 
 
-def lacking_streams(
-    dims: Mapping[str, int], modalities: str, video_dims: Mapping[str, int] | None = None
+def what_lacks(
+    store: Store,
+    modalities: str,
+    audio: Iterable[str] = (),
+    text: str = "words",
+    sizes: Mapping | None = None,
 ) -> str:
-    """What ``modalities`` read and a store of ``dims`` (stream -> width) lacks; "" if nothing.
+    """What a store lacks of what is read of it, in words; "" if nothing.
 
-    video_dims: what the model's video encoder takes; None: any video streams will do.
+    audio, text: as of :class:`ClipReader`. sizes: of a model (:class:`mcn_ext.model.MCN`) whose
+    features the store must have, in their widths.
     """
-    there = "only " + ", ".join(dims)
-    found = [
-        f"no stream {name!r} for {MODALITIES[letter].name} in it, {there}"
-        for letter in modalities
-        for name in MODALITIES[letter].streams
-        if name not in dims
-    ]
-    if "V" in modalities and not streams_of("V", dims):
-        found.append(f"no video stream in it, {there}")
-    elif "V" in modalities:
-        found += [
-            f"{name} is {dims.get(name, 'missing')}, the model was trained on {dim}"
-            for name, dim in (video_dims or {}).items()
-            if dims.get(name) != dim
-        ]
-    return "; ".join(found)
+    trained, found = sizes["modalities"] if sizes else "", []
+    for letter in modalities:
+        row, there = MODALITIES[letter], store.streams(letter)
+        wanted = dict.fromkeys(row.streams)  # {name: width, or None for any}
+        if letter == "V":
+            wanted = sizes["video_dims"] if "V" in trained else {}
+            if not there:
+                found.append("no video stream in it")
+        elif letter == "A" and audio:
+            wanted = sizes["audio_dims"] if "A" in trained else dict.fromkeys(audio)
+        elif letter == "T" and text != "words":
+            there = store.text_dims
+            wanted = {text: sizes["word_dim"] if "T" in trained else None}
+        for name, dim in wanted.items():
+            if dim and there.get(name) != dim:
+                is_there = there.get(name, "missing")
+                found.append(f"{name} is {is_there}, the model was trained on {dim}")
+            elif name not in there:
+                flag = {"A": "--audio ", "T": "--text "}.get(letter, "")
+                names = ",".join(name for name in there if name != "mel")
+                advice = f" (try {flag}{names})" if flag and names else ""
+                found.append(f"no stream {name!r} for {row.name} in it{advice}")
+    return "; ".join(found) + f"; it has {', '.join(store.dims)}" if found else ""
 
 
 class ClipReader:
     """Clips of a store as arrays, in the sizes the model was built for.
 
     Args:
-        modalities: letters of what is read. words: vectors to look captions up in, for "T".
-        video_streams: names to read for "V" (all but the other modalities').
+        modalities: letters of what is read.
+        video_streams, audio_streams: names to read for "V" (all of it), for "A" (none: the
+            spectrogram ``mel``).
+        text: what to read for "T": "words" to look captions up in the vectors ``words``, or the
+            name of captions' features in the store.
         audio_frames: at most so many frames of a clip (10 ms each) are used.
         audio_augment: strength of :func:`perturb_voice` when clips are read for training.
     """
@@ -152,6 +168,8 @@ class ClipReader:
         modalities: str = "",
         *,
         video_streams: Iterable[str] | None = None,
+        audio_streams: Iterable[str] = (),
+        text: str = "words",
         words: WordVectors | None = None,
         audio_frames: int = 1000,
         max_words: int = 20,
@@ -159,8 +177,10 @@ class ClipReader:
     ):
         self.store, self.modalities, self.video_streams = store, modalities, ()
         if "V" in modalities and store is not None:
-            self.video_streams = tuple(video_streams or streams_of("V", store.dims))
-        self.words, self.audio_frames, self.max_words = words, audio_frames, max_words
+            self.video_streams = tuple(video_streams or store.streams("V"))
+        self.audio_streams = tuple(audio_streams) if "A" in modalities else ()
+        self.text, self.words = text, words
+        self.audio_frames, self.max_words = audio_frames, max_words
         self.audio_augment = audio_augment
 
     def read(
@@ -178,6 +198,9 @@ class ClipReader:
         if self.words is not None:
             texts = self.store.caption_texts(video)
             out |= self.look_up([" ".join(texts[a : b + 1]) for a, b in spans])
+        elif "T" in self.modalities and self.text != "words":
+            features = self.store.caption_features(video, self.text)
+            out |= self.as_tokens([features[a : b + 1] for a, b in spans])
         return out
 
     def pooled(
@@ -204,12 +227,16 @@ class ClipReader:
         that was perturbed is float32. ``audio`` (n, 40, frames) is a view of (n, frames, 40).
         """
         out = {}
-        if "V" in self.modalities:
-            out["valid.video"] = np.ones(len(begin), bool)
-            for name in self.video_streams:
-                out[f"video.{name}"], usable = self.pooled(video, name, begin, stop)
-                out["valid.video"] &= usable
-        if "A" in self.modalities:
+        for letter, streams in (("V", self.video_streams), ("A", self.audio_streams)):
+            if letter not in self.modalities or not streams:
+                continue
+            modality = MODALITIES[letter].name
+            valid = np.ones(len(begin), bool)
+            for name in streams:
+                out[f"{modality}.{name}"], usable = self.pooled(video, name, begin, stop)
+                valid &= usable
+            out[f"valid.{modality}"] = valid
+        if "A" in self.modalities and not self.audio_streams:
             clips = self.store.clips(video, "mel", begin, stop)
             # A caption may last ten hours: 3.6 million frames, of which audio_frames are used.
             clips = [clip[: 16 * self.audio_frames] for clip in clips]
@@ -238,6 +265,22 @@ class ClipReader:
             words[i, : len(rows)] = rows
             ids[i] = caption_id(rows)
         return {"words": words, "caption_id": ids, "valid.text": words[:, 0] >= 0}
+
+    def as_tokens(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Features of each clip's captions (captions, dim) float16 as tokens ``text`` (n, longest,
+        dim), with ``text_mask``; captions without usable features are left out."""
+        # Not NaN, not all zeros: such a row has no direction.
+        clips = [rows[np.isfinite(rows).all(1) & rows.any(1)][: self.max_words] for rows in clips]
+        counts = np.array([len(rows) for rows in clips])
+        text = np.zeros((len(clips), max(1, counts.max()), clips[0].shape[1]), np.float16)
+        for into, rows in zip(text, clips, strict=True):
+            into[: len(rows)] = rows
+        return {
+            "text": text,
+            "text_mask": np.arange(text.shape[1]) < counts[:, None],
+            "caption_id": np.array([caption_id(rows) for rows in clips]),
+            "valid.text": counts > 0,
+        }
 
     def describe(self, clip_ids: list[int]) -> list[str]:
         """Clips as a person finds them: video id, seconds, words."""

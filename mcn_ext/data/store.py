@@ -4,10 +4,13 @@ A store is one ``.h5`` file or a folder of ``shard-00000.h5 ...``. In each file:
 
     video/id (n,) str   <stream>/data (rows, dim) float16   caption/start, caption/end float32 s
                         <stream>/offset (n+1,) int64        caption/text str, caption/offset (n+1,)
+                                                            caption/<name> (captions, dim) float16
 
 A stream (``2d``, ``3d``, ``mel``) has one row per 1/rate_hz seconds; a video without it has no
-rows. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream attributes:
-``rate_hz model weights_sha256 tool``. Each dataset has ``crc32`` of its values (uint32).
+rows. ``caption/<name>``: features of the captions, if any, with attributes ``model`` and
+``weights_sha256``. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream
+attributes: ``rate_hz model weights_sha256 tool``, and ``modality`` ("video" or "audio"; without it,
+``mel`` is audio, all else video). Each dataset has ``crc32`` of its values (uint32).
 
 ``python -m mcn_ext.store FILE`` validates and describes one.
 """
@@ -37,6 +40,7 @@ from mcn_ext.data.store_file import (
     reading,
 )
 from mcn_ext.data.store_writer import StoreWriter
+from mcn_ext.modalities import MODALITIES, modality_of
 
 __all__ = ["N_MELS", "Store", "StoreError", "StoreWriter", "compare_durations", "validate"]
 MAX_OPEN = 128  # files a process keeps open at a time
@@ -46,7 +50,8 @@ GAP_BYTES = 2**18  # reading so much takes as long as a read of its own
 class Store:
     """Read access to a store; each process opens files anew, so it may travel to loader workers.
 
-    ``dims`` {stream: width}, ``rates`` {stream: Hz}, ``source`` str; ``len(store)`` is in videos.
+    ``dims`` {stream: width}, ``rates`` {stream: Hz}, ``modalities`` {stream: name}, ``text_dims``
+    {name of captions' features: width}, ``source`` str; ``len(store)`` is in videos.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -63,11 +68,15 @@ class Store:
         self.shards = [Shard(file) for file in self.files]
         first = self.shards[0]
         self.dims, self.rates, self.source = first.dims, first.rates, first.source
+        self.modalities, self.text_dims = first.modalities, first.text_dims
         for shard in self.shards[1:]:
             # All shards are read with the widths and rates of the first.
-            if (shard.dims, shard.rates) != (self.dims, self.rates):
+            kinds = (shard.dims, shard.rates, shard.modalities)
+            if kinds != (self.dims, self.rates, self.modalities):
                 problem = f"{shard.dims} at {shard.rates} Hz differ from {first.path.name}'s"
                 raise shard.error("streams", f"{problem} {self.dims} at {self.rates} Hz")
+            # Features of captions are added shard by shard: what is not in all is not there yet.
+            self.text_dims = dict(self.text_dims.items() & shard.text_dims.items())
         self._starts = np.cumsum([0] + [shard.n for shard in self.shards])
         captions = [int(shard.offsets["caption"][-1]) for shard in self.shards]
         # Captions are numbered through all shards: clip ids are made of these numbers.
@@ -113,15 +122,24 @@ class Store:
         first, last = self.shards[number].offsets[stream][i : i + 2]
         return number, int(first), int(last)
 
+    def streams(self, letter: str) -> dict[str, int]:
+        """{stream: width} of a modality, in order of names."""
+        name = MODALITIES[letter].name
+        return {key: dim for key, dim in self.dims.items() if self.modalities[key] == name}
+
     def seconds(self, video: int) -> float:
         """Length of a video, by the stream that goes on longest."""
         spans = [(self._at(video, name), rate) for name, rate in self.rates.items()]
         return max((last - first) / rate for (_, first, last), rate in spans)
 
-    def fingerprint(self) -> str:
-        """Tells whether two stores hold the same: a digest of ids, offsets and checksums."""
+    def fingerprint(self, text: str = "words") -> str:
+        """Tells whether two stores hold the same: a digest of ids, offsets and checksums; of
+        captions' features, only those that are called ``text``."""
         digest = hashlib.blake2b(repr((self.dims, self.rates)).encode(), digest_size=8)
-        digest.update("\0".join(self.ids()).encode())
+        said = {key: name for key, name in self.modalities.items() if name != modality_of(key)}
+        digest.update("\0".join(self.ids() + [repr(said)] * bool(said)).encode())
+        # Other features of captions may be added at any time, and change nothing for this run.
+        others = {f"caption/{name}" for name in self.text_dims} - {f"caption/{text}"}
         for shard in self.shards:
             for offset in shard.offsets.values():
                 digest.update(offset.tobytes())
@@ -129,8 +147,9 @@ class Store:
                 # Checksums stand for the rows, which would take long to read.
                 sums = [
                     int(data.attrs.get("crc32", 0))  # as a number: numpy's versions print others
-                    for group in file.values()
-                    for data in group.values()
+                    for group in file
+                    for name, data in file[group].items()
+                    if f"{group}/{name}" not in others
                 ]
             digest.update(repr(sums).encode())
         return digest.hexdigest()
@@ -172,6 +191,17 @@ class Store:
     def caption_texts(self, video: int) -> list[str]:
         number, first, last = self._at(video, "caption")
         return self._texts(number, "caption/text", first, last)
+
+    def caption_features(self, video: int, name: str) -> np.ndarray:
+        """Features of a video's captions, (captions, dim) float16."""
+        number, first, last = self._at(video, "caption")
+        return self._read(number, f"caption/{name}", first, last)
+
+    def text_model(self, name: str) -> tuple[str, str]:
+        """(model, SHA-256 of its weights) that made features of captions; "unknown" if not said."""
+        with reading(self.files[0]):
+            attrs = self._datasets(0)["/"][f"caption/{name}"].attrs
+            return tuple(str(attrs.get(key, "unknown")) for key in ("model", "weights_sha256"))
 
     def texts(self, block: int = 100_000):
         """All captions' texts, in order, ``block`` in memory at a time."""
@@ -268,8 +298,17 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
         counts = store.row_counts(name)
         info["streams"].append(
             f"{name:4s} {counts.sum()} rows x {dim}, {store.rates[name]:g} per second, "
-            f"{(counts == 0).sum()} videos without"
+            f"{(counts == 0).sum()} videos without, {store.modalities[name]}"
         )
+    for name in sorted({name for shard in store.shards for name in shard.text_dims}):
+        having = [shard for shard in store.shards if name in shard.text_dims]
+        about = f"caption/{name}: features of captions, {having[0].text_dims[name]} wide"
+        if name not in store.text_dims:
+            about += (
+                f", in {len(having)} of {len(store.shards)} files, or of several widths: run "
+                "python -m mcn_ext.prepare caption_features again"
+            )
+        info["streams"].append(about)
     info["notices"], misfits = compare_durations(store)
     if misfits:
         name, durations = misfits[0]

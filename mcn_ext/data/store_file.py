@@ -10,7 +10,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from mcn_ext.modalities import BY_NAME, modality_of
+
 VERSION = 1
+CAPTIONS = {"start": np.float32, "end": np.float32, "text": str}
 UNFINISHED = "unfinished"  # a file in a folder of shards that is being written
 N_MELS = 40
 BLOCK_BYTES = 2**22
@@ -68,11 +71,13 @@ class Shard:
     """What of a file stays in memory: sizes and offsets, 8 bytes a video and stream.
 
     Opening one checks all that costs no reading of rows: layout, dtypes, offsets. Raises
-    StoreError. ``dims``, ``rates`` and ``offsets`` are by stream; captions have offsets, too.
+    StoreError. ``dims``, ``rates``, ``modalities`` and ``offsets`` are by stream; captions have
+    offsets, too. ``text_dims``: widths of the captions' features, by name.
     """
 
     def __init__(self, path: Path):
         self.path, self.dims, self.rates, self.offsets = path, {}, {}, {}
+        self.modalities, self.text_dims = {}, {}
         with reading(path), open_hdf5(path) as file:
             for name, wanted in (("format", "mcn-store"), ("version", VERSION)):
                 if (found := file.attrs.get(name)) != wanted:
@@ -89,14 +94,22 @@ class Shard:
                 # False for NaN, too.
                 if not 0 < rate < 1e6:
                     raise self.error(name, f"attribute rate_hz is {rate} or missing")
+                modality = str(file[name].attrs.get("modality", modality_of(name)))
+                if modality not in BY_NAME or modality == "text":
+                    raise self.error(name, f"attribute modality is {modality!r}")
+                self.modalities[name] = modality
             if self.dims.get("mel", N_MELS) != N_MELS:
                 raise self.error("mel/data", f"{self.dims['mel']} columns, expected {N_MELS}")
-            kinds = {"start": np.float32, "end": np.float32, "text": str}
-            rows = {len(self._dataset(file, f"caption/{key}", kinds[key])) for key in kinds}
-            # One offset dataset serves all three.
-            if len(rows) > 1:
-                raise self.error("caption", "start, end and text differ in length")
-            self.offsets["caption"] = self._offset(file, "caption", rows.pop())
+            rows = {
+                key: len(self._dataset(file, f"caption/{key}", CAPTIONS[key])) for key in CAPTIONS
+            }
+            for name in sorted(set(file["caption"]) - {*CAPTIONS, "offset"}):
+                data = self._dataset(file, f"caption/{name}", np.float16, 2)
+                rows[name], self.text_dims[name] = data.shape
+            # One offset dataset serves all of them.
+            if len(set(rows.values())) > 1:
+                raise self.error("caption", f"its datasets differ in length: {rows}")
+            self.offsets["caption"] = self._offset(file, "caption", rows["text"])
 
     def error(self, dataset: str, problem: str) -> StoreError:
         fix = "prepare the store again with python -m mcn_ext.prepare"

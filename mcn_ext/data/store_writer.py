@@ -25,6 +25,7 @@ from mcn_ext.data.store_file import (
     open_hdf5,
     reading,
 )
+from mcn_ext.modalities import modality_of
 
 PARTS = r"(shard-\d{5,}\.h5|prepare\.json)(\.tmp)?"
 
@@ -90,7 +91,7 @@ class StoreWriter:
 
     Args:
         streams: {name: {"dim": int, "rate_hz": float, "model": str, "weights_sha256": str,
-            "tool": str}}.
+            "tool": str}}, and "modality" where it is not the name's: :func:`.modality_of`.
         source: what the data is, for people. settings: plain values a resumed run must share.
     """
 
@@ -214,6 +215,7 @@ class StoreWriter:
                         keys = ("model", "weights_sha256", "tool")
                         file[group].attrs.update({key: spec.get(key, "unknown") for key in keys})
                         file[group].attrs["rate_hz"] = spec["rate_hz"]
+                        file[group].attrs["modality"] = spec.get("modality", modality_of(group))
                         shape, name = (offset[-1], spec["dim"]), f"{group}/data"
                         _fill(raw, file, name, shape, np.float16, contents[name])
                 for key in ("start", "end", "text"):

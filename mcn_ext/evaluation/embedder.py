@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from tqdm import tqdm
 from mcn_ext import distributed
 from mcn_ext.console import printable
 from mcn_ext.data.batch import fill_up
-from mcn_ext.data.clips import ClipReader, collate, lacking_streams, to_device
+from mcn_ext.data.clips import ClipReader, collate, to_device, what_lacks
 from mcn_ext.data.shares import judge
 from mcn_ext.data.store import Store, StoreError
-from mcn_ext.data.words import WordVectors, vectors_for
+from mcn_ext.data.words import WordVectors, tokenize, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
 from mcn_ext.train import checkpoint, flags
@@ -40,8 +41,10 @@ class Embedder:
         self.chosen = not (args.run or args.checkpoint)
         self.content = checkpoint.load(self.file)
         self.sizes, self.args = self.content["sizes"], self.content["args"]
+        # Checkpoints of earlier versions do not say what audio and text read.
+        self.text, self.encoder_at = self.sizes.get("text", "words"), args.encoder
         self.words = None  # that the text encoder was trained on, and that are learnt since
-        if "T" in self.sizes["modalities"]:
+        if "T" in self.sizes["modalities"] and self.text == "words":
             try:
                 self.words = WordVectors.load(self.run / checkpoint.WORDS)
             except Exception as error:  # damage makes zip and numpy raise a dozen types
@@ -80,19 +83,60 @@ class Embedder:
         for warning in warnings:
             print(f"WARNING: {warning}")
 
-    def check(self, store: Store, flag: str) -> None:
-        """SystemExit if the model cannot read the store, named by ``flag`` and its path."""
+    @cached_property
+    def encoder(self):
+        """The sentence encoder whose features the run was trained on; SystemExit without it."""
+        from mcn_ext.data.sentence import SentenceEncoder  # of libraries that few have
+
+        wanted = self.args.get("text_sha256", "unknown")
+        name = self.encoder_at or self.args.get("text_model", "unknown")
+        if name == "unknown":
+            raise SystemExit(
+                f"--run {self.run}: it was trained on captions' features {self.text!r}, and which "
+                "encoder made them is not known; name it with --encoder"
+            )
+        encoder = SentenceEncoder(name)
+        if wanted not in ("unknown", encoder.sha256) or encoder.dim != self.sizes["word_dim"]:
+            raise SystemExit(
+                f"--encoder {name}: not the encoder whose features the run was trained on "
+                f"({self.args['text_model']}, SHA-256 {wanted[:12]}): it is {encoder.dim} wide, "
+                f"SHA-256 {encoder.sha256[:12]}"
+            )
+        return encoder
+
+    def check(self, store: Store, flag: str, captions: bool = True) -> None:
+        """SystemExit if the model cannot read the store, named by ``flag`` and its path; without
+        ``captions``, its texts are not read, but others asked for."""
         if self.chosen and self.args["demo"] and not is_demo(store):
             raise SystemExit(
                 f"{flag} {store.path}: the newest run here is of the demo data, which says nothing "
                 "about this store; name a run with --run"
             )
-        sizes = self.sizes
-        if lack := lacking_streams(store.dims, sizes["modalities"], sizes["video_dims"]):
+        read = self.sizes["modalities"].replace("T", "T" if captions else "")
+        audio = self.sizes.get("audio_dims") or ()
+        if lack := what_lacks(store, read, audio, self.text, self.sizes):
             raise SystemExit(
                 f"{flag} {store.path}: {lack}. Prepare it with the features the run was trained "
                 "on, or use another run"
             )
+        if self.text == "words" or "T" not in self.sizes["modalities"]:
+            return
+        if not captions:
+            return self.encoder and None  # now, and not after hours
+        made, trained = store.text_model(self.text)[1], self.args.get("text_sha256", "unknown")
+        if "unknown" not in (made, trained) and made != trained:
+            raise SystemExit(
+                f"{flag} {store.path}: its caption features {self.text!r} are of other weights "
+                f"(SHA-256 {made[:12]}) than those the run was trained on ({trained[:12]}); make "
+                "them again with python -m mcn_ext.prepare caption_features --overwrite"
+            )
+
+    def unknown_words(self, sentences: list[str]) -> list[str]:
+        """Words of the sentences without a vector; an encoder of sentences knows all words."""
+        if self.words is None:
+            return []
+        asked = {word for sentence in sentences for word in tokenize(sentence)}
+        return sorted(word for word in asked if self.words.row(word) is None)
 
     def learn_words(self, store: Store, more: Iterable[str] = ()) -> None:
         """Also the words of a store's captions and of ``more`` texts, from the word2vec file; what
@@ -114,6 +158,8 @@ class Embedder:
             store,
             self.sizes["modalities"],
             video_streams=self.sizes["video_dims"],
+            audio_streams=self.sizes.get("audio_dims") or (),
+            text=self.text,
             words=self.words if words else None,
             # Runs of the first edition could be trained with another number.
             max_words=self.args.get("max_words", 20),
@@ -129,7 +175,7 @@ class Embedder:
     ) -> Clips:
         """Batches of lists of what a reader returns."""
         table = None
-        if "text" in names:
+        if "text" in names and self.words is not None:
             # Copied anew each time, since learn_words may have replaced the words.
             table = torch.from_numpy(self.words.vectors).to(self.device)
         embeddings, valid = {m: [] for m in names}, {m: [] for m in names}
@@ -172,8 +218,13 @@ class Embedder:
 
     def texts(self, texts: list[str]) -> Clips:
         """Sentences; one without a known word is not valid."""
-        reader = self._reader(None, True)
-        batches = ([reader.look_up(texts[part])] for part in self._slices(len(texts)))
+        reader, slices = self._reader(None, True), self._slices(len(texts))
+        if self.words is None:
+            # In fp16, as those of training lie in the store.
+            rows = self.encoder.encode(texts).astype(np.float16)
+            batches = ([reader.as_tokens(list(rows[part, None]))] for part in slices)
+        else:
+            batches = ([reader.look_up(texts[part])] for part in slices)
         return self._embed(batches, ["text"], self.padding)
 
 

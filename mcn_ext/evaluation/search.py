@@ -133,7 +133,6 @@ def main(argv=None) -> int:
     args = parser().parse_args(argv)
 
     from mcn_ext.data.store import StoreError
-    from mcn_ext.data.words import tokenize
     from mcn_ext.evaluation import places as windows
     from mcn_ext.evaluation.embedder import Embedder, open_store, title_of
     from mcn_ext.train.log import write_text
@@ -147,7 +146,7 @@ def main(argv=None) -> int:
             f"--run {run}: trained on {trained_on}; search needs text to ask with, and"
             f" video or audio to find: python train_stage2.py --add T --init {run}"
         )
-    embedder.check(store, "--store")
+    embedder.check(store, "--store", captions=False)
     picture_file = args.picture or run / "search.png"
     folders = {"picture": picture_file.parent, "json": args.json and args.json.parent}
     for flag, folder in (folders | {"media": args.media}).items():
@@ -159,7 +158,7 @@ def main(argv=None) -> int:
 
         media = find_media(args.media)
     sentences = list(map(printable, args.sentences))  # as they go into titles and files
-    if any(embedder.words.row(word) is None for s in sentences for word in tokenize(s)):
+    if embedder.unknown_words(sentences):
         embedder.learn_words(store, sentences)
     embeddings, known = embedder.texts(sentences)
     for sentence, valid in zip(sentences, known["text"].tolist(), strict=True):
@@ -170,8 +169,7 @@ def main(argv=None) -> int:
             )
 
     # ---------------------------------------------------------------------------------- search
-    asked = {word for sentence in args.sentences for word in tokenize(sentence)}
-    if unknown := sorted(word for word in asked if embedder.words.row(word) is None):
+    if unknown := embedder.unknown_words(args.sentences):
         print(f"unknown words, which are left out: {', '.join(unknown)}")
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in store.files]
     key, name = (

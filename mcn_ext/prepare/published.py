@@ -273,7 +273,7 @@ def prepare(
     if (out / checkpoint.LATEST).exists() and not overwrite:
         raise SystemExit(f"{out} holds a run; pass --overwrite to replace it, or another --out")
     stores = _open_stores(data)
-    dims = {name: dim for name, dim in stores[0].dims.items() if name != "mel"} if stores else None
+    dims = stores[0].streams("V") if stores else None
     found = read_published(file, dims, pair)
     sizes, words = found.sizes, None
     has_text = "T" in sizes["modalities"]

@@ -170,10 +170,10 @@ def get_cells(args: argparse.Namespace, settings: argparse.Namespace) -> list[di
 
 
 def training_flops(
-    args: argparse.Namespace, dims: dict[str, int], modalities: str, frozen: str = ""
+    args: argparse.Namespace, inputs: dict, modalities: str, frozen: str = ""
 ) -> float:
     """FLOPs (a multiply-add counts 2) of the encoders' forward and backward pass for one clip of
-    full length; those of the losses are small beside them."""
+    full length; those of the losses are small beside them. inputs: MCN's arguments about these."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -181,8 +181,7 @@ def training_flops(
 
     model = MCN(
         modalities,
-        video_dims=dims,
-        word_dim=WORD_DIM,
+        **inputs,
         embd_dim=args.embd_dim,
         recon_dim=args.recon_dim if args.recon_weight else 0,
         audio_width=args.audio_width,
@@ -190,12 +189,17 @@ def training_flops(
     model.freeze(MODALITIES[letter].name for letter in frozen)
     model.train()
     n = 2  # BatchNorm needs more than one row
+    streams = {
+        modality: {name: torch.rand(n, dim) for name, dim in inputs[f"{modality}_dims"].items()}
+        for modality in ("video", "audio")
+    }
+    tokens = WORDS if inputs["text"] == "words" else 1
     batch = {
-        "video": {name: torch.rand(n, dim) for name, dim in dims.items()},
-        "audio": torch.rand(n, 40, args.audio_frames),
+        **streams,
+        "audio": streams["audio"] or torch.rand(n, 40, args.audio_frames),
         "n_frames": torch.full((n,), args.audio_frames),
-        "text": torch.rand(n, WORDS, WORD_DIM),
-        "text_mask": torch.ones(n, WORDS, dtype=torch.bool),
+        "text": torch.rand(n, tokens, inputs["word_dim"]),
+        "text_mask": torch.ones(n, tokens, dtype=torch.bool),
     }
     with FlopCounterMode(display=False) as counter:
         embeddings, errors = model(batch)
@@ -204,36 +208,47 @@ def training_flops(
     return counter.get_total_flops() / n
 
 
-def clips_and_dims(cell: dict, settings: argparse.Namespace) -> tuple[int, dict[str, int]]:
-    """Clips of an epoch, widths of the video streams."""
+def clips_and_inputs(cell: dict, settings: argparse.Namespace) -> tuple[int, dict]:
+    """Clips of an epoch, and MCN's arguments about what it reads."""
+    from mcn_ext.data.clips import what_lacks
     from mcn_ext.data.store import Store, StoreError
+    from mcn_ext.train.inputs import audio_streams
 
+    audio, text = audio_streams(settings), settings.text
     try:
-        store = Store(Path(cell["data"]))
-        Store(Path(cell["youcook2"]))
+        stores = [Store(Path(cell[name])) for name in ("data", "youcook2")]
     except StoreError as error:
         raise SystemExit(str(error)) from None
+    for store in stores:
+        if lack := what_lacks(store, BASELINE, audio, text):
+            raise SystemExit(f"{store.path}: {lack}")
+    store = stores[0]
     videos, batch = int((store.caption_counts() > 0).sum()), settings.batch_size
     if videos < batch:
         raise SystemExit(
             f"--batch_size {batch}: {store.path} has {videos} videos with captions; use "
             f"--batch_size {videos} or less"
         )
-    dims = {name: dim for name, dim in store.dims.items() if name != "mel"}
-    return videos // batch * batch * settings.n_pair, dims
+    inputs = {
+        "video_dims": store.streams("V"),
+        "audio_dims": {name: store.dims[name] for name in audio},
+        "text": text,
+        "word_dim": store.text_dims.get(text, WORD_DIM),
+    }
+    return videos // batch * batch * settings.n_pair, inputs
 
 
-def get_methods(args, settings, variants: dict[str, str], clips: int, dims: dict) -> list[dict]:
+def get_methods(args, settings, variants: dict[str, str], clips: int, inputs: dict) -> list[dict]:
     """What is compared: entries of study.json, but for the seed, the cell and the folders. "flags"
     are those of the method's last stage."""
     first = args.epochs[0]
-    joint = clips * training_flops(settings, dims, BASELINE)
+    joint = clips * training_flops(settings, inputs, BASELINE)
     methods: list[dict] = []
     baselines: dict[tuple, dict] = {}
     for order in [order for order in ORDERS if order in args.orders]:
         pair, third = order.split("_")
-        stage1 = clips * training_flops(settings, dims, pair)
-        frozen_epoch = clips * training_flops(settings, dims, pair + third, frozen=pair)
+        stage1 = clips * training_flops(settings, inputs, pair)
+        frozen_epoch = clips * training_flops(settings, inputs, pair + third, frozen=pair)
         for variant, words in variants.items():
             words = shlex.split(words)
             stage2 = stage_args(2, ["--epochs", str(args.epochs[1]), *words])
@@ -366,7 +381,7 @@ def main(argv=None) -> int:
     settings = stage_args(1, rest + (["--data", str(args.data)] if args.data else []))
     cells = get_cells(args, settings)
     settings = stage_args(1, [*rest, "--data", cells[0]["data"]])
-    methods = get_methods(args, settings, variants, *clips_and_dims(cells[0], settings))
+    methods = get_methods(args, settings, variants, *clips_and_inputs(cells[0], settings))
     chains, entries = get_chains(args, methods, cells, rest, settings.device)
     if args.show:
         lines = [" && ".join(shlex.join(c) for _, two in chain for c in two) for chain in chains]

@@ -46,6 +46,7 @@ FREE_FLAGS = {
 IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 # Flags of the first edition whose value, where it is not the one now fixed, is another run.
 FIXED = {"joint_pairs": False, "clean_first": 0.0, "max_words": 20, "init_published": None}
+FIXED |= {"warmup_steps": None}
 
 
 class Damaged(SystemExit):

@@ -46,6 +46,7 @@ GONE = {
     "--grad_outliers": "use --clip_grad_norm",
     "--grad_factor": "use --clip_grad_norm",
     "--refit_every": "k-means runs every --queue_size steps",
+    "--warmup_steps": "a tenth of all steps, at most 1000; see learning_rate() in the script",
     "--max_words": "20 words of a caption are used",
     "--loss_impl": "the environment variable MCN_LOSS=reference chooses the plain PyTorch losses",
     "--clean_first": "it is no longer supported",
@@ -203,6 +204,12 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="clips embedded at a time (default 64)",
     )
+    add(
+        "--encoder",
+        metavar="NAME",
+        help="of --text NAME's runs: where the sentence encoder is now (default: as the training "
+        "store says), a folder or a name of sentence-transformers",
+    )
     add("--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default auto)")
 
 
@@ -251,6 +258,14 @@ window_seconds = between(float, 0.1, 1e5)
 window_stride = between(float, 0.01, 100)
 
 
+def streams(text: str) -> str:
+    """davenet, or names of streams with commas between."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names) or ("davenet" in names and names[1:]):
+        raise argparse.ArgumentTypeError(f"{text!r}: davenet, or names like beats,clap")
+    return ",".join(names)
+
+
 def letter(text: str) -> str:
     """The letter of a modality, in any case."""
     if text.upper() not in MODALITIES:
@@ -268,10 +283,10 @@ def find_data(data: Path | None, preset: str | None) -> tuple[Path, str, bool]:
     if data == Path("demo"):
         data = DEMO / "train.h5"
     data = data or real_data()
-    if data is None and preset == "paper":
+    if data is None and preset not in (None, "demo"):
         raise SystemExit(
-            f"--preset paper: no data at {DATA.absolute()}; prepare it (python -m mcn_ext.prepare "
-            "howto100m --help) or give --data"
+            f"--preset {preset}: no data at {DATA.absolute()}; prepare it (python -m "
+            "mcn_ext.prepare howto100m --help) or give --data"
         )
     data = data or DEMO / "train.h5"
     demo = data.resolve() == (DEMO / "train.h5").resolve()
@@ -295,7 +310,9 @@ def check(args: argparse.Namespace, own_words: bool = True) -> None:
             f"--data {args.data}: no such store; prepare one with python -m mcn_ext.prepare, or "
             "check the path"
         )
-    if not own_words:
+    if args.text != "words" and args.word2vec is not None:
+        raise SystemExit(f"--word2vec {args.word2vec}: --text {args.text} takes no word vectors")
+    if not own_words or args.text != "words":
         return
     if args.word2vec is None and WORD2VEC.exists() and not args.demo:
         args.word2vec = WORD2VEC

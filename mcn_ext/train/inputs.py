@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcn_ext import __version__, distributed
-from mcn_ext.data.clips import TrainingClips, collate, lacking_streams
+from mcn_ext.data.clips import TrainingClips, collate, what_lacks
 from mcn_ext.data.shares import ANYWAY, judge
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.data.words import (
@@ -51,11 +51,14 @@ def check_ranks(args: argparse.Namespace) -> None:
     distributed.check_equal("flags or versions", mine)
 
 
-def open_store(
-    args: argparse.Namespace, modalities: str, video_dims: dict[str, int] | None = None
-) -> Store:
-    """The training store (the demo's is made first). SystemExit if it lacks a stream, or has
-    another width than the model to start from (``video_dims``)."""
+def audio_streams(args: argparse.Namespace) -> list[str]:
+    """The streams that --audio names; none for DAVEnet, which reads the spectrogram."""
+    return [] if args.audio == "davenet" else args.audio.split(",")
+
+
+def open_store(args: argparse.Namespace, modalities: str, sizes: dict | None = None) -> Store:
+    """The training store (the demo's is made first). SystemExit if it lacks what is read, or has
+    another width than the model to start from (of ``sizes``)."""
     try:
         if args.demo:
             from mcn_ext.prepare import demo
@@ -70,18 +73,20 @@ def open_store(
         store = Store(args.data)
     except (StoreError, OSError) as error:
         raise SystemExit(f"--data {error}") from None
-    if lack := lacking_streams(store.dims, modalities, video_dims):
-        advice = ". Prepare it with the features the run was trained on" if video_dims else ""
+    if lack := what_lacks(store, modalities, audio_streams(args), args.text, sizes):
+        advice = ". Prepare it with the features the run was trained on" if sizes else ""
         raise SystemExit(f"--data {args.data}: {lack}{advice}")
     return store
 
 
-def identify(store: Store) -> str:
-    """The store's fingerprint. SystemExit, on every rank, if ranks have opened unlike stores."""
-    found = store.fingerprint()
+def identify(args: argparse.Namespace, store: Store, modalities: str) -> None:
+    """Note in ``args`` what tells the data from others: ``data_id``, and ``text_model``, what made
+    the captions' features. SystemExit, on every rank, if ranks have opened unlike stores."""
+    args.data_id = store.fingerprint(args.text)
     there = {"videos": len(store), "captions": store.n_captions, "streams": store.dims}
-    distributed.check_equal(f"data ({store.path})", there | {"content": found})
-    return found
+    distributed.check_equal(f"data ({store.path})", there | {"content": args.data_id})
+    if "T" in modalities and args.text != "words":
+        args.text_model, args.text_sha256 = store.text_model(args.text)
 
 
 def check_batch_size(args: argparse.Namespace, store: Store) -> None:
@@ -121,13 +126,21 @@ def check_added(added: str, pair: str, init: Path) -> None:
         )
 
 
-def check_word2vec(args: argparse.Namespace, start: dict, pair: str) -> None:
-    """SystemExit if stage 2 is given other word vectors than stage 1's text encoder learnt with."""
-    if "T" in pair and str(args.word2vec) != str(start["word2vec"]):
-        raise SystemExit(
-            f"--word2vec {args.word2vec}: the text encoder of {args.init} was trained on "
-            f"{start['word2vec'] or 'vectors of its own'}; leave it out"
-        )
+def check_inputs(args: argparse.Namespace, start: dict, pair: str) -> None:
+    """SystemExit if stage 2 is given other inputs than stage 1's encoders learnt with."""
+    given = vars(args)
+    for letter, flag, usual in (
+        ("A", "audio", "davenet"),
+        ("T", "text", "words"),
+        ("T", "word2vec", "vectors of its own"),
+    ):
+        # Runs of earlier versions do not have the first two.
+        before = start.get(flag) or (usual if flag != "word2vec" else None)
+        if letter in pair and str(given[flag]) != str(before):
+            raise SystemExit(
+                f"--{flag} {given[flag]}: the {MODALITIES[letter].name} encoder of {args.init} was "
+                f"trained on {before or usual}; leave it out"
+            )
 
 
 def no_start(added: str) -> SystemExit:
