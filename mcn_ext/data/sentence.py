@@ -1,0 +1,130 @@
+"""Sentence encoders of sentence-transformers, frozen: a text -> one unit vector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_NEEDED = (
+    "a sentence encoder needs sentence-transformers: pip install sentence-transformers (or pip "
+    "install -e '.[sentence]')"
+)
+# In the order in which transformers looks for them: the first that is there is loaded.
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+# The same weights for other libraries, which would be downloaded in vain.
+_OTHERS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]
+
+
+def _library():
+    """sentence-transformers, made quiet. SystemExit if it is missing, or too old to be safe."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import sentence_transformers
+            from huggingface_hub.utils import disable_progress_bars
+            from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise SystemExit(f"{_NEEDED} ({error})") from error
+    version = sentence_transformers.__version__
+    if int(version.split(".")[0]) < 6:
+        raise SystemExit(
+            f"{_NEEDED}, 6 or newer: {version} may run code that it finds in a model's folder"
+        )
+    disable_progress_bar()
+    disable_progress_bars()
+    for name in ("sentence_transformers", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return sentence_transformers
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of weights that are loaded from a model's folder; ValueError if there is none."""
+    listed = folder / "modules.json"
+    modules = json.loads(listed.read_text()) if listed.exists() else [{"path": ""}]
+    paths = []
+    for part in sorted({folder / module["path"] for module in modules}):
+        paths += next((found for glob in _WEIGHTS if (found := sorted(part.glob(glob)))), [])
+    if not paths:
+        raise ValueError(f"no model.safetensors or pytorch_model.bin in {folder}")
+    return paths
+
+
+class SentenceEncoder:
+    """``name``: a folder, or a name on huggingface.co, which is downloaded once. ``dim``: width of
+    its vectors; ``sha256``: hex digest of its files of weights.
+
+    No code of the model is run, and pickles are read with weights_only. SystemExit if it cannot be
+    loaded, or weights are missing, which would be random numbers.
+    """
+
+    def __init__(self, name: str):
+        self.name, library = name, _library()
+        try:
+            folder = Path(name)
+            if not folder.is_dir():
+                from huggingface_hub import snapshot_download
+
+                # As sentence-transformers does: a name without an owner is one of theirs.
+                repository = name if "/" in name else f"sentence-transformers/{name}"
+                folder = Path(snapshot_download(repository, ignore_patterns=_OTHERS))
+            digest = hashlib.sha256()
+            for path in _weights(folder):
+                with open(path, "rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
+            self.sha256 = digest.hexdigest()
+            # The library fills in weights that are missing at random: two loads then differ.
+            probes = []
+            for seed in (0, 1):
+                self._model = self._load(library, folder, seed)
+                probes.append(self._encode(["chop the onion", "two dogs bark"]))
+            if not np.allclose(*probes, atol=1e-4):
+                raise ValueError("its files lack some of its weights")
+            # And makes up a tokenizer that knows no word where there is none.
+            if np.allclose(*probes[0], atol=1e-4):
+                raise ValueError("it gives unlike texts the same vector; is its tokenizer there?")
+        except Exception as error:  # huggingface_hub, transformers and json raise a dozen types
+            # The first sentence: what follows may advise to let the model's code run.
+            reason = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
+            raise SystemExit(
+                f"{name}: not a sentence encoder that can be loaded ({reason}); give a folder with "
+                "config.json, a tokenizer and model.safetensors, or a name on huggingface.co, such "
+                "as all-MiniLM-L6-v2, which needs a connection the first time"
+            ) from error
+        self.dim = probes[0].shape[1]
+
+    @staticmethod
+    def _load(library, folder: Path, seed: int):
+        # fork_rng: to load an encoder must not change the numbers that a run draws.
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            return library.SentenceTransformer(
+                str(folder),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                trust_remote_code=False,
+                local_files_only=True,
+                # Some are stored in half precision, where a text's vector depends on its batch.
+                model_kwargs={"dtype": torch.float32},
+            )
+
+    def _encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            vectors = self._model.encode(
+                texts, normalize_embeddings=True, show_progress_bar=progress
+            )
+        return np.asarray(vectors, np.float32)
+
+    def encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
+        """Unit vectors (n, dim) float32 of texts; ``progress``: with a bar."""
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        return self._encode(list(texts), progress)
