@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import QUICK, describe, save, show, take_turns
-from made_up import make_store
+from made_up import make_store, published
 
 from mcn_ext.data.batch import to_device
 from mcn_ext.data.clips import ClipReader, ClipSampler, TrainingClips, draw_spans, make_loader
@@ -79,7 +79,7 @@ def main():
     torch.set_num_threads(1)  # as in workers: small maxima gain nothing from more
     report = describe() | {"videos": N_VIDEOS, "clips of a video": N_CAPTIONS, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder, "store.h5"), N_VIDEOS, N_CAPTIONS, DIM, 10.0)
+        store = make_store(Path(folder, "store.h5"), N_VIDEOS, N_CAPTIONS, published(DIM), 10.0)
         reader = ClipReader(store, "AV")
         clips = TrainingClips(reader, n_pair=N_CAPTIONS, min_time=MIN_TIME, seed=0)
         npz = {kind: NpzClips(Path(folder), kind, store) for kind in KINDS}

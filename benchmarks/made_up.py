@@ -14,16 +14,20 @@ from mcn_ext.data.store import Store, StoreWriter
 from mcn_ext.data.words import WordVectors, tokenize
 
 
-def make_store(path: Path, n_videos: int, n_captions: int, dim: int, seconds: float) -> Store:
-    """One video's numbers, turned round for the next: 512 videos of 32 clips are made in 20 s.
-
-    dim: width of both video streams. seconds: length of a caption, of which one follows another.
-    """
-    specs = {
+def published(dim: int) -> dict[str, dict]:
+    """The published streams; ``dim``: of both video streams, 2048."""
+    return {
         "2d": {"dim": dim, "rate_hz": 1.0},
         "3d": {"dim": dim, "rate_hz": 1.5},
         "mel": {"dim": 40, "rate_hz": 100.0},
     }
+
+
+def make_store(path: Path, n_videos: int, n_captions: int, specs: dict, seconds: float) -> Store:
+    """One video's numbers, turned round for the next: 512 videos of 32 clips are made in 20 s.
+
+    specs: of the streams. seconds: length of a caption, of which one follows another.
+    """
     rng, first = np.random.default_rng(0), {}
     for name, spec in specs.items():
         size = int(n_captions * seconds * spec["rate_hz"]) + 2, spec["dim"]
@@ -50,8 +54,9 @@ def main():
     kind, source, *target = sys.argv[1:]
     if kind == "stores":  # 512 videos: 4 steps of 128 an epoch, 3 GB
         dim, seconds, captions = (32, 2.0, 8) if QUICK else (2048, 10.0, 32)
-        make_store(Path(source, "paper.h5"), 8 if QUICK else 512, captions, dim, seconds)
-        make_store(Path(source, "paper-eval.h5"), 24 if QUICK else 256, 1, dim, seconds)
+        streams = published(dim)
+        make_store(Path(source, "paper.h5"), 8 if QUICK else 512, captions, streams, seconds)
+        make_store(Path(source, "paper-eval.h5"), 24 if QUICK else 256, 1, streams, seconds)
     elif kind == "words":
         random_words(Store(source)).save(Path(*target))
     else:

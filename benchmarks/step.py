@@ -27,7 +27,7 @@ from statistics import median
 import numpy as np
 import torch
 from common import DEVICE, QUICK, describe, now, save, show, take_turns
-from made_up import make_store, random_words
+from made_up import make_store, published, random_words
 from step_plain import NAMES, Plain, Step
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -119,8 +119,10 @@ def read(args, folder: Path) -> tuple[dict, dict, torch.Tensor]:
         store = Store(args.data)
     else:
         seconds = args.audio_frames / 100
-        store = make_store(folder / "train.h5", args.batch_size, args.n_pair, 2048, seconds)
-    dims = {name: dim for name, dim in store.dims.items() if name != "mel"}
+        store = make_store(
+            folder / "train.h5", args.batch_size, args.n_pair, published(2048), seconds
+        )
+    dims = store.streams("V")
     words = random_words(store)
     reader = ClipReader(store, "AVT", words=words, audio_frames=args.audio_frames)
     clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=0)
@@ -134,8 +136,7 @@ def read(args, folder: Path) -> tuple[dict, dict, torch.Tensor]:
 def arguments(words: list[str]):
     parser = train_stage1.get_parser()
     words = ["--pair", "AVT", *words]
-    if parser.parse_args(words).preset == "demo":
-        parser.set_defaults(**train_stage1.DEMO)
+    parser.set_defaults(**train_stage1.PRESETS[parser.parse_args(words).preset or "paper"])
     return parser.parse_args(words)
 
 
