@@ -310,9 +310,8 @@ def main(argv=None):
     if with_words:
         inputs.check_gensim(args, init, folder)
     store = inputs.open_store(args, modalities, start["sizes"])
-    inputs.identify(args, store, modalities)  # a run goes on with the data that it began with
-    if start["args"].get("data_id", args.data_id) != args.data_id:
-        say(f"WARNING: {args.data} holds other data than those that {init} was trained on")
+    # A run goes on with the data that it began with.
+    inputs.identify(args, store, modalities, start["args"])
     inputs.check_batch_size(args, store)
     checkpoint.lock(folder)  # one run at a time in a folder
     resumed = checkpoint.open_run(folder, flags.as_dict(args), args.resume)  # None: a new run

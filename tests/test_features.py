@@ -193,7 +193,7 @@ def test_davenets_own_rows_as_a_stream_give_the_same_stage_2():
 
 
 def test_both_stages_and_evaluation_without_mel_and_without_words(stores, tmp_path, monkeypatch):
-    monkeypatch.setattr("mcn_ext.data.words.require_gensim", lambda: pytest.fail("no words here"))
+    monkeypatch.setattr("mcn_ext.train.inputs.require_gensim", lambda: pytest.fail("no words here"))
     train, test = stores
     refused = stage1(train, pair="AV", cwd=tmp_path, check=False)
     assert "no stream 'mel' for audio in it (try --audio beats,clip)" in refused.stderr
@@ -248,3 +248,18 @@ def test_the_preset_is_of_features():
     for wrong in ("beats,", "davenet,beats", "a,a"):
         with pytest.raises(SystemExit):
             script.get_parser().parse_args(["--pair", "AV", "--audio", wrong])
+
+
+def test_runs_of_before_there_were_features_go_on(store_path, tmp_path):
+    stage1(store_path, "--max_steps 2", cwd=tmp_path)
+    file = tmp_path / "runs/stage1-AV/checkpoint.pt"
+    content = torch.load(file, weights_only=True)
+    for name in ("audio", "text"):
+        del content["args"][name]
+    del content["sizes"]["audio_dims"], content["sizes"]["text"]
+    torch.save(content, file)
+    stage1(store_path, cwd=tmp_path)  # resumes, and saves anew
+    torch.save(content, file)
+    call("train_stage2.py --add T --epochs 1 --batch_size 4 --n_pair 2", cwd=tmp_path)
+    done = stage1(store_path, "--audio 2d", cwd=tmp_path, check=False)
+    assert "no stream '2d' for audio" in done.stderr

@@ -39,6 +39,9 @@ FREE_FLAGS = {
     "init_run_id",
     "init_step",
     "data_id",
+    # Follow from the data:
+    "text_model",
+    "text_sha256",
     # Older runs do not have it, and it follows from the run to start from:
     "first_epoch",
 }
@@ -47,6 +50,8 @@ IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 # Flags of the first edition whose value, where it is not the one now fixed, is another run.
 FIXED = {"joint_pairs": False, "clean_first": 0.0, "max_words": 20, "init_published": None}
 FIXED |= {"warmup_steps": None}
+# What runs did before there were these flags.
+BEFORE = {"audio": "davenet", "text": "words"}
 
 
 class Damaged(SystemExit):
@@ -236,7 +241,7 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
             f"{folder / LATEST}: weights alone, of an epoch-*.pt, from which no run "
             "can go on; train anew with --no-resume or another --out"
         )
-    old, now = content["args"], FIXED | args
+    old, now = BEFORE | content["args"], FIXED | args
     # A flag of the first edition; clusters are now refitted every --queue_size steps.
     now["refit_every"] = now.get("queue_size")
 

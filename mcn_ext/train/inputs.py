@@ -79,14 +79,27 @@ def open_store(args: argparse.Namespace, modalities: str, sizes: dict | None = N
     return store
 
 
-def identify(args: argparse.Namespace, store: Store, modalities: str) -> None:
-    """Note in ``args`` what tells the data from others: ``data_id``, and ``text_model``, what made
-    the captions' features. SystemExit, on every rank, if ranks have opened unlike stores."""
+def identify(
+    args: argparse.Namespace, store: Store, modalities: str, start: dict | None = None
+) -> None:
+    """Note in ``args`` what tells the data from others: ``data_id``; ``text_model``, what made the
+    captions' features, and its ``text_sha256``. SystemExit, on every rank, if ranks have opened
+    unlike stores, or another model made the features that the run to start from (of the flags
+    ``start``) has learnt with; a warning for other data than its."""
     args.data_id = store.fingerprint(args.text)
     there = {"videos": len(store), "captions": store.n_captions, "streams": store.dims}
     distributed.check_equal(f"data ({store.path})", there | {"content": args.data_id})
     if "T" in modalities and args.text != "words":
         args.text_model, args.text_sha256 = store.text_model(args.text)
+        before = (start or {}).get("text_sha256", args.text_sha256)
+        if "unknown" not in (before, args.text_sha256) and before != args.text_sha256:
+            raise SystemExit(
+                f"--data {args.data}: its caption features {args.text!r} were made by "
+                f"{args.text_model}, those that {args.init} was trained on by "
+                f"{start['text_model']}, which has other weights"
+            )
+    if start and start.get("data_id", args.data_id) != args.data_id:
+        say(f"WARNING: {args.data} holds other data than those that {args.init} was trained on")
 
 
 def check_batch_size(args: argparse.Namespace, store: Store) -> None:
