@@ -55,7 +55,8 @@ def test_the_store_says_what_is_what(stores, tmp_path):
         "clip": 5,
     }
     assert store.text_dims == {"clip": 7} and store.text_model("clip") == ("an encoder", "unknown")
-    assert "caption/clip: features of captions, 7 wide" in validate(stores[0])["streams"]
+    described = "caption/clip: features of captions, 7 wide, by an encoder"
+    assert described in validate(stores[0])["streams"]
     old = Store(write_store(tmp_path / "old.h5"))
     assert old.streams("A") == {"mel": 40} and old.text_dims == {}
     for name, attribute in (("2d", "smell"), ("mel", "text")):

@@ -146,6 +146,9 @@ def what_lacks(
                 names = ",".join(name for name in there if name != "mel")
                 advice = f" (try {flag}{names})" if flag and names else ""
                 found.append(f"no stream {name!r} for {row.name} in it{advice}")
+            if letter == "T" and text != "words" and name not in there:
+                made = f"python -m mcn_ext.prepare caption_features {store.path}"
+                found[-1] += store.partly(name) or f" (or {made} --encoder ENCODER --name {name})"
     return "; ".join(found) + f"; it has {', '.join(store.dims)}" if found else ""
 
 

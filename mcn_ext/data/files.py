@@ -48,7 +48,7 @@ def lock(path: Path, wait: bool = False) -> BinaryIO:
         file.seek(0)
         raise SystemExit(
             f"{path}: another run is writing here ({file.read().decode() or 'just started'}); "
-            "wait for it, end it, or give another --out"
+            "wait for it, end it, or write elsewhere"
         ) from None
     except OSError:  # a file system without locks, or a full one
         pass

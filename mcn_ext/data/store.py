@@ -68,7 +68,7 @@ class Store:
         self.shards = [Shard(file) for file in self.files]
         first = self.shards[0]
         self.dims, self.rates, self.source = first.dims, first.rates, first.source
-        self.modalities, self.text_dims = first.modalities, first.text_dims
+        self.modalities, text_made = first.modalities, first.text_made
         for shard in self.shards[1:]:
             # All shards are read with the widths and rates of the first.
             kinds = (shard.dims, shard.rates, shard.modalities)
@@ -76,7 +76,8 @@ class Store:
                 problem = f"{shard.dims} at {shard.rates} Hz differ from {first.path.name}'s"
                 raise shard.error("streams", f"{problem} {self.dims} at {self.rates} Hz")
             # Features of captions are added shard by shard: what is not in all is not there yet.
-            self.text_dims = dict(self.text_dims.items() & shard.text_dims.items())
+            text_made = dict(text_made.items() & shard.text_made.items())
+        self.text_dims = {name: text_made[name][0] for name in sorted(text_made)}
         self._starts = np.cumsum([0] + [shard.n for shard in self.shards])
         captions = [int(shard.offsets["caption"][-1]) for shard in self.shards]
         # Captions are numbered through all shards: clip ids are made of these numbers.
@@ -139,7 +140,8 @@ class Store:
         said = {key: name for key, name in self.modalities.items() if name != modality_of(key)}
         digest.update("\0".join(self.ids() + [repr(said)] * bool(said)).encode())
         # Other features of captions may be added at any time, and change nothing for this run.
-        others = {f"caption/{name}" for name in self.text_dims} - {f"caption/{text}"}
+        made = {name for shard in self.shards for name in shard.text_made}
+        others = {f"caption/{name}" for name in made - {text}}
         for shard in self.shards:
             for offset in shard.offsets.values():
                 digest.update(offset.tobytes())
@@ -197,11 +199,19 @@ class Store:
         number, first, last = self._at(video, "caption")
         return self._read(number, f"caption/{name}", first, last)
 
+    def partly(self, name: str) -> str:
+        """What is wrong if only some files have these features of captions; "" if all or none."""
+        n = sum(name in shard.text_made for shard in self.shards)
+        if not n or name in self.text_dims:
+            return ""
+        return (
+            f" (in {n} of {len(self.files)} files, or of several encoders: run the same python -m "
+            "mcn_ext.prepare caption_features again, which goes on where it ended)"
+        )
+
     def text_model(self, name: str) -> tuple[str, str]:
         """(model, SHA-256 of its weights) that made features of captions; "unknown" if not said."""
-        with reading(self.files[0]):
-            attrs = self._datasets(0)["/"][f"caption/{name}"].attrs
-            return tuple(str(attrs.get(key, "unknown")) for key in ("model", "weights_sha256"))
+        return self.shards[0].text_made[name][1:3]
 
     def texts(self, block: int = 100_000):
         """All captions' texts, in order, ``block`` in memory at a time."""
@@ -300,15 +310,10 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
             f"{name:4s} {counts.sum()} rows x {dim}, {store.rates[name]:g} per second, "
             f"{(counts == 0).sum()} videos without, {store.modalities[name]}"
         )
-    for name in sorted({name for shard in store.shards for name in shard.text_dims}):
-        having = [shard for shard in store.shards if name in shard.text_dims]
-        about = f"caption/{name}: features of captions, {having[0].text_dims[name]} wide"
-        if name not in store.text_dims:
-            about += (
-                f", in {len(having)} of {len(store.shards)} files, or of several widths: run "
-                "python -m mcn_ext.prepare caption_features again"
-            )
-        info["streams"].append(about)
+    for name in sorted({name for shard in store.shards for name in shard.text_made}):
+        dim, model = next(s.text_made[name] for s in store.shards if name in s.text_made)[:2]
+        about = f"caption/{name}: features of captions, {dim} wide, by {model}"
+        info["streams"].append(about + store.partly(name))
     info["notices"], misfits = compare_durations(store)
     if misfits:
         name, durations = misfits[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -67,17 +67,24 @@ def are_times(start: np.ndarray, end: np.ndarray) -> bool:
     return bool(((start >= 0) & (start <= end) & (end < np.inf)).all())  # False for NaN
 
 
+def text_made(dim: int, attrs: Mapping) -> tuple[int, str, str, int]:
+    """What captions' features are: width, model, SHA-256 of its weights ("unknown" if not said),
+    and CRC-32 of the file they are from, if any. Those that differ in it must not be mixed."""
+    model, weights = (str(attrs.get(key, "unknown")) for key in ("model", "weights_sha256"))
+    return dim, model, weights, int(attrs.get("features_crc32", 0))
+
+
 class Shard:
     """What of a file stays in memory: sizes and offsets, 8 bytes a video and stream.
 
     Opening one checks all that costs no reading of rows: layout, dtypes, offsets. Raises
     StoreError. ``dims``, ``rates``, ``modalities`` and ``offsets`` are by stream; captions have
-    offsets, too. ``text_dims``: widths of the captions' features, by name.
+    offsets, too. ``text_made``: of the captions' features, by name, :func:`text_made`.
     """
 
     def __init__(self, path: Path):
         self.path, self.dims, self.rates, self.offsets = path, {}, {}, {}
-        self.modalities, self.text_dims = {}, {}
+        self.modalities, self.text_made = {}, {}
         with reading(path), open_hdf5(path) as file:
             for name, wanted in (("format", "mcn-store"), ("version", VERSION)):
                 if (found := file.attrs.get(name)) != wanted:
@@ -105,7 +112,7 @@ class Shard:
             }
             for name in sorted(set(file["caption"]) - {*CAPTIONS, "offset"}):
                 data = self._dataset(file, f"caption/{name}", np.float16, 2)
-                rows[name], self.text_dims[name] = data.shape
+                rows[name], self.text_made[name] = len(data), text_made(data.shape[1], data.attrs)
             # One offset dataset serves all of them.
             if len(set(rows.values())) > 1:
                 raise self.error("caption", f"its datasets differ in length: {rows}")

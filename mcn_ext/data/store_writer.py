@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -41,8 +41,8 @@ class _File(io.FileIO):
 
     failure: OSError | None = None
 
-    def __init__(self, path: Path):
-        super().__init__(path, "w+")
+    def __init__(self, path: Path, mode: str = "w+"):
+        super().__init__(path, mode)
         self.lost: list[tuple[int, bytes]] = []  # (position, bytes) since the failure
 
     def write(self, data) -> int:
@@ -274,6 +274,22 @@ def _joined(shards: list[Shard], name: str) -> Iterator[np.ndarray]:
                     f"{shard.path}: {name}: its checksum is not {file[name].attrs['crc32']}, the "
                     "part is damaged; delete it to have it made again"
                 )
+
+
+def add_dataset(
+    path: Path, name: str, shape: tuple, contents: Iterable[np.ndarray], attrs: Mapping
+) -> None:
+    """Add a float16 dataset to a file, or replace it there, from its blocks: in a copy, which then
+    takes the file's place. SystemExit on a full disk."""
+    with replacing(path) as tmp:
+        shutil.copy(path, tmp)
+        with _File(tmp, "r+") as raw:
+            with h5py.File(raw, "r+", libver=("v110", "v110")) as file:
+                if name in file:
+                    del file[name]
+                _fill(raw, file, name, shape, np.float16, contents)
+                file[name].attrs.update(attrs)
+            raw.check()
 
 
 def _fill(raw: _File, file: h5py.File, name: str, shape: tuple, dtype, contents: Iterable) -> None:

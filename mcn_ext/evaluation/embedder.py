@@ -95,7 +95,15 @@ class Embedder:
                 f"--run {self.run}: it was trained on captions' features {self.text!r}, and which "
                 "encoder made them is not known; name it with --encoder"
             )
-        encoder = SentenceEncoder(name)
+        try:
+            encoder = SentenceEncoder(name)
+        except SystemExit as error:
+            raise SystemExit(
+                f"--run {self.run}: its texts go through {name} (--encoder: where it is now), "
+                f"which cannot be loaded: {error}"
+            ) from None
+        if wanted == "unknown":
+            print(f"WARNING: whether {printable(name)} is the encoder of training is not known")
         if wanted not in ("unknown", encoder.sha256) or encoder.dim != self.sizes["word_dim"]:
             raise SystemExit(
                 f"--encoder {name}: not the encoder whose features the run was trained on "
@@ -123,12 +131,15 @@ class Embedder:
             return
         if not captions:
             return self.encoder and None  # now, and not after hours
-        made, trained = store.text_model(self.text)[1], self.args.get("text_sha256", "unknown")
-        if "unknown" not in (made, trained) and made != trained:
+        made = store.text_model(self.text)
+        trained = [self.args.get(key, "unknown") for key in ("text_model", "text_sha256")]
+        # By the weights; where they are not known, by the model's name.
+        known = [pair for pair in zip(made, trained, strict=True) if "unknown" not in pair]
+        if known and known[-1][0] != known[-1][1]:
             raise SystemExit(
                 f"{flag} {store.path}: its caption features {self.text!r} are of other weights "
-                f"(SHA-256 {made[:12]}) than those the run was trained on ({trained[:12]}); make "
-                "them again with python -m mcn_ext.prepare caption_features --overwrite"
+                f"({', '.join(made)}) than those the run was trained on ({', '.join(trained)}); "
+                "make them again with python -m mcn_ext.prepare caption_features --overwrite"
             )
 
     def unknown_words(self, sentences: list[str]) -> list[str]:

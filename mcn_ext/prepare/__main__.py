@@ -87,6 +87,18 @@ def add_demo(p: Parser) -> None:
     add(p, "--videos", positive(int), "N", "training videos (default 256)", 256)
 
 
+def add_caption_features(p: Parser) -> None:
+    add(p, "store", Path, "STORE", "a .h5 file or a folder of shards")
+    about = """features made elsewhere, (captions, width) in the order of the store's captions: .npz
+        with 'features' or 'arr_0', or .npy, which may be larger than memory"""
+    add(p, "features", str, "NAME=FILE", about, nargs="?")
+    add(p, "--model", str, "TEXT", "what made them: best a name or folder for --encoder")
+    add(p, "--sha256", str, "HEX", "SHA-256 of its weights")
+    about = "make them with this sentence encoder: a folder or a name of sentence-transformers"
+    add(p, "--encoder", str, "NAME", about)
+    add(p, "--name", str, "NAME", "what to call them (default: the last part of --encoder)")
+
+
 def add_published(p: Parser) -> None:
     add(p, "file", Path, "FILE", "state dict: .pth, .pt or .safetensors")
     about = """stores it will read: their captions' words get vectors, the first one's video streams
@@ -102,13 +114,13 @@ def parser() -> Parser:
     top = Parser(prog="python -m mcn_ext.prepare", description=__doc__)
     kinds = top.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=Parser)
 
-    def kind(name: str, about: str, out: str = "") -> Parser:
+    def kind(name: str, about: str, out: str = "data/{}.h5") -> Parser:
         p = kinds.add_parser(name, help=about, description=about)
-        out = out or f"data/{name}.h5"
-        text = f"""where to write (default {out}); a store whose path does not end in .h5 becomes a
-            folder of shards: better from some 100 GB on, as nothing is joined at the end"""
-        add(p, "--out", Path, "PATH", text, Path(out))
-        text = "replace what is at --out; without it a run that was interrupted is resumed"
+        if out := out.format(name):
+            text = f"""where to write (default {out}); a store whose path does not end in .h5
+                becomes a folder of shards: better from some 100 GB on, as nothing is joined"""
+            add(p, "--out", Path, "PATH", text, Path(out))
+        text = "replace what is there; without it a run that was interrupted is resumed"
         switch = argparse.BooleanOptionalAction
         p.add_argument("--overwrite", action=switch, default=False, help=text)
         return p
@@ -126,6 +138,8 @@ def parser() -> Parser:
         captions. Needs PyAV (pip install av)"""
     add_videos(kind("videos", about))
     add_demo(kind("demo", "a made-up data set: DIR/train.h5 and DIR/eval.h5", "data/demo"))
+    about = "features of captions by a frozen encoder -> into a store, for --text NAME"
+    add_caption_features(kind("caption_features", about, ""))
     about = "weights of the published MCN, AVLnet or AVLnet-Text -> run folder"
     add_published(kind("published", about, "runs/published-mcn"))
     return top
@@ -138,7 +152,7 @@ def main(argv=None) -> int:
     from mcn_ext.data.unpickle import UnsafePickle
 
     kind = args.pop("kind")
-    if not args["out"].name:
+    if "out" in args and not args["out"].name:
         raise SystemExit(f"--out {args['out']}: give the file or folder a name")
     module = importlib.import_module(f"mcn_ext.prepare.{MODULES.get(kind, kind)}")
     if kind in {"youcook2", "crosstask"} | MODULES.keys():
