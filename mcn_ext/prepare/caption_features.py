@@ -111,24 +111,24 @@ def prepare(
     if not re.fullmatch("unknown|[0-9a-f]{64}", sha256 := (sha256 or "unknown").lower()):
         raise SystemExit(f"--sha256 {sha256}: expected 64 hex digits")
     require("STORE", store)
-    lock(store.resolve())
-    whole = Store(store)
-    if file:
-        rows = _open(Path(file), whole.n_captions)
-        rows_of, dim, crc = partial(_given, rows), rows.shape[1], 0
-        with tqdm(total=whole.n_captions, unit="caption", desc="check") as bar:
-            for block in _blocks(whole, 0, rows_of, bar):
-                crc = checksum(block, crc)
-        attrs = {"model": model or "unknown", "features_crc32": np.uint32(crc)}
-    else:
-        from mcn_ext.data.sentence import SentenceEncoder  # of libraries that few have
+    with lock(store.resolve()):
+        whole = Store(store)
+        if file:
+            rows = _open(Path(file), whole.n_captions)
+            rows_of, dim, crc = partial(_given, rows), rows.shape[1], 0
+            with tqdm(total=whole.n_captions, unit="caption", desc="check") as bar:
+                for block in _blocks(whole, 0, rows_of, bar):
+                    crc = checksum(block, crc)
+            attrs = {"model": model or "unknown", "features_crc32": np.uint32(crc)}
+        else:
+            from mcn_ext.data.sentence import SentenceEncoder  # of libraries that few have
 
-        source = SentenceEncoder(encoder)
-        rows_of, dim, sha256 = partial(_encoded, source), source.dim, source.sha256
-        # A folder is to be found from anywhere, when a run needs it.
-        attrs = {"model": str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder}
-    attrs["weights_sha256"] = sha256
-    _add(whole, name, dim, attrs, rows_of, overwrite)
+            source = SentenceEncoder(encoder)
+            rows_of, dim, sha256 = partial(_encoded, source), source.dim, source.sha256
+            # A folder is to be found from anywhere, when a run needs it.
+            attrs = {"model": str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder}
+        attrs["weights_sha256"] = sha256
+        _add(whole, name, dim, attrs, rows_of, overwrite)
     size = f"{whole.n_captions:,} captions x {dim}"
     return f"{store}: {size}, caption/{name}, by {attrs['model']}; train with --text {name}"
 
