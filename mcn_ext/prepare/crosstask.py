@@ -20,13 +20,8 @@ import numpy as np
 from mcn_ext.data.files import write_text
 from mcn_ext.prepare import SkipList, Skipped, in_order, require, skipped
 from mcn_ext.prepare.captions import as_text
-from mcn_ext.prepare.howto100m import (
-    LABELS,
-    convert_features,
-    feature_files,
-    load_array,
-    read_table,
-)
+from mcn_ext.prepare.features import feature_files, load_array
+from mcn_ext.prepare.howto100m import LABELS, convert_features, read_table
 
 ONE_TASK = "all"  # of MiningYouTube's videos, which have none
 MAX_SECONDS = 1_000_000

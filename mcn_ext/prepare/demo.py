@@ -20,7 +20,7 @@ import numpy as np
 
 from mcn_ext.data.files import lock
 from mcn_ext.data.store import N_MELS, Store, StoreError, StoreWriter
-from mcn_ext.prepare.howto100m import MEL_RATE
+from mcn_ext.prepare.features import MEL_RATE
 from mcn_ext.train.flags import NOISE
 
 VERBS = "chop fry boil peel slice mix pour bake grate season whisk knead".split()

@@ -7,10 +7,8 @@ batches of one video's frames, so that they depend on nothing else that is being
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
-import re
 import sys
 import threading
 from collections import Counter, defaultdict
@@ -27,8 +25,14 @@ from mcn_ext.data.store_writer import StoreWriter
 from mcn_ext.prepare import SkipList, Skipped, convert, require, resnet
 from mcn_ext.prepare.captions import Captions
 from mcn_ext.prepare.decode import import_av, serve
-from mcn_ext.prepare.howto100m import MEL_RATE, Files, as_rows, find_widths, load_rows
-from mcn_ext.train.flags import RATE, between
+from mcn_ext.prepare.features import (
+    MEL_RATE,
+    Files,
+    as_rows,
+    find_widths,
+    load_rows,
+    parse_streams,
+)
 
 SUFFIXES = frozenset(
     ".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .m2v .ts .m2ts .mts .flv .f4v .wmv .asf .3gp .3g2 "
@@ -83,26 +87,6 @@ def find_media(folder: Path) -> dict[str, list[Path]]:
         if file.is_file() and file.resolve().is_relative_to(root):
             found[video_id(file)].append(file)
     return found
-
-
-def parse_streams(specs: list[str]) -> dict[str, Files]:
-    """NAME=DIR:RATE, each -> {name: its files}."""
-    streams = {}
-    for spec in specs:
-        match = re.fullmatch(r"(\w+)=(.+):([^:]+)", spec)
-        try:
-            name, folder, rate = match.groups()
-            rate = between(float, *RATE)(rate)
-        except (AttributeError, ValueError, argparse.ArgumentTypeError):
-            raise SystemExit(
-                f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5"
-            ) from None
-        if name in ("mel", "video", "caption"):
-            raise SystemExit(f"--streams {spec}: {name} is not a name for features")
-        if name in streams:
-            raise SystemExit(f"--streams {spec}: {name} is given twice")
-        streams[name] = Files(f"--streams {spec}:", Path(folder), name, rate, bare=True)
-    return streams
 
 
 def decode_apart(path: Path, time_limit: float, options: dict, target=serve) -> Iterator:

@@ -20,7 +20,7 @@ from mcn_ext.data.store_writer import StoreWriter
 from mcn_ext.data.unpickle import load_pickle
 from mcn_ext.prepare import SkipList, Skipped, convert
 from mcn_ext.prepare.captions import as_text
-from mcn_ext.prepare.howto100m import MEL_RATE, as_rows
+from mcn_ext.prepare.features import MEL_RATE, as_rows
 
 # By command: the data set's name, the keys of a stream and of the captions, the best first.
 KINDS = {
