@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,19 @@ def require(flag: str, path: Path) -> None:
     """SystemExit if the file or folder of a flag is not there."""
     if not path.exists():
         raise SystemExit(f"{flag} {path}: no such file or folder")
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files' names) of a folder and all below, linked ones too, sorted, each once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found = os.stat(place)
+        if (found.st_dev, found.st_ino) in seen:  # a link to a folder above, or one that was read
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders.sort()
+        yield place, sorted(names)
 
 
 def in_order(function: Callable, items: Iterable, workers: int) -> Iterator:

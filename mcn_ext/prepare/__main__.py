@@ -22,11 +22,19 @@ def add_shards(p: Parser, mib: int) -> None:
     add(p, "--shard_mib", positive(float), "MIB", about + "at most these", mib)
 
 
-def add_features(p: Parser, row: str, names: str, audio: str) -> None:
+def add_streams(p: Parser) -> None:
+    about = """features extracted elsewhere, as 3d=DIR:1.5 or NAME=DIR:RATE:audio: (rows, width),
+        RATE rows a second, in ID.npz, .npy, .pt, .pth or .pth.tar, in folders or .tar files below
+        DIR, which may be a .tar itself; 2d=... takes the place of other 2D features"""
+    add(p, "--streams", str, "NAME=DIR:RATE", about, (), nargs="+")
+
+
+def add_features(p: Parser, row: str, names: str, audio: str, needs_list: bool) -> None:
     """The flags of kinds that read folders of features."""
     about = f"videos: header {row}"
-    add(p, "--list", Path, "CSV", about, dest="list_file", required=True)
-    add(p, "--features", Path, "DIR", f"folder of {names}", required=True)
+    add(p, "--list", Path, "CSV", about, dest="list_file", required=needs_list)
+    add(p, "--features", Path, "DIR", f"folder of {names}; or give --streams")
+    add_streams(p)
     add(p, "--features_audio", Path, "DIR", f"folder of {audio}")
     for stream, rate in (("2d", 1.0), ("3d", 1.5)):
         about = f"rows of {stream} features per second (default {rate})"
@@ -38,7 +46,8 @@ def add_features(p: Parser, row: str, names: str, audio: str) -> None:
 
 def add_howto100m(p: Parser) -> None:
     names, audio = "<path>/<id>_2d.npz and _3d.npz", "<path>/<id>_spec.npz (default: --features)"
-    add_features(p, "'path', rows topic/sub/VIDEOID", names, audio)
+    row = "'path', rows topic/sub/VIDEOID (default: all ids of --streams)"
+    add_features(p, row, names, audio, needs_list=False)
     about = "caption.pickle, a .json, or a folder with ID.csv (start,end,text), ID.en.vtt ..."
     add(p, "--captions", Path, "FILE", about, required=True)
 
@@ -47,7 +56,7 @@ def add_steps(p: Parser, row: str, key: str, annotation: str) -> None:
     """The flags of CrossTask and MiningYouTube."""
     names = "<id>_2d.npy and <id>_3d.npy (or <id>.npz with 'features' for 3D)"
     audio = "<id>.npz with 'arr_0' (without it: <id>_spec.npz in --features, if any)"
-    add_features(p, row, names, audio)
+    add_features(p, row, names, audio, needs_list=True)
     about = f"folder of {annotation}.npy (seconds, steps) of 0 and 1, or .csv (step,start,end)"
     add(p, "--annotations", Path, "DIR", about, required=True)
     about = f"JSON {{{key}: [step, ...]}}, or CrossTask's tasks_primary.txt"
@@ -65,9 +74,7 @@ def add_videos(p: Parser) -> None:
     add(p, "--weights", Path, "PTH", about)
     about = "an untrained ResNet-152, to try the rest; the store says so"
     p.add_argument("--random_weights", action="store_true", help=about)
-    about = """features extracted elsewhere, as 3d=DIR:1.5: DIR/ID.npz, .npy or ID_3d.npz of
-        (rows, width), RATE rows a second; 2d=DIR:1 replaces ResNet-152"""
-    add(p, "--streams", str, "NAME=DIR:RATE", about, (), nargs="+")
+    add_streams(p)
     add(p, "--device", str, "DEVICE", "for ResNet-152 (default: a GPU if any)")
     about = "frames of a video at a time (default 32); more for a large GPU"
     add(p, "--batch_size", positive(int), "N", about, 32)
@@ -128,9 +135,11 @@ def parser() -> Parser:
     add_howto100m(kind("howto100m", "feature folders + captions -> training store"))
     p = kind("youcook2", "youcook_val_audio.pkl -> evaluation store; nothing in it is executed")
     add(p, "pickle_file", Path, "PICKLE", "youcook_val_audio.pkl")
+    add_streams(p)
     p = kind("msrvtt", "MSR-VTT's pickle -> store; nothing in it is executed")
     about = "with eval_caption: one caption per clip; with caption: all of them, to train on"
     add(p, "pickle_file", Path, "PICKLE", about)
+    add_streams(p)
     about = "features and annotated steps -> evaluation store and OUT.steps.json"
     add_steps(kind("crosstask", f"CrossTask's {about}"), "'video_id,task'", "task", "<task>_<id>")
     add_steps(kind("miningyoutube", f"MiningYouTube's {about}"), "'video_id'", "video id", "<id>")

@@ -14,7 +14,6 @@ import csv
 import html
 import io
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ import numpy as np
 
 from mcn_ext.data.store_writer import mend
 from mcn_ext.data.unpickle import load_pickle
-from mcn_ext.prepare import Skipped
+from mcn_ext.prepare import Skipped, walk
 
 KEYS = ("start", "end", "text")
 LONGEST = 1e30  # seconds: a store has float32, which ends at 3e38
@@ -184,13 +183,8 @@ def _columns(entry) -> tuple:
 
 def _find_files(folder: Path) -> dict[str, list[Path]]:
     """{video id: its files of captions} below a folder."""
-    found, seen = defaultdict(list), set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
+    found = defaultdict(list)
+    for place, names in walk(folder):
         for path in (Path(place, name) for name in names):
             if path.suffix.lower() in _READERS:
                 for name in {path.stem, _TAGS.sub("", path.stem)}:

@@ -113,7 +113,7 @@ def _from_rows(path: Path, n_steps: int) -> Segments:
 
 def prepare(
     list_file: Path,
-    features: Path,
+    features: Path | None,
     features_audio: Path | None,
     annotations: Path,
     steps: Path,
@@ -122,6 +122,7 @@ def prepare(
     kind: str,
     rate_2d: float,
     rate_3d: float,
+    streams: list[str] = (),
     workers: int = 4,
     **options,
 ) -> str:
@@ -133,27 +134,27 @@ def prepare(
          "steps": [text, ...], "segments": [[step, first second, second after the last], ...]}}}
 
     A video lasts as many seconds as its annotation has rows; release CSVs do not say, so there its
-    2D rows do (its 3D rows where there are no 2D ones), and what is annotated beyond them is left
-    out, as in CrossTask's code. Videos without an annotated second are skipped; those without
-    usable features are not in the store, but in the table, where they count as misses.
+    2D rows do (without, its 3D rows, then those of ``streams``), and what is annotated beyond them
+    is left out, as in CrossTask's code. Videos without an annotated second are skipped; those
+    without usable features are not in the store, but in the table, where they count as misses.
 
     options: overwrite, shard_mib.
     """
     require("--annotations", annotations)
     # In one folder, <id>.npz is the sound.
-    together = features_audio is not None and features_audio.resolve() == features.resolve()
+    together = features and features_audio and features_audio.resolve() == features.resolve()
     bare = None if together else "3d"
-    streams = feature_files(features, features_audio, rate_2d, rate_3d, bare)
+    files = feature_files(features, features_audio, rate_2d, rate_3d, bare, streams)
     columns, skips = ["video_id", "task"] if kind == "crosstask" else ["video_id"], SkipList(out)
     example = ",".join(["GLd3aX16zBg", "23521"][: len(columns)])
     rows = read_table(list_file, columns, example, skips)
     texts, videos = read_steps(steps), {}
 
     def last_second(name: str, segments: Segments) -> int:
-        for files in (streams["2d"], streams["3d"]):
+        for stream in files.values():
             try:
-                if found := files.load(name):
-                    return math.ceil(len(found[1]) / files.rate_hz)
+                if stream.modality == "video" and (found := stream.load(name)):
+                    return math.ceil(len(found[1]) / stream.rate_hz)
             except Skipped:
                 break  # reported when the features' turn comes
         return max((last for _, _, last in segments), default=0)
@@ -193,7 +194,7 @@ def prepare(
     content = {"protocol": kind, "source": source, "videos": videos}
     summary = convert_features(
         {name: name for name in videos},
-        streams,
+        files,
         captions_of,
         out,
         skips,

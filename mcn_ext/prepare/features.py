@@ -1,20 +1,207 @@
-"""Files of features, one per video and stream: finding, reading and checking them."""
+"""Files of features, one per video and stream: finding, reading and checking them.
+
+A file is named by its id, as ``ID.npz`` or ``ID_<stream>.npz``, in folders at any depth or, of
+``--streams``, in uncompressed ``.tar`` archives, of which members are read in place. ``.npz`` and
+``.npy`` are numpy's; ``.pt``, ``.pth`` and ``.pth.tar`` are files of torch.save.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import re
+import sys
+import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+from mcn_ext.console import printable
 from mcn_ext.data.store_file import N_MELS
-from mcn_ext.prepare import Skipped, require, skipped
+from mcn_ext.data.unpickle import load_torch
+from mcn_ext.modalities import modality_of
+from mcn_ext.prepare import Skipped, in_order, require, skipped, walk
 from mcn_ext.train.flags import RATE, between
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
+REFUSED = -1  # the offset of members of a tar that are no bytes of their own
+_TORCH = (".pt", ".pth", ".pth.tar")
+_NAME = re.compile(r"(?s:(.+))(\.np[yz]|\.pth?|\.pth\.tar)")
+
+# By name without ending: (folder, ending, None, 0), or (tar, ending, first byte, bytes).
+Index = dict[str, tuple[str, str, int | None, int]]
+
+
+# ------------------------------------------------------------------------------------- finding
+
+
+def _members(tar: str) -> list[tuple[str, int, int]]:
+    """(name, first byte, bytes) of a tar's files, of headers alone; SystemExit for damage."""
+    found = []
+    try:
+        with open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            while member := archive.next():
+                archive.members.clear()  # it would keep all
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                if not member.isdir():
+                    whole = member.isreg() and not member.issparse()
+                    at = member.offset_data if whole else REFUSED
+                    found.append((member.name.rsplit("/", 1)[-1], at, member.size))
+            # tarfile takes a damaged header for the end, which is zeros.
+            file.seek(archive.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no header and no end at byte {archive.offset}")
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise SystemExit(
+            f"{tar}: not a whole, uncompressed tar ({error}); get it again, or move it elsewhere "
+            "to go on without its videos"
+        ) from error
+    return found
+
+
+def index(flag: str, folder: Path, archives: bool = False) -> Index:
+    """Finds the files of features below a folder and, if ``archives``, in the tars there; or in one
+    tar. Of a name that is there twice, the first counts: files before tars, each by path."""
+    require(flag, folder)
+    found, tars, again = {}, [], []
+    bar = tqdm(desc=f"files in {printable(folder)}", unit="", delay=1, leave=False)
+
+    def add(name: str, place: str, offset: int | None = None, size: int = 0) -> None:
+        bar.update()
+        if match := _NAME.fullmatch(name):
+            if match[1] in found:
+                again.append(match[1])
+            found.setdefault(match[1], (place, sys.intern(match[2]), offset, size))
+
+    for place, names in walk(folder) if folder.is_dir() else [(str(folder.parent), [folder.name])]:
+        for name in names:
+            add(name, place)
+            if archives and re.search(r"\.(tar\.\w+|tgz)$", name):
+                raise SystemExit(
+                    f"{flag} {os.path.join(place, name)}: compressed, so no part of it can be read "
+                    "alone; unpack it with gunzip, or move it elsewhere"
+                )
+            if archives and name.endswith(".tar") and not name.endswith(_TORCH):
+                tars.append(os.path.join(place, name))
+    # Headers are far apart: on network disks several tars at a time.
+    for tar, members in in_order(_members, sorted(tars), 8):
+        for name, offset, size in members:
+            add(name, tar, offset, size)
+    bar.close()
+    if again:
+        text = f"{flag} {folder}: {len(again)} files more of names that were there, such as "
+        print(printable(f"{text}{again[0]}; the first of each is used"), file=sys.stderr)
+    return found
+
+
+@dataclass
+class Files:
+    """The files of one stream: those of an index that are named ``ID_<suffix>``.
+
+    flag: what the folder was given as. bare: names may go without ``_<suffix>``, too, as no other
+    stream does so in this folder.
+    """
+
+    flag: str
+    folder: Path
+    index: Index
+    suffix: str
+    rate_hz: float
+    bare: bool = False
+    modality: str = "video"
+
+    @property
+    def required(self) -> bool:
+        """Whether the store must have the stream: ``--features`` is a folder of several."""
+        return self.flag.startswith("--streams")
+
+    def find(self, path: str) -> str | None:
+        """The name of a video's file, without ending."""
+        name = path.rsplit("/", 1)[-1]
+        names = [f"{name}_{self.suffix}", *([name] if self.bare else [])]
+        return next((name for name in names if name in self.index), None)
+
+    def load(self, path: str) -> tuple[str, np.ndarray] | None:
+        """(file, rows (n, width) float16) of a video; None without a file, or Skipped."""
+        name = self.find(path)
+        if name is None:
+            return None
+        place, ending, offset, size = self.index[name]
+        file = os.path.join(place, name + ending)
+        array = load_array(file, offset=offset, size=size)
+        return file, array.T if self.suffix == "spec" else array
+
+
+def feature_files(
+    features: Path | None,
+    audio: Path | None,
+    rate_2d: float,
+    rate_3d: float,
+    bare: str | None,
+    specs: list[str],
+) -> dict[str, Files]:
+    """The files of each stream, by the flags of kinds that read folders of features.
+
+    bare: which of 2d and 3d may go without its suffix. specs: of ``--streams``.
+    """
+    if not features and not specs:
+        raise SystemExit("--features: give a folder of features, or --streams NAME=DIR:RATE")
+    streams = {}
+    if features:
+        there = index("--features", features)
+        for name, rate in (("2d", rate_2d), ("3d", rate_3d)):
+            streams[name] = Files("--features", features, there, name, rate, bare == name)
+    if sound := audio or features:
+        there = there if sound == features else index("--features_audio", sound)
+        bare_audio = audio is not None
+        mel = Files("--features_audio", sound, there, "spec", MEL_RATE, bare_audio, "audio")
+        streams["mel"] = mel
+    return streams | parse_streams(specs)
+
+
+def parse_streams(specs: Iterable[str]) -> dict[str, Files]:
+    """NAME=DIR:RATE or NAME=DIR:RATE:MODALITY, each -> {name: its files}."""
+    streams, indexes = {}, {}
+    for spec in specs:
+        match = re.fullmatch(r"(\w+)=(.+?):([^:]+)(?::(audio|video))?", spec)
+        try:
+            name, folder, rate, modality = match.groups()
+            rate = between(float, *RATE)(rate)
+        except (AttributeError, ValueError, argparse.ArgumentTypeError):
+            raise SystemExit(
+                f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5, or "
+                "NAME=DIR:RATE:audio"
+            ) from None
+        if name in ("mel", "video", "caption"):
+            raise SystemExit(f"--streams {spec}: {name} is not a name for features")
+        if name in streams:
+            raise SystemExit(f"--streams {spec}: {name} is given twice")
+        flag, folder = f"--streams {spec}:", Path(folder)
+        if folder not in indexes:
+            indexes[folder] = index(flag, folder, archives=True)
+        modality = modality or modality_of(name)
+        streams[name] = Files(flag, folder, indexes[folder], name, rate, modality=modality)
+    folders = Counter(files.folder for files in streams.values())
+    for files in streams.values():
+        files.bare = folders[files.folder] == 1  # else an ID.npz would be a file of each
+    return streams
+
+
+def ids(streams: dict[str, Files]) -> list[str]:
+    """The ids of all files, sorted."""
+    suffix = re.compile(rf"_({'|'.join(streams)})$")
+    return sorted({suffix.sub("", name) for files in streams.values() for name in files.index})
+
+
+# ------------------------------------------------------------------------------------- reading
 
 
 def as_rows(array: np.ndarray, what: object) -> np.ndarray:
@@ -26,19 +213,48 @@ def as_rows(array: np.ndarray, what: object) -> np.ndarray:
     return array
 
 
-def load_array(path: Path, kinds: str = "f") -> np.ndarray:
-    """The (rows, columns) of an .npy, or of features or arr_0 in an .npz, as float16.
+def _choose(names: Iterable[str]) -> str:
+    names = list(names)
+    for name in ("features", "arr_0"):
+        if name in names:
+            return name
+    raise ValueError(f"it holds {names[:9]}, expected features or arr_0")
+
+
+def _torch_array(file: io.BufferedIOBase) -> np.ndarray:
+    """A tensor that is the file's content, or in a dictionary alone or as ``features``."""
+    found = load_torch(file)
+    if isinstance(found, dict):
+        found = found[next(iter(found)) if len(found) == 1 else _choose(found)]
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"it holds a {type(found).__name__}, expected a tensor")
+    if found.nbytes > found.untyped_storage().nbytes():  # a row may be expanded to any number
+        raise ValueError(f"a tensor of shape {tuple(found.shape)} that repeats its numbers")
+    return (found.half() if found.is_floating_point() else found).numpy()  # numpy has no bfloat16
+
+
+def load_array(
+    path: str | Path, kinds: str = "f", offset: int | None = None, size: int = 0
+) -> np.ndarray:
+    """The (rows, columns) of an .npy, of features or arr_0 in an .npz, or of a torch file, as
+    float16. With offset and size, in bytes, of a member of a tar: of ``path``'s folder.
 
     Skipped for damage, another shape, dtypes not of numpy's ``kinds``, values that are not finite.
     """
+    if offset == REFUSED:
+        raise Skipped(f"{path}: a link or a sparse member of the tar, which is not read")
     try:
-        array = np.load(path)  # of numbers alone: it refuses objects
-        if not isinstance(array, np.ndarray):
-            with array as archive:
-                names = [key for key in ("features", "arr_0") if key in archive]
-                if not names:
-                    raise ValueError(f"it holds {archive.files[:9]}, expected features or arr_0")
-                array = archive[names[0]]
+        with open(path if offset is None else os.path.dirname(path), "rb") as file:
+            if offset is not None:
+                file.seek(offset)
+                file = io.BytesIO(file.read(size))
+            if str(path).endswith(_TORCH):
+                array = _torch_array(file)
+            else:
+                array = np.load(file)  # of numbers alone: it refuses objects
+            if not isinstance(array, np.ndarray):
+                with array as archive:
+                    array = archive[_choose(archive)]
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
         raise skipped(path, error) from error
     if array.ndim != 2 or array.dtype.kind not in kinds or not array.size:
@@ -48,124 +264,68 @@ def load_array(path: Path, kinds: str = "f") -> np.ndarray:
     return as_rows(array, path)
 
 
-@dataclass
-class Files:
-    """The files of one stream: ``<path>/<id>_<suffix>.npz`` and its variants in ``folder``.
+def find_specs(streams: dict[str, Files], paths: list[str], kind: str) -> dict[str, dict]:
+    """What StoreWriter takes, of each stream that has files: its width is the most common one of 20
+    readable files; of ``--features``, among the first 1000 videos.
 
-    flag: what the folder was given as. bare: names may go without ``_<suffix>``, too, as no other
-    stream does so in this folder.
+    SystemExit for a stream that has files, of which none can be read: it would vanish; and for one
+    of ``--streams`` without files.
     """
-
-    flag: str
-    folder: Path
-    suffix: str
-    rate_hz: float
-    bare: bool = False
-
-    def __post_init__(self):
-        require(self.flag, self.folder)
-
-    def find(self, path: str) -> Path | None:
-        """The file of a video, under any of the layouts in use."""
-        name = path.rsplit("/", 1)[-1]
-        names = [f"{path}/{name}_{self.suffix}", f"{path}_{self.suffix}", f"{name}_{self.suffix}"]
-        if self.bare:
-            names += [f"{path}/{name}", path]
-        files = [self.folder / f"{name}{ending}" for name in names for ending in (".npz", ".npy")]
-        try:
-            return next((file for file in files if file.is_file()), None)
-        except OSError as error:  # a name no file can have
-            raise skipped(path[:99], error) from error
-
-    def load(self, path: str) -> tuple[Path, np.ndarray] | None:
-        """(file, rows (n, width) float16) of a video; None without a file, or Skipped."""
-        file = self.find(path)
-        if file is None:
-            return None
-        array = load_array(file)
-        return file, array.T if self.suffix == "spec" else array
-
-
-def feature_files(
-    features: Path, audio: Path | None, rate_2d: float, rate_3d: float, bare: str | None
-) -> dict[str, Files]:
-    """The files of each stream, by the flags of kinds that read folders of features.
-
-    bare: which of 2d and 3d may go without its suffix.
-    """
-    return {
-        "2d": Files("--features", features, "2d", rate_2d, bare == "2d"),
-        "3d": Files("--features", features, "3d", rate_3d, bare == "3d"),
-        "mel": Files("--features_audio", audio or features, "spec", MEL_RATE, audio is not None),
-    }
-
-
-def find_widths(streams: dict[str, Files], paths: list[str]) -> dict[str, int]:
-    """{stream: the most common width of its first 20 readable files} of 1000 videos.
-
-    SystemExit for a stream that has files, of which none can be read: it would vanish.
-    """
-    dims = {}
-    for name, files in streams.items():
+    specs, first = {}, next(iter(paths), "ID")
+    for name, files in sorted(streams.items()):
         widths, unreadable = Counter(), []
-        for path in paths[:1000]:
+        there = filter(files.find, paths if files.required else paths[:1000])
+        for path in islice(there, 1000):
             try:
-                if found := files.load(path):
-                    widths[found[1].shape[1]] += 1
+                widths[files.load(path)[1].shape[1]] += 1
             except Skipped as reason:  # reported when its turn comes, if others can be read
                 unreadable.append(reason)
             if sum(widths.values()) == 20:
                 break
-        if widths:
-            dims[name] = widths.most_common(1)[0][0]
-        elif unreadable:
+        if unreadable and not widths:
             raise SystemExit(
                 f"{files.flag} {files.folder}: of the {name} files of {len(unreadable)} videos "
                 f"none can be read, the first because of {unreadable[0]}. Correct them; to go on "
                 "without this stream, move its files elsewhere"
             )
-    if dims.get("mel", N_MELS) != N_MELS:
+        if files.required and not widths:
+            raise SystemExit(
+                f"{files.flag} no readable features of any video; looked for {first}_{name}.npz, "
+                f".npy, .pt, .pth, .pth.tar{f', {first}.npz ...' * files.bare} in folders and tars"
+            )
+        if widths:
+            specs[name] = {
+                "dim": widths.most_common(1)[0][0],
+                "rate_hz": files.rate_hz,
+                "model": "log-mel as found" if name == "mel" else f"{name} features as found",
+                "tool": f"mcn_ext.prepare {kind}",
+                "modality": files.modality,
+            }
+    if "mel" in specs and specs["mel"]["dim"] != N_MELS:
         raise SystemExit(
-            f"{streams['mel'].folder}: the spectrograms have {dims['mel']} bands, the audio "
-            f"encoder takes {N_MELS}"
+            f"{streams['mel'].folder}: the spectrograms have {specs['mel']['dim']} bands, the "
+            f"audio encoder takes {N_MELS}"
         )
-    return dims
+    return specs
 
 
 def load_rows(
-    streams: dict[str, Files], dims: dict[str, int], path: str
+    streams: dict[str, Files], specs: dict[str, dict], path: str, partial: bool = False
 ) -> dict[str, np.ndarray | None]:
     """{stream: rows (n, dim) float16, or None without a file} of a video; Skipped if one does not
-    fit the others."""
+    fit the others, and, unless ``partial``, if a stream of video lacks."""
     rows = {}
     for name, files in streams.items():
         found = files.load(path)
-        if found and name not in dims:
+        if found and name not in specs:
             raise Skipped(
                 f"{found[0]}: the first 1000 videos have no {name} file; list this one before them"
             )
-        if found and found[1].shape[1] != dims[name]:
+        if found and found[1].shape[1] != specs[name]["dim"]:
             width = found[1].shape[1]
-            raise Skipped(f"{found[0]}: width {width}, the other videos have {dims[name]}")
+            raise Skipped(f"{found[0]}: width {width}, the other videos have {specs[name]['dim']}")
+        # Silent videos are of use for video and text.
+        if not found and name in specs and files.modality == "video" and not partial:
+            raise Skipped(f"no {name} features of {path} in {files.folder}")
         rows[name] = found and found[1]
     return rows
-
-
-def parse_streams(specs: list[str]) -> dict[str, Files]:
-    """NAME=DIR:RATE, each -> {name: its files}."""
-    streams = {}
-    for spec in specs:
-        match = re.fullmatch(r"(\w+)=(.+):([^:]+)", spec)
-        try:
-            name, folder, rate = match.groups()
-            rate = between(float, *RATE)(rate)
-        except (AttributeError, ValueError, argparse.ArgumentTypeError):
-            raise SystemExit(
-                f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5"
-            ) from None
-        if name in ("mel", "video", "caption"):
-            raise SystemExit(f"--streams {spec}: {name} is not a name for features")
-        if name in streams:
-            raise SystemExit(f"--streams {spec}: {name} is given twice")
-        streams[name] = Files(f"--streams {spec}:", Path(folder), name, rate, bare=True)
-    return streams

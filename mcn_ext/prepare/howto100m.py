@@ -11,10 +11,11 @@ import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mcn_ext.console import printable
 from mcn_ext.data.store_writer import StoreWriter, mend
-from mcn_ext.prepare import SkipList, Skipped, convert, require
+from mcn_ext.prepare import SkipList, convert, require
 from mcn_ext.prepare.captions import Captions
-from mcn_ext.prepare.features import Files, feature_files, find_widths, load_rows
+from mcn_ext.prepare.features import Files, feature_files, find_specs, ids, load_rows
 
 LABELS = {"howto100m": "HowTo100M", "crosstask": "CrossTask", "miningyoutube": "MiningYouTube"}
 
@@ -69,45 +70,34 @@ def convert_features(
     captions_of: id -> (start, end, text), or raises Skipped. kind: the command's name. skips: what
     was left out so far. before_close: see :func:`.convert`. options: overwrite, shard_mib.
     """
-    dims, folder = find_widths(streams, list(paths.values())), streams["2d"].folder
-    if not dims.keys() & {"2d", "3d"}:
-        path = next(iter(paths.values()))
+    specs = find_specs(streams, list(paths.values()), kind)
+    folders = {name: str(files.folder) for name, files in streams.items()}
+    if not specs.keys() - {"mel"}:
+        name = next(iter(paths.values())).rsplit("/", 1)[-1]
         raise SystemExit(
-            f"--features {folder}: no _2d.npz, _3d.npz or .npy of the first videos of --list; "
-            f"looked for names like {folder / path}/{path.split('/')[-1]}_2d.npz"
+            f"--features {folders.get('2d')}: no _2d.npz, _3d.npz or .npy of the first videos of "
+            f"--list; looked for names like {name}_2d.npz"
         )
-    specs = {
-        name: {
-            "dim": dim,
-            "rate_hz": streams[name].rate_hz,
-            "model": "log-mel as found" if name == "mel" else f"{name.upper()} features as found",
-            "tool": f"mcn_ext.prepare {kind}",
-        }
-        for name, dim in sorted(dims.items())
-    }
-    source = f"{LABELS[kind]} features from {folder}"
-    settings = settings | {"audio": str(streams["mel"].folder)}
+    source = f"{LABELS[kind]} features from {', '.join(dict.fromkeys(folders.values()))}"
+    settings = settings | {"folders": folders}
     writer = StoreWriter(out, specs, source, settings=settings, **options)
 
     def read(name: str, path: str):
-        rows = load_rows(streams, dims, path)
-        for stream in dims.keys() - {"mel"}:  # silent videos are of use for video and text
-            if rows[stream] is None:
-                raise Skipped(f"no {stream} features under {folder / path}")
-        return rows, captions_of(name)
+        return load_rows(streams, specs, path), captions_of(name)
 
     return convert(writer, skips, paths, read, workers=workers, before_close=before_close)
 
 
 def prepare(
-    list_file: Path,
-    features: Path,
+    list_file: Path | None,
+    features: Path | None,
     features_audio: Path | None,
     captions: Path,
     out: Path,
     *,
     rate_2d: float,
     rate_3d: float,
+    streams: list[str] = (),
     **options,
 ) -> str:
     """Convert; returns the summary that is printed. The module's first lines have the formats.
@@ -115,12 +105,20 @@ def prepare(
     options: workers, overwrite, shard_mib.
     """
     require("--captions", captions)
-    streams, skips = feature_files(features, features_audio, rate_2d, rate_3d, "2d"), SkipList(out)
-    rows = read_table(list_file, ["path"], "topic/subtopic/VIDEOID", skips)
-    said = Captions(captions, len(rows))
+    if not list_file and not streams:
+        raise SystemExit("--list: give the table of videos, or --streams, whose files name them")
+    files = feature_files(features, features_audio, rate_2d, rate_3d, "2d", streams)
+    skips = SkipList(out)
+    if list_file:
+        rows = read_table(list_file, ["path"], "topic/subtopic/VIDEOID", skips)
+        paths = {name: path for name, (path,) in rows}
+    else:
+        names = ids({name: file for name, file in files.items() if file.required})
+        paths = {printable(name): name for name in names}
+    said = Captions(captions, len(paths))
     summary = convert_features(
-        {name: path for name, (path,) in rows},
-        streams,
+        paths,
+        files,
         said.of,
         out,
         skips,

@@ -22,14 +22,14 @@ from tqdm import tqdm
 from mcn_ext.console import printable
 from mcn_ext.data.store_file import N_MELS
 from mcn_ext.data.store_writer import StoreWriter
-from mcn_ext.prepare import SkipList, Skipped, convert, require, resnet
+from mcn_ext.prepare import SkipList, Skipped, convert, require, resnet, walk
 from mcn_ext.prepare.captions import Captions
 from mcn_ext.prepare.decode import import_av, serve
 from mcn_ext.prepare.features import (
     MEL_RATE,
     Files,
     as_rows,
-    find_widths,
+    find_specs,
     load_rows,
     parse_streams,
 )
@@ -51,13 +51,8 @@ def find_videos(paths: list[Path]) -> list[Path]:
                 raise SystemExit(f"{path}: no such file")
             found.append(path)
             continue
-        below, seen = [], set()
-        for folder, subfolders, names in os.walk(path, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder above, or to one that was read
-                subfolders.clear()
-                continue
-            seen.add(real)
+        below = []
+        for folder, names in walk(path):
             for file in (Path(folder, name) for name in names):
                 if file.suffix.lower() in SUFFIXES:
                     below.append(file)
@@ -130,15 +125,7 @@ def _resnet(weights: Path | None, random_weights: bool, device: str | None) -> r
 
 def _specs(external: dict[str, Files], ids: list[str], features: resnet.Frames2D | None) -> dict:
     """The store's streams: those from elsewhere, ResNet-152's, the spectrogram."""
-    dims, specs = find_widths(external, ids), {}
-    for name, files in external.items():
-        if name not in dims:
-            raise SystemExit(
-                f"{files.flag} no readable features of any video; looked for {ids[0]}.npz, "
-                f"{ids[0]}.npy, {ids[0]}_{name}.npz, {ids[0]}/..."
-            )
-        model = f"{name} features as found"
-        specs[name] = {"dim": dims[name], "rate_hz": files.rate_hz, "model": model}
+    specs = find_specs(external, ids, "videos")
     if features:
         specs["2d"] = {
             "dim": resnet.DIM,
@@ -187,7 +174,7 @@ def prepare(
         shard_mib=shard_mib,
         settings={"captions": str(captions), "streams": sorted(map(str, streams))},
     )
-    skips, todo, dims = SkipList(out), {}, {name: specs[name]["dim"] for name in external}
+    skips, todo = SkipList(out), {}
     for file in files:
         name = video_id(file)
         if name in todo:
@@ -206,7 +193,7 @@ def prepare(
     def read(name: str, file: Path):
         if not file.is_file():
             raise Skipped(f"{file}: not a file, or a link to none")
-        rows = load_rows(external, dims, file.stem)  # first, as it costs little
+        rows = load_rows(external, specs, file.stem, partial=True)  # first, as it costs little
         batch, parts = [], []
         for kind, value in decode_apart(file, time_limit, options):
             if kind == "mel":

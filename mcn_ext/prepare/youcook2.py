@@ -20,7 +20,7 @@ from mcn_ext.data.store_writer import StoreWriter
 from mcn_ext.data.unpickle import load_pickle
 from mcn_ext.prepare import SkipList, Skipped, convert
 from mcn_ext.prepare.captions import as_text
-from mcn_ext.prepare.features import MEL_RATE, as_rows
+from mcn_ext.prepare.features import MEL_RATE, as_rows, find_specs, load_rows, parse_streams
 
 # By command: the data set's name, the keys of a stream and of the captions, the best first.
 KINDS = {
@@ -112,9 +112,20 @@ def _by_id(items: list[dict]) -> dict[str, dict]:
     return clips
 
 
-def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=False) -> str:
-    """Convert a pickle of a kind of ``KINDS``; returns the summary that is printed."""
+def prepare(
+    pickle_file: Path,
+    out: Path,
+    *,
+    kind: str = "youcook2",
+    streams: list[str] = (),
+    overwrite: bool = False,
+) -> str:
+    """Convert a pickle of a kind of ``KINDS``; returns the summary that is printed.
+
+    streams: features over the clips by their ids, in place of the pickle's of that name.
+    """
     label, keys, texts = KINDS[kind]
+    files = parse_streams(streams)
     if not pickle_file.is_file():
         raise SystemExit(f"{pickle_file}: no such file; expected {label}'s evaluation pickle")
     found = load_pickle(pickle_file)
@@ -125,7 +136,12 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=F
             f"{pickle_file}: expected a list of dictionaries with {names}, "
             f"audio, {' or '.join(texts)}, id"
         )
-    widths = {name: _width(items, options, pickle_file) for name, options in keys.items()}
+    clips = _by_id(items)
+    widths = {
+        name: _width(items, options, pickle_file)
+        for name, options in keys.items()
+        if name not in files
+    }
     # Pooled over time already: one row, which every clip's slice contains whatever its length.
     specs = {
         stream: {"dim": dim, "rate_hz": 1.0, "model": "pooled 2D/3D features as found"}
@@ -133,21 +149,26 @@ def prepare(pickle_file: Path, out: Path, *, kind: str = "youcook2", overwrite=F
         if dim
     }
     pooled = list(specs)
-    if not pooled:
+    if not pooled and not files:
         wanted = " or ".join(repr(key) for options in keys.values() for key in options)
         raise SystemExit(f"{pickle_file}: no clip has a pooled feature {wanted} of shape (dim,)")
     if any(item.get("audio") is not None for item in items):
         specs["mel"] = {"dim": N_MELS, "rate_hz": MEL_RATE, "model": "log-mel as found"}
     specs = {name: spec | {"tool": f"mcn_ext.prepare {kind}"} for name, spec in specs.items()}
-    source, settings = f"{label} clips from {pickle_file.name}", {"pickle": str(pickle_file)}
+    specs |= find_specs(files, list(clips), kind)
+    source = f"{label} clips from {pickle_file.name}"
+    settings = {"pickle": str(pickle_file), "streams": sorted(streams)}
     writer = StoreWriter(out, specs, source, overwrite=overwrite, settings=settings)
 
     def read(name: str, item: dict):
-        rows = {stream: _pooled(item, keys[stream], specs[stream]["dim"]) for stream in pooled}
-        captions, end = _captions(item, texts), 1.0  # without sound: the time of the pooled row
+        rows = load_rows(files, specs, name)
         if item.get("audio") is not None:
             rows["mel"] = _spectrogram(item["audio"])
-            end = len(rows["mel"]) / MEL_RATE or end
+        seconds = [len(rows[s]) / specs[s]["rate_hz"] for s in rows if rows[s] is not None]
+        end = max(seconds, default=0) or 1.0  # else the time of the pooled row
+        for stream in pooled:
+            rows[stream] = _pooled(item, keys[stream], specs[stream]["dim"])
+        captions = _captions(item, texts)
         return rows, ([0.0] * len(captions), [end] * len(captions), captions)
 
-    return convert(writer, SkipList(out), _by_id(items), read, unit="clips")
+    return convert(writer, SkipList(out), clips, read, unit="clips")
