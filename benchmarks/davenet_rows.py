@@ -3,7 +3,7 @@
     python benchmarks/davenet_rows.py RUN STORE.h5 DIR
 
 Row i is what DAVEnet, without what follows it, makes of WINDOW s around (i + 1/2) / RATE s. Then
-python -m mcn_ext.prepare howto100m ... --streams davenet=DIR:4:audio.
+python -m mcn_ext.prepare howto100m ... --streams rows=DIR:4:audio.
 """
 
 import sys

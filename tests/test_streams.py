@@ -191,6 +191,7 @@ def test_streams_that_cannot_be_used(convert, tmp_path):
         ("clip=clip", "expected NAME=DIR:RATE"),
         ("a/b=clip:1", "expected NAME=DIR:RATE"),
         ("caption=clip:1", "caption is not a name for features"),
+        ("davenet=clip:1:audio", "davenet is not a name for features"),
     ):
         with pytest.raises(SystemExit, match=f"(?s){message}"):
             convert("howto100m", "--captions", "said", "--streams", spec)

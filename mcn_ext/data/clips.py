@@ -51,7 +51,7 @@ def draw_spans(
     """n clips of a video as (first, last) captions: all different while there are enough."""
     # A dict and not a set, which would lose the order of drawing.
     spans: dict[tuple[int, int], None] = {}
-    start, end = list(start), list(end)  # of the same numbers, which arrays would make each time
+    start, end = list(start), list(end)  # each index into an array would make a new number
     for index in rng.permutation(len(start)).tolist():
         spans[caption_span(start, end, index, min_time)] = None
         if len(spans) == n:
@@ -63,10 +63,9 @@ def draw_spans(
 
 def caption_id(tokens: np.ndarray) -> int:
     """Equal for equal sets of tokens (rows of word vectors, or captions' features (n, dim)), which
-    the text encoder, a maximum over tokens, confuses."""
-    distinct = sorted({token.tobytes() for token in tokens})
-    # 8 bytes, signed: what an int64 holds.
-    digest = hashlib.blake2b(b"".join(distinct), digest_size=8).digest()
+    the text encoder, a maximum over tokens, cannot tell apart."""
+    distinct = b"".join(sorted({token.tobytes() for token in tokens}))
+    digest = hashlib.blake2b(distinct, digest_size=8).digest()  # what an int64 holds
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -82,7 +81,7 @@ def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) ->
     rows = np.minimum(np.arange(max(1, round(frames * pace))) / pace, frames - 1).astype(int)
     bands = np.arange(n_mels) + rng.uniform(-3, 3) * strength
     bands = np.clip(bands, 0, n_mels - 1).round().astype(int)
-    # Lists as indices copy: what follows does not change the caller's array.
+    # Arrays as indices copy: what follows does not change the caller's array.
     mel = mel[rows][:, bands]
     # In dB at five bands, and on straight lines between them.
     equalizer = rng.normal(0, 4 * strength, 5)
@@ -124,32 +123,34 @@ def what_lacks(
     audio, text: as of :class:`ClipReader`. sizes: of a model (:class:`mcn_ext.model.MCN`) whose
     features the store must have, in their widths.
     """
-    trained, found = sizes["modalities"] if sizes else "", []
+    trained, problems = sizes["modalities"] if sizes else "", []
     for letter in modalities:
-        row, there = MODALITIES[letter], store.streams(letter)
+        row, there, flag = MODALITIES[letter], store.streams(letter), None
         wanted = dict.fromkeys(row.streams)  # {name: width, or None for any}
         if letter == "V":
             wanted = sizes["video_dims"] if "V" in trained else {}
             if not there:
-                found.append("no video stream in it")
-        elif letter == "A" and audio:
-            wanted = sizes["audio_dims"] if "A" in trained else dict.fromkeys(audio)
+                problems.append("no video stream in it")
+        elif letter == "A":
+            flag = "--audio"
+            if audio:
+                wanted = sizes["audio_dims"] if "A" in trained else dict.fromkeys(audio)
         elif letter == "T" and text != "words":
-            there = store.text_dims
+            flag, there = "--text", store.text_dims
             wanted = {text: sizes["word_dim"] if "T" in trained else None}
         for name, dim in wanted.items():
-            if dim and there.get(name) != dim:
-                is_there = there.get(name, "missing")
-                found.append(f"{name} is {is_there}, the model was trained on {dim}")
-            elif name not in there:
-                flag = {"A": "--audio ", "T": "--text "}.get(letter, "")
-                names = ",".join(name for name in there if name != "mel")
-                advice = f" (try {flag}{names})" if flag and names else ""
-                found.append(f"no stream {name!r} for {row.name} in it{advice}")
-            if letter == "T" and text != "words" and name not in there:
-                made = f"python -m mcn_ext.prepare caption_features {store.path}"
-                found[-1] += store.partly(name) or f" (or {made} --encoder ENCODER --name {name})"
-    return "; ".join(found) + f"; it has {', '.join(store.dims)}" if found else ""
+            if name in there and dim in (None, there[name]):
+                continue
+            problem = f"no stream {name!r} for {row.name} in it"
+            if dim:
+                problem = f"{name} is {there.get(name, 'missing')}, the model was trained on {dim}"
+            elif others := ",".join(other for other in there if flag and other != "mel"):
+                problem += f" (try {flag} {others})"
+            if flag == "--text" and name not in there:
+                how = f"mcn_ext.prepare caption_features {store.path} --encoder NAME --name {name}"
+                problem += store.partly(name) or f" (or python -m {how})"
+            problems.append(problem)
+    return "; ".join([*problems, f"it has {', '.join(store.dims)}"]) if problems else ""
 
 
 class ClipReader:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +32,22 @@ from mcn_ext.prepare import Skipped, in_order, require, skipped, walk
 from mcn_ext.train.flags import RATE, between
 
 MEL_RATE = 100.0  # hop of 160 samples at 16 kHz
-REFUSED = -1  # the offset of members of a tar that are no bytes of their own
+REFUSED = -1  # the offset of links and sparse members of a tar, which are not read
 _TORCH = (".pt", ".pth", ".pth.tar")
 _NAME = re.compile(r"(?s:(.+))(\.np[yz]|\.pth?|\.pth\.tar)")
 
-# By name without ending: (folder, ending, None, 0), or (tar, ending, first byte, bytes).
-Index = dict[str, tuple[str, str, int | None, int]]
+
+class Place(NamedTuple):
+    """Where a file of features lies: ``folder`` is a folder, or a tar, of which it is the ``size``
+    bytes from ``offset`` on. ``ending``: of its name, such as .npz."""
+
+    folder: str
+    ending: str
+    offset: int | None = None  # None: not in a tar
+    size: int = 0
+
+
+Index = dict[str, Place]  # by name without ending
 
 
 # ------------------------------------------------------------------------------------- finding
@@ -79,12 +90,13 @@ def index(flag: str, folder: Path, archives: bool = False) -> Index:
         if match := _NAME.fullmatch(name):
             if match[1] in found:
                 again.append(match[1])
-            found.setdefault(match[1], (place, sys.intern(match[2]), offset, size))
+            found.setdefault(match[1], Place(place, sys.intern(match[2]), offset, size))
 
-    for place, names in walk(folder) if folder.is_dir() else [(str(folder.parent), [folder.name])]:
+    alone = [(str(folder.parent), [folder.name])]  # one tar
+    for place, names in walk(folder) if folder.is_dir() else alone:
         for name in names:
             add(name, place)
-            if archives and re.search(r"\.(tar\.\w+|tgz)$", name):
+            if archives and re.search(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", name):
                 raise SystemExit(
                     f"{flag} {os.path.join(place, name)}: compressed, so no part of it can be read "
                     "alone; unpack it with gunzip, or move it elsewhere"
@@ -97,8 +109,8 @@ def index(flag: str, folder: Path, archives: bool = False) -> Index:
             add(name, tar, offset, size)
     bar.close()
     if again:
-        text = f"{flag} {folder}: {len(again)} files more of names that were there, such as "
-        print(printable(f"{text}{again[0]}; the first of each is used"), file=sys.stderr)
+        text = f"{flag} {folder}: {len(again)} duplicate names, such as {again[0]}"
+        print(printable(f"{text}; the first file of each is used"), file=sys.stderr)
     return found
 
 
@@ -106,8 +118,8 @@ def index(flag: str, folder: Path, archives: bool = False) -> Index:
 class Files:
     """The files of one stream: those of an index that are named ``ID_<suffix>``.
 
-    flag: what the folder was given as. bare: names may go without ``_<suffix>``, too, as no other
-    stream does so in this folder.
+    flag: what the folder was given as. bare: a file ``ID.npz`` counts, too, as no other stream of
+    this folder has such names. transposed: files are (columns, rows), as spectrograms are.
     """
 
     flag: str
@@ -117,14 +129,17 @@ class Files:
     rate_hz: float
     bare: bool = False
     modality: str = "video"
+    transposed: bool = False
 
     @property
     def required(self) -> bool:
-        """Whether the store must have the stream: ``--features`` is a folder of several."""
+        """Whether the store must have the stream: one of ``--streams``; a folder of ``--features``
+        may lack some of its kinds of features."""
         return self.flag.startswith("--streams")
 
     def find(self, path: str) -> str | None:
-        """The name of a video's file, without ending."""
+        """The name, without ending, of the file of a video (``path``: its id, or the row of the
+        list, such as topic/subtopic/ID)."""
         name = path.rsplit("/", 1)[-1]
         names = [f"{name}_{self.suffix}", *([name] if self.bare else [])]
         return next((name for name in names if name in self.index), None)
@@ -134,10 +149,10 @@ class Files:
         name = self.find(path)
         if name is None:
             return None
-        place, ending, offset, size = self.index[name]
-        file = os.path.join(place, name + ending)
-        array = load_array(file, offset=offset, size=size)
-        return file, array.T if self.suffix == "spec" else array
+        place = self.index[name]
+        file = os.path.join(place.folder, name + place.ending)
+        array = load_array(file, place=place)
+        return file, array.T if self.transposed else array
 
 
 def feature_files(
@@ -161,9 +176,16 @@ def feature_files(
             streams[name] = Files("--features", features, there, name, rate, bare == name)
     if sound := audio or features:
         there = there if sound == features else index("--features_audio", sound)
-        bare_audio = audio is not None
-        mel = Files("--features_audio", sound, there, "spec", MEL_RATE, bare_audio, "audio")
-        streams["mel"] = mel
+        streams["mel"] = Files(
+            "--features_audio",
+            sound,
+            there,
+            "spec",
+            MEL_RATE,
+            bare=audio is not None,
+            modality="audio",
+            transposed=True,
+        )
     return streams | parse_streams(specs)
 
 
@@ -180,7 +202,7 @@ def parse_streams(specs: Iterable[str]) -> dict[str, Files]:
                 f"--streams {spec}: expected NAME=DIR:RATE, like 3d=features/3d:1.5, or "
                 "NAME=DIR:RATE:audio"
             ) from None
-        if name in ("mel", "video", "caption"):
+        if name in ("mel", "video", "caption", "davenet"):  # davenet: --audio means the encoder
             raise SystemExit(f"--streams {spec}: {name} is not a name for features")
         if name in streams:
             raise SystemExit(f"--streams {spec}: {name} is given twice")
@@ -233,26 +255,25 @@ def _torch_array(file: io.BufferedIOBase) -> np.ndarray:
     return (found.half() if found.is_floating_point() else found).numpy()  # numpy has no bfloat16
 
 
-def load_array(
-    path: str | Path, kinds: str = "f", offset: int | None = None, size: int = 0
-) -> np.ndarray:
+def load_array(path: str | Path, kinds: str = "f", place: Place | None = None) -> np.ndarray:
     """The (rows, columns) of an .npy, of features or arr_0 in an .npz, or of a torch file, as
-    float16. With offset and size, in bytes, of a member of a tar: of ``path``'s folder.
+    float16; of a member of a tar, if that is its ``place``.
 
     Skipped for damage, another shape, dtypes not of numpy's ``kinds``, values that are not finite.
     """
-    if offset == REFUSED:
+    in_tar = place is not None and place.offset is not None
+    if in_tar and place.offset == REFUSED:
         raise Skipped(f"{path}: a link or a sparse member of the tar, which is not read")
     try:
-        with open(path if offset is None else os.path.dirname(path), "rb") as file:
-            if offset is not None:
-                file.seek(offset)
-                file = io.BytesIO(file.read(size))
+        with open(place.folder if in_tar else path, "rb") as file:
+            if in_tar:
+                file.seek(place.offset)
+                file = io.BytesIO(file.read(place.size))
             if str(path).endswith(_TORCH):
                 array = _torch_array(file)
             else:
-                array = np.load(file)  # of numbers alone: it refuses objects
-            if not isinstance(array, np.ndarray):
+                array = np.load(file, allow_pickle=False)
+            if not isinstance(array, np.ndarray):  # an .npz
                 with array as archive:
                     array = archive[_choose(archive)]
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
@@ -313,7 +334,7 @@ def load_rows(
     streams: dict[str, Files], specs: dict[str, dict], path: str, partial: bool = False
 ) -> dict[str, np.ndarray | None]:
     """{stream: rows (n, dim) float16, or None without a file} of a video; Skipped if one does not
-    fit the others, and, unless ``partial``, if a stream of video lacks."""
+    fit the others, and, unless ``partial``, if a video stream is missing."""
     rows = {}
     for name, files in streams.items():
         found = files.load(path)
