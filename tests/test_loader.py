@@ -1,5 +1,7 @@
 """The batches are those of a simple loader, bit by bit, whatever is in the store."""
 
+import multiprocessing
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from mcn_ext.data.clips import (
     ClipReader,
     ClipSampler,
     TrainingClips,
+    _start_worker,
     caption_id,
     caption_span,
     is_silent,
@@ -174,6 +177,16 @@ def test_training_with_little_shared_memory(tmp_path, store_path, monkeypatch):
     done = stage1(store_path, "--max_steps 1 --workers 1", cwd=tmp_path, check=False)
     assert done.returncode == 1 and "--workers 1 on 1 rank(s) keep up to" in done.stderr
     assert "step 1 of 4" in stage1(store_path, "--max_steps 1 --out without", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_worker_that_starts_after_its_run_was_killed_ends(monkeypatch, gone):
+    if gone:
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+    worker = multiprocessing.get_context("fork").Process(target=_start_worker, args=(0,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == gone
 
 
 @pytest.mark.slow

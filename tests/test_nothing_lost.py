@@ -336,11 +336,11 @@ def test_too_many_open_files_end_the_run(convert, tmp_path, monkeypatch):
     make_howto(tmp_path, n=3)
     real, calls = np.load, []
 
-    def load(path):
+    def load(path, **options):
         calls.append(path)
         if len(calls) > 9:  # beyond what the widths are taken from
             raise OSError(errno.EMFILE, "Too many open files")
-        return real(path)
+        return real(path, **options)
 
     monkeypatch.setattr(np, "load", load)
     with pytest.raises(SystemExit, match="Too many open files.*run the same command again"):

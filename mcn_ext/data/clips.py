@@ -147,7 +147,7 @@ def what_lacks(
             elif others := ",".join(other for other in there if flag and other != "mel"):
                 problem += f" (try {flag} {others})"
             if flag == "--text" and name not in there:
-                how = f"mcn_ext.prepare caption_features {store.path} --encoder NAME --name {name}"
+                how = f"mcn_ext.prepare caption_features {store.path} --encoder ENCODER --name {name}"
                 problem += store.partly(name) or f" (or python -m {how})"
             problems.append(problem)
     return "; ".join([*problems, f"it has {', '.join(store.dims)}"]) if problems else ""
@@ -183,9 +183,8 @@ class ClipReader:
         if "V" in modalities and store is not None:
             self.video_streams = tuple(video_streams or store.streams("V"))
         self.audio_streams = tuple(audio_streams) if "A" in modalities else ()
-        self.text, self.words = text, words
+        self.text, self.words, self.audio_augment = text, words, audio_augment
         self.audio_frames, self.max_words = audio_frames, max_words
-        self.audio_augment = audio_augment
 
     def read(
         self, video: int, spans: list[tuple[int, int]], rng: np.random.Generator | None = None
@@ -372,10 +371,11 @@ def make_loader(
 
 
 def _start_worker(_worker: int) -> None:
-    """Ignore signals meant for the run, which without its workers would fail before it has saved.
-
-    SLURM and torchrun signal every process, a terminal's Ctrl-C the whole group.
-    """
+    """Ignore signals meant for the run, which without its workers would fail before it has saved:
+    SLURM and torchrun signal every process, a terminal's Ctrl-C the whole group."""
+    # torch's watchdog notes the parent after this: it would not miss one that was killed by now.
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
     # One thread each, since there may be a worker for every core: default_workers.
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
