@@ -107,6 +107,27 @@ def test_words_of_all_scripts(text, words, form):
     ]
 
 
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("玉ねぎを切って、LED電球Tシャツ", "玉ねぎ を 切っ て LED 電球 Tシャツ"),
+        ("アイスクリームサンドイッチ", "アイスクリームサンドイッチ"),
+        ("玉玉", "玉 玉"),
+        ("ผัดไทยอร่อย", "ผัดไทย อร่อย"),
+        ("cuts crèmes 떡볶이를", ""),  # no parts of words where there are spaces between them
+    ],
+)
+def test_sentences_without_spaces_are_cut_at_the_longest_known_words(tmp_path, text, found):
+    known = "玉 玉ねぎ を 切っ て 切 電球 LED Tシャツ アイスクリームサンドイッチ ผัดไทย ผัด อร่อย"
+    known = [*known.split(), "cut", "crème", "떡볶이"]
+    lines = "".join(f"{word} {k} 1\n" for k, word in enumerate(known))
+    (tmp_path / "v.txt").write_text(lines)
+    store = store_of(tmp_path / "s.h5", [text, "cut"])
+    words = vectors_for(store, tmp_path / "v.txt", None)
+    assert [words.words[row] for row in words.rows(text, 99)] == found.split()
+    assert coverage(store, words).n_without == (not found)
+
+
 @pytest.mark.slow
 def test_search_says_which_words_are_unknown(tmp_path, store_path):
     WordVectors(list(WORDS), np.eye(len(WORDS), 10), "test").save(tmp_path / "w.npz")

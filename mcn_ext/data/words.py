@@ -24,6 +24,10 @@ _WORD = re.compile(r"[\w']+")
 # Typographic apostrophes are plain ones; soft hyphens and variants of signs are not seen.
 _SIGNS = str.maketrans("\u2019\u02bc", "''", "\u00ad\ufe0e\ufe0f")
 _JOINERS = "\u200c\u200d"  # stand within words of Persian and Hindi
+# One sign of a script without spaces (Thai and Lao, Burmese, Khmer, kana, Han), or others in a row.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_UNIT = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
+_LONGEST = 10  # units of a word that is looked for within another
 
 
 def _is_in_word(sign: str) -> bool:
@@ -50,6 +54,14 @@ def forms(word: str) -> list[str]:
     return [word, word.lower(), word.capitalize()] if word.isupper() else [word, word.lower()]
 
 
+def parts(word: str) -> set[str]:
+    """A word, and in scripts without spaces, where it may be a sentence, what may be words in it:
+    all that :meth:`WordVectors.find` looks up."""
+    units = _UNIT.findall(word)
+    starts, sizes = range(len(units)), range(1, _LONGEST + 1)
+    return {word} | {"".join(units[at : at + size]) for at in starts for size in sizes}
+
+
 class WordVectors:
     """A vocabulary and its vectors (V, dim) float32; ``source``: the file they are from;
     ``absent``: words that were looked for there, and are not in it."""
@@ -69,9 +81,24 @@ class WordVectors:
         """The row of ``vectors`` of the first of a word's :func:`forms` that is there."""
         return next((self.index[form] for form in forms(word) if form in self.index), None)
 
+    def find(self, word: str) -> list[int]:
+        """The row of a word, if it is known. Of an unknown one in a script without spaces, the rows
+        of the words in it: from its begin on, each time the longest known one."""
+        row = self.row(word)
+        if row is not None or word.isascii():
+            return [] if row is None else [row]
+        units, found, end = _UNIT.findall(word), [], 0
+        while (at := end) < len(units):
+            # Without a known one, ``end`` stops at the next unit.
+            for end in range(min(at + _LONGEST, len(units)), at, -1):
+                if (row := self.row("".join(units[at:end]))) is not None:
+                    found.append(row)
+                    break
+        return found
+
     def rows(self, text: str, max_words: int) -> np.ndarray:
         """Rows of ``vectors``, int64, of a caption's first ``max_words`` known words, if any."""
-        rows = [row for word in tokenize(text) if (row := self.row(word)) is not None]
+        rows = [row for word in tokenize(text) for row in self.find(word)]
         return np.array(rows[:max_words], np.int64)
 
     def agrees(self, other: WordVectors) -> bool:
@@ -119,7 +146,7 @@ def coverage(store, words: WordVectors) -> Coverage:
     for text in islice(texts, MAX_COUNTED):
         found = tokenize(text)
         # Each word is looked up once, however often it occurs.
-        known |= {word: words.row(word) is not None for word in found if word not in known}
+        known |= {word: bool(words.find(word)) for word in found if word not in known}
         n_captions += 1
         n_without += not any(known[word] for word in found)
     return Coverage(len(known), sum(known.values()), n_captions, n_without)
@@ -138,8 +165,9 @@ def vectors_of(seen: Set[str], word2vec: Path, whose: str, source: str = "") -> 
     """The vectors of ``word2vec`` for words, each under the best of its :func:`forms`; SystemExit
     if it has none of them, warns of some that are not finite. ``whose`` they are, for people."""
     # All forms are asked for at once: the file may be 3.6 GB, and is read once.
-    row_of, vectors = read(word2vec, {form for word in seen for form in forms(word)})
-    found = (next((form for form in forms(word) if form in row_of), None) for word in seen)
+    looked_up = {part for word in seen for part in parts(word)}
+    row_of, vectors = read(word2vec, {form for part in looked_up for form in forms(part)})
+    found = (next((form for form in forms(part) if form in row_of), None) for part in looked_up)
     known = sorted({form for form in found if form is not None})
     if not known:
         raise SystemExit(
@@ -171,8 +199,8 @@ def vectors_for(store, word2vec: Path, cache: Path | None, more: Iterable[str] =
     stat, made = word2vec.stat(), store.files[0].stat()
     # Sizes and times stand for the contents, which would take long to hash.
     facts = (word2vec.name, stat.st_size, stat.st_mtime_ns, made.st_size, made.st_mtime_ns)
-    # "forms": caches of earlier versions have words as written only.
-    key = hashlib.sha256(repr((*facts, store.n_captions, "forms")).encode()).hexdigest()
+    # "parts": caches of earlier versions lack the words within words.
+    key = hashlib.sha256(repr((*facts, store.n_captions, "parts")).encode()).hexdigest()
     asked, seen, absent = {word for text in more for word in tokenize(text)}, None, set()
     source = f"{word2vec} #{key[:16]}"
     if cache is not None and cache.exists():

@@ -147,7 +147,7 @@ class Embedder:
         if self.words is None:
             return []
         asked = {word for sentence in sentences for word in tokenize(sentence)}
-        return sorted(word for word in asked if self.words.row(word) is None)
+        return sorted(word for word in asked if not self.words.find(word))
 
     def learn_words(self, store: Store, more: Iterable[str] = ()) -> None:
         """Also the words of a store's captions and of ``more`` texts, from the word2vec file; what
