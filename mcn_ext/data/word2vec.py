@@ -60,6 +60,8 @@ def _lines(lines: Iterator[bytes], n_words: int, dim: int) -> Iterator[tuple[byt
 def _scan(file: BinaryIO, wanted: Set[str] | None) -> tuple[list[str], np.ndarray]:
     """Words and vectors (V, dim) of a text or a binary file."""
     first = file.readline(_MIB).removeprefix(codecs.BOM_UTF8)
+    if not first:
+        raise ValueError("it is empty")
     counts = first.split()
     if has_counts := len(counts) == 2 and b"".join(counts).isdigit():
         n_words, dim, first = int(counts[0]), int(counts[1]), file.readline(_MIB)
@@ -94,6 +96,8 @@ def read_npz(path: Path) -> tuple[list[str], np.ndarray, str, list[str]]:
     keeps texts as UTF-8 bytes."""
     # allow_pickle=False: a file from elsewhere must not run code.
     with np.load(path, allow_pickle=False) as file:
+        if "vectors" not in file:
+            raise ValueError(f"a zip of {', '.join(file.files[:3]) or 'nothing'}: unpack it")
         vectors = file["vectors"]
         texts = {name: file[name].tobytes().decode() for name in file if name != "vectors"}
     words = texts["words"].split("\n")
