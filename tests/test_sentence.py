@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import pickle
 import shlex
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -32,17 +34,18 @@ def test_a_missing_or_old_library_is_named(monkeypatch, installed, wanted):
 
 
 class Stub:
-    """Gives a text its bytes' counts, times weights; without ``full`` weights, some are random."""
+    """Gives a text its bytes' counts; reports ``missing`` weights as transformers does."""
 
-    def __init__(self, folder, full=True, knows=True, **kwargs):
-        self.weights = torch.ones(256) if full else torch.rand(256)
+    def __init__(self, folder, missing=(), knows=True, **kwargs):
+        torch.rand(256)
         self.knows = knows
+        table = "".join(f"{name:<20} | \x1b[31mMISSING\x1b[0m | \n" for name in missing)
+        logging.getLogger("transformers.modeling_utils").warning("LOAD REPORT\n" + table)
 
     def encode(self, texts, normalize_embeddings, show_progress_bar):
         texts = [text if self.knows else "?" for text in texts]
         counts = np.stack([np.bincount(list(text.encode()), minlength=256) for text in texts])
-        vectors = counts * self.weights.numpy()
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
 
 def stub(monkeypatch, **options):
@@ -72,13 +75,17 @@ def test_an_encoder_that_is_not_whole_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=rf"{tmp_path}: .* \(no model.safetensors"):
         SentenceEncoder(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    for options, reason in (({"full": False}, "lack some"), ({"knows": False}, "tokenizer")):
+    lost = {"missing": ["pooler.dense.weight", "encoder.layer.{0, 1}.bias"]}
+    lacks = "lack some of its weights, such as encoder"
+    for options, reason in ((lost, lacks), ({"knows": False}, "tokenizer")):
         stub(monkeypatch, **options)
         before = torch.random.get_rng_state()
         with pytest.raises(SystemExit, match=rf"{tmp_path}: .* \(.*{reason}.*\); give a folder"):
             SentenceEncoder(str(tmp_path))
         # A run draws the same numbers with an encoder as without.
         assert torch.equal(before, torch.random.get_rng_state())
+    stub(monkeypatch, missing=["pooler.dense.weight"])  # which is not used
+    assert SentenceEncoder(str(tmp_path)).dim == 256
 
 
 # ------------------------------------------------------------------------------ real weights
@@ -115,6 +122,23 @@ def test_all_minilm(minilm):
     np.testing.assert_array_equal(found, SentenceEncoder(str(minilm)).encode(TEXTS))
     # As published on huggingface.co.
     assert encoder.sha256.startswith("53aa51172d142c89d9012cce15ae4d6c")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["pooler.dense", "encoder.layer.3.output.dense"])
+def test_missing_weights_of_all_minilm(minilm, tmp_path, monkeypatch, lost):
+    files = pytest.importorskip("safetensors.torch")
+    shutil.copytree(minilm, tmp_path / "lacks")
+    weights = files.load_file(minilm / "model.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
+    files.save_file(weights, tmp_path / "lacks/model.safetensors", {"format": "pt"})
+    monkeypatch.setenv("COLUMNS", "20")  # the library's report is as wide
+    if lost == "pooler.dense":  # makes no difference
+        found = SentenceEncoder(str(tmp_path / "lacks")).encode(TEXTS)
+        np.testing.assert_array_equal(found, SentenceEncoder(str(minilm)).encode(TEXTS))
+    else:
+        with pytest.raises(SystemExit, match=rf"lack some of its weights, such as {lost}"):
+            SentenceEncoder(str(tmp_path / "lacks"))
 
 
 @pytest.mark.slow

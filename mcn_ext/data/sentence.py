@@ -12,10 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-_NEEDED = (
-    "a sentence encoder needs sentence-transformers: pip install sentence-transformers (or pip "
-    "install -e '.[sentence]')"
-)
+_LOADING = logging.getLogger("transformers.modeling_utils")
 # In the order in which transformers looks for them: the first that is there is loaded.
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 # The same weights for other libraries, which would be downloaded in vain.
@@ -25,23 +22,33 @@ _OTHERS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]
 def _library():
     """sentence-transformers, made quiet. SystemExit if it is missing, or too old to be safe."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import sentence_transformers
-            from huggingface_hub.utils import disable_progress_bars
-            from transformers.utils.logging import disable_progress_bar
+        import sentence_transformers
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils.logging import disable_progress_bar
+
+        version = sentence_transformers.__version__
+        if int(version.split(".")[0]) < 6:
+            raise ImportError(f"{version} may run code that it finds in a model's folder")
     except ImportError as error:
-        raise SystemExit(f"{_NEEDED} ({error})") from error
-    version = sentence_transformers.__version__
-    if int(version.split(".")[0]) < 6:
         raise SystemExit(
-            f"{_NEEDED}, 6 or newer: {version} may run code that it finds in a model's folder"
-        )
+            "a sentence encoder needs sentence-transformers: pip install sentence-transformers (or "
+            f"pip install -e '.[sentence]'), 6 or newer ({error})"
+        ) from error
     disable_progress_bar()
     disable_progress_bars()
     for name in ("sentence_transformers", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _LOADING.setLevel(logging.WARNING)  # for _refuse_missing, which lets none through
     return sentence_transformers
+
+
+def _refuse_missing(record: logging.LogRecord) -> bool:
+    """Make transformers' report of missing weights, which it fills in at random, an error."""
+    missing = re.findall(r"^(\S.*?) +\|.*MISSING", record.getMessage(), re.MULTILINE)
+    # Sentence encoders make no use of the pooler, which some therefore lack.
+    if lost := [name for name in missing if "pooler." not in name]:
+        raise ValueError(f"its files lack some of its weights, such as {lost[0]}")
+    return False
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -74,21 +81,23 @@ class SentenceEncoder:
                 # As sentence-transformers does: a name without an owner is one of theirs.
                 repository = name if "/" in name else f"sentence-transformers/{name}"
                 folder = Path(snapshot_download(repository, ignore_patterns=_OTHERS))
-            digest = hashlib.sha256()
-            for path in _weights(folder):
-                with open(path, "rb") as file:
-                    while block := file.read(2**20):
-                        digest.update(block)
+            digest = hashlib.sha256(b"".join(path.read_bytes() for path in _weights(folder)))
             self.sha256 = digest.hexdigest()
-            # The library fills in weights that are missing at random: two loads then differ.
-            probes = []
-            for seed in (0, 1):
-                self._model = self._load(library, folder, seed)
-                probes.append(self._encode(["chop the onion", "two dogs bark"]))
-            if not np.allclose(*probes, atol=1e-4):
-                raise ValueError("its files lack some of its weights")
-            # And makes up a tokenizer that knows no word where there is none.
-            if np.allclose(*probes[0], atol=1e-4):
+            _LOADING.addFilter(_refuse_missing)
+            # fork_rng: to load an encoder must not change the numbers that a run draws.
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._model = library.SentenceTransformer(
+                    str(folder),
+                    device="cuda" if torch.cuda.is_available() else "cpu",
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    # In half precision, as some are stored, a text's vector depends on its batch.
+                    model_kwargs={"dtype": torch.float32},
+                )
+            onion, dogs = self.encode(["chop the onion", "two dogs bark"])
+            # Where there is no tokenizer, the library makes one up that knows no word.
+            if np.allclose(onion, dogs, atol=1e-4):
                 raise ValueError("it gives unlike texts the same vector; is its tokenizer there?")
         except Exception as error:  # huggingface_hub, transformers and json raise a dozen types
             # The first sentence: what follows may advise to let the model's code run.
@@ -98,33 +107,15 @@ class SentenceEncoder:
                 "config.json, a tokenizer and model.safetensors, or a name on huggingface.co, such "
                 "as all-MiniLM-L6-v2, which needs a connection the first time"
             ) from error
-        self.dim = probes[0].shape[1]
-
-    @staticmethod
-    def _load(library, folder: Path, seed: int):
-        # fork_rng: to load an encoder must not change the numbers that a run draws.
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
-            return library.SentenceTransformer(
-                str(folder),
-                device="cuda" if torch.cuda.is_available() else "cpu",
-                trust_remote_code=False,
-                local_files_only=True,
-                # Some are stored in half precision, where a text's vector depends on its batch.
-                model_kwargs={"dtype": torch.float32},
-            )
-
-    def _encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            vectors = self._model.encode(
-                texts, normalize_embeddings=True, show_progress_bar=progress
-            )
-        return np.asarray(vectors, np.float32)
+        finally:
+            _LOADING.removeFilter(_refuse_missing)
+        self.dim = len(onion)
 
     def encode(self, texts: list[str], progress: bool = False) -> np.ndarray:
         """Unit vectors (n, dim) float32 of texts; ``progress``: with a bar."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        return self._encode(list(texts), progress)
+        vectors = self._model.encode(
+            list(texts), normalize_embeddings=True, show_progress_bar=progress
+        )
+        return np.asarray(vectors, np.float32)
