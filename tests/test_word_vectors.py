@@ -271,7 +271,7 @@ def test_glove_as_published(tmp_path):
     words = parquet.read_table(data / "glove_6B_index.parquet")["index"].to_pylist()
     vectors = np.load(data / "glove_6B_50d_emb.npy")
     pairs = list(zip(words, vectors, strict=True))
-    text = "".join(f"{word} {' '.join(map(str, row.tolist()))}\n" for word, row in pairs).encode()
+    text = "".join(f"{word} {' '.join(f'{x:.6g}' for x in row)}\n" for word, row in pairs).encode()
     entries = b"".join(word.encode() + b" " + row.tobytes() for word, row in pairs)
     files = {
         "glove.6B.50d.txt": text,
