@@ -147,8 +147,8 @@ def what_lacks(
             elif others := ",".join(other for other in there if flag and other != "mel"):
                 problem += f" (try {flag} {others})"
             if flag == "--text" and name not in there:
-                how = f"mcn_ext.prepare caption_features {store.path} --encoder ENCODER --name {name}"
-                problem += store.partly(name) or f" (or python -m {how})"
+                how = f"caption_features {store.path} --encoder ENCODER --name {name}"
+                problem += store.partly(name) or f" (or python -m mcn_ext.prepare {how})"
             problems.append(problem)
     return "; ".join([*problems, f"it has {', '.join(store.dims)}"]) if problems else ""
 
