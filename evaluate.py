@@ -4,6 +4,7 @@
     python evaluate.py --youcook2 my_clips.h5 --run runs/stage2-AV_T
     python evaluate.py --msrvtt --crosstask --miningyoutube --moments
     python evaluate.py --youcook2 --run runs/published-mcn   # of mcn_ext.prepare published
+    python evaluate.py --youcook2 --fusion words             # by the words spoken, without a run
 
 Retrieval (youcook2, msrvtt), ordered steps in time (crosstask, miningyoutube), the place in a video
 (moments). A run on the demo data is evaluated on the demo data's evaluation clips.
@@ -64,12 +65,14 @@ def parse(argv):
     group.add_argument(
         "--fusion",
         nargs="+",
-        choices=("sum", "mean", "bank"),
+        choices=("sum", "mean", "bank", "words", "words+sum", "words+mean", "words+bank"),
         default=["sum"],
         help="how several "
         "modalities and candidates compare; several may be given (default sum). sum: of cosines, "
         "the published protocol; mean: cosine to the mean embedding; bank: sum, less what draws "
-        "training clips' queries to a candidate (no evaluation data used)",
+        "training clips' queries to a candidate (no evaluation data used); words: BM25 of the "
+        "caption and the words spoken in the clip, alone without a run; words+sum and so on: both, "
+        "by reciprocal ranks (moments: always words+sum)",
     )
     group.add_argument(
         "--bank_size",
@@ -144,6 +147,9 @@ def parse(argv):
     }.items():
         if getattr(args, flag) != parser.get_default(flag) and not sets & set(args.sets):
             parser.error(f"--{flag} is for {' and '.join(f'--{name}' for name in sorted(sets))}")
+    args.by_words = any("words" in fusion for fusion in args.fusion)
+    if set(args.fusion) == {"words"} and set(STEPS) & set(args.sets):
+        parser.error("--fusion words: --crosstask and --miningyoutube need a run's embeddings")
     if args.subset and not args.annotations:
         parser.error("--subset is of --annotations")
     return args
@@ -156,14 +162,15 @@ def main(argv=None):
 
     from mcn_ext.data.store import StoreError
     from mcn_ext.evaluation import localization, moments, retrieval
-    from mcn_ext.evaluation.embedder import Embedder, open_store, title_of
-    from mcn_ext.evaluation.metrics import keep, markdown, summarize, table_rows
+    from mcn_ext.evaluation.embedder import Embedder, NoRun, open_store, title_of
+    from mcn_ext.evaluation.metrics import gain_rows, gains, keep, markdown, summarize, table_rows
     from mcn_ext.report import similarity_picture
     from mcn_ext.train.log import replace, write_text
 
     # ---------------------------------------------------------------------------------- inputs
     # All are opened and checked before the first clip is embedded.
-    embedder = Embedder(args)
+    alone = set(args.fusion) == {"words"}
+    embedder = NoRun() if alone else Embedder(args)
     run, file = embedder.run, embedder.file
     content, trained = embedder.content, embedder.args
     unfinished = "" if content["complete"] else f"step {content['step']}, not the run's end"
@@ -183,12 +190,17 @@ def main(argv=None):
         embedder.check(store, f"--{name}", captions=name in RETRIEVAL)
         if name in RETRIEVAL:
             retrieval.check_captions(store, f"--{name}")
+            if args.by_words and store.speech() is None:
+                raise SystemExit(
+                    f"--fusion {' '.join(args.fusion)}: {path} does not hold the words spoken in "
+                    f"its clips; python -m mcn_ext.prepare {name} PICKLE --speech JSON adds them"
+                )
             if not directions:
                 raise SystemExit(
                     f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
                     "direction joins several; use --fusion sum"
                 )
-        elif "text" not in modalities:
+        elif "text" not in modalities and not alone:
             raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
         if name in STEPS:
             try:
@@ -197,6 +209,11 @@ def main(argv=None):
                 raise SystemExit(f"--{name} {error}") from None
         if name == "moments" and args.annotations:
             sentences = moments.read_annotations(args.annotations, args.subset or "validation")
+        elif name == "moments" and args.by_words:
+            raise SystemExit(
+                "--fusion words --moments: the sentences asked would be the captions that are "
+                "searched; give --annotations JSON"
+            )
         elif name == "moments":
             sentences = moments.captions_of(store)
         if name == "youcook2" and args.whole_videos:
@@ -227,6 +244,9 @@ def main(argv=None):
         # Fewer candidates are easier, so clips of the test set that are missing are misses.
         absent = max((args.msrvtt_clips or 1000) - len(store), 0) if strict else 0
         embedder.say_shares(store.path)
+        words = None
+        if args.by_words:
+            words = retrieval.WordScores(list(store.texts()), store.speech())
         ranks, video_ranks, corner = retrieval.evaluate(
             clips,
             directions,
@@ -237,9 +257,13 @@ def main(argv=None):
             absent=absent,
             # --whole_videos is for YouCook2 alone.
             videos=None if strict else videos,
+            words=words,
         )
         without = {m: int((~valid).sum()) for m, valid in clips[1].items() if not valid.all()}
         notices = [f"{n} without {m}: misses, or out of sums" for m, n in without.items()]
+        if words:
+            n = sum(map(bool, store.speech()))
+            notices.append(f"words spoken in {n} of {len(store)}, used in evaluation only")
         direction, rank = next(iter(ranks.items()))
         if absent:
             notices.append(
@@ -253,7 +277,11 @@ def main(argv=None):
                 n = len(next(iter(found.values())))
                 rows = {d: summarize(r) for d, r in found.items()}
                 result = {"n": n, "without": without, "absent": absent} | rows
-                yield key, result, notices, markdown(*table_rows(rows, n, what))
+                lines = markdown(*table_rows(rows, n, what))
+                if more := gains(found, retrieval.WORDS):
+                    result["gains"] = more
+                    lines += "\n\n" + markdown(*gain_rows(more))
+                yield key, result, notices, lines
         similarity_picture(corner.numpy(), f"{name} {direction}", rank, run / "similarity.png")
         if args.keep_embeddings:
             # Embeddings trained on dot products can be larger than fp16 holds, so they stay fp32.
@@ -269,11 +297,13 @@ def main(argv=None):
         yield name, {"n": result["steps"]} | result, [localization.notice(result)], lines
 
     def find_moments(name, store):
+        fusions = ["words"] if alone else ["words+sum"] if args.by_words else ["sum"]
+        asked = retrieval.asked(modalities, fusions)
         result = moments.evaluate(
-            embedder,
+            None if alone else embedder,
             store,
             sentences,
-            [d for d, _ in retrieval.asked(modalities) if d.startswith("text->")],
+            [row for row in asked if row[0].startswith("text->")],
             similarity,
             args.windows or moments.LENGTHS,
             args.window_stride or moments.STRIDE,

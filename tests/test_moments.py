@@ -47,7 +47,7 @@ def test_the_protocol_end_to_end_by_hand(tmp_path):
     store = Store(writer.close())
     sentences = moments.captions_of(store) | {"gone": (np.zeros(1), np.ones(1), ["1"])}
     result = moments.evaluate(
-        Geometry(), store, sentences, ["text->audio"], lengths=[2], stride=0.5
+        Geometry(), store, sentences, [("text->audio", "sum")], lengths=[2], stride=0.5
     )
     row = result["text->audio"]
     assert (result["n"], result["videos"], result["missing_videos"]) == (4, 2, 1)

@@ -2,12 +2,14 @@
 
 A store is one ``.h5`` file or a folder of ``shard-00000.h5 ...``. In each file::
 
-    video/id (n,) str   <stream>/data (rows, dim) float16   caption/start, caption/end float32 s
-                        <stream>/offset (n+1,) int64        caption/text str, caption/offset (n+1,)
-                                                            caption/<name> (captions, dim) float16
+    video/id (n,) str       <stream>/data (rows, dim) float16   caption/start, caption/end float32 s
+    video/speech (n,) str   <stream>/offset (n+1,) int64        caption/text str
+                                                                caption/offset (n+1,) int64
+                                                                caption/<name> (n, dim) float16
 
 A stream (``2d``, ``3d``, ``mel``) has one row per 1/rate_hz seconds; a video without it has no
-rows. ``caption/<name>``: features of the captions, if any, with attributes ``model`` and
+rows. ``video/speech``, if there: the words spoken in a clip whose caption describes it.
+``caption/<name>``: features of the captions, if any, with attributes ``model`` and
 ``weights_sha256``. Root attributes: ``format`` "mcn-store", ``version`` 1, ``source``; stream
 attributes: ``rate_hz model weights_sha256 tool``, and ``modality`` ("video" or "audio"; without it,
 ``mel`` is audio, all else video). Each dataset has ``crc32`` of its values (uint32).
@@ -159,6 +161,13 @@ class Store:
     def ids(self) -> list[str]:
         ids = (self._texts(i, "video/id", 0, shard.n) for i, shard in enumerate(self.shards))
         return [name for names in ids for name in names]
+
+    def speech(self) -> list[str] | None:
+        """The words spoken in each video, "" for none; None if the store does not hold them."""
+        if not all(shard.has_speech for shard in self.shards):
+            return None
+        said = (self._texts(i, "video/speech", 0, shard.n) for i, shard in enumerate(self.shards))
+        return [text for texts in said for text in texts]
 
     def caption_counts(self) -> np.ndarray:
         """Captions of each video, (n,) int64."""
@@ -314,6 +323,9 @@ def validate(path: str | os.PathLike, *, check_rows: bool = True) -> dict:
         dim, model = next(s.text_made[name] for s in store.shards if name in s.text_made)[:2]
         about = f"caption/{name}: features of captions, {dim} wide, by {model}"
         info["streams"].append(about + store.partly(name))
+    if said := store.speech():
+        n = sum(map(bool, said))
+        info["streams"].append(f"video/speech: the words spoken in {n} of {len(said)} videos")
     info["notices"], misfits = compare_durations(store)
     if misfits:
         name, durations = misfits[0]

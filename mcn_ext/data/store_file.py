@@ -80,6 +80,7 @@ class Shard:
     Opening one checks all that costs no reading of rows: layout, dtypes, offsets. Raises
     StoreError. ``dims``, ``rates``, ``modalities`` and ``offsets`` are by stream; captions have
     offsets, too. ``text_made``: of the captions' features, by name, :func:`text_made`.
+    ``has_speech``: whether it holds the words spoken in each video.
     """
 
     def __init__(self, path: Path):
@@ -91,6 +92,9 @@ class Shard:
                     raise self.error(f"attribute {name}", f"{found!r}, this code reads {wanted!r}")
             self.source = str(file.attrs.get("source", ""))
             self.n = len(self._dataset(file, "video/id", str))
+            self.has_speech = "speech" in file["video"]
+            if self.has_speech and (n := len(self._dataset(file, "video/speech", str))) != self.n:
+                raise self.error("video/speech", f"{n} texts of {self.n} videos")
             # Sorted: the model concatenates video streams in this order.
             for name in sorted(set(file) - {"video", "caption"}):
                 data = self._dataset(file, f"{name}/data", np.float16, 2)

@@ -93,6 +93,7 @@ class StoreWriter:
         streams: {name: {"dim": int, "rate_hz": float, "model": str, "weights_sha256": str,
             "tool": str}}, and "modality" where it is not the name's: :func:`.modality_of`.
         source: what the data is, for people. settings: plain values a resumed run must share.
+        speech: whether the words spoken in each video are given to :meth:`add`.
     """
 
     def __init__(
@@ -102,10 +103,12 @@ class StoreWriter:
         source: str,
         *,
         settings: dict | None = None,
+        speech: bool = False,
         shard_mib: float = 512,
         overwrite: bool = False,
     ):
         self.out, self.streams, self.source = Path(out), streams, source
+        self.texts = ["id", "speech"] if speech else ["id"]  # of each video
         self.shard_bytes = shard_mib * 2**20
         self.lock = lock(self.out)  # two runs would take each other's parts
         single = self.out.suffix in (".h5", ".hdf5")
@@ -145,11 +148,16 @@ class StoreWriter:
                 self.done.update(file["video/id"].asstr()[:])
         # Until close() removes it, no reader takes the parts for a whole store.
         (self.folder / UNFINISHED).touch()
-        self.videos: list[tuple] = []  # (id, {stream: rows}, start, end, texts), not yet written
+        self.videos: list[
+            tuple
+        ] = []  # (id, {stream: rows}, start, end, texts, speech), to be written
         self.bytes = 0
 
-    def add(self, name: str, rows: dict[str, np.ndarray | None], start, end, text) -> None:
-        """One video: rows {stream: (n, dim) or None}, captions' start and end in seconds, texts.
+    def add(
+        self, name: str, rows: dict[str, np.ndarray | None], start, end, text, speech: str = ""
+    ) -> None:
+        """One video: rows {stream: (n, dim) or None}, captions' start and end in seconds, texts;
+        the words spoken in it.
 
         StoreError for an id that was there, rows of another width, captions without a time.
         """
@@ -172,7 +180,8 @@ class StoreWriter:
         if not np.all(in_order & (end < np.inf)):
             raise StoreError(f"{name}: captions need as many texts as times, 0 <= start <= end s")
         self.done.add(name)
-        self.videos.append((name, arrays, start, end, [mend(t) for t in text]))
+        texts = [mend(t) for t in text]
+        self.videos.append((name, arrays, start, end, texts, mend(speech)))
         self.bytes += sum(array.nbytes for array in arrays.values())
         # Features are nearly all of the bytes; captions and ids are not counted.
         if self.bytes >= self.shard_bytes:
@@ -182,10 +191,11 @@ class StoreWriter:
         """Write the videos gathered to a new part."""
         if not self.videos:
             return
-        names, arrays, starts, ends, texts = zip(*self.videos, strict=True)
+        names, arrays, starts, ends, texts, speech = zip(*self.videos, strict=True)
         contents = {
             # As bytes, since the checksum is of UTF-8.
             "video/id": [[name.encode() for name in names]],
+            "video/speech": [[said.encode() for said in speech]],
             "caption/offset": [_offset(map(len, texts))],
             "caption/start": starts,
             "caption/end": ends,
@@ -221,7 +231,9 @@ class StoreWriter:
                 for key in ("start", "end", "text"):
                     name = f"caption/{key}"
                     _fill(raw, file, name, (offset[-1],), kinds.get(key, text), contents[name])
-                _fill(raw, file, "video/id", (len(offset) - 1,), text, contents["video/id"])
+                for key in self.texts:
+                    name = f"video/{key}"
+                    _fill(raw, file, name, (len(offset) - 1,), text, contents[name])
             raw.check()
 
     def close(self) -> Path:
@@ -245,7 +257,8 @@ class StoreWriter:
         else:
             shards = [Shard(part) for part in self.parts]
             groups = (*self.streams, "caption")
-            names = ["video/id", *(f"caption/{key}" for key in ("start", "end", "text"))]
+            names = [f"video/{key}" for key in self.texts]
+            names += [f"caption/{key}" for key in ("start", "end", "text")]
             names += [f"{stream}/data" for stream in self.streams]
             contents = {name: _joined(shards, name) for name in names}
             for group in groups:

@@ -26,7 +26,7 @@ _SIGNS = str.maketrans("\u2019\u02bc", "''", "\u00ad\ufe0e\ufe0f")
 _JOINERS = "\u200c\u200d"  # stand within words of Persian and Hindi
 # One sign of a script without spaces (Thai and Lao, Burmese, Khmer, kana, Han), or others in a row.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
-_UNIT = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
+UNIT = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}]+")
 _LONGEST = 10  # units of a word that is looked for within another
 
 
@@ -57,7 +57,7 @@ def forms(word: str) -> list[str]:
 def parts(word: str) -> set[str]:
     """A word, and in scripts without spaces, where it may be a sentence, what may be words in it:
     all that :meth:`WordVectors.find` looks up."""
-    units = _UNIT.findall(word)
+    units = UNIT.findall(word)
     starts, sizes = range(len(units)), range(1, _LONGEST + 1)
     return {word} | {"".join(units[at : at + size]) for at in starts for size in sizes}
 
@@ -87,7 +87,7 @@ class WordVectors:
         row = self.row(word)
         if row is not None or word.isascii():
             return [] if row is None else [row]
-        units, found, end = _UNIT.findall(word), [], 0
+        units, found, end = UNIT.findall(word), [], 0
         while (at := end) < len(units):
             # Without a known one, ``end`` stops at the next unit.
             for end in range(min(at + _LONGEST, len(units)), at, -1):

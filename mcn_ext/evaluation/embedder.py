@@ -239,6 +239,26 @@ class Embedder:
         return self._embed(batches, ["text"], self.padding)
 
 
+class NoRun:
+    """In the place of an :class:`Embedder` where clips are compared by words alone."""
+
+    run, file, content = Path("runs/words"), "no run", {"step": None, "complete": True}
+    args = {"demo": False, "similarity": "BM25", "temperature": 1.0}
+    model = argparse.Namespace(modalities=())
+
+    def check(self, *args, **kwargs) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+
+    def say_shares(self, where: object) -> None:
+        pass
+
+    def learn_words(self, *args) -> None:
+        pass
+
+    def clips(self, store: Store) -> Clips:
+        return {}, {}
+
+
 def is_demo(store: Store) -> bool:
     return store.source.startswith("demo data")
 

@@ -60,6 +60,33 @@ def resample(sums: np.ndarray, counts: np.ndarray, rng, resamples: int = 2000) -
     return (times @ sums) / (times @ counts)
 
 
+def gains(found: dict[str, np.ndarray], prefix: str) -> dict[str, dict]:
+    """{row: {"R@1": points more than the row without ``prefix`` in its name, "R@1_ci95", ...}} of
+    ranks (n,) by row. 95 % intervals: both rows' queries are resampled together."""
+    out = {}
+    for name, rank in found.items():
+        before = name.replace(f"({prefix}sum)", "").replace(prefix, "").strip()
+        if prefix in name:
+            out[name] = {"than": before}
+            for k in RECALLS:
+                more = 100.0 * ((rank <= k).astype(float) - (found[before] <= k))
+                draws = resample(more, np.ones(len(more)), np.random.default_rng(0))
+                out[name][f"R@{k}"] = round(float(more.mean()), 3)
+                out[name][f"R@{k}_ci95"] = np.percentile(draws, [2.5, 97.5]).round(3).tolist()
+    return out
+
+
+def gain_rows(rows: dict[str, dict]) -> tuple[list, list]:
+    """:func:`gains` as (header, rows)."""
+    keys = [f"R@{k}" for k in RECALLS]
+    body = [
+        [f"{name} less {row['than']}"]
+        + ["{:+.1f} ({:+.1f} to {:+.1f})".format(row[key], *row[f"{key}_ci95"]) for key in keys]
+        for name, row in rows.items()
+    ]
+    return ["more found", *keys], body
+
+
 def keep(metrics: dict, name: str, entry: dict) -> None:
     """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
     moves to the list ``replaced``, its newest 20; of the same, rows that ``entry`` lacks stay."""

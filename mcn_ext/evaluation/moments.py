@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from mcn_ext.data.store import Store
 from mcn_ext.evaluation.metrics import check_finite, resample
-from mcn_ext.evaluation.retrieval import similarity
+from mcn_ext.evaluation.retrieval import WORDS, label, similarity
+from mcn_ext.evaluation.words import bm25, reciprocal_ranks, spoken
 
 LENGTHS = (5.0, 10.0, 20.0, 40.0)  # seconds; YouCook2's training segments: 8 of 10 lie within
 STRIDE = 0.25
@@ -107,18 +108,20 @@ def evaluate(
     embedder,
     store: Store,
     sentences: Sentences,
-    directions: Sequence[str],
+    wanted: Sequence[tuple[str, str]],
     kind: str = "cosine",
     lengths: Sequence[float] = LENGTHS,
     stride: float = STRIDE,
 ) -> dict:
-    """R@1 of each direction ("text->video+audio", ...) at each of OVERLAPS.
+    """R@1 of each (direction, fusion) ("text->video+audio", "sum") at each of OVERLAPS.
 
     For each sentence, the windows of its video are ranked by similarity; the first is right if its
-    intersection over union with the annotated segment reaches the overlap. Returns {"n" sentences,
-    "videos", "missing_videos" (annotated, not in the store; left out), "unknown" (sentences without
-    a known word: misses), "windows" per video,
-    direction: {"R@1 IoU 0.3", "R@1 IoU 0.3_ci95", ..., "mIoU"}, "chance", "ceiling"}, percent.
+    intersection over union with the annotated segment reaches the overlap. Fusions with words rank
+    them by BM25 of the sentence and the words spoken there (a window is a document, the video's
+    windows the collection), or by both; for words alone ``embedder`` may be None. Returns {"n"
+    sentences, "videos", "missing_videos" (annotated, not in the store; left out), "unknown"
+    (sentences without a known word: misses), "windows" per video, direction: {"R@1 IoU 0.3",
+    "R@1 IoU 0.3_ci95", ..., "mIoU"}, also of differences, "chance", "ceiling"}, percent.
     Intervals resample videos, as sentences of one video are not independent. ``ceiling``: of a
     ranking without error; what the windows' lengths and stride allow.
     """
@@ -130,27 +133,43 @@ def evaluate(
             f"(ids like {next(iter(sentences))}; the store's like "
             f"{next(iter(number))})"
         )
-    hits = {name: [] for name in [*directions, "chance", "ceiling"]}
+    hits = {name: [] for name in [*(label(*row) for row in wanted), "chance", "ceiling"]}
     n_windows = unknown = 0
     for name in tqdm(there, desc="moments", unit="video", mininterval=0.5):
         start, end, texts = sentences[name]
         candidates = windows(store.seconds(number[name]), lengths, stride)
         n_windows += len(candidates)
         reached = _reached(overlap(candidates, np.stack([start, end], axis=1)))
-        # All windows of a video once, for all its sentences and directions.
-        clips = embedder.stretches(store, number[name], candidates[:, 0], candidates[:, 1])
-        asked = embedder.texts(texts)
-        unknown += int((~asked[1]["text"]).sum())
-        for direction in directions:
-            scores = similarity(asked, clips, direction, kind)
-            check_finite(scores)
-            any_of = torch.stack([clips[1][m] for m in direction.split("->")[1].split("+")]).any(0)
-            usable = asked[1]["text"][:, None] & any_of
-            # -inf, since 0 would rank above a negative cosine.
-            hits[direction].append(_hits(scores.masked_fill(~usable, -torch.inf), reached))
+        if embedder:
+            # All windows of a video once, for all its sentences and directions.
+            clips = embedder.stretches(store, number[name], candidates[:, 0], candidates[:, 1])
+            asked = embedder.texts(texts)
+            unknown += int((~asked[1]["text"]).sum())
+        if any("words" in fusion for _, fusion in wanted):
+            said = bm25(spoken(store, number[name], *candidates.T), texts)
+            by_words = torch.from_numpy(said)
+        for direction, fusion in wanted:
+            if fusion == "words":
+                scores = by_words
+            else:
+                scores = similarity(asked, clips, direction, kind)
+                check_finite(scores)
+                names = direction.split("->")[1].split("+")
+                usable = torch.stack([clips[1][m] for m in names]).any(0)
+                usable = asked[1]["text"][:, None] & usable
+                # -inf, since 0 would rank above a negative cosine.
+                scores = scores.masked_fill(~usable, -torch.inf)
+            if fusion.startswith(WORDS):
+                scores = reciprocal_ranks(scores) + reciprocal_ranks(by_words)
+            hits[label(direction, fusion)].append(_hits(scores, reached))
         hits["chance"].append(reached.mean(axis=0))
         # The best window of each sentence, as if the ranking were perfect.
         hits["ceiling"].append(reached.max(axis=0))
+    for direction, fusion in wanted:
+        if fusion.startswith(WORDS):
+            both, one = label(direction, fusion), label(direction, fusion.removeprefix(WORDS))
+            pairs = zip(hits[both], hits[one], strict=True)
+            hits[f"{both} less {one}"] = [a - b for a, b in pairs]
     result = {
         "n": sum(map(len, hits["chance"])),
         "videos": len(there),

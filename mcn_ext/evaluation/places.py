@@ -19,6 +19,7 @@ from mcn_ext.data.store import Store
 from mcn_ext.evaluation.metrics import check_finite
 from mcn_ext.evaluation.moments import windows
 from mcn_ext.evaluation.retrieval import Clips, similarity
+from mcn_ext.evaluation.words import spoken
 from mcn_ext.reference import unit_rows
 from mcn_ext.train.log import replace
 
@@ -95,9 +96,6 @@ def describe(
 ) -> dict:
     """One window for people: video, start, end, score and its parts, the words spoken there."""
     video, begin, stop = int(places["video"][i]), places["begin"][i], places["stop"][i]
-    _, first, last = store.caption_times(video)
-    said = np.flatnonzero((first < stop) & (last > begin))
-    texts = store.caption_texts(video)
     return {
         "video": store.ids()[video],
         "start": round(float(begin), 2),
@@ -107,5 +105,5 @@ def describe(
             m: round(float(scores[m][i]), 4) if places[f"valid:{m}"][i] else None
             for m in modalities(places)
         },
-        "words": " ".join(texts[k] for k in said),
+        "words": spoken(store, video, [begin], [stop])[0],
     }

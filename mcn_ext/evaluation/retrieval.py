@@ -14,12 +14,14 @@ from torch import Tensor
 from mcn_ext.data.clips import draw_spans
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.evaluation.metrics import check_finite, ranks
+from mcn_ext.evaluation.words import BM25, reciprocal_ranks
 from mcn_ext.modalities import BY_NAME
 from mcn_ext.reference import unit_rows
 
 MAIN = ("text->video+audio", "text->video", "text->audio", "audio->video")
 BLOCK = 2**26  # bytes of scores at a time
 SHOWN = 60  # queries in a picture
+WORDS = "words+"  # of a fusion: joined with the words spoken
 # YouTube's ids are 64 bits, written as 11 characters of 6: the last one is one of 16.
 _YOUTUBE = re.compile(r"([\w-]{10}[AEIMQUYcgkosw048])([_.-]\d+)*(#\d+)?", re.ASCII)
 
@@ -32,7 +34,8 @@ def asked(
 ) -> list[tuple[str, str]]:
     """(direction, fusion) of what to evaluate: "queries->candidates" of disjoint sets of one or two
     modalities, the customary ones first, or alone; without "mean" where it changes no rank, as a
-    query's length does not."""
+    query's length does not. "words+sum", and so on, is for queries of text alone, and brings along
+    what it joins: "words" (direction "text->words") and "sum"."""
     names = [name for name in BY_NAME if name in set(modalities)]
     sets = [chosen for n in (1, 2) for chosen in combinations(names, n)]
     every = [
@@ -43,11 +46,19 @@ def asked(
     customary = [d for d in every if d in MAIN or d.startswith("text->")]
     directions = every if all_directions else customary or every
     directions = sorted(directions, key=lambda d: MAIN.index(d) if d in MAIN else len(MAIN))
-    return [
-        (direction, fusion)
-        for direction, fusion in product(directions, fusions)
-        if fusion != "mean" or "+" in direction.split("->")[1]
-    ]
+    joined = [part for fusion in fusions for part in (fusion.removeprefix(WORDS), fusion)]
+    wanted = []
+    for direction, fusion in product(directions, dict.fromkeys(joined)):
+        how = fusion.removeprefix(WORDS)
+        changes = how != "mean" or "+" in direction.split("->")[1]
+        if how != "words" and changes and (how == fusion or direction.startswith("text->")):
+            wanted.append((direction, fusion))
+    return wanted + [("text->words", "words")] * any("words" in fusion for fusion in joined)
+
+
+def label(direction: str, fusion: str) -> str:
+    """What a row of results is called: the direction, and how scores were joined if not by sum."""
+    return direction if fusion in ("sum", "words") else f"{direction} ({fusion})"
 
 
 def some_clips(store: Store, n: int, min_time: float, seed: int = 0) -> list[tuple[int, list]]:
@@ -116,8 +127,62 @@ def similarity(
     return _side(queries, query, kind, fusion) @ _side(candidates, candidate, kind, fusion).T
 
 
-class Scores:
-    """The scores of all clips against all, a block of queries at a time.
+class Ranking:
+    """Ranks by the scores of all clips against all, a block of queries at a time.
+
+    ``asks``, ``answers`` (n,) bool: clips that can be a query, or found.
+    """
+
+    asks: Tensor
+    answers: Tensor
+
+    def scores(self, queries: slice) -> Tensor:
+        """Queries against every candidate, (queries, n) fp32; -inf: nothing to compare."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(queries, block) of all."""
+        n, step = len(self.asks), _rows(len(self.asks))
+        for lo in range(0, n, step):
+            queries = slice(lo, min(lo + step, n))
+            yield queries, self.scores(queries)
+
+    def ranks(self, absent: int = 0) -> np.ndarray:
+        """Rank of each query's own clip, (n + absent,); one that cannot ask or be found, or is one
+        of ``absent`` clips of the set of which nothing is known, is a miss: it ranks last."""
+        own = torch.arange(len(self.asks))
+        # Checked above: -inf is not finite, and means "not there".
+        found = [ranks(block, own[queries], finite=False) for queries, block in self.blocks()]
+        last = float(len(own) + absent)
+        rank = np.where(self.asks & self.answers, np.concatenate(found), last)
+        return np.append(rank, np.full(absent, last))
+
+    def video_ranks(self, names: list[str]) -> np.ndarray:
+        """Rank of each whole video (videos,), of which the clips called the same are parts.
+
+        A query is all that is asked of a video, a candidate all its clips::
+
+            score(u, v) = mean over clips i of u of max over clips j of v of s_ij
+        """
+        order = {name: k for k, name in enumerate(dict.fromkeys(names))}
+        video, n = torch.tensor([order[name] for name in names]), len(order)
+        total = torch.zeros(n, n)
+        for queries, block in self.blocks():
+            best = torch.full((len(block), n), -torch.inf)
+            # Max over the clips j of each video v, for every query i.
+            best.scatter_reduce_(1, video.expand(len(block), -1), block, "amax")
+            asks = self.asks[queries]
+            # Sum over the clips i of each video u that can ask; divided by their number below.
+            total.index_add_(0, video[queries][asks], best[asks])
+        n_asked = torch.bincount(video[self.asks], minlength=n)
+        n_answers = torch.bincount(video[self.answers], minlength=n)
+        # Not 0 / 0 for a video without a query, which the next line makes a miss.
+        found = ranks(total / n_asked.clamp(min=1)[:, None], finite=False)
+        return np.where((n_asked == 0) | (n_answers == 0), float(n), found)
+
+
+class Scores(Ranking):
+    """Similarities of embeddings.
 
     fusion: how modalities join, see :func:`similarity`; or "bank": their sum s, less what draws
     any query to candidate j, log sum_b exp(s_bj / T) over the clips of a ``bank`` (training clips,
@@ -125,8 +190,7 @@ class Scores:
     given j among the bank, which the column half of the contrastive loss trains; after QB-Norm
     (Bogolin et al., CVPR 2022).
 
-    ``asks``, ``answers`` (n,) bool: clips that can be a query, or found. With ``strict`` a clip
-    needs all modalities of the direction for that, else any one.
+    With ``strict`` a clip needs all modalities of the direction to be a query, or found, else any.
     """
 
     def __init__(
@@ -160,8 +224,7 @@ class Scores:
             )
 
     def scores(self, queries: slice) -> Tensor:
-        """Queries against every candidate, (queries, n) fp32. FloatingPointError if any is not
-        finite: such rows must not vanish from the mean."""
+        """FloatingPointError if any is not finite: such rows must not vanish from the mean."""
         scores = self.queries[queries] @ self.candidates.T
         if self.drawn is not None:
             # In place: a second block would double the memory.
@@ -171,45 +234,35 @@ class Scores:
         # Clips with nothing to compare stand behind all others.
         return scores.masked_fill_(~self.answers, -torch.inf)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(queries, block) of all."""
-        n, step = len(self.queries), _rows(len(self.queries))
-        for lo in range(0, n, step):
-            queries = slice(lo, min(lo + step, n))
-            yield queries, self.scores(queries)
 
-    def ranks(self, absent: int = 0) -> np.ndarray:
-        """Rank of each query's own clip, (n + absent,); one that cannot ask or be found, or is one
-        of ``absent`` clips of the set of which nothing is known, is a miss: it ranks last."""
-        own = torch.arange(len(self.queries))
-        # Checked above: -inf is not finite, and means "not there".
-        found = [ranks(block, own[queries], finite=False) for queries, block in self.blocks()]
-        last = float(len(own) + absent)
-        rank = np.where(self.asks & self.answers, np.concatenate(found), last)
-        return np.append(rank, np.full(absent, last))
+class WordScores(Ranking):
+    """BM25 of each clip's caption and the words spoken in each clip."""
 
-    def video_ranks(self, names: list[str]) -> np.ndarray:
-        """Rank of each whole video (videos,), of which the clips called the same are parts.
+    def __init__(self, captions: list[str], speech: list[str]):
+        self.captions, self.index = captions, BM25(speech)
+        self.asks = torch.ones(len(captions), dtype=torch.bool)
+        # A clip without a word stands with all others that share none: tied, not last.
+        self.answers = self.asks
 
-        A query is all that is asked of a video, a candidate all its clips::
+    def scores(self, queries: slice) -> Tensor:
+        return torch.from_numpy(self.index.scores(self.captions[queries]))
 
-            score(u, v) = mean over clips i of u of max over clips j of v of s_ij
-        """
-        order = {name: k for k, name in enumerate(dict.fromkeys(names))}
-        video, n = torch.tensor([order[name] for name in names]), len(order)
-        total = torch.zeros(n, n)
-        for queries, block in self.blocks():
-            best = torch.full((len(block), n), -torch.inf)
-            # Max over the clips j of each video v, for every query i.
-            best.scatter_reduce_(1, video.expand(len(block), -1), block, "amax")
-            asks = self.asks[queries]
-            # Sum over the clips i of each video u that can ask; divided by their number below.
-            total.index_add_(0, video[queries][asks], best[asks])
-        n_asked = torch.bincount(video[self.asks], minlength=n)
-        n_answers = torch.bincount(video[self.answers], minlength=n)
-        # Not 0 / 0 for a video without a query, which the next line makes a miss.
-        found = ranks(total / n_asked.clamp(min=1)[:, None], finite=False)
-        return np.where((n_asked == 0) | (n_answers == 0), float(n), found)
+
+class RankFusion(Ranking):
+    """Several rankings as one, see :func:`.words.reciprocal_ranks`."""
+
+    def __init__(self, *parts: Ranking):
+        self.parts = parts
+        self.asks, self.answers = (
+            torch.stack([getattr(part, name) for part in parts]).any(0)
+            for name in ("asks", "answers")
+        )
+
+    def scores(self, queries: slice) -> Tensor:
+        # Of a query that cannot ask, every candidate would tie at -inf, or be noise.
+        return sum(
+            reciprocal_ranks(part.scores(queries)) * part.asks[queries, None] for part in self.parts
+        )
 
 
 def _rows(columns: int) -> int:
@@ -242,17 +295,23 @@ def evaluate(
     *,
     absent: int = 0,
     videos: list[str] | None = None,
+    words: WordScores | None = None,
     **settings,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Tensor]:
     """Ranks (n,) of each (direction, fusion) ``wanted``, by name; those of the whole ``videos``, of
     which each clip is a part; and the first direction's corner of scores, for a picture.
 
-    ``settings``: of :class:`Scores`. ``absent``: of :meth:`Scores.ranks`.
+    ``words``: for the fusions with words. ``settings``: of :class:`Scores`. ``absent``: of
+    :meth:`Ranking.ranks`.
     """
     found, of_videos, corner = {}, {}, None
     for direction, fusion in wanted:
-        name = direction + (f" ({fusion})" if fusion != "sum" else "")
-        scores = Scores(clips, direction, fusion=fusion, **settings)
+        name = label(direction, fusion)
+        scores, how = words, fusion.removeprefix(WORDS)
+        if how != "words":
+            scores = Scores(clips, direction, fusion=how, **settings)
+        if how != fusion:
+            scores = RankFusion(words, scores)
         if corner is None:
             # A corner alone: the whole matrix may not fit into memory.
             corner = scores.scores(slice(SHOWN))[:, :SHOWN]

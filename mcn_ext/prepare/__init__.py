@@ -118,7 +118,8 @@ def convert(
     """Read the items that the store lacks, write them, and return the summary that is printed.
 
     items: {id: whatever ``read`` takes}. read: (id, item) -> ({stream: (n, dim) array or None},
-    (start, end, text) of the captions); it runs in ``workers`` threads and raises Skipped.
+    (start, end, text) of the captions, and maybe the words spoken); it runs in ``workers`` threads
+    and raises Skipped.
     HDF5 is written by this thread alone. StoreError if no item could be used.
     """
     from mcn_ext.data.store import Store, StoreError, compare_durations  # h5py is slow to load

@@ -29,6 +29,15 @@ def add_streams(p: Parser) -> None:
     add(p, "--streams", str, "NAME=DIR:RATE", about, (), nargs="+")
 
 
+def add_clips(p: Parser, pickle_file: str) -> None:
+    """The flags of kinds that read a pickle of clips."""
+    add(p, "pickle_file", Path, "PICKLE", pickle_file)
+    add_streams(p)
+    about = """the words spoken in the clips, for evaluate.py --fusion words: {id: text}, or a list
+        of {"video_id", "subtitle"}, with "desc", the caption, where ids repeat"""
+    add(p, "--speech", Path, "JSON", about)
+
+
 def add_features(p: Parser, row: str, names: str, audio: str, needs_list: bool) -> None:
     """The flags of kinds that read folders of features."""
     about = f"videos: header {row}"
@@ -134,12 +143,10 @@ def parser() -> Parser:
 
     add_howto100m(kind("howto100m", "feature folders + captions -> training store"))
     p = kind("youcook2", "youcook_val_audio.pkl -> evaluation store; nothing in it is executed")
-    add(p, "pickle_file", Path, "PICKLE", "youcook_val_audio.pkl")
-    add_streams(p)
+    add_clips(p, "youcook_val_audio.pkl")
     p = kind("msrvtt", "MSR-VTT's pickle -> store; nothing in it is executed")
     about = "with eval_caption: one caption per clip; with caption: all of them, to train on"
-    add(p, "pickle_file", Path, "PICKLE", about)
-    add_streams(p)
+    add_clips(p, about)
     about = "features and annotated steps -> evaluation store and OUT.steps.json"
     add_steps(kind("crosstask", f"CrossTask's {about}"), "'video_id,task'", "task", "<task>_<id>")
     add_steps(kind("miningyoutube", f"MiningYouTube's {about}"), "'video_id'", "video id", "<id>")

@@ -10,6 +10,7 @@ A list of dictionaries with ``audio`` (40, T) dB or None, ``id``, and by data se
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -112,17 +113,60 @@ def _by_id(items: list[dict]) -> dict[str, dict]:
     return clips
 
 
+def _key(name: str, caption: str) -> tuple[str, str]:
+    """A clip, by its video (11 characters of YouTube's id) and its caption."""
+    return name[:11], " ".join(caption.lower().split())
+
+
+def _read_speech(path: Path) -> dict[str | tuple[str, str], str]:
+    """Texts of a file of what is said in clips, by id, and by :func:`_key` where an entry tells the
+    caption. SystemExit for any other file."""
+    found = {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(entries, dict):
+            return {name: as_text(text) for name, text in entries.items()}
+        for entry in entries:
+            name, text = as_text(entry["video_id"]), as_text(entry["subtitle"])
+            found[name] = text
+            if "desc" in entry:
+                found[_key(name, as_text(entry["desc"]))] = text
+    except Exception as error:  # of any JSON but the right one, a dozen types
+        raise SystemExit(
+            f'--speech {path}: expected JSON {{id: text}}, or a list of {{"video_id": id, '
+            f'"subtitle": text}} ({type(error).__name__}: {error})'
+        ) from error
+    return found
+
+
+def _match_speech(path: Path, clips: dict[str, dict], keys: list[str]) -> dict[str, str]:
+    """{id of a clip: the words spoken in it, "" for none}. SystemExit if none has any."""
+    found, said = _read_speech(path), {}
+    for name, item in clips.items():
+        # Ids of YouCook2's pickle name the video alone: its clips are told apart by captions.
+        said[name] = found.get(_key(name, str(_first(item, keys)))) or found.get(name, "")
+    if not any(said.values()):
+        raise SystemExit(
+            f"--speech {path}: nothing in it is of these clips: its ids are like "
+            f"{next((key for key in found if isinstance(key, str)), None)}, the clips' like "
+            f"{next(iter(clips), None)}"
+        )
+    return said
+
+
 def prepare(
     pickle_file: Path,
     out: Path,
     *,
     kind: str = "youcook2",
     streams: list[str] = (),
+    speech: Path | None = None,
     overwrite: bool = False,
 ) -> str:
     """Convert a pickle of a kind of ``KINDS``; returns the summary that is printed.
 
     streams: features over the clips by their ids, in place of the pickle's of that name.
+    speech: a file of the words spoken in the clips.
     """
     label, keys, texts = KINDS[kind]
     files = parse_streams(streams)
@@ -158,7 +202,13 @@ def prepare(
     specs |= find_specs(files, list(clips), kind)
     source = f"{label} clips from {pickle_file.name}"
     settings = {"pickle": str(pickle_file), "streams": sorted(streams)}
-    writer = StoreWriter(out, specs, source, overwrite=overwrite, settings=settings)
+    said, note = {}, ""
+    if speech:
+        said, settings["speech"] = _match_speech(speech, clips, texts), str(speech)
+        note = f", {sum(map(bool, said.values()))} with words spoken"
+    writer = StoreWriter(
+        out, specs, source, overwrite=overwrite, settings=settings, speech=bool(speech)
+    )
 
     def read(name: str, item: dict):
         rows = load_rows(files, specs, name)
@@ -169,6 +219,7 @@ def prepare(
         for stream in pooled:
             rows[stream] = _pooled(item, keys[stream], specs[stream]["dim"])
         captions = _captions(item, texts)
-        return rows, ([0.0] * len(captions), [end] * len(captions), captions)
+        ends = [end] * len(captions)
+        return rows, ([0.0] * len(captions), ends, captions, said.get(name, ""))
 
-    return convert(writer, SkipList(out), clips, read, unit="clips")
+    return convert(writer, SkipList(out), clips, read, unit="clips", note=note)

@@ -1,0 +1,221 @@
+"""Clips found by the words spoken in them: BM25 and rank fusion against plain definitions, then
+through prepare and evaluate.py."""
+
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mcn_ext.data.store import Store, validate
+from mcn_ext.evaluation import retrieval
+from mcn_ext.evaluation.words import BM25, bm25, reciprocal_ranks, terms
+from tests.conftest import SMALL, WORDS, call, write_store
+
+
+def textbook(documents, queries, k1, b):
+    """BM25 in Python's floats, a document and a term at a time."""
+    documents = [document.split() for document in documents]
+    mean = sum(map(len, documents)) / len(documents)
+    scores = np.zeros((len(queries), len(documents)))
+    for q, query in enumerate(queries):
+        for d, document in enumerate(documents):
+            for term in query.split():
+                n = sum(term in other for other in documents)
+                f = document.count(term)
+                norm = k1 * (1 - b + b * len(document) / mean)
+                idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
+                scores[q, d] += idf * f * (k1 + 1) / (f + norm) if f else 0
+    return scores
+
+
+@pytest.mark.parametrize("k1, b", [(1.2, 0.75), (2.0, 0.0), (0.5, 1.0)])
+def test_bm25_is_the_textbook_formula(k1, b):
+    rng = np.random.default_rng(0)
+    made = [" ".join(rng.choice(WORDS, n)) for n in rng.integers(0, 12, 60)]
+    documents, queries = made[:40], made[40:] + ["zebra", "", "egg egg rice"]
+    found = bm25(documents, queries, k1, b)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, textbook(documents, queries, k1, b), rtol=1e-6, atol=1e-7)
+    assert not found[-3:-1].any()
+
+
+@pytest.mark.parametrize("documents", [[], [""], ["", "...", "!"], ["egg"]])
+def test_bm25_of_little_is_finite(documents):
+    found = bm25(documents, ["egg", ""])
+    assert found.shape == (2, len(documents)) and np.isfinite(found).all()
+    assert BM25(documents).scores([]).shape == (0, len(documents))
+
+
+def test_terms():
+    assert terms("Chopping the ONIONS, she's chopped!") == ["chop", "the", "onion", "she", "chop"]
+    assert terms("玉ねぎ、LED") == ["玉ね", "ねぎ", "led"]
+    assert terms("卵") == ["卵"] and terms("T玉ねぎ")[0] == "t玉"
+
+
+def test_reciprocal_ranks_share_ties():
+    rng = np.random.default_rng(0)
+    scores = torch.tensor(rng.integers(0, 5, (30, 11)).astype(np.float32))
+    scores[3] = 2.0
+    scores[4, :6] = -torch.inf
+    better = (scores[:, None, :] > scores[:, :, None]).sum(-1)
+    ties = (scores[:, None, :] == scores[:, :, None]).sum(-1) - 1
+    assert_close(reciprocal_ranks(scores), 1 / (60 + 1 + better + ties / 2))
+
+
+def test_words_decide_where_embeddings_cannot():
+    """Query 0 has no known word, clip 1 neither picture nor sound; 2 and 3 look the same."""
+    rows = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 1]])
+    valid = {"text": torch.tensor([False, True, True, True]), "video": torch.ones(4).bool()}
+    valid["video"][1] = False
+    clips = {"text": rows, "video": rows}, valid
+    asked = ["egg", "rice", "onion", "carrot"]
+    by_words = retrieval.WordScores(asked, ["egg", "rice", "onion", ""])
+    wanted = retrieval.asked(["video", "text"], ["words+sum"])
+    found, _, _ = retrieval.evaluate(clips, wanted, words=by_words)
+    assert found["text->video"].tolist() == [4, 4, 1.5, 1.5]
+    assert found["text->words"].tolist() == [1, 1, 1, 2.5]
+    # Clip 1 is last of 4 by its looks: 1/61 + 1/64 is less than 1/61.5 + 1/63 of clips 2 and 3.
+    assert found["text->video (words+sum)"].tolist() == [1, 3, 1, 1.5]
+
+
+# -------------------------------------------------------------------- prepare and evaluate.py
+
+
+@pytest.fixture
+def spoken(convert, tmp_path):
+    """The evaluation clips as a pickle, and what is said in them: every third nothing, every
+    second another clip's caption."""
+    store = Store(write_store(tmp_path / "e.h5", 24, 1, seed=1, silent_every=6))
+    items, captions = [], [store.caption_texts(i)[0] for i in range(24)]
+    for i, name in enumerate(store.ids()):
+        end = store.caption_times(i)[2]
+        rows = {s: store.clips(i, s, [0.0], end)[0] for s in store.dims}
+        item = {s: rows[s].max(0).astype(np.float32) for s in ("2d", "3d")}
+        audio = torch.tensor(rows["mel"].T.astype(np.float32)) if len(rows["mel"]) else None
+        items.append(item | {"id": name, "caption": captions[i], "audio": audio})
+    said = [f"{captions[(i + i % 2) % 24]} you know" if i % 3 else "" for i in range(24)]
+    with open("clips.pkl", "wb") as file:
+        pickle.dump(items, file)
+    return items, said
+
+
+def put(path, content):
+    with open(path, "w") as file:
+        json.dump(content, file)
+    return path
+
+
+def test_speech_is_prepared_by_id_or_by_video_and_caption(convert, spoken, tmp_path):
+    items, said = spoken
+    by_id = {item["id"]: text for item, text in zip(items, said, strict=True)}
+    common = ["youcook2", "clips.pkl", "--speech"]
+    assert ", 16 with words spoken" in convert(*common, put("a.json", by_id | {"x": "y"}))[0]
+    assert Store("out.h5").speech() == said
+    assert validate("out.h5")["streams"][-1] == "video/speech: the words spoken in 16 of 24 videos"
+    # The ids of YouCook2's clips name their video, so that captions tell them apart.
+    for k, item in enumerate(items):
+        item["id"], item["caption"] = "GLd3aX16zBg", f"step {k} of it"
+    with open("clips.pkl", "wb") as file:
+        pickle.dump(items, file)
+    listed = [
+        {"video_id": f"GLd3aX16zBg_{k}_{k + 9}", "desc": f"Step {k}  of it", "subtitle": text}
+        for k, text in enumerate(said)
+    ]
+    convert(*common, put("b.json", listed[::-1]), out="b.h5")
+    assert Store("b.h5").speech() == said and Store("b.h5").ids()[1] == "GLd3aX16zBg#2"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"other": "words"}, "nothing in it is of these clips: its ids are like other, the clips'"),
+        ([{"video_id": "x"}], r"expected JSON .id: text., or a list .*KeyError: 'subtitle'"),
+        ({"x": ["nested"]}, "a list where a text is expected"),
+        (3, "TypeError"),
+    ],
+)
+def test_speech_of_something_else_is_refused(convert, spoken, content, message):
+    with pytest.raises(SystemExit, match=f"--speech a.json: .*{message}"):
+        convert("youcook2", "clips.pkl", "--speech", put("a.json", content))
+
+
+def recalls(rank):
+    return {f"R@{k}": pytest.approx(100 * (rank <= k).mean(), abs=1e-3) for k in (1, 5, 10)}
+
+
+def test_words_are_ranked_alone_and_with_embeddings(convert, spoken, tmp_path):
+    items, said = spoken
+    by_id = {item["id"]: text for item, text in zip(items, said, strict=True)}
+    convert("youcook2", "clips.pkl", "--speech", put("a.json", by_id))
+    # Without a run.
+    done = call("evaluate.py --youcook2 out.h5 --fusion words", cwd=".")
+    assert "words spoken in 16 of 24, used in evaluation only" in done.stdout
+    found = json.loads((tmp_path / "runs/words/metrics.json").read_text())["youcook2"]
+    scores = bm25(said, [item["caption"] for item in items])
+    own = np.diag(scores)[:, None]
+    rank = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+    assert found["text->words"].items() >= recalls(rank).items()
+    # With one.
+    train = write_store(tmp_path / "train.h5")
+    call("train_stage1.py --pair VT --data", train, *SMALL, cwd=".")
+    done = call(
+        "evaluate.py --device cpu --youcook2 out.h5 --fusion words+sum",
+        "--keep_embeddings",
+        cwd=".",
+    )
+    with np.load("runs/stage1-VT/youcook2.npz") as file:
+        kept = {name: file[name] for name in file}
+    found = json.loads((tmp_path / "runs/stage1-VT/metrics.json").read_text())["youcook2"]
+    names = ["text->video", "text->video (words+sum)", "text->words"]
+    assert [name for name in found if "->" in name] == names
+    np.testing.assert_array_equal(kept["rank:text->words"], rank)
+    # The fused ranks, from the embeddings that were kept (fp16) and BM25.
+    text, video = (kept[f"embedding:{m}"].astype(np.float32) for m in ("text", "video"))
+    cosine = torch.nn.functional.normalize(torch.tensor(text)) @ (
+        torch.nn.functional.normalize(torch.tensor(video)).T
+    )
+    fused = (reciprocal_ranks(cosine) + reciprocal_ranks(torch.tensor(scores))).numpy()
+    own = np.diag(fused)[:, None]
+    expected = 1 + (fused > own).sum(1) + ((fused == own).sum(1) - 1) / 2
+    assert np.abs(kept[f"rank:{names[1]}"] - expected).max() <= 1  # by rounding to fp16
+    more = found["gains"][names[1]]
+    assert more["than"] == "text->video" and f"{names[1]} less text->video" in done.stdout
+    a, b = (kept[f"rank:{name}"] <= 10 for name in names[1::-1])
+    assert more["R@10"] == pytest.approx(100 * (a.mean() - b.mean()), abs=1e-3)
+    assert more["R@10_ci95"][0] <= more["R@10"] <= more["R@10_ci95"][1]
+
+
+def test_what_words_cannot_do_is_refused(convert, spoken, tmp_path):
+    convert("youcook2", "clips.pkl")
+    for flags, message in (
+        ("--youcook2 out.h5", "out.h5 does not hold the words spoken in its clips; python -m"),
+        ("--youcook2 out.h5 --crosstask out.h5", "--crosstask and --miningyoutube need a run"),
+        ("--moments out.h5", "the captions that are searched; give --annotations JSON"),
+    ):
+        done = call("evaluate.py --fusion words", flags, cwd=".", check=False)
+        assert done.returncode and message in done.stderr, done.stderr
+
+
+def test_moments_by_words(tmp_path):
+    """Captions of 2 s say a word each; sentences ask for the word that is said at [4, 6]."""
+    store = write_store(tmp_path / "s.h5", n_videos=3)
+    database, read = {}, Store(store)
+    for i, name in enumerate(read.ids()):
+        said = read.caption_texts(i)
+        asked = f"please {said[2].split()[1]}ing"
+        annotation = {"segment": [4, 6], "sentence": asked}
+        database[name] = {"subset": "validation", "duration": 12, "annotations": [annotation]}
+    put(tmp_path / "a.json", {"database": database})
+    flags = "--annotations a.json --fusion words --windows 2 --window_stride 1"
+    call("evaluate.py --moments s.h5", flags, cwd=tmp_path)
+    found = json.loads((tmp_path / "runs/words/metrics.json").read_text())["moments"]
+    hits = []
+    for i in range(3):
+        said = [text.split()[1] for text in read.caption_texts(i)]
+        hits.append((said[2] == np.array(said))[2] / said.count(said[2]))
+    assert found["text->words"]["R@1 IoU 0.7"] == pytest.approx(100 * np.mean(hits), abs=1e-3)
+    assert found["chance"]["R@1 IoU 0.7"] == pytest.approx(100 / 6, abs=1e-3)
