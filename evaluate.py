@@ -231,7 +231,7 @@ def main(argv=None):
         raise SystemExit(f"{metrics_file}: damaged ({error}); move it away") from None
     bank = None
     # Before words of other stores are learnt: training's captions are read as in training.
-    if "bank" in args.fusion and stores.keys() & set(RETRIEVAL):
+    if any("bank" in fusion for fusion in args.fusion) and stores.keys() & set(RETRIEVAL):
         bank = retrieval.make_bank(embedder, trained, args.bank_size)
         embedder.say_shares(f"--fusion bank, {trained['data']}")
 
