@@ -162,11 +162,8 @@ def test_words_are_ranked_alone_and_with_embeddings(convert, spoken, tmp_path):
     # With one.
     train = write_store(tmp_path / "train.h5")
     call("train_stage1.py --pair VT --data", train, *SMALL, cwd=".")
-    done = call(
-        "evaluate.py --device cpu --youcook2 out.h5 --fusion words+sum",
-        "--keep_embeddings",
-        cwd=".",
-    )
+    flags = "--fusion words+sum words+bank --keep_embeddings"
+    done = call("evaluate.py --device cpu --youcook2 out.h5", flags, cwd=".")
     with np.load("runs/stage1-VT/youcook2.npz") as file:
         kept = {name: file[name] for name in file}
     found = json.loads((tmp_path / "runs/stage1-VT/metrics.json").read_text())["youcook2"]
