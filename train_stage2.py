@@ -235,6 +235,11 @@ def get_args(argv=None, start=None):
     if args.text != "words":
         inherited.pop("word2vec", None)  # of stage 1, which may have had no text
     preset = args.preset or inherited["preset"]
+    if preset != inherited["preset"]:
+        raise SystemExit(
+            f"--preset {preset}: {args.init} was trained with {inherited['preset']}, whose sizes "
+            "stage 2 keeps; leave it out, and give what shall differ, such as --batch_size"
+        )
     parser.set_defaults(**((DEMO if preset == "demo" else {}) | inherited))
     args = parser.parse_args(argv)
     if args.similarity != start["similarity"]:  # the other one has another scale

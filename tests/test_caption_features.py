@@ -20,7 +20,7 @@ import pytest
 
 from mcn_ext import search
 from mcn_ext.data import sentence, store_writer
-from mcn_ext.data.clips import what_lacks
+from mcn_ext.data.clips import missing_inputs
 from mcn_ext.data.store import Store, validate
 from mcn_ext.prepare import caption_features
 from mcn_ext.prepare.__main__ import main
@@ -36,7 +36,7 @@ class Encoder:
 
     dim, given = 16, 0
 
-    def __init__(self, name="stub"):
+    def __init__(self, name="stub", device=None):
         self.name, self.sha256 = name, hashlib.sha256(name.encode()).hexdigest()
 
     def encode(self, texts, progress=False):
@@ -202,7 +202,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(encoder, monkeypatch, capsy
     assert having == [True] + [False] * (len(files) - 1)
     # Half of it is not offered; what to do is said.
     store, partly = Store(path), f"in 1 of {len(files)} files"
-    assert store.text_dims == {} and partly in what_lacks(store, "T", text="e")
+    assert store.text_dims == {} and partly in missing_inputs(store, "T", text="e")
     assert describe([str(path)]) == 0 and partly in capsys.readouterr().out
     times = files[0].stat().st_mtime_ns
     prepare(path, "--encoder", "e")
@@ -211,7 +211,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(encoder, monkeypatch, capsy
     # Nor are features of two encoders, after a kill with --overwrite.
     prepare(path, "--encoder", "other", "--name", "e", fails="caption/e is there with other")
     killed(path, "--encoder", "other", "--name", "e", "--overwrite")
-    assert "of several encoders" in what_lacks(Store(path), "T", text="e")
+    assert "of several encoders" in missing_inputs(Store(path), "T", text="e")
     prepare(path, "--encoder", "other", "--name", "e", "--overwrite")
     assert Store(path).text_model("e")[0] == "other"
     assert validate(path)["checksums"] and [contents(file)[0] for file in files] == old
@@ -267,7 +267,7 @@ def test_a_run_evaluates_and_searches_with_its_encoder(encoder, capsys):
     stage1(train, flags, pair="VT", cwd=".")
     sets = f"--youcook2 {test} --moments {test} --crosstask {test}"
     done = call("evaluate.py", sets, cwd=".", check=False)
-    assert "e is missing, the model was trained on 16" in done.stderr
+    assert "no features of captions 'e' (to make them: " in done.stderr
     assert f"caption_features {test} " in done.stderr
     prepare(test, "--encoder", "other", "--name", "e")
     done = call("evaluate.py", sets, cwd=".", check=False)

@@ -110,7 +110,10 @@ def simple_clip(video, first, last, augment, rng):
     words = tokenize(" ".join(video["text"][first : last + 1]))
     words = [WORDS.index(word) for word in words if word in WORDS][:N_WORDS]
     out |= {"valid.video": good, "valid.audio": not silent, "valid.text": bool(words)}
-    out |= {"n_frames": len(mel), "caption_id": caption_id(np.array(words, np.int64))}
+    out |= {
+        "n_frames": len(mel),
+        "caption_id": caption_id(np.int64(row).tobytes() for row in words),
+    }
     return out | {"words": words + [-1] * (N_WORDS - len(words))}, mel, n_padded
 
 

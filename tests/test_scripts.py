@@ -153,11 +153,11 @@ def test_what_goes_wrong_is_said(work, store_path, tmp_path):
     with h5py.File(other, "a") as f:
         del f["2d/data"]
         f["2d/data"] = np.zeros((f["2d/offset"][-1], 20), np.float16)
-    fails("2d is 20, the model was trained on 12", "train_stage2.py --add T --data", other)
-    fails("2d is 20, the model was trained on 12", evaluate, other)
+    fails("2d is 20 wide, the model was trained on 12", "train_stage2.py --add T --data", other)
+    fails("2d is 20 wide, the model was trained on 12", evaluate, other)
     with h5py.File(other, "a") as f:
         del f["mel"]
-    fails("no stream 'mel'", *train, other)
+    fails("no audio stream 'mel'", *train, other)
     broken = tmp_path / "run"
     broken.mkdir()
     content = (work / "runs/stage1-AV/checkpoint.pt").read_bytes()

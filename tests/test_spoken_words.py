@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from mcn_ext.data.store import Store, validate
+from mcn_ext.data.words import WordVectors
 from mcn_ext.evaluation import retrieval
 from mcn_ext.evaluation.words import BM25, bm25, reciprocal_ranks, terms
 from tests.conftest import SMALL, WORDS, call, write_store
@@ -161,7 +162,8 @@ def test_words_are_ranked_alone_and_with_embeddings(convert, spoken, tmp_path):
     assert found["text->words"].items() >= recalls(rank).items()
     # With one.
     train = write_store(tmp_path / "train.h5")
-    call("train_stage1.py --pair VT --data", train, *SMALL, cwd=".")
+    WordVectors(list(WORDS), np.eye(len(WORDS), 10), "test").save(tmp_path / "w.npz")
+    call("train_stage1.py --pair VT --word2vec w.npz --data", train, *SMALL, cwd=".")
     flags = "--fusion words+sum words+bank --keep_embeddings"
     done = call("evaluate.py --device cpu --youcook2 out.h5", flags, cwd=".")
     with np.load("runs/stage1-VT/youcook2.npz") as file:

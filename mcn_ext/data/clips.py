@@ -61,10 +61,10 @@ def draw_spans(
     return [distinct[i % len(distinct)] for i in range(n)]
 
 
-def caption_id(tokens: np.ndarray) -> int:
-    """Equal for equal sets of tokens (rows of word vectors, or captions' features (n, dim)), which
-    the text encoder, a maximum over tokens, cannot tell apart."""
-    distinct = b"".join(sorted({token.tobytes() for token in tokens}))
+def caption_id(tokens: Iterable[bytes]) -> int:
+    """Equal for equal sets of tokens, which the text encoder, a maximum over tokens, cannot tell
+    apart."""
+    distinct = b"".join(sorted(set(tokens)))
     digest = hashlib.blake2b(distinct, digest_size=8).digest()  # what an int64 holds
     return int.from_bytes(digest, "little", signed=True)
 
@@ -111,7 +111,7 @@ def is_silent(mel: np.ndarray) -> bool:
     return not SILENCE_DB < high - low < np.inf  # also where it is NaN
 
 
-def what_lacks(
+def missing_inputs(
     store: Store,
     modalities: str,
     audio: Iterable[str] = (),
@@ -125,32 +125,33 @@ def what_lacks(
     """
     trained, problems = sizes["modalities"] if sizes else "", []
     for letter in modalities:
-        row, there, flag = MODALITIES[letter], store.streams(letter), None
-        wanted = dict.fromkeys(row.streams)  # {name: width, or None for any}
+        there, kind = store.streams(letter), f"{MODALITIES[letter].name} stream"
+        if letter == "T":
+            there, kind = store.text_dims, "features of captions"
         if letter == "V":
-            wanted = sizes["video_dims"] if "V" in trained else {}
+            wanted = sizes["video_dims"] if letter in trained else {}  # {name: width, None for any}
             if not there:
-                problems.append("no video stream in it")
+                problems.append("no video stream")
         elif letter == "A":
-            flag = "--audio"
-            if audio:
-                wanted = sizes["audio_dims"] if "A" in trained else dict.fromkeys(audio)
-        elif letter == "T" and text != "words":
-            flag, there = "--text", store.text_dims
-            wanted = {text: sizes["word_dim"] if "T" in trained else None}
+            wanted = dict.fromkeys(audio or MODALITIES["A"].streams)
+            wanted = sizes["audio_dims"] if audio and letter in trained else wanted
+        else:
+            width = sizes["word_dim"] if letter in trained else None
+            wanted = {} if text == "words" else {text: width}
         for name, dim in wanted.items():
-            if name in there and dim in (None, there[name]):
-                continue
-            problem = f"no stream {name!r} for {row.name} in it"
-            if dim:
-                problem = f"{name} is {there.get(name, 'missing')}, the model was trained on {dim}"
-            elif others := ",".join(other for other in there if flag and other != "mel"):
-                problem += f" (try {flag} {others})"
-            if flag == "--text" and name not in there:
+            if name not in there and letter == "T":
                 how = f"caption_features {store.path} --encoder ENCODER --name {name}"
-                problem += store.partly(name) or f" (or python -m mcn_ext.prepare {how})"
-            problems.append(problem)
-    return "; ".join([*problems, f"it has {', '.join(store.dims)}"]) if problems else ""
+                how = store.partly(name) or f" (to make them: python -m mcn_ext.prepare {how})"
+                problems.append(f"no {kind} {name!r}{how}")
+            elif name not in there and letter == "A" and name in store.dims:
+                problems.append(f"{name!r} is no audio stream; prepare it as {name}=DIR:RATE:audio")
+            elif name not in there:
+                problems.append(f"no {kind} {name!r}")
+            elif dim not in (None, there[name]):
+                problems.append(f"{name} is {there[name]} wide, the model was trained on {dim}")
+    has = [f"{name} ({modality})" for name, modality in store.modalities.items()]
+    has += [f"{name} (captions)" for name in store.text_dims]
+    return "; ".join([*problems, f"it has {', '.join(has)}"]) if problems else ""
 
 
 class ClipReader:
@@ -202,8 +203,12 @@ class ClipReader:
             texts = self.store.caption_texts(video)
             out |= self.look_up([" ".join(texts[a : b + 1]) for a, b in spans])
         elif "T" in self.modalities and self.text != "words":
+            texts = self.store.caption_texts(video)
             features = self.store.caption_features(video, self.text)
             out |= self.as_tokens([features[a : b + 1] for a, b in spans])
+            # Not of the features: an encoder gives one text other last digits in another batch.
+            texts = [t.encode() or row.tobytes() for t, row in zip(texts, features, strict=True)]
+            out["caption_id"] = np.array([caption_id(texts[a : b + 1]) for a, b in spans])
         return out
 
     def pooled(
@@ -266,7 +271,7 @@ class ClipReader:
         for i, text in enumerate(texts):
             rows = self.words.rows(text, self.max_words)
             words[i, : len(rows)] = rows
-            ids[i] = caption_id(rows)
+            ids[i] = caption_id(row.tobytes() for row in rows)
         return {"words": words, "caption_id": ids, "valid.text": words[:, 0] >= 0}
 
     def as_tokens(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -281,7 +286,6 @@ class ClipReader:
         return {
             "text": text,
             "text_mask": np.arange(text.shape[1]) < counts[:, None],
-            "caption_id": np.array([caption_id(rows) for rows in clips]),
             "valid.text": counts > 0,
         }
 

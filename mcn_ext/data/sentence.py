@@ -64,14 +64,15 @@ def _weights(folder: Path) -> list[Path]:
 
 
 class SentenceEncoder:
-    """``name``: a folder, or a name on huggingface.co, which is downloaded once. ``dim``: width of
-    its vectors; ``sha256``: hex digest of its files of weights.
+    """``name``: a folder, or a name on huggingface.co, which is downloaded once. ``device``: where
+    it runs (default: a GPU if any). ``dim``: width of its vectors; ``sha256``: hex digest of its
+    files of weights.
 
     No code of the model is run, and pickles are read with weights_only. SystemExit if it cannot be
     loaded, or weights are missing, which would be random numbers.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, device: torch.device | str | None = None):
         self.name, library = name, _library()
         try:
             folder = Path(name)
@@ -81,7 +82,9 @@ class SentenceEncoder:
                 # As sentence-transformers does: a name without an owner is one of theirs.
                 repository = name if "/" in name else f"sentence-transformers/{name}"
                 folder = Path(snapshot_download(repository, ignore_patterns=_OTHERS))
-            digest = hashlib.sha256(b"".join(path.read_bytes() for path in _weights(folder)))
+            digest = hashlib.sha256()
+            for path in _weights(folder):
+                digest.update(path.read_bytes())
             self.sha256 = digest.hexdigest()
             _LOADING.addFilter(_refuse_missing)
             # fork_rng: to load an encoder must not change the numbers that a run draws.
@@ -89,7 +92,7 @@ class SentenceEncoder:
                 warnings.simplefilter("ignore")
                 self._model = library.SentenceTransformer(
                     str(folder),
-                    device="cuda" if torch.cuda.is_available() else "cpu",
+                    device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
                     trust_remote_code=False,
                     local_files_only=True,
                     # In half precision, as some are stored, a text's vector depends on its batch.

@@ -74,6 +74,15 @@ def text_made(dim: int, attrs: Mapping) -> tuple[int, str, str, int]:
     return dim, model, weights, int(attrs.get("features_crc32", 0))
 
 
+def same_encoder(made: tuple[str, str], trained: tuple[str, str]) -> bool | None:
+    """Whether two (model, SHA-256 of its weights) are one encoder: by the weights, else by names;
+    None where one side is "unknown" in both."""
+    for one, other in zip(reversed(made), reversed(trained), strict=True):
+        if "unknown" not in (one, other):
+            return one == other
+    return None
+
+
 class Shard:
     """What of a file stays in memory: sizes and offsets, 8 bytes a video and stream.
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from mcn_ext import distributed
 from mcn_ext.console import printable
 from mcn_ext.data.batch import fill_up
-from mcn_ext.data.clips import ClipReader, collate, to_device, what_lacks
+from mcn_ext.data.clips import ClipReader, collate, missing_inputs, to_device
 from mcn_ext.data.shares import judge
 from mcn_ext.data.store import Store, StoreError
+from mcn_ext.data.store_file import same_encoder
 from mcn_ext.data.words import WordVectors, tokenize, vectors_for
 from mcn_ext.evaluation.retrieval import Clips
 from mcn_ext.model import MCN
@@ -96,7 +97,7 @@ class Embedder:
                 "encoder made them is not known; name it with --encoder"
             )
         try:
-            encoder = SentenceEncoder(name)
+            encoder = SentenceEncoder(name, self.device)
         except SystemExit as error:
             raise SystemExit(
                 f"--run {self.run}: its texts go through {name} (--encoder: where it is now), "
@@ -122,7 +123,7 @@ class Embedder:
             )
         read = self.sizes["modalities"].replace("T", "T" if captions else "")
         audio = self.sizes.get("audio_dims") or ()
-        if lack := what_lacks(store, read, audio, self.text, self.sizes):
+        if lack := missing_inputs(store, read, audio, self.text, self.sizes):
             raise SystemExit(
                 f"{flag} {store.path}: {lack}. Prepare it with the features the run was trained "
                 "on, or use another run"
@@ -130,12 +131,15 @@ class Embedder:
         if self.text == "words" or "T" not in self.sizes["modalities"]:
             return
         if not captions:
-            return self.encoder and None  # now, and not after hours
+            _ = self.encoder  # loaded now: an error after hours would be too late
+            return
         made = store.text_model(self.text)
-        trained = [self.args.get(key, "unknown") for key in ("text_model", "text_sha256")]
-        # By the weights; where they are not known, by the model's name.
-        known = [pair for pair in zip(made, trained, strict=True) if "unknown" not in pair]
-        if known and known[-1][0] != known[-1][1]:
+        trained = tuple(self.args.get(key, "unknown") for key in ("text_model", "text_sha256"))
+        same = same_encoder(made, trained)
+        if same is None:
+            where = printable(f"{flag} {store.path}")
+            print(f"WARNING: {where}: whether the run's encoder made its features is not known")
+        if same is False:
             raise SystemExit(
                 f"{flag} {store.path}: its caption features {self.text!r} are of other weights "
                 f"({', '.join(made)}) than those the run was trained on ({', '.join(trained)}); "

@@ -79,6 +79,7 @@ def make_bank(embedder, trained: dict, n: int) -> Clips:
         store = Store(Path(trained["data"]))
     except StoreError as error:
         raise SystemExit(f"--fusion bank needs the training store: {error}") from None
+    embedder.check(store, "--fusion bank")
     clips = some_clips(store, n, trained["min_time"])
     return embedder.clips(store, clips, trained["audio_frames"])
 

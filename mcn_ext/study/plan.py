@@ -210,8 +210,9 @@ def training_flops(
 
 def clips_and_inputs(cell: dict, settings: argparse.Namespace) -> tuple[int, dict]:
     """Clips of an epoch, and MCN's arguments about what it reads."""
-    from mcn_ext.data.clips import what_lacks
+    from mcn_ext.data.clips import missing_inputs
     from mcn_ext.data.store import Store, StoreError
+    from mcn_ext.data.store_file import same_encoder
     from mcn_ext.train.inputs import audio_streams
 
     audio, text = audio_streams(settings), settings.text
@@ -219,9 +220,22 @@ def clips_and_inputs(cell: dict, settings: argparse.Namespace) -> tuple[int, dic
         stores = [Store(Path(cell[name])) for name in ("data", "youcook2")]
     except StoreError as error:
         raise SystemExit(str(error)) from None
-    for store in stores:
-        if lack := what_lacks(store, BASELINE, audio, text):
+    store = stores[0]
+    inputs = {
+        "video_dims": store.streams("V"),
+        "audio_dims": {name: store.dims.get(name) for name in audio},
+        "text": text,
+        "word_dim": store.text_dims.get(text, WORD_DIM),
+    }
+    # What evaluation reads must be what training reads, and in the same widths.
+    for sizes, store in zip((None, inputs | {"modalities": BASELINE}), stores, strict=True):
+        if lack := missing_inputs(store, BASELINE, audio, text, sizes):
             raise SystemExit(f"{store.path}: {lack}")
+    if text != "words" and same_encoder(*(store.text_model(text) for store in stores)) is False:
+        raise SystemExit(
+            f"{store.path}: its caption features {text!r} are of another encoder than those of "
+            f"{stores[0].path}"
+        )
     store = stores[0]
     videos, batch = int((store.caption_counts() > 0).sum()), settings.batch_size
     if videos < batch:
@@ -229,12 +243,6 @@ def clips_and_inputs(cell: dict, settings: argparse.Namespace) -> tuple[int, dic
             f"--batch_size {batch}: {store.path} has {videos} videos with captions; use "
             f"--batch_size {videos} or less"
         )
-    inputs = {
-        "video_dims": store.streams("V"),
-        "audio_dims": {name: store.dims[name] for name in audio},
-        "text": text,
-        "word_dim": store.text_dims.get(text, WORD_DIM),
-    }
     return videos // batch * batch * settings.n_pair, inputs
 
 

@@ -39,6 +39,7 @@ FREE_FLAGS = {
     "init_run_id",
     "init_step",
     "data_id",
+    "text_id",
     # Follow from the data:
     "text_model",
     "text_sha256",
@@ -48,8 +49,13 @@ FREE_FLAGS = {
 # Settings of an optimiser that do not change what it computes.
 IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 # Flags of the first edition whose value, where it is not the one now fixed, is another run.
-FIXED = {"joint_pairs": False, "clean_first": 0.0, "max_words": 20, "init_published": None}
-FIXED |= {"warmup_steps": None}
+FIXED = {
+    "joint_pairs": False,
+    "clean_first": 0.0,
+    "max_words": 20,
+    "init_published": None,
+    "warmup_steps": None,
+}
 # What runs did before there were these flags.
 BEFORE = {"audio": "davenet", "text": "words"}
 
@@ -257,7 +263,7 @@ def open_run(folder: Path, args: dict, resume: bool) -> dict | None:
     ]
     if any(old.get(key, args.get(key)) != args.get(key) for key in ("init_run_id", "init_step")):
         changed.append("another start (its stage 1 has been retrained, or has gone on, since)")
-    if old.get("data_id", args.get("data_id")) != args.get("data_id"):
+    if any(old.get(key, args.get(key)) != args.get(key) for key in ("data_id", "text_id")):
         changed.append(f"other data (--data {args['data']} has been prepared anew since)")
     if changed:
         distributed.fail(

@@ -310,6 +310,11 @@ def check(args: argparse.Namespace, own_words: bool = True) -> None:
             f"--data {args.data}: no such store; prepare one with python -m mcn_ext.prepare, or "
             "check the path"
         )
+    if args.audio != "davenet" and args.audio_augment:
+        raise SystemExit(
+            f"--audio_augment {args.audio_augment}: changes spectrograms, and --audio {args.audio} "
+            "reads none; leave it out"
+        )
     if args.text != "words" and args.word2vec is not None:
         raise SystemExit(f"--word2vec {args.word2vec}: --text {args.text} takes no word vectors")
     if not own_words or args.text != "words":

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mcn_ext import __version__, distributed
-from mcn_ext.data.clips import TrainingClips, collate, what_lacks
+from mcn_ext.data.clips import TrainingClips, collate, missing_inputs
 from mcn_ext.data.shares import ANYWAY, judge
 from mcn_ext.data.store import Store, StoreError
+from mcn_ext.data.store_file import same_encoder
 from mcn_ext.data.words import (
     WordVectors,
     coverage,
@@ -73,7 +74,7 @@ def open_store(args: argparse.Namespace, modalities: str, sizes: dict | None = N
         store = Store(args.data)
     except (StoreError, OSError) as error:
         raise SystemExit(f"--data {error}") from None
-    if lack := what_lacks(store, modalities, audio_streams(args), args.text, sizes):
+    if lack := missing_inputs(store, modalities, audio_streams(args), args.text, sizes):
         advice = ". Prepare it with the features the run was trained on" if sizes else ""
         raise SystemExit(f"--data {args.data}: {lack}{advice}")
     return store
@@ -82,21 +83,23 @@ def open_store(args: argparse.Namespace, modalities: str, sizes: dict | None = N
 def identify(
     args: argparse.Namespace, store: Store, modalities: str, start: dict | None = None
 ) -> None:
-    """Note in ``args`` what tells the data from others: ``data_id``; ``text_model``, what made the
-    captions' features, and its ``text_sha256``. SystemExit, on every rank, if ranks have opened
-    unlike stores, or another model made the features that the run to start from (of the flags
-    ``start``) has learnt with; a warning for other data than its."""
-    args.data_id = store.fingerprint(args.text)
+    """Note in ``args`` what tells the data from others: ``data_id``; of captions' features also
+    ``text_id``, what made them (``text_model``), and its ``text_sha256``. SystemExit, on every
+    rank, if ranks have opened unlike stores, or another model made the features that the run to
+    start from (of the flags ``start``) has learnt with; a warning for other data than its."""
+    args.data_id = store.fingerprint()
     there = {"videos": len(store), "captions": store.n_captions, "streams": store.dims}
+    if "T" in modalities and args.text != "words":
+        args.text_id = store.fingerprint(args.text)
+        there["caption features"] = args.text_id
     distributed.check_equal(f"data ({store.path})", there | {"content": args.data_id})
     if "T" in modalities and args.text != "words":
-        args.text_model, args.text_sha256 = store.text_model(args.text)
-        before = (start or {}).get("text_sha256", args.text_sha256)
-        if "unknown" not in (before, args.text_sha256) and before != args.text_sha256:
+        args.text_model, args.text_sha256 = made = store.text_model(args.text)
+        before = [(start or {}).get(key, "unknown") for key in ("text_model", "text_sha256")]
+        if same_encoder(made, before) is False:
             raise SystemExit(
-                f"--data {args.data}: its caption features {args.text!r} were made by "
-                f"{args.text_model}, those that {args.init} was trained on by "
-                f"{start['text_model']}, which has other weights"
+                f"--data {args.data}: its caption features {args.text!r} were made by {made[0]}, "
+                f"those that {args.init} was trained on by {before[0]}, which has other weights"
             )
     if start and start.get("data_id", args.data_id) != args.data_id:
         say(f"WARNING: {args.data} holds other data than those that {args.init} was trained on")
@@ -141,18 +144,18 @@ def check_added(added: str, pair: str, init: Path) -> None:
 
 def check_inputs(args: argparse.Namespace, start: dict, pair: str) -> None:
     """SystemExit if stage 2 is given other inputs than stage 1's encoders learnt with."""
-    given = vars(args)
-    for letter, flag, usual in (
-        ("A", "audio", "davenet"),
-        ("T", "text", "words"),
-        ("T", "word2vec", "vectors of its own"),
-    ):
+    word2vec = start.get("word2vec") or "vectors of its own"
+    for letter, flag, before in (
         # Runs of earlier versions do not have the first two.
-        before = start.get(flag) or (usual if flag != "word2vec" else None)
-        if letter in pair and str(given[flag]) != str(before):
+        ("A", "audio", start.get("audio") or "davenet"),
+        ("T", "text", start.get("text") or "words"),
+        ("T", "word2vec", word2vec if args.word2vec is not None else "None"),
+    ):
+        given = getattr(args, flag)
+        if letter in pair and str(given) != str(before):
             raise SystemExit(
-                f"--{flag} {given[flag]}: the {MODALITIES[letter].name} encoder of {args.init} was "
-                f"trained on {before or usual}; leave it out"
+                f"--{flag} {given}: the {MODALITIES[letter].name} encoder of {args.init} was "
+                f"trained on {before}; leave it out"
             )
 
 

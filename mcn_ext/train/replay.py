@@ -41,17 +41,19 @@ def load(file: Path) -> tuple[dict, dict]:
 
 
 def join(batches: list[Mapping]) -> dict:
-    """Ranks' batches as one, audio padded to the longest."""
+    """Ranks' batches as one, audio and captions' features padded to the longest."""
     out = {}
     for key, value in batches[0].items():
         values = [batch[key] for batch in batches]
         if isinstance(value, Mapping):
             out[key] = join(values)
             continue
-        if key == "audio":
-            longest = max(v.shape[-1] for v in values)
+        if key in ("audio", "text", "text_mask"):
+            axis = 2 if key == "audio" else 1
             # Each rank has padded its clips to its own longest.
-            values = [nn.functional.pad(v, (0, longest - v.shape[-1])) for v in values]
+            longest = max(v.shape[axis] for v in values)
+            after = [0, 0] * (value.ndim - 1 - axis)
+            values = [nn.functional.pad(v, (*after, 0, longest - v.shape[axis])) for v in values]
         out[key] = torch.cat(values)
     return out
 
