@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from mcn_ext import search
 from mcn_ext.data import sentence, store_writer
@@ -88,6 +90,8 @@ def test_features_of_a_file_are_added_and_nothing_else_changes(
     encoder, monkeypatch, capsys, path, shard_mib, ending
 ):
     monkeypatch.setattr(caption_features, "BLOCK", 7)
+    if ending == ".npy":  # as TQDM_DISABLE=1 does
+        monkeypatch.setattr(caption_features, "tqdm", partial(tqdm, disable=True))
     path = write_store(Path(path), shard_mib=shard_mib)
     files, rows = Store(path).files, np.random.default_rng(1).normal(size=(60, 9))
     assert (len(files) > 2) == (shard_mib < 1)

@@ -1,8 +1,10 @@
 """--streams of prepare: HTM-zoo's tars, torch files, nested folders; hostile ones are listed."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import pickle
 import subprocess
 import tarfile
@@ -61,7 +63,10 @@ def test_htm_zoo(convert, tmp_path):
     torch.save(torch.ones(40, 16), f"clip/{names[0]}.pt")  # takes the place of the tar's
     streams = ["--streams", "clip=clip:1", "beats=beats:2:audio"]
     said, skipped = convert("howto100m", "--captions", "said", *streams)
-    assert "8 of 9 videos, streams beats 4, clip 16, 1 without beats; 1 skipped" in said
+    assert (
+        "8 of 9 videos, streams beats 4 (audio), clip 16 (video), 1 without beats; 1 skipped"
+        in said
+    )
     assert "z,no captions in said" in skipped
     assert "8 captions left out: 8 without 0 <= start < end" in said
     store = Store(tmp_path / "out.h5")
@@ -79,7 +84,8 @@ def test_htm_zoo(convert, tmp_path):
     words = ["--list", "list.csv", "--captions", "said", "--streams", "clip=one.tar:1"]
     said, skipped = convert("howto100m", *words, out="o.h5")
     assert (
-        "3 of 8 videos, streams clip 16; 5 skipped" in said and "no clip features of x/" in skipped
+        "3 of 8 videos, streams clip 16 (video); 5 skipped" in said
+        and "no clip features of x/" in skipped
     )
 
 
@@ -172,11 +178,12 @@ def test_hostile_tensors_and_members_are_listed(convert, tmp_path):
 def test_streams_that_cannot_be_used(convert, tmp_path):
     make_zoo(tmp_path, n=4)
     whole = (tmp_path / "clip/part0.tar").read_bytes()
-    for name in ("empty", "gz", "cut", "bad", "gzip"):
+    for name in ("empty", "gz", "cut", "bad", "gzip", "two"):
         (tmp_path / name).mkdir()
     (tmp_path / "gz/part0.tar.gz").write_bytes(b"")
     (tmp_path / "gzip/part0.tar").write_bytes(gzip.compress(whole))
     (tmp_path / "cut/part0.tar").write_bytes(whole[:-12_000])
+    (tmp_path / "two/part0.tar").write_bytes(2 * whole)
     start = whole.index(b"part0/", 600)
     (tmp_path / "bad/part0.tar").write_bytes(whole[:start] + b"?" + whole[start + 1 :])
     for spec, message in (
@@ -186,6 +193,7 @@ def test_streams_that_cannot_be_used(convert, tmp_path):
         ("clip=gzip:1", "part0.tar: not a whole, uncompressed tar"),
         ("clip=cut:1", "part0.tar: not a whole, uncompressed tar"),
         ("clip=bad:1", "part0.tar: not a whole.*no header and no end"),
+        ("clip=two:1", "part0.tar: not a whole.*more behind its end, as of tars that were joined"),
         ("clip=clip:1:text", "expected NAME=DIR:RATE"),
         ("clip=clip:0:audio", "expected NAME=DIR:RATE"),
         ("clip=clip", "expected NAME=DIR:RATE"),
@@ -219,13 +227,42 @@ def test_a_killed_conversion_of_tars_is_resumed(convert, tmp_path):
     assert Store(tmp_path / "killed.h5").fingerprint() == Store(tmp_path / "out.h5").fingerprint()
 
 
+def test_the_list_tells_which_of_two_files(convert, tmp_path, monkeypatch):
+    """A copy in another folder, files of macOS; a folder that cannot be read."""
+    for folder, value in (("a/x", 1.0), ("b/x/AAA", 2.0)):
+        (tmp_path / "f" / folder).mkdir(parents=True)
+        np.save(f"f/{folder}/AAA.npy", np.full((1, 3), value, np.float32))
+    (tmp_path / "f/a/._BBB.npy").write_bytes(b"macOS")
+    (tmp_path / "list.csv").write_text("path\nb/x/AAA\n")
+    captions = tmp_path / "c.json"
+    captions.write_text('{"AAA": {"start": [0], "end": [1], "text": ["chop"]}}')
+    command = ["howto100m", "--captions", captions, "--streams", "my-clip=f:1"]
+    said, skipped = convert(*command, "--list", "list.csv")
+    assert "1 of 1 videos, streams my-clip 3 (video)" in said
+    assert Store("out.h5").clips(0, "my-clip", [0], [1])[0].tolist() == [[2.0] * 3]
+    convert(*command, out="all.h5")
+    assert Store("all.h5").ids() == ["AAA"]
+    assert Store("all.h5").clips(0, "my-clip", [0], [1])[0].tolist() == [[1.0] * 3]
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("b/x"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SystemExit, match="f/b/x: cannot be listed .Input/output error"):
+        convert(*command, out="lost.h5")
+
+
 def test_clips_with_streams(convert, tmp_path):
     items = clips(4)
     del items[1]["audio"], items[1]["2d"], items[1]["3d"]
     (tmp_path / "clip/deep").mkdir(parents=True)
     (tmp_path / "more").mkdir()
     for i in (0, 1, 3):
-        torch.save(torch.full((7, 5), float(i)), f"clip/deep/c{i}.pth.tar")
+        shape = (5,) if i == 3 else (7, 5)  # one vector of the whole clip is as good
+        torch.save(torch.full(shape, float(i)), f"clip/deep/c{i}.pth.tar")
         np.save(f"more/c{i}_2d.npy", np.full((14, 6), i, np.float32))
     np.save("more/c2_2d.npy", np.ones((14, 6), np.float32))
     np.save("more/c0_beats.npy", np.ones((14, 3), np.float32))
@@ -233,15 +270,14 @@ def test_clips_with_streams(convert, tmp_path):
         item.pop("3d", None)
     streams = ["--streams", "clip=clip:1", "2d=more:2", "beats=more:2:audio"]
     said, listed = convert("youcook2", save(items), *streams)
-    assert (
-        "3 of 4 clips, streams mel 40, 2d 6, beats 3, clip 5, 1 without audio, 2 without beats"
-        in said
-    )
+    found = "3 of 4 clips, streams mel 40, 2d 6, beats 3 (audio), clip 5 (video), 1 without audio"
+    assert found + ", 2 without beats" in said
     assert "c2,no clip features of c2 in clip" in listed
     store = Store(tmp_path / "out.h5")
     assert store.modalities == {"2d": "video", "beats": "audio", "clip": "video", "mel": "audio"}
     assert store.caption_times(1)[2].tolist() == [7.0]  # as long as its longest stream
     np.testing.assert_array_equal(store.clips(1, "clip", [0], [7])[0], np.full((7, 5), 1))
+    np.testing.assert_array_equal(store.clips(2, "clip", [0], [7])[0], np.full((1, 5), 3))
     np.testing.assert_array_equal(store.clips(2, "2d", [0], [7])[0], np.full((14, 6), 3))
 
 
@@ -253,7 +289,9 @@ def test_a_set_of_steps_with_streams_alone(convert, tmp_path, kind):
         torch.save({"x": torch.full((12 + i, 5), float(i))}, f"clip/v{i}.pt")
     words = [kind, *SET[:2], *SET[6:], "steps.json", "--streams", "clip=clip:1"]
     said, listed = convert(*words)
-    assert "3 of 4 videos, streams clip 5; 1 skipped" in said and "no clip features" in listed
+    assert (
+        "3 of 4 videos, streams clip 5 (video); 1 skipped" in said and "no clip features" in listed
+    )
     store = Store(tmp_path / "out.h5")
     np.testing.assert_array_equal(store.clips(2, "clip", [4], [9])[0], np.full((6, 5), 2))
     assert len(load_steps(tmp_path / "out.h5")["videos"]) == 4

@@ -71,9 +71,14 @@ def require(flag: str, path: Path) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files' names) of a folder and all below, linked ones too, sorted, each once."""
+    """(folder, its files' names) of a folder and all below, linked ones too, sorted, each once.
+    SystemExit for one that cannot be listed, whose files would be missing without a word."""
+
+    def fail(error: OSError):
+        raise SystemExit(f"{error.filename}: cannot be listed ({error.strerror}); mend that first")
+
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         found = os.stat(place)
         if (found.st_dev, found.st_ino) in seen:  # a link to a folder above, or one that was read
             folders.clear()
@@ -154,7 +159,11 @@ def convert(
     if listed := write_table(path, ["id", "durations"], misfits):
         notices.append(f"in {len(misfits)} {unit} durations disagree, {listed}")
     again = f" ({resumed} from an earlier, interrupted run)" if resumed else ""
-    streams = ", ".join(f"{name} {spec['dim']}" for name, spec in writer.streams.items())
+    known = ("2d", "3d", "mel")  # the other names do not say what the stream is taken for
+    streams = ", ".join(
+        f"{name} {spec['dim']}" + ("" if name in known else f" ({spec['modality']})")
+        for name, spec in writer.streams.items()
+    )
     without = "".join(f", {count} without {what}" for what, count in lacking.items() if count)
     summary = f"{store}: {kept} of {total} {unit}{again}{note}, streams {streams}{without}"
     return "\n".join([f"{summary}; {left_out}", *(f"WARNING: {notice}" for notice in notices)])

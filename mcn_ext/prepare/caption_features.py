@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -48,10 +49,6 @@ def _open(file: Path, n_captions: int) -> np.ndarray:
             "order of Store(PATH).texts() (mcn_ext.data.store)"
         )
     return rows
-
-
-def _given(rows: np.ndarray, first: int, texts: list[str]) -> np.ndarray:
-    return rows[first : first + len(texts)]
 
 
 def _encoded(encoder, first: int, texts: list[str]) -> np.ndarray:
@@ -115,11 +112,18 @@ def prepare(
         whole = Store(store)
         if file:
             rows = _open(Path(file), whole.n_captions)
-            rows_of, dim, crc = partial(_given, rows), rows.shape[1], 0
+
+            def rows_of(first: int, texts: list[str]) -> np.ndarray:
+                return rows[first : first + len(texts)]
+
+            dim, crc = rows.shape[1], 0
             with tqdm(total=whole.n_captions, unit="caption", desc="check") as bar:
                 for block in _blocks(whole, 0, rows_of, bar):
                     crc = checksum(block, crc)
             attrs = {"model": model or "unknown", "features_crc32": np.uint32(crc)}
+            if not model and sha256 == "unknown":
+                text = "WARNING: without --model or --sha256, nothing tells whether other features"
+                print(f"{text}, or what is typed, come from the same encoder", file=sys.stderr)
         else:
             from mcn_ext.data.sentence import SentenceEncoder  # of libraries that few have
 
@@ -144,11 +148,13 @@ def _add(store: Store, name: str, dim: int, attrs: dict, rows_of: Callable, over
                 f"checksum of the file are {there}, now {made}; pass --overwrite to replace it, or "
                 "choose another name"
             )
+    first = 0  # not the bar's number, which stays 0 where progress is off
     with tqdm(total=store.n_captions, unit="caption", desc=name, mininterval=0.5) as bar:
         for shard in store.shards:
             n = int(shard.offsets["caption"][-1])
             if shard.text_made.get(name) == made:  # by an earlier run, which was interrupted
                 bar.update(n)
+                first += n
                 continue
             # Of a link, what it points to is replaced.
             path = shard.path.resolve()
@@ -158,5 +164,6 @@ def _add(store: Store, name: str, dim: int, attrs: dict, rows_of: Callable, over
                     f"{path}: its copy with caption/{name} takes {need:,} bytes, {free:,} are "
                     "free; make room and run the same command again"
                 )
-            blocks = _blocks(Store(path), bar.n, rows_of, bar)
+            blocks = _blocks(Store(path), first, rows_of, bar)
             add_dataset(path, f"caption/{name}", (n, dim), blocks, attrs)
+            first += n

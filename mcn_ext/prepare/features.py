@@ -47,7 +47,7 @@ class Place(NamedTuple):
     size: int = 0
 
 
-Index = dict[str, Place]  # by name without ending
+Index = dict[str, Place]  # by name without ending; of names that are twice, also by their paths
 
 
 # ------------------------------------------------------------------------------------- finding
@@ -70,6 +70,9 @@ def _members(tar: str) -> list[tuple[str, int, int]]:
             file.seek(archive.offset)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no header and no end at byte {archive.offset}")
+            while block := file.read(2**20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("more behind its end, as of tars that were joined")
     except (OSError, ValueError, tarfile.TarError) as error:
         raise SystemExit(
             f"{tar}: not a whole, uncompressed tar ({error}); get it again, or move it elsewhere "
@@ -80,17 +83,21 @@ def _members(tar: str) -> list[tuple[str, int, int]]:
 
 def index(flag: str, folder: Path, archives: bool = False) -> Index:
     """Finds the files of features below a folder and, if ``archives``, in the tars there; or in one
-    tar. Of a name that is there twice, the first counts: files before tars, each by path."""
+    tar. Of a name that is there twice, the one where the list says counts, else the first: files
+    before tars, each by path."""
     require(flag, folder)
     found, tars, again = {}, [], []
     bar = tqdm(desc=f"files in {printable(folder)}", unit="", delay=1, leave=False)
 
     def add(name: str, place: str, offset: int | None = None, size: int = 0) -> None:
         bar.update()
-        if match := _NAME.fullmatch(name):
-            if match[1] in found:
+        # macOS leaves ._ID.npz beside ID.npz.
+        if (match := _NAME.fullmatch(name)) and not name.startswith("._"):
+            here = Place(place, sys.intern(match[2]), offset, size)
+            if (first := found.setdefault(match[1], here)) is not here:
                 again.append(match[1])
-            found.setdefault(match[1], Place(place, sys.intern(match[2]), offset, size))
+                for one in (first, here):
+                    found.setdefault(f"{one.folder}/{match[1]}", one)
 
     alone = [(str(folder.parent), [folder.name])]  # one tar
     for place, names in walk(folder) if folder.is_dir() else alone:
@@ -110,7 +117,7 @@ def index(flag: str, folder: Path, archives: bool = False) -> Index:
     bar.close()
     if again:
         text = f"{flag} {folder}: {len(again)} duplicate names, such as {again[0]}"
-        print(printable(f"{text}; the first file of each is used"), file=sys.stderr)
+        print(printable(f"{text}; the file where --list says, else the first"), file=sys.stderr)
     return found
 
 
@@ -119,7 +126,8 @@ class Files:
     """The files of one stream: those of an index that are named ``ID_<suffix>``.
 
     flag: what the folder was given as. bare: a file ``ID.npz`` counts, too, as no other stream of
-    this folder has such names. transposed: files are (columns, rows), as spectrograms are.
+    this folder has such names. transposed: files are (columns, rows), as spectrograms are. pooled:
+    one vector is a row, of a clip as a whole.
     """
 
     flag: str
@@ -130,6 +138,7 @@ class Files:
     bare: bool = False
     modality: str = "video"
     transposed: bool = False
+    pooled: bool = False
 
     @property
     def required(self) -> bool:
@@ -138,20 +147,21 @@ class Files:
         return self.flag.startswith("--streams")
 
     def find(self, path: str) -> str | None:
-        """The name, without ending, of the file of a video (``path``: its id, or the row of the
-        list, such as topic/subtopic/ID)."""
-        name = path.rsplit("/", 1)[-1]
+        """The key in the index of the file of a video (``path``: its id, or the row of the list,
+        such as topic/subtopic/ID)."""
+        head, _, name = path.rpartition("/")
         names = [f"{name}_{self.suffix}", *([name] if self.bare else [])]
-        return next((name for name in names if name in self.index), None)
+        keys = [f"{self.folder}/{place}/{name}" for name in names for place in (path, head)]
+        return next((key for key in [*keys, *names] if key in self.index), None)
 
     def load(self, path: str) -> tuple[str, np.ndarray] | None:
         """(file, rows (n, width) float16) of a video; None without a file, or Skipped."""
-        name = self.find(path)
-        if name is None:
+        key = self.find(path)
+        if key is None:
             return None
-        place = self.index[name]
-        file = os.path.join(place.folder, name + place.ending)
-        array = load_array(file, place=place)
+        place = self.index[key]
+        file = os.path.join(place.folder, key.rsplit("/", 1)[-1] + place.ending)
+        array = load_array(file, place=place, pooled=self.pooled)
         return file, array.T if self.transposed else array
 
 
@@ -193,7 +203,7 @@ def parse_streams(specs: Iterable[str]) -> dict[str, Files]:
     """NAME=DIR:RATE or NAME=DIR:RATE:MODALITY, each -> {name: its files}."""
     streams, indexes = {}, {}
     for spec in specs:
-        match = re.fullmatch(r"(\w+)=(.+?):([^:]+)(?::(audio|video))?", spec)
+        match = re.fullmatch(r"([\w-]+)=(.+?):([^:]+)(?::(audio|video))?", spec)
         try:
             name, folder, rate, modality = match.groups()
             rate = between(float, *RATE)(rate)
@@ -220,7 +230,8 @@ def parse_streams(specs: Iterable[str]) -> dict[str, Files]:
 def ids(streams: dict[str, Files]) -> list[str]:
     """The ids of all files, sorted."""
     suffix = re.compile(rf"_({'|'.join(streams)})$")
-    return sorted({suffix.sub("", name) for files in streams.values() for name in files.index})
+    names = (name for files in streams.values() for name in files.index if "/" not in name)
+    return sorted({suffix.sub("", name) for name in names})
 
 
 # ------------------------------------------------------------------------------------- reading
@@ -255,9 +266,11 @@ def _torch_array(file: io.BufferedIOBase) -> np.ndarray:
     return (found.half() if found.is_floating_point() else found).numpy()  # numpy has no bfloat16
 
 
-def load_array(path: str | Path, kinds: str = "f", place: Place | None = None) -> np.ndarray:
+def load_array(
+    path: str | Path, kinds: str = "f", place: Place | None = None, pooled: bool = False
+) -> np.ndarray:
     """The (rows, columns) of an .npy, of features or arr_0 in an .npz, or of a torch file, as
-    float16; of a member of a tar, if that is its ``place``.
+    float16; of a member of a tar, if that is its ``place``. ``pooled``: (columns,) is a row.
 
     Skipped for damage, another shape, dtypes not of numpy's ``kinds``, values that are not finite.
     """
@@ -278,6 +291,8 @@ def load_array(path: str | Path, kinds: str = "f", place: Place | None = None) -
                     array = archive[_choose(archive)]
     except Exception as error:  # damage makes zip, deflate, lzma and numpy raise a dozen types
         raise skipped(path, error) from error
+    if pooled and array.ndim == 1:
+        array = array[None]
     if array.ndim != 2 or array.dtype.kind not in kinds or not array.size:
         raise Skipped(
             f"{path}: {array.dtype} array of shape {array.shape}, expected numbers (n, dim)"

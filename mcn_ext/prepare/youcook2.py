@@ -170,6 +170,8 @@ def prepare(
     """
     label, keys, texts = KINDS[kind]
     files = parse_streams(streams)
+    for of_stream in files.values():
+        of_stream.pooled = True
     if not pickle_file.is_file():
         raise SystemExit(f"{pickle_file}: no such file; expected {label}'s evaluation pickle")
     found = load_pickle(pickle_file)
