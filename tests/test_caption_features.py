@@ -284,6 +284,8 @@ def test_a_run_evaluates_and_searches_with_its_encoder(encoder, capsys):
     for name, message in (("x", "not the encoder whose features"), ("e", "")):
         words = [
             "now fry it",
+            "--by",
+            "embeddings",
             "--store",
             "train.h5",
             "--encoder",
@@ -358,7 +360,7 @@ def test_all_minilm_from_captions_to_a_search(tmp_path):
     metrics = json.loads((tmp_path / "runs/stage1-VT/metrics.json").read_text())
     assert metrics["youcook2"]["text->video"]["R@10"] > 80
     # Other words for what was said.
-    ask = "-m mcn_ext.search --window 2 --json found.json 'cutting up something' --store"
-    run(ask, train, cwd=tmp_path)
+    ask = "-m mcn_ext.search --by embeddings --window 2 --json found.json"
+    run(ask, "'cutting up something' --store", train, cwd=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert "chop" in found["cutting up something"][0]["words"]

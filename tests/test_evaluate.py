@@ -133,7 +133,12 @@ def test_no_text_of_the_data_ends_a_command_or_steers_the_terminal(tmp_path, enc
     commands = [
         ("evaluate.py", "--moments", store, *common),
         ("-m", "mcn_ext.search", "--store", store, "--json", "f.json", *common, shlex.quote(UGLY)),
-        ("-m", "mcn_ext.search", "--store", store, *common, "'\x1b[2J é nothing'"),  # fails
+        (
+            "-m mcn_ext.search --by embeddings",
+            "'\x1b[2J é nothing' --store",
+            store,
+            *common,
+        ),  # fails
         ("evaluate.py", "--youcook2", f"{store}\x1b[2J", *common),  # fails
         ("-m", "mcn_ext.report", "run\x1b[2J"),  # fails
     ]

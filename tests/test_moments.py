@@ -267,10 +267,8 @@ def test_search_leaves_out_what_overlaps_and_what_is_empty():
         "video": np.array([0, 0, 0, 1, 1]),
         "begin": np.array([0, 4, 8, 0, 8.0]),
         "stop": np.array([10, 14, 18, 10, 18.0]),
-        "embedding:video": np.eye(5, dtype=np.float16),
-        "valid:video": np.array([1, 1, 1, 1, 0], bool),
     }
-    total = np.array([0.9, 0.8, 0.7, 0.6, 5.0])
+    total = np.array([0.9, 0.8, 0.7, -0.6, -np.inf])
     # 1 overlaps 0 by 6 of 10 s; 2 by 2 of 10; 3 is another video; 4 has nothing in it.
     assert places.best(windows, total, 5) == [0, 2, 3] and places.best(windows, total, 1) == [0]
 
@@ -310,7 +308,7 @@ def test_places_are_kept_until_something_changes(tmp_path, capsys):
     assert made("one")[1] == 0 and made("two")[1] == 2
     path.write_bytes(path.read_bytes()[:-40])
     assert made("two")[1] == 2 and "damaged" in capsys.readouterr().err
-    scores = places.score(windows, embedder.texts(["3"]), "cosine")
+    scores = places.score(windows, embedder.texts(["3"]), None, "cosine")
     best = places.best(windows, scores["total"], 3)
     # [2, 4] and [3, 5] tie; the first of each video.
     assert windows["begin"][best[:2]].tolist() == [2, 2]
@@ -367,7 +365,8 @@ def test_search_and_moments_on_a_trained_run(tmp_path):
     got = json.loads(metrics.read_text())
     assert got["moments"]["n"] == 72 and got["crosstask"]["n"] == 72  # both are kept
     assert got["crosstask"]["recall"] > 1.3 * got["crosstask"]["chance"] and "IoD" in done.stdout
-    search = "-m mcn_ext.search --store videos.h5 --window 2 --json found.json".split() + common
+    ask = "-m mcn_ext.search --by embeddings --store videos.h5 --window 2 --json found.json"
+    search = ask.split() + common
     env = {"PYTHONPATH": str(ROOT)}
     run(*search, *WORDS[:2], cwd=tmp_path, env=env)
     found = json.loads((tmp_path / "found.json").read_text())

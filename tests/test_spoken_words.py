@@ -1,5 +1,5 @@
 """Clips found by the words spoken in them: BM25 and rank fusion against plain definitions, then
-through prepare and evaluate.py."""
+through prepare, evaluate.py and search."""
 
 import json
 import math
@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mcn_ext.data.store import Store, validate
+from mcn_ext import search
+from mcn_ext.data.store import Store, StoreWriter, validate
 from mcn_ext.data.words import WordVectors
-from mcn_ext.evaluation import retrieval
+from mcn_ext.evaluation import places, retrieval
+from mcn_ext.evaluation.search import excerpt
 from mcn_ext.evaluation.words import BM25, bm25, reciprocal_ranks, terms
-from tests.conftest import SMALL, WORDS, call, write_store
+from tests.conftest import SMALL, WORDS, call, run, write_store
+from tests.test_evaluate import make_run
 
 
 def textbook(documents, queries, k1, b):
@@ -220,3 +223,120 @@ def test_moments_by_words(tmp_path):
         hits.append((said[2] == np.array(said))[2] / said.count(said[2]))
     assert found["text->words"]["R@1 IoU 0.7"] == pytest.approx(100 * np.mean(hits), abs=1e-3)
     assert found["chance"]["R@1 IoU 0.7"] == pytest.approx(100 / 6, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------- search
+
+
+def test_windows_are_ranked_by_words_by_embeddings_and_by_both():
+    """0 is silent, 1 seen and said, 2 only said, 3 nothing, 4 seen, and says something else."""
+    nan, none = np.nan, -np.inf
+    sentence = {"text": torch.tensor([[1.0, 0]])}, {"text": torch.ones(1).bool()}
+    made = {
+        "video": np.arange(5),
+        "begin": np.zeros(5),
+        "stop": np.ones(5),
+        "embedding:video": np.array([[1, 0], [0, 1], [1, 0], [1, 0], [-1, 0]], np.float16),
+        "valid:video": np.array([1, 1, 0, 0, 1], bool),
+    }
+    words = np.array([nan, 2, 3, nan, 0], np.float32)
+    ranks = np.array([[1, 2, 4.5, 4.5, 3], [4, 2, 1, 4, 4]])  # those that tie at their mean
+    both = (1 / (60 + ranks)).sum(axis=0)
+    both[3] = none
+    for asked, said, total, best in (
+        (sentence, None, [1, 0, none, none, -1], [0, 1, 4]),
+        (None, words, [none, 2, 3, none, none], [2, 1]),
+        (sentence, words, both, [1, 0, 2, 4]),
+    ):
+        scores = places.score(made, asked, said, "cosine")
+        np.testing.assert_allclose(scores["total"], total, rtol=1e-6)
+        assert places.best(made, scores["total"], 5) == best
+    np.testing.assert_array_equal(scores["video"], [1, 0, nan, nan, -1])
+
+
+def test_the_part_of_what_is_said_that_was_asked_for():
+    said = "so hello and welcome back to my kitchen where today we crack some eggs"
+    assert excerpt(said, "cracking eggs", 5) == "... today we crack some eggs"
+    assert excerpt(said, "hello", 5) == "so hello and welcome back" and excerpt("", "a") == ""
+
+
+def test_search_by_words_needs_no_run(tmp_path):
+    store = Store(write_store(tmp_path / "s.h5", n_videos=4))
+    flags = "-m mcn_ext.search --by words --store s.h5 --window 2 --stride 1 --json f.json"
+    done = run(flags, "'frying the rice' zebra", cwd=tmp_path)
+    assert "search.png" in done.stdout and "score: BM25" in done.stdout
+    assert (tmp_path / "search.png").exists() and not (tmp_path / "runs").exists()
+    said = {
+        (name, 2.0 * k): text
+        for i, name in enumerate(store.ids())
+        for k, text in enumerate(store.caption_texts(i))
+    }
+    scores = dict(zip(said, bm25(list(said.values()), ["frying the rice"])[0], strict=True))
+    answers = json.loads((tmp_path / "f.json").read_text())
+    assert answers["zebra"] == [] and "nothing found: none of these words is" in done.stdout
+    best = sorted(scores.values(), reverse=True)[:5]
+    assert [row["score"] for row in answers["frying the rice"]] == pytest.approx(best, abs=1e-5)
+    for row in answers["frying the rice"]:
+        where = row["video"], row["start"]
+        assert row["by"] == "words" and row["words"] == said[where] and row["end"] == where[1] + 2
+        assert row["of"] == {"words": pytest.approx(scores[where], abs=1e-4)}
+
+
+@pytest.fixture
+def find(tmp_path, monkeypatch, no_pictures):
+    """Searches in the process, in windows of 2 s without overlap; returns the answers."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        flags = "--store s.h5 --window 2 --stride 1 --top 99 --device cpu --json f.json".split()
+        assert search.main([*flags, *words]) == 0
+        return json.loads((tmp_path / "f.json").read_text())
+
+    return command
+
+
+def test_search_fuses_the_ranks_of_words_and_embeddings(find, tmp_path, capsys):
+    store = Store(write_store(tmp_path / "s.h5", n_videos=5, n_captions=2))
+    said = {text.split()[1] for text in store.texts()}
+    known, unsaid = sorted(said)[0], sorted(set(WORDS) - said)[0]
+    with pytest.raises(SystemExit, match="no run in .*; --by words needs no run"):
+        find(known)
+    make_run(tmp_path / "runs/stage1-AVT")
+    with pytest.raises(SystemExit, match="the run knows none of these words"):
+        find("now", "--by", "embeddings")
+    ranked = {by: find(known, "--by", by)[known] for by in ("words", "embeddings")}
+    answers = find(known, unsaid, "now", "zebra")  # both, since the store has words
+    rows = {(row["video"], row["start"]): row for row in answers[known]}
+    assert len(rows) == 10 and "score: fused ranks" in capsys.readouterr().out
+    scores = torch.zeros(2, 10)
+    for by, values in zip(ranked, scores, strict=True):
+        for row in ranked[by]:
+            values[list(rows).index((row["video"], row["start"]))] = row["score"]
+            assert row["of"].items() <= rows[row["video"], row["start"]]["of"].items()
+    fused = reciprocal_ranks(scores).sum(0).tolist()
+    assert fused == pytest.approx([row["score"] for row in answers[known]], abs=2e-6)
+    assert {row["by"] for row in answers[known]} == {"both"}
+    assert any(row["of"]["audio"] is None for row in answers[known])  # the fifth is silent
+    # What one of both does not know, the other ranks.
+    assert {row["by"] for row in answers[unsaid]} == {"embeddings"}
+    assert {row["by"] for row in answers["now"]} == {"words"} and len(answers["now"]) == 10
+    assert answers["zebra"] == []
+
+
+def test_search_in_clips_that_hold_what_is_said_and_in_none(find, capsys):
+    streams, rows = {"2d": {"dim": 4, "rate_hz": 1.0}}, {"2d": np.zeros((4, 4))}
+    writer = StoreWriter("s.h5", streams, "test", speech=True)
+    for name, speech in zip("abc", ["so crack the eggs", "", "stir"], strict=True):
+        writer.add(name, rows, [0], [4], ["a caption about rice"], speech)
+    writer.close()
+    answers = find("eggs", "rice", "--by", "words")
+    assert [(row["video"], row["start"]) for row in answers["eggs"]] == [("a", 0), ("a", 2)]
+    assert answers["eggs"][1]["words"] == "so crack the eggs" and not answers["rice"]
+    assert "6 windows of 3 videos, words spoken in 4" in capsys.readouterr().out
+    writer = StoreWriter("none.h5", streams, "test")
+    writer.add("a", rows, [], [], [])
+    writer.close()
+    with pytest.raises(SystemExit, match="--by words: none.h5 does not hold the words spoken"):
+        find("eggs", "--store", "none.h5", "--by", "words")
+    with pytest.raises(SystemExit, match="or name one with --run$"):  # by embeddings
+        find("eggs", "--store", "none.h5")
