@@ -22,7 +22,7 @@ from made_up import make_store, published
 from mcn_ext.data.clips import ClipReader, TrainingClips, collate
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
-from mcn_ext.study.plan import training_flops
+from mcn_ext.study.cost import training_flops
 
 N, FRAMES = (4, 100) if QUICK else (64, 1000)
 DAVENET = {"video_dims": {"video": 768}, "audio_dims": {}, "text": "text", "word_dim": 768}

@@ -83,7 +83,6 @@ def perturb_voice(mel: np.ndarray, rng: np.random.Generator, strength: float) ->
     bands = np.clip(bands, 0, n_mels - 1).round().astype(int)
     # Arrays as indices copy: what follows does not change the caller's array.
     mel = mel[rows][:, bands]
-    # In dB at five bands, and on straight lines between them.
     equalizer = rng.normal(0, 4 * strength, 5)
     mel += np.interp(np.arange(n_mels), np.linspace(0, n_mels - 1, 5), equalizer).astype(np.float32)
     for axis, longest in ((1, 0.2), (0, 0.15)):
@@ -126,22 +125,21 @@ def missing_inputs(
     trained, problems = sizes["modalities"] if sizes else "", []
     for letter in modalities:
         there, kind = store.streams(letter), f"{MODALITIES[letter].name} stream"
-        if letter == "T":
-            there, kind = store.text_dims, "features of captions"
+        wanted = {}  # {name: width, or None for any}
         if letter == "V":
-            wanted = sizes["video_dims"] if letter in trained else {}  # {name: width, None for any}
-            if not there:
-                problems.append("no video stream")
+            wanted = sizes["video_dims"] if letter in trained else {}
+            problems += ["no video stream"] * (not there)
         elif letter == "A":
             wanted = dict.fromkeys(audio or MODALITIES["A"].streams)
-            wanted = sizes["audio_dims"] if audio and letter in trained else wanted
-        else:
-            width = sizes["word_dim"] if letter in trained else None
-            wanted = {} if text == "words" else {text: width}
+            if audio and letter in trained:
+                wanted = sizes["audio_dims"]
+        elif text != "words":
+            there, kind = store.text_dims, "features of captions"
+            wanted = {text: sizes["word_dim"] if letter in trained else None}
         for name, dim in wanted.items():
             if name not in there and letter == "T":
-                how = f"caption_features {store.path} --encoder ENCODER --name {name}"
-                how = store.partly(name) or f" (to make them: python -m mcn_ext.prepare {how})"
+                how = f"mcn_ext.prepare caption_features {store.path} --encoder ENCODER --name"
+                how = store.partly(name) or f" (to make them: python -m {how} {name})"
                 problems.append(f"no {kind} {name!r}{how}")
             elif name not in there and letter == "A" and name in store.dims:
                 problems.append(f"{name!r} is no audio stream; prepare it as {name}=DIR:RATE:audio")
@@ -277,7 +275,6 @@ class ClipReader:
     def as_tokens(self, clips: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Features of each clip's captions (captions, dim) float16 as tokens ``text`` (n, longest,
         dim), with ``text_mask``; captions without usable features are left out."""
-        # Not NaN, not all zeros: such a row has no direction.
         clips = [rows[np.isfinite(rows).all(1) & rows.any(1)][: self.max_words] for rows in clips]
         counts = np.array([len(rows) for rows in clips])
         text = np.zeros((len(clips), max(1, counts.max()), clips[0].shape[1]), np.float16)
@@ -297,8 +294,7 @@ class ClipReader:
             caption, more = clip_id >> 20, clip_id & (1 << 20) - 1  # as in read()
             video = int(np.searchsorted(n_until, caption, side="right"))
             number, start, end = self.store.caption_times(video)
-            first = caption - number
-            last = first + more
+            first, last = caption - number, caption - number + more
             words = " ".join(self.store.caption_texts(video)[first : last + 1])
             out.append(f'{names[video]} {start[first]:.1f} to {end[last]:.1f} s "{words[:60]}"')
         return out
@@ -329,8 +325,8 @@ class ClipSampler(torch.utils.data.Sampler):
     """This rank's part of every global batch of an epoch, as lists of (epoch, video).
 
     Rank r owns the r-th contiguous part, so that ranks' rows in order are the single-process batch.
-    The epoch's last, smaller batch is left out. Epochs count on from ``first_epoch``: a second
-    stage draws clips its first has not drawn.
+    The epoch's last, smaller batch is left out. Epochs count on from ``first_epoch``, in a
+    second stage from the first one's.
     """
 
     def __init__(self, n_videos: int, batch_size: int, seed: int, first_epoch: int = 0):
