@@ -150,6 +150,8 @@ def parse(argv):
     args.by_words = any("words" in fusion for fusion in args.fusion)
     if set(args.fusion) == {"words"} and set(STEPS) & set(args.sets):
         parser.error("--fusion words: --crosstask and --miningyoutube need a run's embeddings")
+    if set(args.fusion) == {"words"} and (args.run or args.checkpoint):
+        parser.error("--fusion words alone reads no run: leave out --run, or ask for words+sum")
     if args.subset and not args.annotations:
         parser.error("--subset is of --annotations")
     return args
@@ -344,7 +346,9 @@ def main(argv=None):
             # Embeddings that are not finite are an error: their ranks would mean nothing.
             raise SystemExit(f"--{name} {store.path}, {file}: {error}") from None
     print(printable(f"written: {metrics_file}"))
-    print(printable(f"Next, a page of it all: python -m mcn_ext.report {shlex.quote(str(run))}"))
+    if not alone:
+        page = f"python -m mcn_ext.report {shlex.quote(str(run))}"
+        print(printable(f"Next, a page of it all: {page}"))
 
 
 if __name__ == "__main__":

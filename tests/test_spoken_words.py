@@ -197,6 +197,7 @@ def test_what_words_cannot_do_is_refused(convert, spoken, tmp_path):
     convert("youcook2", "clips.pkl")
     for flags, message in (
         ("--youcook2 out.h5", "out.h5 does not hold the words spoken in its clips; python -m"),
+        ("--youcook2 out.h5 --run x", "reads no run: leave out --run"),
         ("--youcook2 out.h5 --crosstask out.h5", "--crosstask and --miningyoutube need a run"),
         ("--moments out.h5", "the captions that are searched; give --annotations JSON"),
     ):

@@ -148,9 +148,8 @@ class StoreWriter:
                 self.done.update(file["video/id"].asstr()[:])
         # Until close() removes it, no reader takes the parts for a whole store.
         (self.folder / UNFINISHED).touch()
-        self.videos: list[
-            tuple
-        ] = []  # (id, {stream: rows}, start, end, texts, speech), to be written
+        # To be written: (id, {stream: rows}, start, end, texts, speech).
+        self.videos: list[tuple] = []
         self.bytes = 0
 
     def add(
