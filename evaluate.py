@@ -59,20 +59,18 @@ def parse(argv):
     group.add_argument(
         "--whole_videos",
         action="store_true",
-        help="also retrieval of the videos "
-        "that the clips are from (youcook2): best clip, mean over captions",
+        help="also of the videos that clips are from (youcook2): best clip, mean over captions",
     )
     group.add_argument(
         "--fusion",
         nargs="+",
         choices=("sum", "mean", "bank", "words", "words+sum", "words+mean", "words+bank"),
         default=["sum"],
-        help="how several "
-        "modalities and candidates compare; several may be given (default sum). sum: of cosines, "
-        "the published protocol; mean: cosine to the mean embedding; bank: sum, less what draws "
-        "training clips' queries to a candidate (no evaluation data used); words: BM25 of the "
-        "caption and the words spoken in the clip, alone without a run; words+sum and so on: both, "
-        "by reciprocal ranks (moments: always words+sum)",
+        help="how several modalities and candidates compare (default sum); several may be given. "
+        "sum: of cosines, the published protocol; mean: cosine to the mean embedding; bank: sum, "
+        "less what draws training clips' queries to a candidate (no evaluation data used); words: "
+        "BM25 of the caption and the words spoken in the clip, alone without a run; words+sum and "
+        "so on: both, by reciprocal ranks (moments: always words+sum)",
     )
     group.add_argument(
         "--bank_size",
@@ -88,10 +86,33 @@ def parse(argv):
         help="clips of the whole test set (default 1000), for the misses",
     )
     group.add_argument(
+        "--only",
+        type=Path,
+        metavar="TXT",
+        help="rank these clips alone, an id a line; what others have ranked can then be compared",
+    )
+    group.add_argument(
+        "--missing",
+        choices=("misses", "drop"),
+        default="misses",
+        help="clips of --only that the store lacks: misses (the default), or left out",
+    )
+    group.add_argument(
+        "--export",
+        type=Path,
+        metavar="CSV",
+        help="write the rank of every query in every direction there, and the ten best clips",
+    )
+    group.add_argument(
+        "--export_mteb",
+        type=Path,
+        metavar="DIR",
+        help="write DIR/FUSION/TASK.json as MTEB's result files are, to stand beside MVEB's",
+    )
+    group.add_argument(
         "--keep_embeddings",
         action="store_true",
-        help="write RUN/youcook2.npz (or "
-        "msrvtt.npz): every query's rank by direction, and all embeddings (fp16)",
+        help="write RUN/SET.npz: every query's rank by direction, and all embeddings (fp16)",
     )
     group.add_argument(
         "--require_complete",
@@ -103,9 +124,8 @@ def parse(argv):
         "--background",
         type=flags.number,
         metavar="Z",
-        help="a second belongs to no"
-        " step if it scores less than Z standard deviations above the step's mean "
-        "in its video (default 0.5; for IoU, IoD and frame accuracy)",
+        help="a second belongs to no step if it scores less than Z standard deviations above the "
+        "step's mean in its video (default 0.5; for IoU, IoD and frame accuracy)",
     )
     group.add_argument(
         "--annotations", type=Path, metavar="JSON", help="YouCook2's annotations, for --moments"
@@ -137,6 +157,7 @@ def parse(argv):
         )
     # A flag that has no effect is an error: the user would believe that it was applied.
     for flag, sets in {
+        **dict.fromkeys(("only", "export", "export_mteb"), set(RETRIEVAL)),
         "whole_videos": {"youcook2"},
         "msrvtt_clips": {"msrvtt"},
         "background": set(STEPS),
@@ -152,6 +173,12 @@ def parse(argv):
         parser.error("--fusion words: --crosstask and --miningyoutube need a run's embeddings")
     if set(args.fusion) == {"words"} and (args.run or args.checkpoint):
         parser.error("--fusion words alone reads no run: leave out --run, or ask for words+sum")
+    if args.only and args.msrvtt_clips:
+        parser.error("--msrvtt_clips: --only says which clips there are")
+    if args.missing != "misses" and not args.only:
+        parser.error("--missing is of --only")
+    if args.export and not args.export.absolute().parent.is_dir():
+        parser.error(f"--export {args.export}: no such folder")
     if args.subset and not args.annotations:
         parser.error("--subset is of --annotations")
     return args
@@ -163,7 +190,7 @@ def main(argv=None):
     import numpy as np
 
     from mcn_ext.data.store import StoreError
-    from mcn_ext.evaluation import localization, moments, retrieval
+    from mcn_ext.evaluation import gallery, localization, moments, retrieval
     from mcn_ext.evaluation.embedder import Embedder, NoRun, open_store, title_of
     from mcn_ext.evaluation.metrics import gain_rows, gains, keep, markdown, summarize, table_rows
     from mcn_ext.report import similarity_picture
@@ -181,7 +208,7 @@ def main(argv=None):
     modalities, similarity = embedder.model.modalities, args.similarity or trained["similarity"]
     directions = retrieval.asked(modalities, args.fusion, args.all_directions)
 
-    stores, steps, sentences, videos = {}, {}, {}, None
+    stores, steps, sentences, videos, chosen, exported = {}, {}, {}, None, {}, []
     for name in args.sets:
         path, prepare = flags.STORES[name], f"{flags.PREPARE[name]} --out {flags.STORES[name]}"
         # The demo has evaluation clips of its own, in place of YouCook2's.
@@ -197,11 +224,12 @@ def main(argv=None):
                     f"--fusion {' '.join(args.fusion)}: {path} does not hold the words spoken in "
                     f"its clips; python -m mcn_ext.prepare {name} PICKLE --speech JSON adds them"
                 )
+            chosen[name] = list(range(len(store))), None
+            if args.only:
+                chosen[name] = gallery.choose(args.only, store, args.missing == "drop")
             if not directions:
-                raise SystemExit(
-                    f"--fusion {' '.join(args.fusion)}: of {', '.join(modalities)} no "
-                    "direction joins several; use --fusion sum"
-                )
+                joined = f"no direction of {', '.join(modalities)} joins several"
+                raise SystemExit(f"--fusion {' '.join(args.fusion)}: {joined}; use --fusion sum")
         elif "text" not in modalities and not alone:
             raise SystemExit(f"--{name}: {file} has no text encoder to ask with")
         if name in STEPS:
@@ -213,13 +241,14 @@ def main(argv=None):
             sentences = moments.read_annotations(args.annotations, args.subset or "validation")
         elif name == "moments" and args.by_words:
             raise SystemExit(
-                "--fusion words --moments: the sentences asked would be the captions that are "
-                "searched; give --annotations JSON"
+                "--fusion words --moments: the captions would be both asked for and searched; "
+                "give --annotations JSON"
             )
         elif name == "moments":
             sentences = moments.captions_of(store)
         if name == "youcook2" and args.whole_videos:
-            videos = retrieval.videos_of(store.ids())
+            ids = store.ids()
+            videos = retrieval.videos_of([ids[i] for i in chosen[name][0]])
     # Sentences and steps need not be captions of a store, so learn_words is given them.
     texts = [text for _, _, said in sentences.values() for text in said]
     n_sentences = len(texts)
@@ -241,14 +270,19 @@ def main(argv=None):
     # Each yields (name in metrics.json, numbers, notices, table in Markdown), one or several.
 
     def find_clips(name, store):
-        clips = embedder.clips(store)
+        numbers, only = chosen[name]
+        clips = embedder.clips(store, [(i, [(0, 0)]) for i in numbers])
         strict = name == "msrvtt"  # a clip without sound is a miss there
         # Fewer candidates are easier, so clips of the test set that are missing are misses.
         absent = max((args.msrvtt_clips or 1000) - len(store), 0) if strict else 0
+        if only:
+            absent = len(only["missing"]) if args.missing == "misses" else 0
+        captions = [store.caption_texts(i)[0] for i in numbers]
         embedder.say_shares(store.path)
-        words = None
+        words, best = None, {} if args.export else None
         if args.by_words:
-            words = retrieval.WordScores(list(store.texts()), store.speech())
+            speech = np.array(store.speech(), object)[numbers].tolist()
+            words = retrieval.WordScores(captions, speech)
         ranks, video_ranks, corner = retrieval.evaluate(
             clips,
             directions,
@@ -260,14 +294,24 @@ def main(argv=None):
             # --whole_videos is for YouCook2 alone.
             videos=None if strict else videos,
             words=words,
+            best=best,
         )
         without = {m: int((~valid).sum()) for m, valid in clips[1].items() if not valid.all()}
         notices = [f"{n} without {m}: misses, or out of sums" for m, n in without.items()]
         if words:
-            n = sum(map(bool, store.speech()))
-            notices.append(f"words spoken in {n} of {len(store)}, used in evaluation only")
+            n = sum(map(bool, speech))
+            notices.append(f"words spoken in {n} of {len(numbers)}, used in evaluation only")
+        if args.export:
+            ids = np.array(store.ids(), object)[numbers].tolist()
+            ids += only["missing"] if only else [""] * absent
+            exported.extend(gallery.rows(name, ids, captions, ranks, best))
+            write_text(args.export, gallery.table(exported))
+        if args.export_mteb:
+            notices.append(gallery.write_mteb(args.export_mteb, name, ranks, str(store.path)))
         direction, rank = next(iter(ranks.items()))
-        if absent:
+        if only:
+            notices.append(gallery.notice(only))
+        elif absent:
             notices.append(
                 f"{absent} of {len(rank)} clips (--msrvtt_clips) are not in the store: misses"
             )
@@ -279,6 +323,7 @@ def main(argv=None):
                 n = len(next(iter(found.values())))
                 rows = {d: summarize(r) for d, r in found.items()}
                 result = {"n": n, "without": without, "absent": absent} | rows
+                result |= {"gallery": only} if only else {}
                 lines = markdown(*table_rows(rows, n, what))
                 if more := gains(found, retrieval.WORDS):
                     result["gains"] = more

@@ -1,9 +1,11 @@
 """Clips found by the words spoken in them: BM25 and rank fusion against plain definitions, then
 through prepare, evaluate.py and search."""
 
+import csv
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,13 +195,70 @@ def test_words_are_ranked_alone_and_with_embeddings(convert, spoken, tmp_path):
     assert more["R@10_ci95"][0] <= more["R@10"] <= more["R@10_ci95"][1]
 
 
+def test_a_gallery_and_its_export(convert, spoken, tmp_path):
+    """R@K from the CSV are those of metrics.json, whoever ranks, and misses count."""
+    items, said = spoken
+    by_id = {item["id"]: text for item, text in zip(items, said, strict=True)}
+    convert("youcook2", "clips.pkl", "--speech", put("a.json", by_id))
+    ids = [item["id"] for item in items]
+    Path("only.txt").write_text("\n".join([*ids[3:20], "", "gone", ids[0]]))
+    train = write_store(tmp_path / "train.h5")
+    WordVectors(list(WORDS), np.eye(len(WORDS), 10), "test").save(tmp_path / "w.npz")
+    call("train_stage1.py --pair VT --word2vec w.npz --data", train, *SMALL, cwd=".")
+    command = "evaluate.py --device cpu --youcook2 out.h5 --fusion words+sum --all_directions"
+    command += " --export a.csv --export_mteb mteb"
+    for flags, n, ranked in (
+        ("", 24, ids),
+        ("--only only.txt", 19, [ids[0], *ids[3:20], "gone"]),
+        ("--only only.txt --missing drop", 18, [ids[0], *ids[3:20]]),
+    ):
+        done = call(command, flags, cwd=".")
+        metrics = json.loads((tmp_path / "runs/stage1-VT/metrics.json").read_text())["youcook2"]
+        with open("a.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert metrics["n"] == n and f"n = {n}" in done.stdout
+        for direction in ("text->video", "text->video (words+sum)", "text->words", "video->text"):
+            of = [row for row in rows if row["direction"] == direction]
+            assert [row["id"] for row in of] == ranked
+            rank = np.array([float(row["rank"]) for row in of])
+            assert metrics[direction].items() >= recalls(rank).items()
+            for row in of:
+                place, top = float(row["rank"]), [row[str(k)] for k in range(1, 11)]
+                assert set(top) <= {*ranked, ""} and (row["id"] == "gone") == (not any(top))
+                if place == 1:
+                    assert top[0] == row["id"]
+                elif place > 10.5:
+                    assert row["id"] not in top
+        for task, direction in (("T2V", "text->video"), ("V2T", "video->text")):
+            result = json.loads(Path(f"mteb/sum/YouCook2{task}Retrieval.json").read_text())
+            rank = np.array([float(r["rank"]) for r in rows if r["direction"] == direction])
+            (scores,) = result["scores"]["test"]
+            for k in (1, 5, 10):
+                assert scores[f"recall_at_{k}"] == pytest.approx((rank <= k).mean(), abs=1e-5)
+            ndcg = sum(1 / math.log2(1 + r) for r in rank if r <= 10) / n
+            assert scores["main_score"] == pytest.approx(ndcg, abs=1e-5)
+        assert not list(Path("mteb").glob("*words*")) and f"its 3104 clips; here {n}" in done.stdout
+        if flags:
+            assert "1 of 19 not in the store (gone)" in done.stdout
+            assert metrics["gallery"]["missing"] == ["gone"]
+    for content, message in (
+        (b"", "none of its 0 ids"),
+        (b"x\ny", "none of its 2 ids, such as x, is in out.h5, where ids are like video000000"),
+        (b"\xff", "cannot be read"),
+        (b"video000000\nvideo000000", "1 ids are there more than once"),
+    ):
+        Path("bad.txt").write_bytes(content)
+        done = call(command, "--only bad.txt", cwd=".", check=False)
+        assert f"--only bad.txt: {message}" in done.stderr
+
+
 def test_what_words_cannot_do_is_refused(convert, spoken, tmp_path):
     convert("youcook2", "clips.pkl")
     for flags, message in (
         ("--youcook2 out.h5", "out.h5 does not hold the words spoken in its clips; python -m"),
         ("--youcook2 out.h5 --run x", "reads no run: leave out --run"),
         ("--youcook2 out.h5 --crosstask out.h5", "--crosstask and --miningyoutube need a run"),
-        ("--moments out.h5", "the captions that are searched; give --annotations JSON"),
+        ("--moments out.h5", "the captions would be both asked for and searched; give --annotations JSON"),
     ):
         done = call("evaluate.py --fusion words", flags, cwd=".", check=False)
         assert done.returncode and message in done.stderr, done.stderr

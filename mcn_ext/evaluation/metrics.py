@@ -90,7 +90,8 @@ def gain_rows(rows: dict[str, dict]) -> tuple[list, list]:
 def keep(metrics: dict, name: str, entry: dict) -> None:
     """Put a result into ``metrics``. What is there of other data, checkpoint, step or similarity
     moves to the list ``replaced``, its newest 20; of the same, rows that ``entry`` lacks stay."""
-    old, settings = metrics.get(name, {}), ("n", "data", "checkpoint", "step", "similarity")
+    old = metrics.get(name, {})
+    settings = ("n", "data", "checkpoint", "step", "similarity", "gallery")
     if any(old.get(key) != entry.get(key) for key in settings):
         if old:
             metrics["replaced"] = [*metrics.get("replaced", []), {"set": name} | old][-20:]

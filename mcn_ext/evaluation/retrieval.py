@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mcn_ext.data.clips import draw_spans
 from mcn_ext.data.store import Store, StoreError
+from mcn_ext.evaluation.gallery import TOP
 from mcn_ext.evaluation.metrics import check_finite, ranks
 from mcn_ext.evaluation.words import BM25, reciprocal_ranks
 from mcn_ext.modalities import BY_NAME
@@ -158,6 +159,15 @@ class Ranking:
         rank = np.where(self.asks & self.answers, np.concatenate(found), last)
         return np.append(rank, np.full(absent, last))
 
+    def best(self, k: int) -> np.ndarray:
+        """Numbers of the ``k`` best clips for each query, (n, k); -1 where there are no more."""
+        out = np.full((len(self.asks), k), -1)
+        for queries, block in self.blocks():
+            scores, found = block.topk(min(k, block.shape[1]), dim=1)
+            usable = (scores > -torch.inf) & self.asks[queries, None]
+            out[queries, : found.shape[1]] = torch.where(usable, found, -1)
+        return out
+
     def video_ranks(self, names: list[str]) -> np.ndarray:
         """Rank of each whole video (videos,), of which the clips called the same are parts.
 
@@ -297,13 +307,14 @@ def evaluate(
     absent: int = 0,
     videos: list[str] | None = None,
     words: WordScores | None = None,
+    best: dict[str, np.ndarray] | None = None,
     **settings,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Tensor]:
     """Ranks (n,) of each (direction, fusion) ``wanted``, by name; those of the whole ``videos``, of
     which each clip is a part; and the first direction's corner of scores, for a picture.
 
-    ``words``: for the fusions with words. ``settings``: of :class:`Scores`. ``absent``: of
-    :meth:`Ranking.ranks`.
+    ``words``: for the fusions with words. ``best``: receives :meth:`Ranking.best`, by name.
+    ``settings``: of :class:`Scores`. ``absent``: of :meth:`Ranking.ranks`.
     """
     found, of_videos, corner = {}, {}, None
     for direction, fusion in wanted:
@@ -317,6 +328,8 @@ def evaluate(
             # A corner alone: the whole matrix may not fit into memory.
             corner = scores.scores(slice(SHOWN))[:, :SHOWN]
         found[name] = scores.ranks(absent)
+        if best is not None:
+            best[name] = scores.best(TOP)
         if videos:
             of_videos[name] = scores.video_ranks(videos)
     return found, of_videos, corner
