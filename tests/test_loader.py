@@ -14,7 +14,6 @@ from mcn_ext.data.clips import (
     ClipReader,
     ClipSampler,
     TrainingClips,
-    _start_worker,
     caption_id,
     caption_span,
     is_silent,
@@ -24,6 +23,7 @@ from mcn_ext.data.clips import (
 )
 from mcn_ext.data.store import Store, StoreWriter
 from mcn_ext.data.words import WordVectors, tokenize
+from mcn_ext.data.workers import start_worker
 from tests.conftest import STREAMS, WORDS, is_empty, stage1, started, wait_for
 
 VECTORS = WordVectors(WORDS, np.arange(8.0 * 8).reshape(8, 8), "test")
@@ -186,7 +186,7 @@ def test_training_with_little_shared_memory(tmp_path, store_path, monkeypatch):
 def test_a_worker_that_starts_after_its_run_was_killed_ends(monkeypatch, gone):
     if gone:
         monkeypatch.setattr(os, "getppid", lambda: 1)
-    worker = multiprocessing.get_context("fork").Process(target=_start_worker, args=(0,))
+    worker = multiprocessing.get_context("fork").Process(target=start_worker, args=(0,))
     worker.start()
     worker.join(60)
     assert worker.exitcode == gone
@@ -208,4 +208,4 @@ next(iter(loader))
     (tmp_path / "ends.py").write_text(code)
     with started(tmp_path / "ends.py", cwd=tmp_path) as run:
         assert run.wait(60) in (1, -9)
-        wait_for(lambda: is_empty(run.pid), seconds=60)  # torch looks for the parent every 5 s
+        wait_for(lambda: is_empty(run.pid), seconds=60)

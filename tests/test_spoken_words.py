@@ -258,7 +258,7 @@ def test_what_words_cannot_do_is_refused(convert, spoken, tmp_path):
         ("--youcook2 out.h5", "out.h5 does not hold the words spoken in its clips; python -m"),
         ("--youcook2 out.h5 --run x", "reads no run: leave out --run"),
         ("--youcook2 out.h5 --crosstask out.h5", "--crosstask and --miningyoutube need a run"),
-        ("--moments out.h5", "the captions would be both asked for and searched; give --annotations JSON"),
+        ("--moments out.h5", "both asked for and searched; give --annotations JSON"),
     ):
         done = call("evaluate.py --fusion words", flags, cwd=".", check=False)
         assert done.returncode and message in done.stderr, done.stderr

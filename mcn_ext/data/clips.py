@@ -6,11 +6,8 @@ before: runs resume exactly, and any number of processes sees the same global ba
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -21,6 +18,7 @@ from mcn_ext import distributed
 from mcn_ext.data.batch import collate, to_device  # noqa: F401
 from mcn_ext.data.store import N_MELS, Store
 from mcn_ext.data.words import WordVectors
+from mcn_ext.data.workers import start_worker
 from mcn_ext.modalities import MODALITIES
 
 # A clip whose loudest and quietest mel entries are closer than this (dB) has no sound in it.
@@ -365,30 +363,11 @@ def make_loader(
         pin_memory=device.type == "cuda",
         prefetch_factor=PREFETCH if workers else None,
         timeout=LONGEST_WAIT if workers else 0,
-        worker_init_fn=_start_worker,
+        # Python 3.14 would fork them from a server, which outlives the run.
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # workers' seeds: not from the model's random numbers
     )
-
-
-def _start_worker(_worker: int) -> None:
-    """Ignore signals meant for the run, which without its workers would fail before it has saved:
-    SLURM and torchrun signal every process, a terminal's Ctrl-C the whole group."""
-    # torch's watchdog notes the parent after this: it would not miss one that was killed by now.
-    if os.getppid() != multiprocessing.parent_process().pid:
-        os._exit(1)
-    # One thread each, since there may be a worker for every core: default_workers.
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Kill what workers are left: multiprocessing would send the SIGTERM they ignore, and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed worker an error
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
 
 
 def default_workers(device: torch.device) -> int:
