@@ -219,7 +219,7 @@ def test_a_run_folder(begin, tmp_path, capsys):
 def test_stage_2_adds_a_modality_to_published_encoders(begin, store_path, tmp_path, how):
     begin("avlnet.pth", "--out", "runs/avlnet")
     at = [i for i, word in enumerate(SMALL) if word in ("--embd_dim", "--recon_dim")]
-    at.append(SMALL.index("--audio_width"))  # sizes are the run's
+    at += [SMALL.index("--audio_width"), SMALL.index("--preset")]  # sizes are the run's
     small = [word for i, word in enumerate(SMALL) if not {i, i - 1} & {*at}]
     command = ["train_stage2.py", "--add", "T", "--init", "runs/avlnet", "--word2vec", "words.txt"]
     command += ["--stage1_encoders", how, *small]

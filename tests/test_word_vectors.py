@@ -139,7 +139,7 @@ def test_search_says_which_words_are_unknown(tmp_path, store_path):
     search = ["-m", "mcn_ext.search", "--store", store_path, "--run", tmp_path / "run"]
     asked, env = f"{WORDS[0].upper()} the quux", {"PYTHONPATH": str(ROOT)}
     said = run(*search, shlex.quote(asked), cwd=tmp_path, env=env).stdout
-    assert "unknown words, which are left out: quux, the\n" in said
+    assert "words that the run does not know: quux, the\n" in said
 
 
 # ------------------------------------------------------------------------- files of vectors

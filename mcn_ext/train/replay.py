@@ -48,8 +48,8 @@ def join(batches: list[Mapping]) -> dict:
         if isinstance(value, Mapping):
             out[key] = join(values)
             continue
-        if key in ("audio", "text", "text_mask"):
-            axis = 2 if key == "audio" else 1
+        axis = {"audio": 2, "text": 1, "text_mask": 1}.get(key, value.ndim)
+        if axis < value.ndim:  # else it is one of "valid"
             # Each rank has padded its clips to its own longest.
             longest = max(v.shape[axis] for v in values)
             after = [0, 0] * (value.ndim - 1 - axis)
