@@ -17,6 +17,7 @@ from mcn_ext.train.log import write_text
 
 TOP = 10
 # Tasks of MVEB (mteb 2): a prefix, the direction in letters, a suffix; and how many clips it ranks.
+MTEB_DIRECTIONS = ("A2V", "AT2V", "T2V", "T2VA", "V2A", "V2T", "VA2T", "VT2A")
 MTEB = {"youcook2": ("YouCook2", "Retrieval", 3104), "msrvtt": ("MSRVTT", "", 879)}
 
 
@@ -25,7 +26,7 @@ def choose(path: Path, store: Store, drop: bool) -> tuple[list[int], dict]:
     gallery from others. ``drop``: clips that are not in the store are left out, else misses.
     SystemExit for a file that is not such a list."""
     try:
-        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(
             f"--only {path}: cannot be read ({error}); expected an id a line"
@@ -92,22 +93,24 @@ def table(found: list[list]) -> str:
 
 
 def write_mteb(folder: Path, name: str, ranks: Mapping[str, np.ndarray], data: str) -> str:
-    """Write ``folder/FUSION/TASK.json`` for each direction, by MTEB's layout of results (mteb 2,
-    ``TaskResult``), and return what to know about them. Scores are fractions; a query has one right
-    clip, so nDCG@k is 1 / log2(1 + rank) and MAP@k is 1 / rank, where rank <= k, else 0.
-    Rows with the words spoken are left out: MTEB's tasks have no speech.
+    """Write ``folder/FUSION/TASK.json`` for each direction that MTEB has, by the layout of its
+    results (mteb 2, ``TaskResult``), and return what to know about them.
+
+    Scores are fractions. A query has one right clip: nDCG@k is 1 / log2(1 + rank) and MAP@k is
+    1 / rank where rank <= k, else 0. Rows with the words spoken are left out: MTEB's tasks have no
+    speech.
     """
     prefix, suffix, theirs = MTEB[name]
     n = 0
     for label, rank in ranks.items():
         direction, _, fusion = label.rstrip(")").partition(" (")
-        if "words" in label:
-            continue
-        queries, candidates = (
-            "".join(m[0].upper() for m in side.split("+")) for side in direction.split("->")
+        letters = "2".join(
+            "".join(modality[0].upper() for modality in side.split("+"))
+            for side in direction.split("->")
         )
-        n = len(rank)
-        scores = {}
+        if "words" in label or letters not in MTEB_DIRECTIONS:
+            continue
+        n, scores = len(rank), {}
         for k in (1, 3, 5, 10, 20, 100, 1000):
             hit = rank <= k
             of = {
@@ -122,7 +125,7 @@ def write_mteb(folder: Path, name: str, ranks: Mapping[str, np.ndarray], data: s
         scores |= {"main_score": scores["ndcg_at_10"], "hf_subset": "default"}
         result = {
             "dataset_revision": f"{data}, {n} clips",
-            "task_name": f"{prefix}{queries}2{candidates}{suffix}",
+            "task_name": f"{prefix}{letters}{suffix}",
             "mteb_version": None,
             "scores": {"test": [scores | {"languages": ["eng-Latn"]}]},
             "evaluation_time": None,
@@ -131,4 +134,6 @@ def write_mteb(folder: Path, name: str, ranks: Mapping[str, np.ndarray], data: s
         file = folder / (fusion or "sum") / f"{result['task_name']}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(result, indent=2) + "\n")
+    if not n:
+        return f"{folder}: nothing written, MTEB has no task of these rows"
     return f"{folder}: comparable with MVEB's only on its {theirs} clips; here {n}"
