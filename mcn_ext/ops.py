@@ -90,9 +90,11 @@ def contrastive_loss(
     valid: Tensor | None = None,
     group=None,
     budget: int | None = None,
+    **form,
 ) -> Tensor:
     """Masked-margin softmax in both directions; arguments and values of
-    :func:`mcn_ext.reference.contrastive_loss`.
+    :func:`mcn_ext.reference.contrastive_loss`, to which ``form`` goes: its ``weight``,
+    ``positives``, ``kind`` and so on are not compiled, and run in plain PyTorch.
 
     budget: bytes that the similarity matrices may take (default: the environment variable
     MCN_LOSS_BUDGET, else 2 GiB). Within it each is computed once, turned into the gradient with
@@ -104,7 +106,7 @@ def contrastive_loss(
     arguments but for the rows, of which each may hold another number, or none; ValueError on all of
     them if they do not.
     """
-    if not _compiled_for(x):
+    if form or not _compiled_for(x):
         return reference.contrastive_loss(
             x,
             y,
@@ -114,6 +116,7 @@ def contrastive_loss(
             ids=ids,
             valid=valid,
             group=group,
+            **form,
         )
     if x.shape != y.shape:
         raise ValueError(
@@ -188,12 +191,13 @@ def mcn_loss(
     valid: Mapping[str, Tensor] | None = None,
     group=None,
     budget: int | None = None,
+    **form,
 ) -> LossTerms:
     """All contrastive and clustering terms in one call that reuses one buffer; arguments and values
-    of :func:`mcn_ext.reference.mcn_loss`, ``budget`` of :func:`contrastive_loss`."""
+    of :func:`mcn_ext.reference.mcn_loss`, ``budget`` and ``form`` of :func:`contrastive_loss`."""
     names = list(embeddings)
     nothing = not names or not (pairs or centroids is not None)
-    if nothing or not _compiled_for(embeddings[names[0]]):
+    if nothing or form or not _compiled_for(embeddings[names[0]]):
         return reference.mcn_loss(
             embeddings,
             pairs,
@@ -207,6 +211,7 @@ def mcn_loss(
             ids=ids,
             valid=valid,
             group=group,
+            **form,
         )
     index = {name: i for i, name in enumerate(names)}
     flat = []

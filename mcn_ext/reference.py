@@ -24,6 +24,8 @@ from torch import Tensor
 from mcn_ext.distributed import gather
 
 EPS = 1e-12  # |x| at or below it counts as zero: no direction, no gradient
+KINDS = ("softmax", "dcl", "rince", "sigmoid")
+LARGEST_EXPONENT = 80.0  # e^80 is 5e34, and fp32 ends at 3e38
 
 
 class LossTerms(NamedTuple):
@@ -79,15 +81,39 @@ def _logsumexp(z: Tensor, dim: int) -> Tensor:
     return torch.where(empty, -math.inf, total.masked_fill(empty, 1.0).log() + top.squeeze(dim))
 
 
-def _softplus_mean(others: Tensor, positive: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over valid rows of log(1 + exp(others - positive)); 0 when there is no row.
+def _mean(row: Tensor, valid: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """(Weighted) mean of row (N,) over valid rows; 0 where there is none, or no weight."""
+    if weight is None:
+        weight = torch.ones_like(row) if valid is None else valid.to(row.dtype)
+    # Not row * weight: inf * 0 is NaN.
+    kept = torch.where(weight > 0, row, torch.zeros_like(row))
+    total = weight.sum()
+    return (kept * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
-    Subtracting first is exact for others = -inf; torch's softplus is off where it switches, at 20.
-    """
-    row = torch.logaddexp(others - positive, torch.zeros_like(positive))
-    if valid is None:
-        return row.sum() / max(len(row), 1)
-    return torch.where(valid, row, torch.zeros_like(row)).sum() / valid.sum().clamp_min(1)
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact for -inf; torch's softplus is off where it switches, at 20."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _row_loss(kind: str, positive: Tensor, others: Tensor, q: float, lam: float) -> Tensor:
+    """Loss of each row (N,) from the log-sums of its positives and of the others."""
+    gap = others - positive
+    if kind == "softmax":
+        return _softplus(gap)
+    alone = torch.isneginf(others)  # nothing to be told from
+    gap = torch.where(alone, torch.zeros_like(gap), gap)
+    if kind == "dcl":
+        row = gap
+    else:  # RINCE
+        everything = positive + _softplus(gap)
+
+        def power(log: Tensor) -> Tensor:
+            # Cut where exp would leave fp32: a row has no gradient from there on.
+            return (q * log).clamp(max=LARGEST_EXPONENT).exp()
+
+        row = (power(math.log(lam) + everything) - power(positive)) / q
+    return torch.where(alone, torch.zeros_like(row), row)
 
 
 def check_temperature(temperature: float | Tensor) -> None:
@@ -102,6 +128,24 @@ def check_temperature(temperature: float | Tensor) -> None:
         )
 
 
+def check_kind(kind: str, q: float, lam: float) -> None:
+    """ValueError for a loss that there is not, or parameters outside its range."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not (0 < q <= 1 and 0 < lam < math.inf):
+        raise ValueError(f"q must be in (0, 1] and lam above 0, got q = {q}, lam = {lam}")
+
+
+def _shares(weight: Tensor, valid: Tensor | None) -> Tensor:
+    """Weights (N,), the largest 1; 0 where not valid; NaN where it is no weight."""
+    fits = (weight >= 0) & (weight < math.inf)
+    weight = torch.where(fits, weight, torch.full_like(weight, math.nan))
+    if valid is not None:
+        weight = torch.where(valid, weight, torch.zeros_like(weight))
+    largest = weight.amax() if len(weight) else weight.sum()
+    return weight / torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
 def contrastive_loss(
     x: Tensor,
     y: Tensor,
@@ -111,50 +155,101 @@ def contrastive_loss(
     normalize: bool = True,
     ids: Tensor | None = None,
     valid: Tensor | None = None,
+    weight: Tensor | tuple[Tensor, Tensor] | None = None,
+    positives: Tensor | None = None,
+    kind: str = "softmax",
+    q: float = 0.1,
+    lam: float = 0.01,
+    bias: float | Tensor = -10.0,
     group=None,
     budget: int | None = None,
 ) -> Tensor:
-    """Masked-margin softmax in both directions; see the module's first lines for the equation.
+    """Contrastive loss in both directions; see the module's first lines for the equation.
+
+    With s the log-sum of exp(z) over a row's positives (its partner, unless ``positives`` says
+    more), and o that over the others, a row's loss is, by ``kind``:
+
+    - "softmax": log(e^s + e^o) - s. The masked-margin softmax; with ``positives`` MIL-NCE
+      (Miech et al., CVPR 2020, arXiv 1912.06430).
+    - "dcl": o - s, the positives left out of the denominator (decoupled contrastive learning, Yeh
+      et al., ECCV 2022, arXiv 2110.06848).
+    - "rince": ((lam (e^s + e^o))^q - e^(q s)) / q; the softmax for q -> 0, while q = 1 bounds what
+      a wrong positive can do (Chuang et al., CVPR 2022, arXiv 2201.04309). Exponents end at 80.
+    - "sigmoid": sum_j log(1 + exp(-l_ij (z_ij + bias))), l = 1 for positives and -1 for others:
+      each entry is asked for itself. The mean of both directions, not their sum (SigLIP, Zhai et
+      al., ICCV 2023, arXiv 2303.15343).
 
     Args:
         x, y: (N, D) embeddings, row i of x paired with row i of y; any float dtype, computed in
             fp32 (fp64 in fp64).
         temperature: float, or a 0-d tensor, which then gets its gradient.
+        margin: taken from the cosine of every positive.
         ids: (N,) int64. i != j with ids[i] == ids[j] are the same clip (or caption): in no sum.
         valid: (N,) bool. False rows (silent clip, no caption) are in no row, column or mean.
+        weight: (N,) at least 0, or one for each direction: means become weighted means. A row
+            without weight in both is as one that is not valid. Negative, NaN or inf: the loss is
+            NaN.
+        positives: (N,) int64. i != j with positives[i] == positives[j] are positives of each other;
+            where ``ids`` are equal as well, they are in no sum.
+        q, lam: of "rince". bias: of "sigmoid"; a 0-d tensor gets its gradient.
         group: process group. The loss is then that of the global batch, on every rank, and
             gradients are scaled so that averaging them over ranks (DDP) gives the single-process
             gradient.
         budget: bytes the compiled loss may keep of S; of no meaning here.
 
-    Returns a scalar, fp32 (fp64 for fp64 inputs). N = 0, N = 1 or no valid row: 0 with zero
-    gradients. NaN or inf in a valid row: NaN, never hidden. normalize=False is finite as long as
-    the dot products are (below 3e38 in fp32); with temperature 1 it is the published form.
+    Returns a scalar, fp32 (fp64 for fp64 inputs). N = 0 or no valid row: 0 with zero gradients; so
+    is a row without others, but for "sigmoid", which it still asks to be near its positives. NaN or
+    inf in a valid row: NaN, never hidden. normalize=False is finite as long as the dot products are
+    (below 3e38 in fp32); with temperature 1 it is the published form.
     """
     if x.shape != y.shape:
         raise ValueError(
             f"x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape: rows are pairs"
         )
     check_temperature(temperature)
+    check_kind(kind, q, lam)
+    weights = [] if weight is None else list(weight) if isinstance(weight, tuple) else [weight] * 2
     if group is not None:
         x, y = gather(x, group), gather(y, group)
         ids, valid = gather(ids, group), gather(valid, group)
+        positives, weights = gather(positives, group), [gather(w, group) for w in weights]
     with torch.autocast(x.device.type, enabled=False):
+        if weights:
+            # NaN is larger than 0 here: it is not to be hidden.
+            some = ~((weights[0] == 0) & (weights[1] == 0))
+            valid = some if valid is None else valid & some
         # Without autocast: bf16 would leave two or three digits of a cosine.
         x, y = _working(x, valid), _working(y, valid)
         a, b = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
+        weights = [_shares(w.to(x.dtype), valid) for w in weights] or [None, None]
         # z_ii of the first lines, (N,)
-        positive = ((a * b).sum(dim=1) - margin) / temperature
-        # The positive is not in the sum: the softplus form adds it, see the first lines.
+        partner = ((a * b).sum(dim=1) - margin) / temperature
+        # The partner is not in the sums: the softplus form adds it, see the first lines.
         skip = torch.eye(len(a), dtype=torch.bool, device=a.device)
         if ids is not None:
             skip = skip | (ids[:, None] == ids[None, :])
         if valid is not None:
             skip = skip | ~valid[:, None] | ~valid[None, :]
-        z = (a @ b.t() / temperature).masked_fill(skip, -math.inf)
+        cosine, mates = a @ b.t(), None
+        if positives is not None:
+            mates = (positives[:, None] == positives[None, :]) & ~skip
+            skip = skip | mates
+        z = (cosine / temperature).masked_fill(skip, -math.inf)
+        near = (cosine - margin) / temperature  # of the other positives, where they are mates
+        loss = x.new_zeros(())
         # Over dim 1: x_i against all y. Over dim 0: y_j against all x.
-        loss = sum(_softplus_mean(_logsumexp(z, dim), positive, valid) for dim in (1, 0))
-        return _poison(loss, x, y)
+        for dim, share in zip((1, 0), weights, strict=True):
+            if kind == "sigmoid":
+                row = _softplus(z + bias).sum(dim) + _softplus(-(partner + bias))
+                if mates is not None:
+                    row = row + torch.where(mates, _softplus(-(near + bias)), 0.0).sum(dim)
+                loss = loss + 0.5 * _mean(row, valid, share)
+                continue
+            s = partner
+            if mates is not None:
+                s = torch.logaddexp(s, _logsumexp(near.masked_fill(~mates, -math.inf), dim))
+            loss = loss + _mean(_row_loss(kind, s, _logsumexp(z, dim), q, lam), valid, share)
+        return _poison(loss, x, y, *(w for w in weights if w is not None))
 
 
 def cluster_loss(
@@ -197,7 +292,8 @@ def cluster_loss(
         # Its own centroid is left out of the sum, as the positive is in contrastive_loss.
         own = torch.nn.functional.one_hot(labels, len(mu)).bool()
         positive = ((a * b[labels]).sum(dim=1) - margin) / temperature
-        loss = _softplus_mean(_logsumexp(z.masked_fill(own, -math.inf), 1), positive, valid)
+        others = _logsumexp(z.masked_fill(own, -math.inf), 1)
+        loss = _mean(_softplus(others - positive), valid)
         return _poison(loss, x, mu)
 
 
@@ -214,8 +310,11 @@ def mcn_loss(
     normalize: bool = True,
     ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
     valid: Mapping[str, Tensor] | None = None,
+    weight: Mapping[tuple[str, str], Tensor] | None = None,
+    positives: Tensor | None = None,
     group=None,
     budget: int | None = None,
+    **kind,
 ) -> LossTerms:
     """All contrastive and clustering terms: ``total = contrastive + cluster_weight * cluster``.
 
@@ -227,13 +326,21 @@ def mcn_loss(
         embeddings: modality -> (N, D). valid: modality -> (N,) bool; a pair needs both.
         ids: (N,) int64 for all pairs, or pair -> (N,) int64.
         labels: (N,) int64, shared by the modalities.
+        weight: pair -> as in :func:`contrastive_loss`. positives: for all pairs.
+        kind: ``kind``, ``q``, ``lam`` and ``bias`` of :func:`contrastive_loss`.
     """
-    valid = dict(valid or {})
+    valid, weight = dict(valid or {}), dict(weight or {})
     if group is not None:
         # Gathered once here, not again for each pair.
         embeddings = {name: gather(x, group) for name, x in embeddings.items()}
         valid = {name: gather(mask, group) for name, mask in valid.items()}
-        labels = gather(labels, group)
+        labels, positives = gather(labels, group), gather(positives, group)
+        weight = {
+            pair: tuple(gather(w, group) for w in both)
+            if isinstance(both, tuple)
+            else gather(both, group)
+            for pair, both in weight.items()
+        }
         ids = (
             {pair: gather(i, group) for pair, i in ids.items()}
             if isinstance(ids, Mapping)
@@ -250,7 +357,10 @@ def mcn_loss(
             embeddings[second],
             ids=pair_ids,
             valid=masks[0] & masks[-1] if masks else None,
+            weight=weight.get((first, second)),
+            positives=positives,
             **common,
+            **kind,
         ) / len(pairs)
     if centroids is None:
         return LossTerms(contrastive, contrastive.detach(), torch.zeros_like(contrastive).detach())
@@ -266,3 +376,16 @@ def mcn_loss(
         contrastive.detach(),
         torch.as_tensor(cluster).detach(),
     )
+
+
+def volume(queries: Tensor, *candidates: Tensor) -> Tensor:
+    """Volume (n, m) that unit rows span: query i (n, D) and the modalities (m, D) of candidate j.
+
+    sqrt(det G) with G their Gram matrix; a match is small (GRAM, Cicchetti et al., ICLR 2025,
+    arXiv 2412.11959). It is 0 for *every* query where a candidate's modalities agree: linearly
+    dependent rows span no volume. So it ranks nothing where video and audio have become alike.
+    """
+    rows = [unit_rows(x)[None].expand(len(queries), -1, -1) for x in candidates]
+    own = unit_rows(queries)[:, None].expand(-1, len(candidates[0]), -1)
+    all_rows = torch.stack([own, *rows], dim=2)  # (n, m, modalities, D)
+    return torch.linalg.det(all_rows @ all_rows.transpose(2, 3)).clamp_min(0).sqrt()

@@ -42,7 +42,9 @@ def rows_of_all(n=203, d=24):
     valid["text"][:60] = False  # none is valid on a first rank
     labels = torch.randint(8, (n,), generator=g)
     ids = {pair: torch.randint(100, (n,), generator=g) for pair in PAIRS[:2]}
-    return {"rows": rows, "labels": labels, "valid": valid, "ids": ids}
+    bags, weight = torch.arange(n) // 3, torch.rand(n, generator=g).round(decimals=1)
+    more = {"bags": bags, "weight": weight}
+    return {"rows": rows, "labels": labels, "valid": valid, "ids": ids} | more
 
 
 def part(value, sizes, rank):
@@ -52,15 +54,17 @@ def part(value, sizes, rank):
     return value.split(list(sizes))[rank]
 
 
-def cases(rows, labels, valid, ids, **group):
+def cases(rows, labels, valid, ids, bags, weight, **group):
     """name: (loss, its rows, which of them are frozen)."""
     video, audio, text = rows.values()
     mu = torch.randn(9, video.shape[1], generator=torch.Generator().manual_seed(1))
     masked = {"valid": valid["audio"]} | group
+    noisy = {"positives": bags, "weight": weight} | masked
     all_terms = {"centroids": mu, "labels": labels, "valid": valid, "ids": ids} | group
     return {
         "contrastive": (contrastive(**group), [text, video], ()),
         "ids, valid": (contrastive(ids=ids[PAIRS[1]], **masked), [audio, video], ()),
+        **{kind: (contrastive(kind=kind, **noisy), [audio, video], ()) for kind in reference.KINDS},
         "one side frozen": (contrastive(**group), [text, video], (0,)),
         "published": (contrastive(normalize=False, **group), [text / 4, video / 4], ()),
         "cluster": (cluster(mu, labels, **masked), [audio], ()),

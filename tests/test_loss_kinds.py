@@ -1,0 +1,213 @@
+"""Contrastive losses for noisy pairs, in plain PyTorch: weights, bags, DCL, RINCE, sigmoid."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, logsigmoid
+from torch.testing import assert_close
+
+import mcn_ext
+from mcn_ext.reference import KINDS, contrastive_loss, mcn_loss, unit_rows, volume
+
+N, T, MARGIN = 9, 0.3, 0.05
+IDS = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7, 8])
+VALID = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1]).bool()
+BAGS = torch.tensor([0, 0, 0, 1, 0, 2, 2, 3, 4])  # 0 and 4 have one id: in no sum
+WEIGHT = torch.tensor([1, 0.5, 3, 0, 2, 1, 0.25, 1, 4], dtype=torch.float64)
+CASES = [
+    {},
+    {"ids": IDS, "valid": VALID},
+    {"positives": BAGS},
+    {"weight": WEIGHT},
+    {"weight": (WEIGHT, WEIGHT.flip(0)), "positives": BAGS, "ids": IDS, "valid": VALID},
+]
+
+
+def rows(n=N, d=5, dtype=torch.float64, scale=1.0):
+    g = torch.Generator().manual_seed(0)
+    both = torch.randn(2, n, d, generator=g, dtype=torch.float64) * scale
+    return [x.to(dtype).requires_grad_() for x in both.unbind()]
+
+
+def textbook(x, y, kind, ids=None, valid=None, positives=None, weight=None, bias=-1.0, q=0.4):
+    """One number after another, as the papers write them; nothing shared with the implementation.
+    RINCE's lambda is 0.2."""
+    n = len(x)
+    x, y = (torch.stack([row / row.norm() for row in side]) for side in (x, y))
+    weights = weight if isinstance(weight, tuple) else (weight, weight)
+    weights = [torch.ones(n, dtype=x.dtype) if w is None else w for w in weights]
+    there = [i for i in range(n) if (valid is None or valid[i]) and weights[0][i] + weights[1][i]]
+    total = 0.0
+    for a, b, w in ((x, y, weights[0]), (y, x, weights[1])):
+        of_rows = 0.0
+        for i in there:
+            near, far = [], []
+            for j in there:
+                if i != j and ids is not None and ids[i] == ids[j]:
+                    continue
+                right = i == j or (positives is not None and bool(positives[i] == positives[j]))
+                (near if right else far).append((a[i] @ b[j] - MARGIN * right) / T)
+            near, far = torch.stack(near), torch.stack([*far, torch.tensor(-math.inf).double()])
+            s, o = near.exp().sum(), far.exp().sum()
+            row = {
+                "softmax": lambda s=s, o=o: -(s / (s + o)).log(),
+                "dcl": lambda s=s, o=o: -(s / o).log(),
+                "rince": lambda s=s, o=o: -(s**q) / q + (0.2 * (s + o)) ** q / q,
+                "sigmoid": lambda near=near, far=far: (
+                    -0.5 * (logsigmoid(near + bias).sum() + logsigmoid(-far - bias).sum())
+                ),
+            }[kind]()
+            of_rows = of_rows + w[i] * row
+        total = total + of_rows / sum(w[i] for i in there)
+    return total
+
+
+def loss_of(x, y, kind, **options):
+    options = {"temperature": T, "margin": MARGIN, "q": 0.4, "lam": 0.2, "bias": -1.0} | options
+    return contrastive_loss(x, y, kind=kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_textbook(kind, case):
+    x, y = rows()
+    got, want = loss_of(x, y, kind, **case), textbook(x, y, kind, **case)
+    assert_close(got, want, rtol=1e-10, atol=1e-12)
+    got, want = (torch.autograd.grad(v, (x, y)) for v in (got, want))
+    assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_with_temperature_and_bias(kind):
+    x, y = rows()
+    t, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, -1.0))
+    options = {**CASES[-1], "margin": MARGIN, "kind": kind, "q": 0.4, "lam": 0.2}
+    assert torch.autograd.gradcheck(
+        lambda x, y, t, bias: contrastive_loss(x, y, temperature=t, bias=bias, **options),
+        (x, y, t, bias),
+    )
+
+
+def test_equals_siglip_and_clip():
+    """SigLIP as its paper's Algorithm 1 writes it; RINCE's limit q -> 0; CLIP's cross entropy."""
+    x, y = rows()
+    logits = 10 * unit_rows(x) @ unit_rows(y).T - 10
+    labels = 2 * torch.eye(N) - 1
+    want = -logsigmoid(labels * logits).sum() / N
+    assert_close(contrastive_loss(x, y, kind="sigmoid", temperature=0.1, margin=0), want)
+    same = torch.arange(N)
+    logits = unit_rows(x) @ unit_rows(y).T / T
+    want = cross_entropy(logits, same) + cross_entropy(logits.T, same)
+    got = contrastive_loss(x, y, kind="rince", temperature=T, margin=0, q=1e-6, lam=1.0)
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got = contrastive_loss(
+        x, y, temperature=T, margin=0, positives=same, weight=torch.full((N,), 7)
+    )
+    assert_close(got, want)
+
+
+def test_equals_symile(monkeypatch):
+    """Symile's in-batch form, its shuffles taken out: a product of two modalities is the third's
+    candidate. The package has queries of one side alone, so the other direction weighs nothing."""
+    symile = pytest.importorskip("symile")
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    x, y = rows()
+    (z, _) = rows(scale=0.5)
+    x, y, z = (unit_rows(v + k) for k, v in enumerate((x, y, z)))
+    want = symile.Symile()([x, y, z], torch.tensor(4.0))
+    one_side = (torch.ones(N), torch.zeros(N))
+    options = {"temperature": 1 / 4, "margin": 0, "normalize": False, "weight": one_side}
+    got = sum(
+        contrastive_loss(a, b * c, **options) for a, b, c in ((x, y, z), (y, x, z), (z, x, y))
+    )
+    assert_close(got / 3, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_never_nan_on_finite_input(kind):
+    for scale, normalize in ((1.0, True), (1e-30, True), (0.0, True), (1e4, False), (1e18, False)):
+        for case in CASES:
+            x, y = rows(dtype=torch.float32, scale=scale)
+            t = torch.tensor(0.01, requires_grad=True)
+            options = {"temperature": t, "normalize": normalize, "q": 1.0}
+            loss = loss_of(x, y, kind, **{**case, **options})
+            gradients = torch.autograd.grad(loss, (x, y, t))
+            finite = [bool(torch.isfinite(v).all()) for v in (loss, *gradients)]
+            # Dot products of 1e36 and their gradient with respect to the temperature leave fp32.
+            assert all(finite) or scale == 1e18, (kind, scale, case, finite)
+            assert not loss.isnan() or scale == 1e18
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edges(kind):
+    x, y = rows()
+    nothing = torch.zeros(N)
+    for options in (
+        {"valid": torch.zeros(N, dtype=torch.bool)},
+        {"weight": nothing},
+        {"weight": (nothing, nothing)},
+    ):
+        loss = loss_of(x, y, kind, **options)
+        assert loss == 0 and not any(g.any() for g in torch.autograd.grad(loss, (x, y)))
+    # Nothing to be told from: one row, all in one bag, all with one id.
+    for n, options in (
+        (0, {}),
+        (1, {}),
+        (N, {"positives": nothing.long()}),
+        (N, {"ids": nothing.long()}),
+    ):
+        loss = loss_of(x[:n], y[:n], kind, **options)
+        assert (loss == 0) == (kind != "sigmoid" or n == 0) and torch.isfinite(loss)
+    # A weight of 0 is a row that is not valid; a common factor changes nothing.
+    gone = torch.arange(N) != 3
+    want = loss_of(x, y, kind, valid=gone)
+    assert_close(loss_of(x, y, kind, weight=gone.double() * 1e-30), want)
+    bad = gone.double()
+    for value in (math.nan, math.inf, -1.0):
+        bad[5] = value
+        assert loss_of(x, y, kind, weight=bad).isnan()
+        assert not loss_of(x, y, kind, weight=bad, valid=torch.arange(N) != 5).isnan()
+    assert not loss_of(*rows(), kind, weight=gone).isnan()
+    with torch.no_grad():
+        x[3] = math.nan
+    assert loss_of(x, y, kind).isnan() and not loss_of(x, y, kind, weight=gone).isnan()
+
+
+def test_wrong_positives_pull_less():
+    """A partner far from its row: the softmax pulls it hardest, RINCE with q = 1 hardly at all."""
+    right = torch.eye(8, dtype=torch.float64)
+    wrong = right.clone()
+    wrong[0], wrong[1] = right[1].clone(), right[0].clone()  # two partners changed places
+    pulls = {}
+    for kind, q in (("softmax", 0.5), ("rince", 0.1), ("rince", 1.0)):
+        x = right.clone().requires_grad_()
+        loss = contrastive_loss(x, wrong, kind=kind, q=q, temperature=0.2, lam=0.01)
+        rows_of = torch.autograd.grad(loss, x)[0].norm(dim=1)
+        pulls[kind, q] = float(rows_of[0] / rows_of[2:].mean())
+    assert pulls["softmax", 0.5] > pulls["rince", 0.1] > pulls["rince", 1.0]
+
+
+def test_all_terms_and_the_extension_take_them():
+    x, y = rows(dtype=torch.float32)
+    pair, both = ("a", "b"), {"a": x, "b": y}
+    options = {"kind": "rince", "q": 0.5, "positives": BAGS}
+    want = contrastive_loss(x, y, weight=WEIGHT, **options)
+    for module in (mcn_ext, None):
+        call = module.mcn_loss if module else mcn_loss
+        assert_close(call(both, [pair], weight={pair: WEIGHT}, **options).total, want)
+    assert_close(mcn_ext.contrastive_loss(x, y, weight=WEIGHT, **options), want)
+    for wrong in ({"kind": "clip"}, {"q": 0.0, "kind": "rince"}, {"lam": 0.0, "kind": "rince"}):
+        with pytest.raises(ValueError, match="must be"):
+            mcn_ext.contrastive_loss(x, y, **wrong)
+
+
+def test_the_volume_is_blind_where_video_and_audio_agree():
+    text, video = rows(4, 6)
+    audio = rows(4, 6, scale=2.0)[1].flip(0)
+    a, b, c = (unit_rows(v)[i] for v, i in ((text, 2), (video, 1), (audio, 1)))
+    ab, ac, bc = a @ b, a @ c, b @ c
+    want = (1 + 2 * ab * ac * bc - ab**2 - ac**2 - bc**2).sqrt()  # a 3 x 3 determinant
+    assert_close(volume(text, video, audio)[2, 1], want)
+    assert_close(volume(text, video), (1 - (unit_rows(text) @ unit_rows(video).T) ** 2).sqrt())
+    assert volume(text, video, video * 3).max() < 1e-7  # whatever the text
