@@ -103,7 +103,8 @@ def test_other_dials_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
     assert noisy == "demo data (made up; --video_noise 2.0 --videos 2)"
     with h5py.File(tmp_path / "train.h5") as file:
         assert file["mel"].attrs["tool"] == (
-            "mcn_ext.prepare demo --seed 0 --video_noise 2.0 --audio_noise 1.0 --videos 2"
+            "mcn_ext.prepare demo --seed 0 --video_noise 2.0 --audio_noise 1.0 --videos 2 "
+            "--shift 0.0"
         )
     assert prepare([*words, "--video_noise", "2"]) == 0, "the same again"
     capsys.readouterr()
