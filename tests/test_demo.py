@@ -12,7 +12,7 @@ import pytest
 from mcn_ext.data.store import Store, StoreError, validate
 from mcn_ext.prepare import demo
 from mcn_ext.prepare.__main__ import main as prepare
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 
 @pytest.mark.slow
@@ -146,3 +146,25 @@ def test_other_dials_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
         demo.prepare(tmp_path, audio_noise=float("inf"))
     with pytest.raises(StoreError, match="--shift 1.5 must be 0 to 1"):
         demo.prepare(tmp_path, shift=1.5)
+
+
+def test_a_stores_captions_are_shifted_the_same_way(tmp_path, store_path):
+    """benchmarks/shift.py: at share 1 each clip shows, or sounds like, its neighbour."""
+    out = tmp_path / "shifted.h5"
+    run(ROOT / "benchmarks/shift.py", store_path, out, "--share 1 --seed 3", cwd=tmp_path)
+    validate(out)
+    before, after = Store(store_path), Store(out)
+    changed = {"video": 0, "audio": 0}
+    for video in range(len(before)):
+        _, start, end = before.caption_times(video)
+        order = demo.shifted_order(6, 1, np.random.default_rng((3, 4, video)))
+        assert after.caption_texts(video) == before.caption_texts(video)
+        assert np.array_equal(after.caption_times(video)[1:], (start, end))
+        for stream, modality in before.modalities.items():
+            had, has = (store.clips(video, stream, start, end) for store in (before, after))
+            # Not the last two: the last segment is shorter, as it ends with its caption.
+            for rows, of in zip(has[:4], order[modality], strict=False):
+                n = min(len(rows), len(had[of]))
+                assert np.array_equal(rows[:n], had[of][:n])
+            changed[modality] += sum(order[modality] != np.arange(6))
+    assert min(changed.values()) > 10
