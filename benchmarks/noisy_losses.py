@@ -60,9 +60,9 @@ def prepare(name: str, folder: Path) -> None:
             python("benchmarks/shift.py", plain / "train.h5", out / "train.h5", "--share", share)
 
 
-def train(name: str, folder: Path, losses: list[str], flags: str) -> None:
-    for loss in losses:
-        for share in SHARES:
+def train(name: str, folder: Path, shares: list[str], losses: list[str], flags: str) -> None:
+    for share in shares:
+        for loss in losses:
             data, out = folder / f"data/{name}-{share}", folder / f"runs/{name}-{share}/{loss}"
             if not finished(out):
                 stores = ("--data", data / "train.h5", "--youcook2", data / "eval.h5")
@@ -148,6 +148,7 @@ def main():
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--data", metavar="NAME", help="what to train on; demo makes it")
+    parser.add_argument("--shares", nargs="+", choices=SHARES, default=SHARES)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     flags = "--preset demo --n_pair 8"
     parser.add_argument("--flags", default=flags, help=f"of train_stage1.py (default {flags})")
@@ -155,7 +156,7 @@ def main():
     folder = args.folder.absolute()
     if args.data:
         prepare(args.data, folder)
-        train(args.data, folder, args.losses, args.flags)
+        train(args.data, folder, args.shares, args.losses, args.flags)
     write(folder)
 
 
