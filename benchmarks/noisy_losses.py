@@ -76,14 +76,11 @@ def rows_of(folder: Path) -> list[dict]:
     rows = []
     for cell in sorted((folder / "runs").glob("*-*")):
         name, _, share = cell.name.rpartition("-")
-        made = [loss for loss in LOSSES if (cell / loss / "study.json").exists()]
-        studies = {loss: Study(cell / loss) for loss in made}
+        studies = {loss: Study(cell / loss) for loss in LOSSES if finished(cell / loss)}
         for order in ORDERS:
             for fusion, direction in FUSIONS.items():
                 for loss, study in studies.items():
                     values = study.values(order, direction=direction)
-                    if not len(values):
-                        continue
                     row = {"data": name, "share": float(share), "order": order, "loss": loss}
                     row |= {"fusion": fusion, "n_seeds": len(values), "R@10": float(values.mean())}
                     row["text"] = spread(values)
