@@ -56,6 +56,7 @@ def prepare(name: str, folder: Path) -> None:
         elif not (out / "train.h5").exists():
             plain = folder / f"data/{name}-0"
             out.mkdir(exist_ok=True)
+            (out / "eval.h5").unlink(missing_ok=True)  # of a start that was interrupted
             (out / "eval.h5").symlink_to(plain / "eval.h5")
             python("benchmarks/shift.py", plain / "train.h5", out / "train.h5", "--share", share)
 
@@ -124,7 +125,8 @@ ABOUT = """# Losses on misaligned clips
 R@10 of {main}, three seeds, mean ± standard deviation; then the difference to the softmax in the
 same column with its 95 % interval (paired bootstrap over queries and seeds), bold where it excludes
 0. All losses have the same temperature and learning rate, which were tuned for the softmax only.
-No correction for many comparisons: of 100 differences without an effect, 5 would be bold.
+No correction for many comparisons: of 100 differences without an effect, 5 would be bold. A shifted
+clip has its sound or its picture from the clip before or after it; evaluation clips are not shifted.
 Made by `benchmarks/noisy_losses.py`, commit {commit}, {date}.
 
 """
