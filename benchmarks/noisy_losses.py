@@ -125,9 +125,10 @@ ABOUT = """# Losses on misaligned clips
 R@10 of {main}, three seeds, mean ± standard deviation; then the difference to the softmax in the
 same column with its 95 % interval (paired bootstrap over queries and seeds), bold where it excludes
 0. All losses have the same temperature and learning rate, which were tuned for the softmax only.
-No correction for many comparisons: of 100 differences without an effect, 5 would be bold. A shifted
-shifted. Made by `benchmarks/noisy_losses.py`, commit {commit}, {date}.
-Made by `benchmarks/noisy_losses.py`, commit {commit}, {date}.
+No correction for many comparisons: of 100 differences without an effect, 5 would be bold.
+
+A shifted clip has its sound or its picture from the clip before or after it. Evaluation clips are
+not shifted. Made by `benchmarks/noisy_losses.py`, commit {commit}, {date}.
 
 """
 
