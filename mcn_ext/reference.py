@@ -25,7 +25,7 @@ from mcn_ext.distributed import gather
 
 EPS = 1e-12  # |x| at or below it counts as zero: no direction, no gradient
 KINDS = ("softmax", "dcl", "rince", "sigmoid")
-LARGEST_EXPONENT = 80.0  # e^80 is 5e34, and fp32 ends at 3e38
+LARGEST_EXPONENT = 60.0  # e^60 is 1e26: times a weight and a logit it is far from fp32's end
 
 
 class LossTerms(NamedTuple):
@@ -107,12 +107,11 @@ def _row_loss(kind: str, positive: Tensor, others: Tensor, q: float, lam: float)
         row = gap
     else:  # RINCE
         everything = positive + _softplus(gap)
-
-        def power(log: Tensor) -> Tensor:
-            # Cut where exp would leave fp32: a row has no gradient from there on.
-            return (q * log).clamp(max=LARGEST_EXPONENT).exp()
-
-        row = (power(math.log(lam) + everything) - power(positive)) / q
+        logs = q * torch.stack([math.log(lam) + everything, positive])
+        powers = logs.clamp(max=LARGEST_EXPONENT).exp()
+        row = (powers[0] - powers[1]) / q
+        # Cut where exp would leave fp32: a row has no gradient from there on.
+        row = torch.where(logs.amax(0) > LARGEST_EXPONENT, row.detach(), row)
     return torch.where(alone, torch.zeros_like(row), row)
 
 
@@ -132,8 +131,8 @@ def check_kind(kind: str, q: float, lam: float) -> None:
     """ValueError for a loss that there is not, or parameters outside its range."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not (0 < q <= 1 and 0 < lam < math.inf):
-        raise ValueError(f"q must be in (0, 1] and lam above 0, got q = {q}, lam = {lam}")
+    if not (0 < q <= 1 and 0 < lam <= 1):
+        raise ValueError(f"q and lam must be in (0, 1], got q = {q}, lam = {lam}")
 
 
 def _shares(weight: Tensor, valid: Tensor | None) -> Tensor:
@@ -174,7 +173,7 @@ def contrastive_loss(
     - "dcl": o - s, the positives left out of the denominator (decoupled contrastive learning, Yeh
       et al., ECCV 2022, arXiv 2110.06848).
     - "rince": ((lam (e^s + e^o))^q - e^(q s)) / q; the softmax for q -> 0, while q = 1 bounds what
-      a wrong positive can do (Chuang et al., CVPR 2022, arXiv 2201.04309). Exponents end at 80.
+      a wrong positive can do (Chuang et al., CVPR 2022, arXiv 2201.04309). Exponents end at 60.
     - "sigmoid": sum_j log(1 + exp(-l_ij (z_ij + bias))), l = 1 for positives and -1 for others:
       each entry is asked for itself. The mean of both directions, not their sum (SigLIP, Zhai et
       al., ICCV 2023, arXiv 2303.15343).

@@ -1,4 +1,5 @@
-"""Contrastive losses for noisy pairs, in plain PyTorch: weights, bags, DCL, RINCE, sigmoid."""
+"""Contrastive losses for noisy pairs: weights, bags, DCL, RINCE, sigmoid; the reference against
+textbooks, the compiled ones against the reference."""
 
 import math
 
@@ -8,7 +9,9 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from torch.testing import assert_close
 
 import mcn_ext
+from mcn_ext import ops
 from mcn_ext.reference import KINDS, contrastive_loss, mcn_loss, unit_rows, volume
+from tests.test_loss import BITS, check, device, mode, problem, values  # noqa: F401
 
 N, T, MARGIN = 9, 0.3, 0.05
 IDS = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7, 8])
@@ -172,6 +175,86 @@ def test_edges(kind):
     with torch.no_grad():
         x[3] = math.nan
     assert loss_of(x, y, kind).isnan() and not loss_of(x, y, kind, weight=gone).isnan()
+
+
+def forms(kind, n, device):  # noqa: F811
+    """Calls for test_loss.check: plain, bags, weights, and all there is in one."""
+    number = torch.arange(n, device=device)
+    bags, weight = number // 3, (number % 7) / 4
+    ids, there = number // 2 % (n - n // 4 + 1), number % 5 != 2
+    noisy = {"positives": bags, "weight": (weight, weight.flip(0)), "ids": ids, "valid": there}
+    loss = {"kind": kind, "q": 0.5, "lam": 0.25, "margin": 0.125}
+
+    def call(**options):
+        # A bias made of the temperature: its gradient is in the temperature's.
+        return lambda m, rows, t: m.contrastive_loss(
+            *rows, temperature=t, bias=-4 * t, **{**loss, **options}
+        )
+
+    return [call(), call(positives=bags), call(weight=weight), call(**noisy)], call, noisy, loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "dtype, n, d, tile",
+    [
+        *((dtype, 70, 24, 0) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+        *((torch.float32, *size) for size in [(0, 5, 0), (2, 1, 0), (131, 9, 0), (131, 24, 64)]),
+    ],
+)
+def test_compiled_errors_in_budget(device, mode, monkeypatch, kind, dtype, n, d, tile):  # noqa: F811
+    monkeypatch.setattr(ops, "_tile", tile)
+    rows, options = problem(n, d, device, dtype)
+    calls, call, noisy, loss = forms(kind, n, device)
+    for one in calls:
+        check(one, rows[:2])
+        check(one, rows[:2], frozen=(1,))
+    check(call(**noisy, normalize=False), rows[:2], temperature=4.0)
+    weight = {("audio", "text"): noisy["weight"], ("text", "video"): noisy["weight"][0]}
+    options |= loss | {"positives": noisy["positives"], "weight": weight}
+    names, pairs = ("video", "audio", "text"), [*weight, ("video", "audio")]
+
+    def everything(m, rows, t):
+        return m.mcn_loss(
+            dict(zip(names, rows, strict=True)), pairs, temperature=t, bias=-4 * t, **options
+        )
+
+    got = check(everything, rows)
+    for _ in range(3):
+        assert_close(values(ops, everything, rows), got, **BITS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_edges(device, mode, kind):  # noqa: F811
+    x, y = (v.to(device).float() for v in rows())
+    zero = torch.zeros(N, device=device)
+    gone = (torch.arange(N, device=device) != 3).float()
+    call = forms(kind, N, device)[1]
+    for options in (
+        {"positives": zero.long()},
+        {"ids": zero.long()},
+        {"valid": zero.bool()},
+        {"weight": zero},
+        {"weight": (gone, zero)},
+        {"weight": gone * 1e-30},
+        {"weight": 1 - gone},
+        {"positives": zero.long(), "weight": gone},
+    ):
+        check(call(**options), [x, y])
+    for scale, temperature in ((1e-30, 0.25), (0.0, 0.25), (1.0, 2**-13)):
+        for one in forms(kind, N, device)[0]:
+            loose = None if temperature == 0.25 else 2e-3
+            check(one, [x * scale, y * scale], temperature, loose)
+    broken = x.clone()
+    broken[3] = math.nan
+    assert values(ops, call(), [broken, y])[0].isnan()
+    assert_close(
+        values(ops, call(weight=gone), [broken, y]),
+        values(ops, call(weight=gone), [x.where(gone[:, None] > 0, 0), y]),
+    )
+    for value in (math.nan, -1.0, math.inf):
+        bad = torch.where(gone == 0, value, gone)
+        assert all(v.isnan().any() for v in values(ops, call(weight=bad), [x, y])[:3])
 
 
 def test_wrong_positives_pull_less():
