@@ -64,13 +64,13 @@ def parse(argv):
     group.add_argument(
         "--fusion",
         nargs="+",
-        choices=("sum", "mean", "bank", "words", "words+sum", "words+mean", "words+bank"),
+        choices=("sum", "mean", "bank", "volume", "words", "words+sum", "words+mean", "words+bank"),
         default=["sum"],
         help="how several modalities and candidates compare (default sum); several may be given. "
-        "sum: of cosines, the published protocol; mean: cosine to the mean embedding; bank: sum, "
-        "less what draws training clips' queries to a candidate (no evaluation data used); words: "
-        "BM25 of the caption and the words spoken in the clip, alone without a run; words+sum and "
-        "so on: both, by reciprocal ranks (moments: always words+sum)",
+        "sum: of cosines, as published; mean: cosine to the mean embedding; bank: sum, less what "
+        "draws training clips' queries to a candidate (no evaluation data used); volume: of query "
+        "and two modalities, small for a match (GRAM); words: BM25 of caption and words spoken, "
+        "alone without a run; words+sum and so on: both, by reciprocal ranks (moments: always so)",
     )
     group.add_argument(
         "--bank_size",

@@ -135,6 +135,25 @@ def get_parser():
 
     add = parser.add_argument_group("objective").add_argument
     add(
+        "--loss",
+        choices=flags.LOSSES,
+        default="softmax",
+        help="contrastive loss; for pairs that do not belong together: milnce takes a clip's "
+        "neighbours in time as further positives, dcl leaves positives out of the denominator, "
+        "rince bounds what a wrong pair can do, sigmoid asks each pair by itself (SigLIP)",
+    )
+    add(
+        "--n_candidates",
+        type=positive(int),
+        help="of --loss milnce: neighbouring clips of a batch's video in a bag (4). The published "
+        "MIL-NCE reads the nearest captions in addition; here they are clips that are there",
+    )
+    add(
+        "--rince_q",
+        type=flags.between(float, 0, 1, more=True),
+        help="of --loss rince: near 0 as the softmax, 1 most robust (0.1)",
+    )
+    add(
         "--temperature",
         type=positive(float),
         default=0.05,
@@ -293,7 +312,13 @@ def main(argv=None):
         audio_augment=args.audio_augment,
     )
     # A clip depends on (seed, epoch, video) alone: any number of ranks sees the same batch.
-    clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
+    clips = TrainingClips(
+        reader,
+        n_pair=args.n_pair,
+        min_time=args.min_time,
+        seed=args.seed,
+        n_candidates=args.n_candidates,
+    )
     workers = default_workers(device) if args.workers is None else args.workers
     sampler = ClipSampler(len(clips), args.batch_size, args.seed)
     loader = make_loader(clips, sampler, workers, device)
@@ -322,6 +347,8 @@ def main(argv=None):
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,
         trained=model.modalities,
+        loss=args.loss,
+        rince_q=args.rince_q,
         temperature=args.temperature,
         learn_temperature=args.learn_temperature,
         margin=args.margin,

@@ -43,6 +43,9 @@ INHERITED = (
     "min_time",
     "audio_frames",
     "audio_augment",
+    "loss",
+    "n_candidates",
+    "rince_q",
     "temperature",
     "learn_temperature",
     "margin",
@@ -140,6 +143,25 @@ def get_parser():
     )
 
     add = parser.add_argument_group("objective").add_argument
+    add(
+        "--loss",
+        choices=flags.LOSSES,
+        default="softmax",
+        help="contrastive loss; for pairs that do not belong together: milnce takes a clip's "
+        "neighbours in time as further positives, dcl leaves positives out of the denominator, "
+        "rince bounds what a wrong pair can do, sigmoid asks each pair by itself (SigLIP)",
+    )
+    add(
+        "--n_candidates",
+        type=positive(int),
+        help="of --loss milnce: neighbouring clips of a batch's video in a bag (4). The published "
+        "MIL-NCE reads the nearest captions in addition; here they are clips that are there",
+    )
+    add(
+        "--rince_q",
+        type=flags.between(float, 0, 1, more=True),
+        help="of --loss rince: near 0 as the softmax, 1 most robust (0.1)",
+    )
     add(
         "--temperature",
         type=positive(float),
@@ -245,6 +267,9 @@ def get_args(argv=None, start=None):
     if args.similarity != start["similarity"]:  # the other one has another scale
         parser.set_defaults(temperature=1.0 if args.similarity == "dot" else 0.05)
         args = parser.parse_args(argv)
+    if args.loss != start.get("loss", "softmax"):  # the other one's are of no use to it
+        parser.set_defaults(n_candidates=None, rince_q=None)
+        args = parser.parse_args(argv)
     args.word2vec = Path(args.word2vec) if args.word2vec else None
     args.data, args.preset, args.demo = flags.find_data(Path(args.data), preset)
     flags.check(args, own_words="T" not in start["modalities"])
@@ -269,7 +294,7 @@ def main(argv=None):
     )
     from mcn_ext.modalities import MODALITIES
     from mcn_ext.model import MCN
-    from mcn_ext.objective import Objective
+    from mcn_ext.objective import BIAS, Objective
     from mcn_ext.train import checkpoint, inputs, memory
     from mcn_ext.train.curves import curves
     from mcn_ext.train.diagnostics import diagnose, signs_of_collapse
@@ -285,9 +310,10 @@ def main(argv=None):
     start = checkpoint.load(init / checkpoint.LATEST)
     pair = start["sizes"]["modalities"]
     inputs.check_added(args.add, pair, init)
-    learnt = start.get("training", {}).get("objective", {}).get("log_scale")
-    if learnt is not None:  # stage 2 begins with the temperature that stage 1 has learnt
-        start["args"]["temperature"] = round(math.exp(-float(learnt)), 6)
+    # Stage 2 begins with the temperature and the bias that stage 1 has learnt.
+    learnt = start.get("training", {}).get("objective", {})
+    if "log_scale" in learnt:
+        start["args"]["temperature"] = round(math.exp(-float(learnt["log_scale"])), 6)
     args = get_args(argv, start["args"] | {"modalities": pair})
     # A retrained stage 1, or one that has gone on, is another start: not resumed from.
     args.init, args.init_run_id, args.init_step = init, start["run_id"], start["step"]
@@ -333,7 +359,13 @@ def main(argv=None):
         audio_augment=args.audio_augment,
     )
     # A clip depends on (seed, epoch, video) alone: any number of ranks sees the same batch.
-    clips = TrainingClips(reader, n_pair=args.n_pair, min_time=args.min_time, seed=args.seed)
+    clips = TrainingClips(
+        reader,
+        n_pair=args.n_pair,
+        min_time=args.min_time,
+        seed=args.seed,
+        n_candidates=args.n_candidates,
+    )
     workers = default_workers(device) if args.workers is None else args.workers
     # Clips go on where stage 1 ended: in epochs that it has not drawn. (An old run goes on with
     # those that it had.)
@@ -373,6 +405,9 @@ def main(argv=None):
     objective = Objective(  # contrastive + clustering + reconstruction, over the global batch
         model.modalities,
         trained=[MODALITIES[args.add].name] if frozen else model.modalities,
+        loss=args.loss,
+        rince_q=args.rince_q,
+        bias=float(learnt.get("bias", BIAS)),
         temperature=args.temperature,
         learn_temperature=args.learn_temperature,
         margin=args.margin,

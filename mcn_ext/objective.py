@@ -15,6 +15,7 @@ from mcn_ext.clustering import OnlineClusters
 from mcn_ext.reference import LossTerms, unit_rows
 
 LARGEST_SCALE = 100.0  # of a learnt 1 / temperature, as CLIP limits it
+BIAS = -10.0  # of the sigmoid loss at the start, as SigLIP's: nearly all pairs are negatives
 
 
 @dataclass
@@ -52,6 +53,9 @@ class Objective(nn.Module):
         modalities: names of all that the model embeds; all are in the mean that is clustered.
         trained: names of those that learn; pairs without one are left out, and only these are
             clustered and reconstructed.
+        loss: "softmax"; "milnce", whose positives are the clips of one bag (``bag_id``); or a
+            ``kind`` of :func:`mcn_ext.reference.contrastive_loss`. rince_q: q of "rince".
+        bias: of "sigmoid", at the start: it is a parameter.
         learn_temperature: the temperature is a parameter, ``log_scale`` = log(1 / temperature).
         similarity: "cosine" (unit rows, the default objective) or "dot" (the published one).
         queue_size: steps whose features are clustered, and steps between two k-means fits.
@@ -62,6 +66,9 @@ class Objective(nn.Module):
         modalities: list[str],
         trained: list[str],
         *,
+        loss: str = "softmax",
+        rince_q: float | None = None,
+        bias: float = BIAS,
         temperature: float = 0.05,
         learn_temperature: bool = False,
         margin: float = 0.001,
@@ -80,6 +87,8 @@ class Objective(nn.Module):
         # A logarithm: the scale stays positive, and equal steps change it by equal factors.
         scale = torch.tensor(-math.log(temperature))
         self.log_scale = nn.Parameter(scale) if learn_temperature else None
+        self.loss, self.rince_q = loss, rince_q
+        self.bias = nn.Parameter(torch.tensor(bias)) if loss == "sigmoid" else None
         self.margin, self.normalize = margin, similarity == "cosine"
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
         self.clusters = None
@@ -99,10 +108,19 @@ class Objective(nn.Module):
         if self.log_scale is not None:
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
+    def form(self, batch: Mapping) -> dict:
+        """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`; none for the softmax, which is
+        compiled."""
+        if self.loss == "milnce":
+            return {"positives": batch["bag_id"]}
+        more = {"rince": {"q": self.rince_q}, "sigmoid": {"bias": self.bias}}.get(self.loss, {})
+        return {} if self.loss == "softmax" else {"kind": self.loss} | more
+
     def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping
     ) -> Terms:
-        """batch: ``valid`` {name: (B,) bool}; ``clip_id``, with text ``caption_id``: (B,) int64."""
+        """batch: ``valid`` {name: (B,) bool}; ``clip_id``, with text ``caption_id``, for "milnce"
+        ``bag_id``: (B,) int64."""
         joint = self.joint(embeddings, batch["valid"]) if self.clusters else None
         loss = self.losses(embeddings, batch, joint, self.pairs, self.trained)
         reconstruction = self.reconstruction(errors, batch["valid"])
@@ -137,6 +155,7 @@ class Objective(nn.Module):
             ids={pair: self.ids(pair, batch) for pair in pairs},
             valid=dict(batch["valid"]),
             group=distributed.default_group(),
+            **self.form(batch),
         )
 
     @staticmethod
@@ -180,8 +199,9 @@ class Objective(nn.Module):
             self.clusters.push(distributed.gather(terms.joint, distributed.default_group()))
 
     def statistics(self) -> dict[str, float]:
-        """Numbers for log.jsonl: of the clusters, and a learnt temperature."""
+        """Numbers for log.jsonl: of the clusters, a learnt temperature, the sigmoid's bias."""
         learnt = {} if self.log_scale is None else {"temperature": float(self.temperature.detach())}
+        learnt |= {} if self.bias is None else {"bias": float(self.bias.detach())}
         return {**(self.clusters.statistics if self.clusters else {}), **learnt}
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from mcn_ext.data.clips import (
     TrainingClips,
     caption_span,
     collate,
+    draw_bags,
     draw_spans,
     make_loader,
     perturb_voice,
@@ -40,6 +41,39 @@ def test_clips_differ_while_there_are_enough_and_repeat_with_the_same_id():
     assert len(spans) == 12 and len(set(spans)) == 5
     # Captions that grow into the same clip are that clip once.
     assert len(set(draw_spans(start, start + 5, 5, 1e9, np.random.default_rng(0)))) == 1
+
+
+def test_bags_are_neighbours_in_time_and_any_two_meet():
+    start, met = np.arange(9) * 10.0, set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        spans = draw_spans(start, start + 5, 9, 1.0, rng)
+        spans.append(spans[3])  # a clip that is there twice
+        first = draw_bags(spans, 4, rng)
+        bags = {
+            i: [a for (a, _), bag in zip(spans[:9], first, strict=False) if bag == i] for i in first
+        }
+        assert first[9] == first[3] and sum(map(len, bags.values())) == 9
+        in_time = sorted(map(sorted, bags.values()))
+        assert sum(in_time, []) == list(range(9)), "each bag is without a gap"
+        assert all(len(bag) == 4 for bag in in_time[1:-1]) and max(map(len, in_time)) <= 4
+        assert all(min(clips) == spans[i][0] for i, clips in bags.items()), "called by its first"
+        met |= {(a, a + 1) for bag in in_time for a in bag[:-1]}
+    assert met == {(a, a + 1) for a in range(8)}
+
+
+def test_bags_do_not_change_the_clips(store_path):
+    reader = ClipReader(Store(store_path), "AV", audio_frames=100, audio_augment=1.0)
+    settings = dict(n_pair=6, min_time=1.0, seed=0)
+    plain, bagged = (
+        TrainingClips(reader, **settings),
+        TrainingClips(reader, **settings, n_candidates=3),
+    )
+    for video in range(4):
+        a, b = plain[2, video], bagged[2, video]
+        bags = b.pop("bag_id")
+        assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        assert bags.dtype == np.int64 and 2 <= len(set(bags)) <= 3 and set(bags) < set(b["clip_id"])
 
 
 def test_reader_cuts_and_marks_what_is_not_there(store_path):

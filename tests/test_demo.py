@@ -12,7 +12,7 @@ import pytest
 from mcn_ext.data.store import Store, StoreError, validate
 from mcn_ext.prepare import demo
 from mcn_ext.prepare.__main__ import main as prepare
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 
 
 @pytest.mark.slow
@@ -94,6 +94,35 @@ def test_a_dial_of_noise_changes_its_own_streams_alone(demo_of, dial, own):
             assert all(np.array_equal(wanted, v) for v in values), key
 
 
+def test_a_shift_moves_neighbours_in_one_modality(demo_of):
+    plain, shifted = demo_of(shift=0), demo_of(shift=1)
+    assert all(crc == plain[key][0] for key, (crc, _) in demo_of().items()), "0 is the default"
+    for key, (_, before) in plain.items():
+        after, rows = shifted[key][1], before.ndim == 2
+        moved = key[0] == "train" and rows
+        assert np.array_equal(before, after) != moved, key
+        if rows:  # the same rows in another order
+            assert sorted(map(bytes, before)) == sorted(map(bytes, after))
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 1])
+def test_the_share_of_clips_is_shifted(share):
+    rng, places = np.random.default_rng(0), {"video": 0, "audio": 0}
+    lengths = rng.integers(1, 15, 2000)
+    for n in lengths:
+        order = demo.shifted_order(n, share, rng)
+        changed = {name: np.flatnonzero(o != np.arange(n)) for name, o in order.items()}
+        assert not set(changed["video"]) & set(changed["audio"]), "in one modality"
+        for name, o in order.items():
+            assert np.array_equal(o[o], np.arange(n)) and (abs(o - np.arange(n)) <= 1).all()
+            places[name] += len(changed[name])
+        if share == 1:  # all but an odd one
+            assert sum(map(len, changed.values())) == n // 2 * 2
+    possible = (lengths // 2 * 2 if share == 1 else lengths * (lengths > 1)).sum()
+    assert sum(places.values()) == pytest.approx(share * possible, rel=0.05)
+    assert places["video"] == pytest.approx(places["audio"], rel=0.1)
+
+
 @pytest.mark.slow
 def test_other_dials_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "N_EVAL", 5)
@@ -103,7 +132,8 @@ def test_other_dials_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
     assert noisy == "demo data (made up; --video_noise 2.0 --videos 2)"
     with h5py.File(tmp_path / "train.h5") as file:
         assert file["mel"].attrs["tool"] == (
-            "mcn_ext.prepare demo --seed 0 --video_noise 2.0 --audio_noise 1.0 --videos 2"
+            "mcn_ext.prepare demo --seed 0 --video_noise 2.0 --audio_noise 1.0 --videos 2 "
+            "--shift 0.0"
         )
     assert prepare([*words, "--video_noise", "2"]) == 0, "the same again"
     capsys.readouterr()
@@ -114,3 +144,27 @@ def test_other_dials_are_not_taken_for_these(tmp_path, monkeypatch, capsys):
     assert prepare([*words, "--overwrite"]) == 0 and "--video_noise" not in capsys.readouterr().out
     with pytest.raises(StoreError, match="--audio_noise inf must be 0 to 1000"):
         demo.prepare(tmp_path, audio_noise=float("inf"))
+    with pytest.raises(StoreError, match="--shift 1.5 must be 0 to 1"):
+        demo.prepare(tmp_path, shift=1.5)
+
+
+def test_a_stores_captions_are_shifted_the_same_way(tmp_path, store_path):
+    """benchmarks/shift.py: at share 1 each clip shows, or sounds like, its neighbour."""
+    out = tmp_path / "shifted.h5"
+    run(ROOT / "benchmarks/shift.py", store_path, out, "--share 1 --seed 3", cwd=tmp_path)
+    validate(out)
+    before, after = Store(store_path), Store(out)
+    changed = {"video": 0, "audio": 0}
+    for video in range(len(before)):
+        _, start, end = before.caption_times(video)
+        order = demo.shifted_order(6, 1, np.random.default_rng((3, 4, video)))
+        assert after.caption_texts(video) == before.caption_texts(video)
+        assert np.array_equal(after.caption_times(video)[1:], (start, end))
+        for stream, modality in before.modalities.items():
+            had, has = (store.clips(video, stream, start, end) for store in (before, after))
+            # Not the last two: the last segment is shorter, as it ends with its caption.
+            for rows, of in zip(has[:4], order[modality], strict=False):
+                n = min(len(rows), len(had[of]))
+                assert np.array_equal(rows[:n], had[of][:n])
+            changed[modality] += sum(order[modality] != np.arange(6))
+    assert min(changed.values()) > 10

@@ -27,9 +27,9 @@ def test_help_answers_before_torch_is_loaded(script, tmp_path):
     assert "usage:" in done.stdout and time.perf_counter() - begin < 30
 
 
-def test_a_stage_has_at_most_35_flags():
+def test_a_stage_has_at_most_38_flags():
     for stage in (STAGE1, STAGE2):
-        assert len(stage.get_parser()._actions) - 1 <= 35  # --help is argparse's
+        assert len(stage.get_parser()._actions) - 1 <= 38  # --help is argparse's
 
 
 def test_hyphens_and_underscores_are_the_same():
@@ -83,6 +83,8 @@ def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
         (("--data", "x.h5", "--word2vec", "gone.bin"), "--word2vec gone.bin: no such file"),
         (("--data", "x.h5", "--out", "x.h5"), "--out x.h5: a file, not a folder"),
         (("--learn_temperature", "--temperature", 0.005), "a learnt one is at least 0.01"),
+        (("--n_candidates", 4), "--n_candidates: of --loss milnce, not of softmax; leave it out"),
+        (("--loss", "dcl", "--rince_q", 0.1), "--rince_q: of --loss rince, not of dcl"),
     ):
         with pytest.raises(SystemExit, match=message):
             parse(*words)
@@ -96,6 +98,11 @@ def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     args = STAGE2.get_args(["--add", "T", "--temperature", "0.3"], first)
     assert (args.data, args.min_time, args.temperature) == (Path("x.h5"), 0.5, 0.3)
     assert (args.epochs, args.preset, args.demo) == (10, "paper", False)
+    # A flag of the loss goes with it.
+    first = flags.as_dict(parse("--data", "x.h5", "--loss", "milnce")) | {"modalities": "AV"}
+    losses = [STAGE2.get_args(["--add", "T", *more], first) for more in ([], ["--loss", "rince"])]
+    losses = [(args.loss, args.n_candidates, args.rince_q) for args in losses]
+    assert losses == [("milnce", 4, None), ("rince", None, 0.1)]
     # A text encoder knows the vectors that it learnt with, whatever lies there now.
     (tmp_path / "data").mkdir()
     (tmp_path / "data/word2vec.bin").touch()
@@ -130,6 +137,10 @@ def test_what_both_stages_do_is_written_the_same():
         ("--recon_weight", -0.5),
         ("--temperature", "nan"),
         ("--unknown_flag", 1),
+        ("--loss", "mse"),
+        ("--n_candidates", 0),
+        ("--rince_q", 0),
+        ("--rince_q", 1.5),
     ],
 )
 def test_bad_values_are_refused(words, capsys):

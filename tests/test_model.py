@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from mcn_ext import ops
 from mcn_ext.data.clips import to_device
 from mcn_ext.model import MCN
 from mcn_ext.objective import Objective
+from mcn_ext.reference import contrastive_loss
 
 SIZES = dict(
     video_dims={"2d": 12, "3d": 6}, word_dim=5, embd_dim=16, recon_dim=8, audio_width=0.0625
@@ -100,6 +102,32 @@ def test_same_words_are_no_negatives_of_a_pair_with_text(pair, alike):
     names = model.modalities
     objective = Objective(names, names, cluster_weight=0.0, recon_weight=0.0)
     assert (objective(*model(data), data).total == 0) == alike
+
+
+def test_losses_reach_the_reference_and_the_softmax_stays_compiled(monkeypatch):
+    model, data = MCN("AV", **SIZES).eval(), batch()
+    data["bag_id"] = torch.tensor([0, 0, 2, 2, 2, 5])
+    embeddings, seen = model(data)[0], {}
+    compute = ops.mcn_loss
+
+    def noted(*args, **keywords):
+        seen.update(keywords)
+        return compute(*args, **keywords)
+
+    monkeypatch.setattr(ops, "mcn_loss", noted)
+    for loss, wanted in {
+        "softmax": {},
+        "milnce": {"positives": data["bag_id"]},
+        "dcl": {"kind": "dcl"},
+        "rince": {"kind": "rince", "q": 0.3},
+        "sigmoid": {"kind": "sigmoid", "bias": -10.0},
+    }.items():
+        seen.clear()
+        options = {"loss": loss, "rince_q": 0.3, "cluster_weight": 0.0, "recon_weight": 0.0}
+        total = Objective(model.modalities, model.modalities, **options)(embeddings, {}, data).total
+        expected = contrastive_loss(*embeddings.values(), ids=data["clip_id"], **wanted)
+        torch.testing.assert_close(total, expected)
+        assert seen.keys() & {"positives", "kind", "q", "lam", "bias"} == wanted.keys()
 
 
 def test_a_learnt_temperature_is_a_parameter_within_limits():

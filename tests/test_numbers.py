@@ -21,6 +21,7 @@ ZERO = {
     "--noise",
     "--video_noise",
     "--audio_noise",
+    "--shift",
 }
 NEGATIVE = {"--margin", "--background"}
 

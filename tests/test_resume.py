@@ -268,6 +268,8 @@ def test_a_checkpoint_of_the_first_edition_resumes(tmp_path, store_path, whole):
     train(store_path, folder, "--max_steps 3")
     content = checkpoint.load(folder / "checkpoint.pt")
     del content["training"]["objective"]
+    for flag in ("loss", "n_candidates", "rince_q"):
+        del content["args"][flag]
     content["training"]["guard"] |= {"clipped": 0, "norms": [1.0, 2.0]}
     first = {"max_words": 20, "refit_every": 2, "micro_batch": 0, "loss_impl": "fused"}
     for joint_pairs in (True, False):
@@ -374,7 +376,7 @@ def test_processes_that_read_ahead_outlive_signals(store_path):
     "pair, flags",
     [
         ("AV", ""),
-        ("AVT", "--clip_grad_norm 0.5 --learn_temperature"),
+        ("AVT", "--clip_grad_norm 0.5 --learn_temperature --loss sigmoid"),
         ("VT", "--precision bf16"),
         ("AT", "--precision fp16 --epochs 12"),
     ],
@@ -401,17 +403,20 @@ def sixty_steps(store, folder):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
-    """During start-up, steps, k-means, saving; the process that reads ahead is killed, too."""
+    """During start-up, steps, k-means, saving; the process that reads ahead is killed, too. With a
+    loss that learns a parameter of its own."""
     store, rng = write_store(tmp_path / "train.h5", n_videos=40), random.Random()
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    call(*sixty_steps(store, whole), cwd=tmp_path)
+    whole, killed, loss = tmp_path / "whole", tmp_path / "killed", "--loss sigmoid"
+    call(*sixty_steps(store, whole), loss, cwd=tmp_path)
     for _ in range(3):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with started(*sixty_steps(store, killed), cwd=tmp_path, **quiet) as process:
+        with started(*sixty_steps(store, killed), loss, cwd=tmp_path, **quiet) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(rng.uniform(2, 8))
-    call(*sixty_steps(store, killed), cwd=tmp_path)
+    call(*sixty_steps(store, killed), loss, cwd=tmp_path)
     assert not differences(whole, killed)
+    objective = checkpoint.load(killed / "checkpoint.pt")["training"]["objective"]
+    assert objective["bias"] != -10 and len(read(killed / "log.jsonl")) == 60
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 from mcn_ext.data.store import Store
 from mcn_ext.evaluation import retrieval
 from mcn_ext.evaluation.metrics import keep
+from mcn_ext.reference import volume
 
 
 def rank(*of, **how):
@@ -79,6 +80,25 @@ def test_the_bank_takes_off_what_draws_any_query():
     clips = {"text": text, "video": worse}, clips[1]
     assert rank(clips, "text->video", "dot")[1].tolist() == [2, 1, 2]
     assert rank(clips, "text->video", "dot", "bank", bank, temperature=0.5)[1].tolist() == [1, 1, 1]
+
+
+def test_the_volume_is_the_references_and_of_what_is_there():
+    g = torch.Generator().manual_seed(0)
+    rows = {name: torch.randn(20, 5, generator=g).double() for name in ("text", "video", "audio")}
+    rows["audio"][3] = rows["video"][3] * 2  # the two agree: nothing is left to rank by
+    valid = there(*rows, n=20)
+    scores, ranks = rank((rows, valid), "text->video+audio", "dot", "volume")
+    expected = volume(*(rows[name] for name in ("text", "video", "audio")))
+    torch.testing.assert_close(scores, -expected, atol=1e-7, rtol=1e-9)
+    assert (scores[:, 3] > -1e-7).all() and ranks[3] == 1
+    valid["audio"][5] = False
+    scores, _ = rank((rows, valid), "text->video+audio", fusion="volume")
+    area = volume(rows["text"], rows["video"][5:6])
+    torch.testing.assert_close(scores[:, 5:6], -area, atol=1e-7, rtol=1e-9)
+    valid["video"][5] = False
+    assert (rank((rows, valid), "text->video+audio", fusion="volume")[0][:, 5] == -torch.inf).all()
+    wanted = retrieval.asked(rows, ["volume"])
+    assert wanted == [("text->video+audio", "volume")]
 
 
 def test_clips_of_the_bank_come_from_all_over_the_store(store_path):

@@ -224,11 +224,16 @@ def test_low_precision_and_finetuning_run(tmp_path, store_path, eval_path, preci
 
 
 @pytest.mark.slow
-def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path):
+@pytest.mark.parametrize(
+    "loss, learnt",
+    [("softmax", ["temperature"]), ("sigmoid", ["temperature", "bias"]), ("milnce", [])],
+)
+def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path, loss, learnt):
     """VT has no BatchNorm, so only rounding may differ between one process and several."""
     pytest.importorskip("gensim")
     script = ROOT / "train_stage1.py"
-    command = (script, "--pair VT --data", store_path, *SMALL, "--learn_temperature --out")
+    flags = f"--loss {loss} {'--learn_temperature' if learnt else '--n_candidates 2'} --out"
+    command = (script, "--pair VT --data", store_path, *SMALL, flags)
     run(*command, "one", cwd=tmp_path)
     words = np.load(tmp_path / "one/words.npz")["vectors"]
     torchrun(2, *command, "several", cwd=tmp_path)
@@ -237,8 +242,16 @@ def test_ranks_see_the_same_batches_and_the_same_loss(tmp_path, store_path):
     np.testing.assert_allclose(several, one, rtol=2e-4, atol=1e-6)
     a, b = (checkpoint.load(tmp_path / n / "checkpoint.pt")["model"] for n in ("one", "several"))
     torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-5)
-    learnt = [read(tmp_path / name / "log.jsonl")[-1]["temperature"] for name in ("one", "several")]
-    assert learnt[0] != 0.07 and learnt[1] == pytest.approx(learnt[0], rel=1e-5)
+    for name in learnt:
+        a, b = (read(tmp_path / run / "log.jsonl")[-1][name] for run in ("one", "several"))
+        assert a not in (0.07, -10) and b == pytest.approx(a, rel=1e-5)
+    if loss == "sigmoid":  # stage 2 goes on with both
+        call(STAGE2, "A --init one --lr 1e-9 --max_steps 1", cwd=tmp_path)
+        second = read(tmp_path / "runs/stage2-VT_A/log.jsonl")[-1]
+        first = read(tmp_path / "one/log.jsonl")[-1]
+        assert [second[n] for n in learnt] == pytest.approx([first[n] for n in learnt], rel=1e-4)
+    if loss != "softmax":
+        return
     for flags, message in (
         ("--batch_size 5", "do not divide by 2 ranks; use --batch_size 4"),
         ("--bach_size 4", "did you mean --batch_size?"),

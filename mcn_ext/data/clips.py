@@ -59,6 +59,16 @@ def draw_spans(
     return [distinct[i % len(distinct)] for i in range(n)]
 
 
+def draw_bags(spans: list[tuple[int, int]], n: int, rng: np.random.Generator) -> list[int]:
+    """For each clip of a video the number of the first one of its bag: ``n`` neighbours in time,
+    fewer at the ends. Where bags begin is drawn, so that any two neighbours meet in some epoch."""
+    in_time, offset = sorted(set(spans)), int(rng.integers(n))  # equal clips share a bag
+    first = {
+        span: in_time[max(0, (i + offset) // n * n - offset)] for i, span in enumerate(in_time)
+    }
+    return [spans.index(first[span]) for span in spans]
+
+
 def caption_id(tokens: Iterable[bytes]) -> int:
     """Equal for equal sets of tokens, which the text encoder, a maximum over tokens, cannot tell
     apart."""
@@ -299,10 +309,23 @@ class ClipReader:
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """Item (epoch, video) -> ``n_pair`` clips of it; videos without captions are left out."""
+    """Item (epoch, video) -> ``n_pair`` clips of it; videos without captions are left out.
 
-    def __init__(self, reader: ClipReader, *, n_pair: int, min_time: float, seed: int):
+    n_candidates: clips in a bag of :func:`draw_bags`; ``bag_id`` (n_pair,) int64, equal in a bag,
+    is then in an item, too.
+    """
+
+    def __init__(
+        self,
+        reader: ClipReader,
+        *,
+        n_pair: int,
+        min_time: float,
+        seed: int,
+        n_candidates: int | None = None,
+    ):
         self.reader, self.n_pair, self.min_time, self.seed = reader, n_pair, min_time, seed
+        self.n_candidates = n_candidates
         store = reader.store
         self.videos = np.flatnonzero(store.caption_counts())
 
@@ -316,7 +339,10 @@ class TrainingClips(torch.utils.data.Dataset):
         # Not one generator for all: what it draws would depend on what was read before.
         rng = np.random.default_rng((self.seed, epoch, video))
         spans = draw_spans(start, end, self.n_pair, self.min_time, rng)
-        return self.reader.read(video, spans, rng if self.reader.audio_augment else None)
+        item = self.reader.read(video, spans, rng if self.reader.audio_augment else None)
+        if self.n_candidates:  # drawn last: the clips are those of the other losses
+            item["bag_id"] = item["clip_id"][draw_bags(spans, self.n_candidates, rng)]
+        return item
 
 
 class ClipSampler(torch.utils.data.Sampler):

@@ -34,9 +34,9 @@ def asked(
     modalities: Iterable[str], fusions: Iterable[str] = ("sum",), all_directions: bool = False
 ) -> list[tuple[str, str]]:
     """(direction, fusion) of what to evaluate: "queries->candidates" of disjoint sets of one or two
-    modalities, the customary ones first, or alone; without "mean" where it changes no rank, as a
-    query's length does not. "words+sum", and so on, is for queries of text alone, and brings along
-    what it joins: "words" (direction "text->words") and "sum"."""
+    modalities, the customary ones first, or alone; "mean" and "volume" only of two candidates, as
+    with one they rank as the cosine. "words+sum", and so on, is for queries of text alone, and
+    brings along what it joins: "words" (direction "text->words") and "sum"."""
     names = [name for name in BY_NAME if name in set(modalities)]
     sets = [chosen for n in (1, 2) for chosen in combinations(names, n)]
     every = [
@@ -51,7 +51,7 @@ def asked(
     wanted = []
     for direction, fusion in product(directions, dict.fromkeys(joined)):
         how = fusion.removeprefix(WORDS)
-        changes = how != "mean" or "+" in direction.split("->")[1]
+        changes = how not in ("mean", "volume") or "+" in direction.split("->")[1]
         if how != "words" and changes and (how == fusion or direction.startswith("text->")):
             wanted.append((direction, fusion))
     return wanted + [("text->words", "words")] * any("words" in fusion for fusion in joined)
@@ -129,6 +129,18 @@ def similarity(
     return _side(queries, query, kind, fusion) @ _side(candidates, candidate, kind, fusion).T
 
 
+def _volume(queries: Tensor, video: Tensor, audio: Tensor) -> Tensor:
+    """:func:`mcn_ext.reference.volume` of unit rows, in closed form: the determinant of
+
+        [[1, a, b], [a, 1, c], [b, c, 1]]    with the cosines a, b of the query, c of the two
+
+    A modality that is not there is a zero row: the area of the others is left.
+    """
+    a, b, c = queries @ video.T, queries @ audio.T, (video * audio).sum(dim=1)
+    # Rounding can make it negative, and its root NaN.
+    return (1 - a * a - b * b - c * c + 2 * a * b * c).clamp_min(0).sqrt()
+
+
 class Ranking:
     """Ranks by the scores of all clips against all, a block of queries at a time.
 
@@ -199,7 +211,8 @@ class Scores(Ranking):
     any query to candidate j, log sum_b exp(s_bj / T) over the clips of a ``bank`` (training clips,
     never the evaluation's; T the training's temperature). That is the log-probability of query i
     given j among the bank, which the column half of the contrastive loss trains; after QB-Norm
-    (Bogolin et al., CVPR 2022).
+    (Bogolin et al., CVPR 2022). Or "volume": less the volume that the query and the candidate's two
+    modalities span (GRAM, Cicchetti et al., ICLR 2025).
 
     With ``strict`` a clip needs all modalities of the direction to be a query, or found, else any.
     """
@@ -215,6 +228,7 @@ class Scores(Ranking):
         strict: bool = False,
     ):
         how = "mean" if fusion == "mean" else "sum"
+        kind = "cosine" if fusion == "volume" else kind  # of unit rows, whatever the training's
         query, candidate = direction.split("->")
         self.queries = _side(clips, query, kind, how)
         self.candidates = _side(clips, candidate, kind, how)
@@ -223,6 +237,9 @@ class Scores(Ranking):
             there(torch.stack([clips[1][m] for m in side.split("+")]), dim=0)
             for side in (query, candidate)
         )
+        self.spanned = fusion == "volume" and [
+            _side(clips, name, kind, how) for name in candidate.split("+")
+        ]
         self.scale, self.drawn = 1.0, None
         if fusion == "bank":
             self.scale, rows = temperature, _side(bank, query, kind, how)
@@ -236,7 +253,10 @@ class Scores(Ranking):
 
     def scores(self, queries: slice) -> Tensor:
         """FloatingPointError if any is not finite: such rows must not vanish from the mean."""
-        scores = self.queries[queries] @ self.candidates.T
+        if self.spanned:
+            scores = -_volume(self.queries[queries], *self.spanned)
+        else:
+            scores = self.queries[queries] @ self.candidates.T
         if self.drawn is not None:
             # In place: a second block would double the memory.
             scores = scores.div_(self.scale).sub_(self.drawn)

@@ -101,6 +101,9 @@ def add_demo(p: Parser) -> None:
             which pair to align first when modalities differ"""
         add(p, f"--{modality}_noise", between(float, *NOISE), "X", about, 1.0)
     add(p, "--videos", positive(int), "N", "training videos (default 256)", 256)
+    about = """share of training clips, 0 to 1, that change places with a neighbour in sound or in
+        picture (default 0); to compare losses for pairs that do not belong together"""
+    add(p, "--shift", between(float, 0, 1), "SHARE", about, 0.0)
 
 
 def add_caption_features(p: Parser) -> None:

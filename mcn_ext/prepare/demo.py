@@ -5,6 +5,9 @@ noise: text drops or swaps the odd word; video is cluttered by its kitchen, may 
 sometimes shows what the neighbouring clip talks about; audio has other voices, background noise,
 missing words, and silent clips. Everything is drawn from one seed.
 
+``shift`` misaligns the training videos: that share of their clips change places with a neighbour,
+in sound or in picture; see :func:`shifted_order`.
+
 Video and audio have a dial each: 0 is clean, 2 twice as noisy. A dial changes its own streams only:
 contents, captions, times and the other modality stay as they are, bit for bit.
 """
@@ -20,6 +23,7 @@ import numpy as np
 
 from mcn_ext.data.files import lock
 from mcn_ext.data.store import N_MELS, Store, StoreError, StoreWriter
+from mcn_ext.modalities import modality_of
 from mcn_ext.prepare.features import MEL_RATE
 from mcn_ext.train.flags import NOISE
 
@@ -35,7 +39,7 @@ STREAMS = {
     "3d": {"dim": 64, "rate_hz": 1.5},
     "mel": {"dim": N_MELS, "rate_hz": MEL_RATE},
 }
-DIALS = {"seed": 0, "video_noise": 1.0, "audio_noise": 1.0, "videos": 256}
+DIALS = {"seed": 0, "video_noise": 1.0, "audio_noise": 1.0, "videos": 256, "shift": 0.0}
 SOURCE = "demo data (made up)"
 N_EVAL = 400
 FRAMES_PER_WORD = 24  # 0.24 s
@@ -191,6 +195,22 @@ def _seconds(rng, n_words: int) -> float:
     return float(max(2, round(n_words * 0.3 + rng.uniform(0, 2.0))))
 
 
+def shifted_order(n: int, share: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """In which order a video's n clips are seen ("video") and heard ("audio"), (n,) each.
+
+    Disjoint pairs of neighbours, ``share`` of all clips on average, have changed places in one of
+    the two, with equal chances.
+    """
+    # Rounded by chance, as a fixed rule would miss the share in short videos.
+    n_pairs = min(n // 2, int(share * n / 2 + rng.random()))
+    # Pairs and single clips in a row are n - n_pairs places; which of them hold a pair?
+    places = np.sort(rng.choice(n - n_pairs, n_pairs, replace=False))
+    order = {name: np.arange(n) for name in ("video", "audio")}
+    for first in places + np.arange(n_pairs):
+        order["video" if rng.random() < 0.5 else "audio"][first : first + 2] = first + 1, first
+    return order
+
+
 def _train(path: Path, world: _World, dials: dict) -> None:
     writer = _writer(path, dials)
     for video in range(dials["videos"]):
@@ -208,7 +228,13 @@ def _train(path: Path, world: _World, dials: dict) -> None:
             end.append(clock + seconds - 0.05)  # a slice takes the row its end falls into
             text.append(" ".join(words))
             clock += seconds
-        rows = {name: np.concatenate([clip[name] for clip in clips]) for name in STREAMS}
+        # A generator of its own: everything else stays as it is without a shift.
+        order_rng = np.random.default_rng((dials["seed"], 4, video))
+        order = shifted_order(len(clips), dials["shift"], order_rng)
+        rows = {
+            name: np.concatenate([clips[i][name] for i in order[modality_of(name)]])
+            for name in STREAMS
+        }
         writer.add(f"demo{video:07d}", rows, start, end, text)
     writer.close()
 
@@ -244,14 +270,14 @@ def is_there(out: Path) -> bool:
 def prepare(out: Path, *, overwrite: bool = False, **dials) -> str:
     """Write ``out``/train.h5 and ``out``/eval.h5 unless they are there; returns a summary.
 
-    dials: of ``DIALS``. Noise levels are 0 (clean) to 1000; 1 is the demo's. The stores'
-    ``source`` and ``tool`` tell what they were made with; StoreError if what is there was made
-    with something else.
+    dials: of ``DIALS``. Noise levels are 0 (clean) to 1000; 1 is the demo's. shift is 0 to 1. The
+    stores' ``source`` and ``tool`` tell what they were made with; StoreError if what is there was
+    made with something else.
     """
     dials = {name: type(value)(dials.get(name, value)) for name, value in DIALS.items()}
-    for name in ("video_noise", "audio_noise"):
-        if not NOISE[0] <= dials[name] <= NOISE[1]:
-            raise StoreError(f"--{name} {dials[name]} must be {NOISE[0]} to {NOISE[1]}")
+    for name, (low, high) in {"video_noise": NOISE, "audio_noise": NOISE, "shift": (0, 1)}.items():
+        if not low <= dials[name] <= high:
+            raise StoreError(f"--{name} {dials[name]} must be {low} to {high}")
     train, evaluation = out / "train.h5", out / "eval.h5"
     keep = lock(out, wait=True)  # two runs on a fresh clone: the second finds what the first made
     for path in (train, evaluation):

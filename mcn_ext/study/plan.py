@@ -33,8 +33,8 @@ ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
 # Flags that change the objective: a variant with one of them gets a baseline of its own.
 OBJECTIVE = (
-    "temperature learn_temperature margin similarity cluster_weight recon_weight cluster_size "
-    "queue_size learn_temperature"
+    "loss n_candidates rince_q temperature learn_temperature margin similarity cluster_weight "
+    "recon_weight cluster_size queue_size"
 ).split()
 STAGE1_ONLY = "embd_dim recon_dim audio_width".split()
 SET_BY_STUDY = "pair add init data out seed resume max_steps".split()

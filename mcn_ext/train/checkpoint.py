@@ -57,7 +57,7 @@ FIXED = {
     "warmup_steps": None,
 }
 # What runs did before there were these flags.
-BEFORE = {"audio": "davenet", "text": "words"}
+BEFORE = {"audio": "davenet", "text": "words", "loss": "softmax"}
 
 
 class Damaged(SystemExit):

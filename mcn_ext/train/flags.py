@@ -31,6 +31,10 @@ PREPARE = {
 }
 WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
 
+LOSSES = ("softmax", "milnce", "dcl", "rince", "sigmoid")
+# Flags of one loss: {flag: (the loss, its default)}; None with the others.
+OF_LOSS = {"n_candidates": ("milnce", 4), "rince_q": ("rince", 0.1)}
+
 RATE = 1e-3, 1e5  # rows a second, of a stream
 NOISE = 0, 1000  # of demo data: far beyond hearing and seeing anything; float16 holds what it makes
 LARGEST = 2**31 - 1  # of a number: no count, rate, size or time needs more; 32 bits hold it
@@ -294,8 +298,13 @@ def find_data(data: Path | None, preset: str | None) -> tuple[Path, str, bool]:
 
 
 def check(args: argparse.Namespace, own_words: bool = True) -> None:
-    """SystemExit for what cannot work, before anything is read; the default of --word2vec, unless
-    words are another run's (``own_words`` False)."""
+    """SystemExit for what cannot work, before anything is read; the defaults of ``OF_LOSS``, and
+    that of --word2vec, unless words are another run's (``own_words`` False)."""
+    for flag, (loss, default) in OF_LOSS.items():
+        if args.loss == loss:
+            setattr(args, flag, getattr(args, flag) or default)
+        elif getattr(args, flag) is not None:
+            raise SystemExit(f"--{flag}: of --loss {loss}, not of {args.loss}; leave it out")
     if args.learn_temperature and args.temperature < 0.01:
         raise SystemExit(
             f"--temperature {args.temperature} with --learn_temperature: a learnt one is at least "

@@ -26,8 +26,9 @@ from mcn_ext.train import checkpoint, flags
 from mcn_ext.train.guard import SHOWN, bad_rows, find_clips, found_lines, merge, not_finite, some
 
 OBJECTIVE = (
-    "temperature margin similarity cluster_weight recon_weight cluster_size queue_size seed".split()
-)
+    "loss rince_q temperature margin similarity cluster_weight recon_weight cluster_size "
+    "queue_size seed"
+).split()
 
 
 def load(file: Path) -> tuple[dict, dict]:
@@ -69,7 +70,7 @@ def build(dump: dict) -> tuple[MCN, Objective]:
     model.train()
     trained = [name for name in names if name not in model.frozen]
     # Flags and arguments have the same names.
-    options = {name: args[name] for name in OBJECTIVE}
+    options = {name: args[name] for name in OBJECTIVE if name in args}  # old runs lack some
     learnt = dump.get("objective", {})
     objective = Objective(names, trained, learn_temperature="log_scale" in learnt, **options)
     objective.load_state_dict(learnt)
