@@ -144,6 +144,8 @@ class Losses {
 #endif
     TORCH_CHECK_TYPE(cuda_ || !narrow_, "mcn: on a CPU embeddings must be float32 or float64, got ",
                      first_.scalar_type());
+    TORCH_CHECK_VALUE(p_.kind >= 0 && p_.kind <= static_cast<int64_t>(Kind::kSigmoid),
+                      "mcn: loss ", p_.kind, " is in reference.py alone; MCN_LOSS=reference runs it");
     // The kernels read vectors without strides.
     for (auto* vectors : {&p_.ids, &p_.valid, &p_.weights})
       for (Tensor& vector : *vectors) vector = vector.contiguous();

@@ -109,12 +109,11 @@ class Objective(nn.Module):
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
     def form(self, batch: Mapping) -> dict:
-        """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`; none for the softmax, which is
-        compiled."""
+        """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`."""
         if self.loss == "milnce":
             return {"positives": batch["bag_id"]}
         more = {"rince": {"q": self.rince_q}, "sigmoid": {"bias": self.bias}}.get(self.loss, {})
-        return {} if self.loss == "softmax" else {"kind": self.loss} | more
+        return {"kind": self.loss} | more
 
     def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import mcn_ext
 from mcn_ext import ops
 from mcn_ext.reference import KINDS, contrastive_loss, mcn_loss, unit_rows, volume
+from tests import test_loss
 from tests.test_loss import BITS, check, device, mode, problem, values  # noqa: F401
 
 N, T, MARGIN = 9, 0.3, 0.05
@@ -199,7 +200,7 @@ def forms(kind, n, device):  # noqa: F811
     "dtype, n, d, tile",
     [
         *((dtype, 70, 24, 0) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
-        *((torch.float32, *size) for size in [(0, 5, 0), (2, 1, 0), (131, 9, 0), (131, 24, 64)]),
+        *((torch.float32, *size) for size in [(0, 5, 0), (2, 1, 0), (131, 9, 64)]),
     ],
 )
 def test_compiled_errors_in_budget(device, mode, monkeypatch, kind, dtype, n, d, tile):  # noqa: F811
@@ -208,7 +209,7 @@ def test_compiled_errors_in_budget(device, mode, monkeypatch, kind, dtype, n, d,
     calls, call, noisy, loss = forms(kind, n, device)
     for one in calls:
         check(one, rows[:2])
-        check(one, rows[:2], frozen=(1,))
+    check(calls[-1], rows[:2], frozen=(1,))
     check(call(**noisy, normalize=False), rows[:2], temperature=4.0)
     weight = {("audio", "text"): noisy["weight"], ("text", "video"): noisy["weight"][0]}
     options |= loss | {"positives": noisy["positives"], "weight": weight}
@@ -220,7 +221,7 @@ def test_compiled_errors_in_budget(device, mode, monkeypatch, kind, dtype, n, d,
         )
 
     got = check(everything, rows)
-    for _ in range(3):
+    for _ in range(test_loss.REPEATS if n else 0):
         assert_close(values(ops, everything, rows), got, **BITS)
 
 
