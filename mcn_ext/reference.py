@@ -169,7 +169,7 @@ def contrastive_loss(
     more), and o that over the others, a row's loss is, by ``kind``:
 
     - "softmax": log(e^s + e^o) - s. The masked-margin softmax; with ``positives`` MIL-NCE
-      (Miech et al., CVPR 2020, arXiv 1912.06430).
+      (Miech et al., CVPR 2020, arXiv 1912.06430), whose o is over both directions at once.
     - "dcl": o - s, the positives left out of the denominator (decoupled contrastive learning, Yeh
       et al., ECCV 2022, arXiv 2110.06848).
     - "rince": ((lam (e^s + e^o))^q - e^(q s)) / q; the softmax for q -> 0, while q = 1 bounds what

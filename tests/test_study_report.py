@@ -11,13 +11,8 @@ from mcn_ext import report as report_command
 from mcn_ext.evaluation.metrics import summarize
 from mcn_ext.modalities import MODALITIES
 from mcn_ext.study import report
-from mcn_ext.study.statistics import (
-    MAIN,
-    Study,
-    StudyError,
-    paired_bootstrap,
-    recall_interval,
-)
+from mcn_ext.study.bootstrap import compare_family, paired_bootstrap, recall_interval
+from mcn_ext.study.statistics import MAIN, Study, StudyError
 
 pytestmark = pytest.mark.slow
 EVIL = "<script>alert('x')</script> | fry & *boil*"
@@ -102,11 +97,21 @@ def foreign(html):
 def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     study, text = Study(study_folder), (study_folder / "report.md").read_text()
     answer, points = text.split("\n\n")[1:3]
-    best = max(["AV_T", "AV_T-finetune"], key=study.mean)
-    assert answer.startswith(f"**{study.labels[best]} ") and "chance 12.5 %; 2 seeds)" in answer
-    assert f"for {study.mean(best):.1f} ± " in answer and "% of 80 captions" in answer
-    compare = study.compare(best, "VT_A")
-    assert f"- {compare['difference']:.1f} points above the next order" in points
+    assert "percent of 80 captions (chance 12.5; 2 seeds)" in answer
+    by_sum, by_bank = (f for f in study.families() if f["kind"] == "frozen")
+    assert (by_sum["fusion"], by_bank["fusion"]) == ("sum", "bank")
+    best, last = by_sum["methods"]
+    first, second = (study.labels[m].split(",")[0] for m in (best, last))
+    (pair,) = by_sum["pairs"]
+    lead = f"**{first} is best**, significantly above {second}"
+    lead = lead if pair["significant"] else f"{first} is highest, but not significantly"
+    assert f"- Frozen, by the sum: {lead} ({first} {study.mean(best):.1f} ± " in points
+    assert "- Frozen, by the bank: " in points and "Finetuned" not in points  # one order alone
+    low, high = pair["simultaneous"]
+    row = f"| frozen | sum | {first} | {second} | {pair['difference']:+.1f}"
+    assert f"{row}<br>({low:+.1f} to {high:+.1f})" in section(
+        text, "Orders against each other"
+    ).replace("**", "")
     assert "one stage of equal steps (one stage, equal steps)" in points
     values = study.values("AV_T", "R@5")
     row = f"| AV then T, frozen | 2 | .* | {values.mean():.1f} ± {values.std(ddof=1):.1f}"
@@ -192,7 +197,7 @@ def test_report_command(study_folder, no_pictures, capsys):
 def test_one_seed_and_no_significant_winner(tmp_path, no_pictures):
     root = write_study(tmp_path, methods=["AV_T", "VT_A"], seeds=[3], quality=lambda *_: 1.0)
     answer, points = markdown(root).split("\n\n")[1:3]
-    assert "is ahead, but not significantly" in answer and "±" not in answer
+    assert "is highest, but not significantly" in points and "±" not in points
     assert "One seed: the intervals" in points and "baseline has not been evaluated" in points
 
 
@@ -200,7 +205,7 @@ def test_a_baseline_above_all_orders_is_named(tmp_path, no_pictures):
     root = write_study(
         tmp_path, seeds=[0], quality=lambda cell, method: 3.0 if "AVT" in method else 0.5
     )
-    assert "But one stage finds more" in markdown(root).split("\n\n")[1]
+    assert "One stage finds more" in markdown(root).split("\n\n")[2]
 
 
 def test_noise_grid(tmp_path):
@@ -256,3 +261,42 @@ def test_intervals_cover_the_truth():
             low <= truth <= high for truth, (low, high) in zip((10, 60), intervals, strict=True)
         ]
     assert (91 <= covered).all() and (covered <= 100).all()
+
+
+def made_up_ranks(rng, rates, n_seeds=3, n=150, seed_deviation=0.05):
+    """{method: {seed: ranks}}: hits at the given rates; queries differ in hardness, seeds, too."""
+    hard = rng.normal(0, 0.15, n)
+    found = {}
+    for name, rate in rates.items():
+        chance = rate + hard + rng.normal(0, seed_deviation, (n_seeds, 1))
+        ranks = np.where(rng.random((n_seeds, n)) < chance, 1.0, 99.0)
+        found[name] = dict(enumerate(ranks))
+    return found
+
+
+def test_all_against_all_in_one_test():
+    rng = np.random.default_rng(0)
+    rates = {"a": 0.8, "b": 0.78, "c": 0.3}
+    family = compare_family(made_up_ranks(rng, rates, n_seeds=4))
+    assert [(f["a"], f["b"]) for f in family] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [f["significant"] for f in family] == [False, True, True]
+    for f in family:
+        (low, high), (lower, higher) = f["ci95"], f["simultaneous"]
+        assert lower < low < f["difference"] < high < higher
+        # Holm's tests are never weaker than the simultaneous intervals; a p of 0.05 is its edge.
+        assert f["p"] < 0.05 or not f["significant"]
+        assert 0 < high - f["difference"] < f["detectable"] < 100
+    assert compare_family({"a": {0: np.ones(3)}}) == [] and compare_family({}) == []
+    ranks = made_up_ranks(rng, {"a": 0.5})["a"]
+    (same,) = compare_family({"a": ranks, "b": ranks})
+    assert same["p"] == 1 and not same["significant"] and same["difference"] == 0
+    missing = {"a": ranks, "b": {1: ranks[1], 7: ranks[2]}}
+    assert compare_family(missing)[0]["seeds"] == [1]
+
+
+def test_family_wise_error_is_at_most_five_percent():
+    rng, wrong, n = np.random.default_rng(2), np.zeros(2), 200
+    for _ in range(n):
+        family = compare_family(made_up_ranks(rng, dict.fromkeys("abcd", 0.6)), resamples=300)
+        wrong += any(f["significant"] for f in family), any(f["p"] < 0.05 for f in family)
+    assert (wrong / n <= 0.08).all()  # 5 %, and two standard deviations of 200 studies

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from mcn_ext.evaluation.metrics import RECALLS
-from mcn_ext.study.statistics import MAIN, Study, mean, recall_interval
+from mcn_ext.study.bootstrap import recall_interval
+from mcn_ext.study.statistics import MAIN, Study, mean
 
 # Okabe & Ito (2008).
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}

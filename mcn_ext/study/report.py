@@ -16,7 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mcn_ext.study import figures
-from mcn_ext.study.statistics import MAIN, Study, compare_ranks, mean
+from mcn_ext.study.bootstrap import compare_ranks
+from mcn_ext.study.statistics import MAIN, Study, mean
 from mcn_ext.train.curves import _pyplot, _save
 from mcn_ext.train.log import write_text
 
