@@ -35,6 +35,8 @@ def write_run(folder, letters, quality, n, seed, steps, lr=0.002):
     (folder / "args.json").write_text(json.dumps(args))
     row = dict(total=8.0, contrastive=7.0, clips_per_s=640.0, live_clusters=60, largest_share=0.05)
     row |= {f"rank_{name}": 20.0 for name in names}
+    if len(names) == 3:
+        row["gradient_text"] = -0.25
     rows = [{"step": step, **row} for step in range(10, steps + 1, 10)]
     rows.insert(1, {"step": 11, "skipped": "the loss is not finite"})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -124,6 +126,7 @@ def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     assert f"{gain:+.1f}<br>" in section(text, "How to search video and audio together")
     # 2 seeds, 2 stages, one skipped each; 16 x 8 clips x (80 + 40 steps); 640 clips a second
     assert "| AV then T, frozen | 4 | 60 of 64 | 5.0 |" in text
+    assert "| AV then T, frozen | - | - | -0.25 |" in text
     assert "| AV then T, frozen | 20 + 10 | 15,360 | 24 | 1.50e+12 |" in text
     assert re.search(
         r"`lr` \| `0.002` \| all others \|\n\|  \| `0.001` \| one stage, equal c", text

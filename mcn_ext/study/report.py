@@ -69,6 +69,8 @@ def render(folder: Path, pictures: list[Path], **context) -> Path:
             lstrip_blocks=True,
         )
         environment.filters["number"] = number
+        environment.tests["finite"] = isfinite
+        environment.filters["average"] = lambda run, key: run.average(key)
         environment.filters["oneline"] = lambda text: type(text)(" ".join(text.split()))
         words = {
             "b": Markup("<strong>{}</strong>").format

@@ -83,6 +83,10 @@ class RunFolder:
         """The last logged value, NaN if there is none."""
         return next((float(row[key]) for row in reversed(self.log) if key in row), nan)
 
+    def average(self, key: str) -> float:
+        """Over all logged steps, NaN if there is none."""
+        return mean(float(row[key]) for row in self.log if key in row)
+
     def signs_of_collapse(self) -> list[str]:
         end = next((row for row in reversed(self.log) if "total" in row), {})
         signs = signs_of_collapse(end)
