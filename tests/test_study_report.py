@@ -232,6 +232,36 @@ def test_noise_grid(tmp_path):
     assert sorted(path.stem for path in (root / "pictures").iterdir()) == ["noise", "winners"]
 
 
+def test_what_was_predicted_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "AT_V", ("AT then V, frozen", 0.7))
+    scores = {"VT": 0.9, "AT": 0.7, "AV": 0.6}
+    cells = [
+        {"name": f"v{i}", "video_noise": i, "audio_noise": 0, "probes": {"knn": scores}}
+        for i in range(3)
+    ]
+    right = {"VT_A": 3.0, "AT_V": 0.9, "AV_T": 0.3}
+    best = {"v0": right, "v1": right, "v2": {"VT_A": 0.3, "AT_V": 0.9, "AV_T": 3.0}}
+    root = write_study(
+        *(tmp_path, cells, ["AV_T", "VT_A", "AT_V"]),
+        seeds=[0],
+        quality=lambda cell, method: best[cell["name"]][method],
+    )
+    study = Study(root)
+    by_sum = [r for r in study.predictions() if (r["probe"], r["fusion"]) == ("knn", "sum")]
+    assert [r["tau"] for r in by_sum] == [1, 1, -1]
+    assert by_sum[0]["predicted"] == by_sum[0]["measured"] == ["VT_A", "AT_V", "AV_T"]
+    (power,) = [p for p in study.predictive_power() if p["fusion"] == "sum"]
+    assert (power["probe"], power["hits"], power["n"]) == ("knn", 2, 3)
+    # Each cell by the others' sign: +1 +1 of (1 - 1 = 0, so undecided), and -1 of +2.
+    assert power["tau"] == pytest.approx(1 / 3) and power["unseen"] == pytest.approx(-1 / 3)
+    assert "| knn | frozen | sum | 2 of 3 | 0.33 | -0.33 |" in markdown(root)
+    for log in root.glob("v0/seed0/stage1-*/log.jsonl"):  # VT's first epoch ends lowest
+        loss = {"VT": 2.0, "AT": 4.0, "AV": 6.0}[log.parent.name[-2:]]
+        log.write_text(json.dumps({"step": 8, "epoch": 1, "total": 1, "contrastive": loss}) + "\n")
+    by_loss = [r for r in Study(root).predictions() if r["probe"] == "loss"]
+    assert {(r["cell"], r["tau"]) for r in by_loss} == {("v0", 1.0)}
+
+
 # ------------------------------------------------------------------------------ the bootstrap
 def test_paired_bootstrap_by_hand():
     same = np.random.default_rng(0).integers(1, 40, (3, 50)).astype(float)
