@@ -1,5 +1,6 @@
 """The report of a made-up study, whole or with gaps; what is significant."""
 
+import csv
 import json
 import re
 from itertools import permutations, product
@@ -10,7 +11,7 @@ import pytest
 from mcn_ext import report as report_command
 from mcn_ext.evaluation.metrics import summarize
 from mcn_ext.modalities import MODALITIES
-from mcn_ext.study import report
+from mcn_ext.study import report, tables
 from mcn_ext.study.bootstrap import compare_family, paired_bootstrap, recall_interval
 from mcn_ext.study.statistics import MAIN, Study, StudyError
 
@@ -134,10 +135,32 @@ def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     assert "Nothing: every run of the study was trained" in text
 
 
+def test_tables_for_a_thesis(study_folder):
+    folder, study = study_folder / "figures", Study(study_folder)
+    with open(folder / "result-text-video-audio.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["method", "seeds", "R@1", "R@5", "R@10", "MedR"]
+    assert rows[0][:2] == ["AV then T, frozen", "2"] and rows[0][4].startswith(
+        f"{study.mean('AV_T'):.1f} ± "
+    )
+    text = (folder / "what-is-equal-what-is-not.tex").read_text()
+    assert text.startswith("\\begin{tabular}{lrr}\n\\toprule\ndiffers & value & in \\\\")
+    assert "\nlr & 0.002 & all others \\\\\n" in text and text.endswith("\\end{tabular}\n")
+    text = (folder / "which-differences-are-significant.tex").read_text()
+    assert re.search(r"& (\\textbf\{)?(\+|\$-\$)\d+\.\d \((\+|\$-\$)\d+\.\d to ", text)
+    first = "## A b?\n| a | b |\n|---|---:|\n| x\\|y | **1 ± 2** |\n"
+    rows = tables.tables(first + "\n| c |\n|---|\n| `d_e` |")
+    assert rows["a-b"][1] == [("x|y", False), ("1 ± 2", True)] and rows["a-b-2"][1] == [
+        ("d_e", False)
+    ]
+    assert tables.latex(rows["a-b"]).splitlines()[4] == r"x|y & \textbf{1 $\pm$ 2} \\"
+
+
 def test_html_stands_alone_and_is_escaped(study_folder, monkeypatch, no_pictures):
     text = (study_folder / "report.html").read_text()
-    pictures = sorted(path.stem for path in (study_folder / "pictures").iterdir())
-    assert pictures == ["differences", "recall"]
+    for kind in ("png", "pdf"):
+        pictures = sorted(path.stem for path in (study_folder / "figures").glob(f"*.{kind}"))
+        assert pictures == ["differences", "recall"]
     assert not foreign(text) and text.count("<img") == len(pictures)
     spec = json.loads((study_folder / "study.json").read_text())
     for entry in spec["runs"]:
@@ -229,7 +252,7 @@ def test_noise_grid(tmp_path):
     assert {r["name"]: r["winner"] for r in Study(root).winners()} == best | {"v1.0-a2.0": None}
     assert "Of 3 noise settings: AV_T is best in 2 (2 of them significantly), VT_A" in page
     assert not foreign(page) and page.count("<img") == 2
-    assert sorted(path.stem for path in (root / "pictures").iterdir()) == ["noise", "winners"]
+    assert sorted(path.stem for path in (root / "figures").glob("*.png")) == ["noise", "winners"]
 
 
 def test_what_was_predicted_before_training(tmp_path, monkeypatch):
