@@ -70,6 +70,7 @@ def render(folder: Path, pictures: list[Path], **context) -> Path:
         )
         environment.filters["number"] = number
         environment.tests["finite"] = isfinite
+        environment.filters["prefixed"] = lambda text, prefix: prefix + text
         environment.filters["average"] = lambda run, key: run.average(key)
         environment.filters["oneline"] = lambda text: type(text)(" ".join(text.split()))
         words = {

@@ -285,6 +285,23 @@ class Study:
             rows.append(row | {"tau": float(taus.mean()), "unseen": unseen})
         return rows
 
+    def geometry(self) -> dict[str, dict[str, np.ndarray]]:
+        """{method: {what geometry.py finds: one value for each seed}}, of the study's one cell."""
+        from mcn_ext.study import geometry
+
+        rows, cache = {}, {}
+        for method in self.methods:
+            found = [
+                geometry.describe(
+                    run.final.path / "youcook2.npz", run.final.metrics.get("data", ""), cache
+                )
+                for run in self.of(method)
+            ]
+            keys = dict.fromkeys(key for one in found for key in one)
+            if keys:
+                rows[method] = {k: np.array([one[k] for one in found if k in one]) for k in keys}
+        return rows
+
     def missing(self) -> list[str]:
         """Each run that is not all there, and why."""
         out = []
