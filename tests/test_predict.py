@@ -7,24 +7,43 @@ import pytest
 
 from mcn_ext.prepare import demo
 from mcn_ext.study import plan
-from mcn_ext.study.predict import bag_of_words, cca, knn, orders
+from mcn_ext.study.predict import bag_of_words, knn, orders, p_values, wrong_share
+
+VIDEO = np.arange(600) // 6
+
+
+def two_views(rng, noise=0.1):
+    """Features (600, 30) of the same 5 hidden numbers."""
+    hidden = rng.normal(size=(600, 5))
+    return [
+        hidden @ rng.normal(size=(5, 30)) + noise * rng.normal(size=(600, 30)) for _ in range(2)
+    ]
 
 
 def test_probes_know_what_belongs_together():
     rng = np.random.default_rng(0)
-    fit = np.arange(400) % 2 == 0
-    shared = rng.normal(size=(400, 5))
-    x, y = (shared @ rng.normal(size=(5, 30)) + 0.1 * rng.normal(size=(400, 30)) for _ in range(2))
-    other = rng.normal(size=(400, 200))  # more features than clips to fit on
-    assert cca(x, y, fit) > 0.97 and knn(x, y) > 0.3
-    assert cca(x, other, fit) == pytest.approx(0.5, abs=0.08)
-    assert knn(x, other) == pytest.approx(10 / 399, abs=0.01)
-    assert knn(x, x) == 1 and cca(x, -x, fit) > 0.99
-    swapped = y.copy()
-    swapped[::2] = y[::2][::-1]  # half of the pairs are wrong
-    assert 0.6 < cca(x, swapped, np.arange(400) < 200) < cca(x, y, fit) - 0.1
-    constant = np.ones((400, 3))
-    assert cca(constant, y, fit) == pytest.approx(0.5, abs=0.05) and 0 <= knn(constant, y) <= 1
+    x, y = two_views(rng)
+    other = rng.normal(size=(600, 900))  # more features than clips to fit on
+    assert p_values(x, y, VIDEO).mean() < 0.02 and knn(x, y) > 0.3
+    p = p_values(x, other, VIDEO)
+    assert p.mean() == pytest.approx(0.5, abs=0.05) and wrong_share(p) > 0.85
+    assert knn(x, other) == pytest.approx(10 / 599, abs=0.01)
+    assert knn(x, x) == 1 and p_values(x, -x, VIDEO).mean() < 0.01
+    constant = np.ones((600, 3))
+    assert p_values(constant, y, VIDEO).mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
+def test_the_share_of_wrong_pairs_is_found_within_five_points(share):
+    rng = np.random.default_rng(1)
+    x, y = two_views(rng, 1.0)
+    swapped = rng.choice(600, int(600 * share), replace=False)
+    y[swapped] = y[np.roll(swapped, 1)]
+    p = p_values(x, y, VIDEO)
+    assert wrong_share(p) == pytest.approx(share, abs=0.05)
+    wrong = np.isin(np.arange(600), swapped)
+    if share:  # area under the ROC curve
+        assert (p[wrong][:, None] > p[~wrong]).mean() > 0.9
 
 
 def test_bag_of_words():
@@ -40,11 +59,13 @@ def test_a_study_notes_the_prediction_before_it_trains(tmp_path, monkeypatch, ca
     out = tmp_path / "study"
     assert plan.main(["--predict", *words, str(out)]) == 0
     text = capsys.readouterr().out
-    assert "by knn: " in text and "by cca: " in text and not (out / "study.json").exists()
+    assert "by knn: " in text and "not belong together, at most: AV " in text
+    assert not (out / "study.json").exists()
     monkeypatch.setattr(plan.run, "run", lambda *_: [])
     assert plan.main([*words, str(out)]) == 0
     (cell,) = json.loads((out / "study.json").read_text())["cells"]
     found = cell["probes"]
-    assert set(found["cca"]) == set(found["knn"]) == {"AV", "VT", "AT"}
-    assert all(0.4 < value <= 1 for value in found["cca"].values())
-    assert all(0 <= value <= 1 for value in found["knn"].values())
+    assert list(found) == ["cca", "clean", "knn"]
+    for scores in found.values():
+        assert set(scores) == {"AV", "VT", "AT"} and all(0 <= s <= 1 for s in scores.values())
+    assert all(value > 0.4 for value in found["cca"].values())

@@ -258,9 +258,9 @@ def test_noise_grid(tmp_path):
 def test_what_was_predicted_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "AT_V", ("AT then V, frozen", 0.7))
     scores = {"VT": 0.9, "AT": 0.7, "AV": 0.6}
+    probes = {"knn": scores, "clean": {"VT": 0.9}}  # a probe that lacks pairs predicts nothing
     cells = [
-        {"name": f"v{i}", "video_noise": i, "audio_noise": 0, "probes": {"knn": scores}}
-        for i in range(3)
+        {"name": f"v{i}", "video_noise": i, "audio_noise": 0, "probes": probes} for i in range(3)
     ]
     right = {"VT_A": 3.0, "AT_V": 0.9, "AV_T": 0.3}
     best = {"v0": right, "v1": right, "v2": {"VT_A": 0.3, "AT_V": 0.9, "AV_T": 3.0}}
@@ -277,7 +277,9 @@ def test_what_was_predicted_before_training(tmp_path, monkeypatch):
     assert (power["probe"], power["hits"], power["n"]) == ("knn", 2, 3)
     # Each cell by the others' sign: +1 +1 of (1 - 1 = 0, so undecided), and -1 of +2.
     assert power["tau"] == pytest.approx(1 / 3) and power["unseen"] == pytest.approx(-1 / 3)
-    assert "| knn | frozen | sum | 2 of 3 | 0.33 | -0.33 |" in markdown(root)
+    text = markdown(root)
+    assert "| knn | frozen | sum | 2 of 3 | 0.33 | -0.33 |" in text
+    assert "| v0 | - % | 10 % | - % |" in text
     for log in root.glob("v0/seed0/stage1-*/log.jsonl"):  # VT's first epoch ends lowest
         loss = {"VT": 2.0, "AT": 4.0, "AV": 6.0}[log.parent.name[-2:]]
         log.write_text(json.dumps({"step": 8, "epoch": 1, "total": 1, "contrastive": loss}) + "\n")

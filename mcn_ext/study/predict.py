@@ -2,10 +2,11 @@
 
     python -m mcn_ext.study --predict --data data/howto100m.h5
 
-For each pair of modalities, two numbers, from at most CLIPS training clips, in seconds:
+For each pair of modalities, three numbers, from about CLIPS training clips, in seconds:
 
-- ``cca``: canonical correlations fitted on half of the videos; on the other half, the chance that a
-  clip's own partner is nearer than another's (0.5: features tell nothing; 1: all).
+- ``cca``: the chance that a clip's own partner agrees more than another's, by canonical
+  correlations of other videos (0.5: features tell nothing; 1: all).
+- ``clean``: at least this share of the pairs belongs together, see :func:`wrong_share`.
 - ``knn``: how many of a clip's K nearest neighbours are the same in both modalities (mutual k-NN,
   Huh et al., ICML 2024, arXiv 2405.07987; K / clips: nothing).
 
@@ -115,16 +116,36 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def cca(x: np.ndarray, y: np.ndarray, fit: np.ndarray) -> float:
-    """Area under the ROC curve of pairing x[~fit] with y[~fit] by canonical correlations of
-    x[fit] and y[fit]; fit (n,) bool."""
-    x, y = _whiten(x, fit), _whiten(y, fit)
-    left, correlation, right = np.linalg.svd(x[fit].T @ y[fit] / fit.sum(), full_matrices=False)
-    # Directions count by how much they correlate.
-    similarity = _unit(x[~fit] @ left * correlation) @ _unit(y[~fit] @ right.T * correlation).T
-    own, n = np.diagonal(similarity)[:, None], len(similarity)
-    nearer = ((similarity < own).sum() + 0.5 * ((similarity == own).sum() - n)) / (n * (n - 1))
-    return float(nearer)
+def p_values(x: np.ndarray, y: np.ndarray, video: np.ndarray) -> np.ndarray:
+    """Of each pair (x_i, y_i): the share of pairs of different clips that agree at least as much,
+    (n,). Near 0 for a pair that belongs together, uniform on [0, 1] for one that does not.
+
+    Agreement is by canonical correlations, fitted on half of the videos and asked on the other
+    half, both ways: what is fitted to wrong pairs is not asked of them.
+    """
+    p = np.ones(len(x))
+    for half in (0, 1):
+        fit = video % 2 == half
+        a, b = _whiten(x, fit), _whiten(y, fit)
+        left, correlation, right = np.linalg.svd(a[fit].T @ b[fit] / fit.sum(), full_matrices=False)
+        # Directions count by how much they correlate.
+        a, b = _unit(a[~fit] @ left * correlation), _unit(b[~fit] @ right.T * correlation)
+        similarity = a @ b.T
+        # A clip that is near to all clips is no evidence.
+        similarity -= similarity.mean(axis=0) + similarity.mean(axis=1, keepdims=True)
+        others = np.sort(similarity[~np.eye(len(similarity), dtype=bool)])
+        # Ties count by half.
+        own = np.diagonal(similarity)
+        below = [np.searchsorted(others, own, side=side) for side in ("left", "right")]
+        p[~fit] = 1 - (below[0] + below[1]) / (2 * len(others))
+    return p
+
+
+def wrong_share(p: np.ndarray) -> float:
+    """Share of pairs that do not belong together, of their p-values: twice the share above 1/2,
+    where half of the wrong pairs lie (Storey 2002). At most so many: right pairs that features
+    cannot tell lie there, too."""
+    return float(min(1.0, 2 * ((p > 0.5).mean() + 0.5 * (p == 0.5).mean())))
 
 
 def knn(x: np.ndarray, y: np.ndarray) -> float:
@@ -141,17 +162,19 @@ def knn(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def probes(settings: argparse.Namespace, path: Path) -> dict[str, dict[str, float]]:
-    """{"cca", "knn": {pair: number}}; a pair without enough clips is left out."""
+    """{"cca", "clean", "knn": {pair: number}}; a pair without enough clips is left out."""
     features, usable, video = sample(settings, path)
-    found: dict[str, dict[str, float]] = {"cca": {}, "knn": {}}
+    found: dict[str, dict[str, float]] = {"cca": {}, "clean": {}, "knn": {}}
     for letters in combinations("AVT", 2):
         pair = next(p for p in THIRD if set(p) == set(letters))
         there = usable[pair[0]] & usable[pair[1]]
         x, y = (features[letter][there] for letter in pair)
-        fit = video[there] % 2 == 0  # no video is in both halves
-        if min(fit.sum(), (~fit).sum()) <= 2 * K:
+        even = video[there] % 2 == 0
+        if min(even.sum(), (~even).sum()) <= 2 * K:
             continue
-        found["cca"][pair] = round(cca(x, y, fit), 4)
+        p = p_values(x, y, video[there])
+        found["cca"][pair] = round(1 - float(p.mean()), 4)
+        found["clean"][pair] = round(1 - wrong_share(p), 4)
         found["knn"][pair] = round(knn(x, y), 4)
     return found
 
@@ -171,6 +194,8 @@ def report(found: dict[str, dict[str, float]], seconds: float) -> str:
         lines.append(f"{pair:6}" + "".join(cells))
     for name, scores in found.items():
         lines.append(f"by {name}: {', then '.join(orders(scores)) or 'too few clips'}")
+    wrong = [f"{pair} {1 - clean:.0%}" for pair, clean in found["clean"].items()]
+    lines.append(f"pairs that do not belong together, at most: {', '.join(wrong)}")
     return "\n".join([*lines, f"{seconds:.1f} s"])
 
 
