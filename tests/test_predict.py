@@ -12,12 +12,10 @@ from mcn_ext.study.predict import bag_of_words, knn, orders, p_values, wrong_sha
 VIDEO = np.arange(600) // 6
 
 
-def two_views(rng, noise=0.1):
-    """Features (600, 30) of the same 5 hidden numbers."""
-    hidden = rng.normal(size=(600, 5))
-    return [
-        hidden @ rng.normal(size=(5, 30)) + noise * rng.normal(size=(600, 30)) for _ in range(2)
-    ]
+def two_views(rng, noise=0.1, n=600):
+    """Features (n, 30) of the same 5 hidden numbers."""
+    hidden = rng.normal(size=(n, 5))
+    return [hidden @ rng.normal(size=(5, 30)) + noise * rng.normal(size=(n, 30)) for _ in range(2)]
 
 
 def test_probes_know_what_belongs_together():
@@ -36,12 +34,12 @@ def test_probes_know_what_belongs_together():
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
 def test_the_share_of_wrong_pairs_is_found_within_five_points(share):
     rng = np.random.default_rng(1)
-    x, y = two_views(rng, 1.0)
-    swapped = rng.choice(600, int(600 * share), replace=False)
+    x, y = two_views(rng, 1.0, n=1800)
+    swapped = rng.choice(1800, int(1800 * share), replace=False)
     y[swapped] = y[np.roll(swapped, 1)]
-    p = p_values(x, y, VIDEO)
+    p = p_values(x, y, np.arange(1800) // 6)
     assert wrong_share(p) == pytest.approx(share, abs=0.05)
-    wrong = np.isin(np.arange(600), swapped)
+    wrong = np.isin(np.arange(1800), swapped)
     if share:  # area under the ROC curve
         assert (p[wrong][:, None] > p[~wrong]).mean() > 0.9
 
