@@ -62,9 +62,11 @@ void add_row(const Term<A>& term, const GradientRows<A>& side, int64_t i, bool n
     std::fill(g, g + d, A(0));
   if (there) {
     const int64_t p = term.both ? i : term.labels[i];
-    const A pull = term.pull[i] * own.inverse[i] * other.inverse[p] * std::fabs(other.scale[p]);
+    // Apart: the product of two short rows' inverses may leave fp32.
+    const A pull = factor * term.pull[i] * own.inverse[i];
+    const A unit = other.inverse[p] * std::fabs(other.scale[p]);
     const A *sum = side.sums + at, *partner = row(other, p);
-    for (int64_t k = 0; k < d; ++k) g[k] += factor * (sum[k] * unboost - pull * partner[k]);
+    for (int64_t k = 0; k < d; ++k) g[k] += factor * (sum[k] * unboost) - pull * (unit * partner[k]);
   } else if (std::isnan(factor)) {
     std::fill(g, g + d, factor);  // a loss that is NaN has no gradient that is a number
   }
@@ -78,10 +80,10 @@ void add_row(const Term<A>& term, const GradientRows<A>& side, int64_t i, bool n
     std::fill(out, out + d, A(0));
     return;
   }
-  const A back =
-      normalize ? A(dot(g, row(own, i), d, 1, double(scale) * inverse)) * inverse * scale : A(0);
+  const A unit = inverse * scale, *x = row(own, i);
+  const A back = normalize ? A(dot(g, x, d, 1, unit)) : A(0);
   for (int64_t k = 0; k < d; ++k)
-    out[k] = normalize ? up * (scale * (g[k] - back * row(own, i)[k])) : up * g[k];
+    out[k] = normalize ? up * (scale * (g[k] - back * (unit * x[k]))) : up * g[k];
 }
 
 // A tile's columns, in rows for the loops to read.
@@ -161,11 +163,11 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, Sums
             unsigned*, const Conclusion<A>& to) {
   at::parallel_for(0, term.n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      term.row.positive[i] = 0;
+      term.row.point[i] = 0;
       if (!term.there(i)) continue;
       const int64_t p = term.both ? i : term.labels[i];
       const double s = dot(row(x, i), row(y, p), x.d, std::fabs(x.scale[i]), std::fabs(y.scale[p]));
-      term.row.positive[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / term.tau());
+      term.row.point[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / term.tau());
     }
   });
   Sums all;
@@ -174,8 +176,10 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, Sums
   for (int64_t i = 0; i < term.n; ++i) {
     const bool there = term.there(i);
     term.pull[i] = 0;
-    finish_direction(term, term.row, i, there, term.row.positive[i], &all);
-    if (term.both) finish_direction(term, term.col, i, there, term.row.positive[i], &all);
+    const A positive = term.row.point[i];
+    finish_direction(term, term.row, i, there, positive, &all);
+    if (term.both) finish_direction(term, term.col, i, there, positive, &all);
+    term.row.point[i] = term.point(positive);
     if (!there) continue;
     ++all.count;
     if (std::isnan(x.inverse[i]) || (term.both && std::isnan(y.inverse[i]))) all.broken = 1;

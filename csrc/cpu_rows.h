@@ -265,8 +265,8 @@ MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A
   const A row_scale = row_inverse[at], boost = term.factor[1], bias = term.bias();
   double sum = 0;
   const auto add = [&](A of_row, A of_col, A z, int64_t j) {
-    if (of_row != A(0)) sum += of_row * double(z - term.row.positive[at]);
-    if (of_col != A(0)) sum += of_col * double(z - term.col.positive[tile.col0 + j]);
+    if (of_row != A(0)) sum += of_row * double(z - term.row.point[at]);
+    if (of_col != A(0)) sum += of_col * double(z - term.col.point[tile.col0 + j]);
   };
   for (int64_t j = 0; temperature && j < cols; ++j) {  // before out overwrites the tile
     const A z = logit(row, columns, j);

@@ -147,6 +147,7 @@ Summed summed(const Term<A>& term) {
 template <typename A>
 struct Logit {
   A z, near;
+  __device__ __forceinline__ bool mate() const { return near != lowest<A>(); }  // a NaN is one, too
 };
 template <bool kNegatives, Summed kSummed, typename A>
 __device__ __forceinline__ Logit<A> logit(A s, A row_scale, A margin, int32_t row_key,
@@ -159,9 +160,13 @@ __device__ __forceinline__ Logit<A> logit(A s, A row_scale, A margin, int32_t ro
   return {lowest<A>(), z - margin};
 }
 
+// Of the sigmoid loss; a positive's slope is negative.
 template <typename A>
-__device__ __forceinline__ Element<A> element(A x) {
-  return {x, exp_shifted(x > A(0) ? -x : x)};
+__device__ __forceinline__ Element<A> element(const Logit<A>& logit, A bias) {
+  const A x = logit.mate() ? -logit.near - bias : logit.z + bias;
+  Element<A> found(x, exp_shifted(x > A(0) ? -x : x));
+  if (logit.mate()) found.slope = -found.slope;
+  return found;
 }
 
 // The block's columns: each warp's sums over its rows become the block's, in `partial`
@@ -216,16 +221,16 @@ __device__ __forceinline__ void block_statistics(const Term<A>& term, const Tile
     const int32_t bag = !kTwo || kNegatives || !there ? -2 : term.row_bag(tile.row0 + i);
     const auto s = there ? columns.row(tile, i) : Pack<A, kCols>{};
     A top = lowest<A>(), sum = 0, near_top = lowest<A>(), near_sum = 0, near[kCols];
+    bool mates = false;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      const auto found = logit<kNegatives, kSummed>(s.value[c], scale, margin, key, bag, columns, c);
-      z[r][c] = there ? found.z : lowest<A>(), near[c] = found.near;
+      auto found = logit<kNegatives, kSummed>(s.value[c], scale, margin, key, bag, columns, c);
+      if (!there) found.z = lowest<A>();
+      z[r][c] = found.z, near[c] = found.near, mates |= found.mate();
       if (kSummed == Summed::kElements) {
-        const bool mate = near[c] > lowest<A>();
-        const auto e = element(mate ? -near[c] - bias : z[r][c] + bias);
-        const A slope = mate ? -e.slope : e.slope;
-        sum += e.loss, near_sum += slope;
-        cols[c].sum += e.loss, near_cols[c].sum += slope;
+        const auto e = element(found, bias);
+        sum += e.loss, near_sum += e.slope;
+        cols[c].sum += e.loss, near_cols[c].sum += e.slope;
       } else {
         top = z[r][c] > top ? z[r][c] : top;
         col_max[c] = z[r][c] > col_max[c] ? z[r][c] : col_max[c];
@@ -240,12 +245,12 @@ __device__ __forceinline__ void block_statistics(const Term<A>& term, const Tile
 #pragma unroll
       for (int c = 0; c < kCols; ++c) sum += exp_shifted(z[r][c] - shift);
       // Few rows of few blocks hold positives.
-      if (kTwo && !__all_sync(kAll, near_top == lowest<A>())) {
+      if (kTwo && !__all_sync(kAll, !mates)) {
         near_top = warp_max(near_top);
 #pragma unroll
         for (int c = 0; c < kCols; ++c) {
           near_sum += exp_shifted(near[c] - near_top);
-          if (near[c] > lowest<A>()) near_cols[c].merge(near[c], 1);
+          if (near[c] != lowest<A>()) near_cols[c].merge(near[c], 1);
         }
         near_sum = warp_sum(near_sum);
       }
@@ -356,7 +361,7 @@ __global__ void __launch_bounds__(kThreads)
       positive = A((s - term.margin) / term.tau());
     }
     if (threadIdx.x % kWarp > 0) continue;
-    term.row.positive[i] = positive, term.pull[i] = 0;
+    term.row.point[i] = term.point(positive), term.pull[i] = 0;
     finish_direction(term, term.row, i, there, positive, &own);
     if (term.both) finish_direction(term, term.col, i, there, positive, &own);
     own.count += there;
@@ -407,14 +412,14 @@ __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A
   const A inverse_temperature = A(1) / term.tau(), boost = term.factor[1];
   const A margin = kTwo ? A(term.margin) * inverse_temperature : A(0);
   const A bias = kTwo ? term.bias() : A(0);
-  A col_top[kCols], col_rest[kCols], col_positive[kCols], sum = 0;
+  A col_top[kCols], col_rest[kCols], col_point[kCols], sum = 0;
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
     const int64_t j = tile.col0 + columns.j + c;
     const bool there = columns.j + c < tile.cols && term.both;
     col_top[c] = there ? term.col.top[j] : -lowest<A>();
     col_rest[c] = there ? term.col.rest[j] : A(0);
-    col_positive[c] = there && kTemperature ? term.col.positive[j] : A(0);
+    col_point[c] = there && kTemperature ? term.col.point[j] : A(0);
   }
 #pragma unroll 1  // 4 loads in flight a thread are enough, and double would spill
   for (int r = 0; r < kRows; ++r) {
@@ -429,13 +434,12 @@ __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A
     for (int c = 0; c < kCols; ++c) {
       const auto found = logit<kNegatives, kSummed>(s.value[c], A(inverse * inverse_temperature),
                                                     margin, key, bag, columns, c);
-      const bool mate = found.near > lowest<A>();
-      const A z = mate ? found.near : found.z;
+      const A z = found.mate() ? found.near : found.z;
       A of_row, of_col;
       if (kSummed == Summed::kElements) {
-        const A slope = element(mate ? -z - bias : z + bias).slope;
-        of_row = (mate ? -slope : slope) * row_rest, of_col = (mate ? -slope : slope) * col_rest[c];
-      } else if (kTwo && mate) {
+        const A slope = element(found, bias).slope;
+        of_row = slope * row_rest, of_col = slope * col_rest[c];
+      } else if (kTwo && found.mate()) {
         const int64_t j = tile.col0 + columns.j + c;
         of_row = -exp_shifted(z - term.row.near_top[row] - term.row.near_rest[row]);
         of_col = -exp_shifted(z - term.col.near_top[j] - term.col.near_rest[j]);
@@ -447,8 +451,8 @@ __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A
       }
       p.value[c] = rounded<P>((of_row + of_col) * boost * (inverse * columns.scale[c]));
       if (kTemperature) {  // 0 * inf would be NaN
-        if (of_row != 0) sum += of_row * (z - term.row.positive[row]);
-        if (of_col != 0) sum += of_col * (z - col_positive[c]);
+        if (of_row != 0) sum += of_row * (z - term.row.point[row]);
+        if (of_col != 0) sum += of_col * (z - col_point[c]);
       }
     }
     P* to = out + i * ld_out + columns.j;
@@ -507,9 +511,9 @@ __global__ void __launch_bounds__(kThreads)
   const A factor = term.factor[0], unboost = A(1) / term.factor[1];
   const bool there = term.row.top[i] != -lowest<A>();  // other rows' sums may hold anything
   const int64_t p = term.both || !there ? i : term.labels[i];
-  const A pull = there ? term.pull[i] * x.inverse[i] * side.other.inverse[p] *
-                             A(fabs(side.other.scale[p]))
-                       : A(0);
+  // Apart: the product of two short rows' inverses may leave fp32.
+  const A pull = there ? factor * term.pull[i] * x.inverse[i] : A(0);
+  const A unit = there ? side.other.inverse[p] * A(fabs(side.other.scale[p])) : A(0);
   const T *row = static_cast<const T*>(x.data) + i * x.d,
           *partner = static_cast<const T*>(side.other.data) + (there ? p * x.d : 0);
   const auto gradient = [&](int64_t k) {
@@ -520,7 +524,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int c = 0; c < W; ++c)
       g.value[c] = before.value[c] +
-                   factor * (g.value[c] * unboost - pull * A(number(positive.value[c])));
+                   factor * (g.value[c] * unboost) - pull * (unit * A(number(positive.value[c])));
     return g;
   };
   if (!side.out) return for_lane<W>(x.d, [&](int64_t k) {
@@ -530,8 +534,9 @@ __global__ void __launch_bounds__(kThreads)
   const A up = *upstream, scale = x.scale[i];
   const bool alive = !normalize || scale > A(0);
   double along = 0;
+  const A own_unit = scale * x.inverse[i];
   if (normalize && alive) {
-    const double unit = double(scale) * x.inverse[i];
+    const double unit = own_unit;
     for_lane<W>(x.d, [&](int64_t k) {
       const auto g = gradient(k);
       const auto own = load<W>(row + k);
@@ -539,7 +544,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = 0; c < W; ++c)
         along += double(g.value[c]) * (double(number(own.value[c])) * unit);
     });
-    along = warp_sum(along) * unit;
+    along = warp_sum(along);
   }
   const A back = A(along);
   T* out = static_cast<T*>(side.out) + at;
@@ -551,7 +556,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < W; ++c)
       result.value[c] = rounded<T>(
           !normalize ? up * g.value[c]
-          : alive    ? up * (scale * (g.value[c] - back * A(number(own.value[c]))))
+          : alive    ? up * (scale * (g.value[c] - back * (own_unit * A(number(own.value[c])))))
                      : A(0));
     store(out + k, result);
   });

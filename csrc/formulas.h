@@ -113,18 +113,20 @@ struct Direction {
   // partner's, near.sum of all gradients but its.
   MCN_INLINE Direction(const Form& form, LogSum<A> others, LogSum<A> near, A partner, A weight)
       : top(partner), near_top(partner) {
+    if (form.kind == Kind::kSigmoid) top = rest = 0;
+    if (weight == A(0)) return;
     if (form.kind == Kind::kSigmoid) {
       const double half = 0.5 * weight;  // the mean of both directions
       loss = half * (others.sum + softplus(-double(partner)));
       pull = half * sigmoid(-double(partner));
       excess = half * near.sum - pull;
       bound = half * (others.sum < 1 ? double(others.sum) : 1.0);  // sigmoid(z) < softplus(z)
-      top = 0, rest = A(half);
+      rest = A(half);
       return;
     }
     const A nearest = near.max;
     near.merge(partner, 1);
-    if (others.sum == A(0) || weight == A(0)) return;  // nothing to be told from
+    if (others.sum == A(0)) return;  // nothing to be told from
     const double of_near = std::log(double(near.sum)), of_others = std::log(double(others.sum));
     const double gap = (double(others.max) - near.max) + (of_others - of_near);
     // Derivatives of the loss, as logarithms: by the log-sum of the others, by the positives' (-).
@@ -133,19 +135,22 @@ struct Direction {
     if (form.kind == Kind::kDcl) {
       loss = gap, slope = pulled = 0;
     } else if (form.kind == Kind::kRince) {
-      const double positive = form.q * (near.max + of_near);
-      const double all = positive + form.q * (form.log_lambda + loss);
-      const double larger = positive > all ? positive : all;
+      // log of the powers of the positives' sum, and of lambda times the sum of all. For q near 0 or
+      // lambda near 1 these are nearly equal: their difference is then exact as expm1 alone.
+      const double log_positive = form.q * (near.max + of_near);
+      const double more = form.q * (form.log_lambda + loss), log_all = log_positive + more;
       const auto power = [](double log) {
-        return std::exp(log < kLargestExponent ? log : kLargestExponent);
+        return std::exp(log > kLargestExponent ? kLargestExponent : log);
       };
-      loss = (power(all) - power(positive)) / form.q;
-      slope = lowest<double>(), pulled = lowest<double>();
-      if (!(larger > kLargestExponent)) {
-        const double difference = power(positive) - power(all) * sigmoid(-gap);
-        slope = all - softplus(-gap), pulled = std::log(difference > 0 ? difference : 0);
-        excess = weight * (std::exp(slope) - difference);
+      if (log_positive > kLargestExponent || log_all > kLargestExponent) {
+        slope = pulled = lowest<double>();
+      } else {
+        slope = log_all - softplus(-gap);
+        pulled = log_positive + std::log(-std::expm1(more - loss));
       }
+      loss = more < 1 ? power(log_positive) * std::expm1(more) : power(log_all) - power(log_positive);
+      if (slope > lowest<double>()) excess = weight * loss;
+      loss /= form.q;
     }
     const double log_weight = std::log(double(weight));
     loss *= weight;

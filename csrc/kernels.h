@@ -35,7 +35,7 @@ struct Axis {
   A *near_max, *near_sum;   // running, of the positives but the partner; unless Term::two_sums, null
   A *top, *rest;            // Direction's; top is +inf where a row is not there
   A *near_top, *near_rest;  // Direction's; without bags, null
-  A* positive;              // logits of the partners
+  A* point;                 // Term::point of the partners' logits
 };
 
 // One term. A pair of modalities: n rows x against m columns y, in both directions; row i's
@@ -75,6 +75,9 @@ struct Term {
   MCN_INLINE A tau() const { return scalars ? scalars[0] : fixed_temperature; }
   MCN_INLINE A bias() const { return scalars ? scalars[1] : fixed_bias; }
   MCN_INLINE bool sigmoid() const { return form.kind == Kind::kSigmoid; }
+  // What tile_gradient takes from a row's logits before they are summed for the temperature's
+  // gradient: the partner's logit where gradients cancel, as a softmax's do.
+  MCN_INLINE A point(A positive) const { return sigmoid() ? A(0) : positive; }
   MCN_INLINE bool two_sums() const { return both && (bags || sigmoid()); }
 
   // Direction of row i, or of column i.
@@ -99,7 +102,9 @@ MCN_INLINE void finish_direction(const Term<A>& term, const Axis<A>& axis, int64
   if (axis.near_top) axis.near_top[i] = found.near_top, axis.near_rest[i] = found.near_rest;
   Sums own;
   own.loss = found.loss, own.bound = found.bound;
-  own.excess = found.excess, own.excess_z = found.excess * positive;
+  // To a learnt temperature, beside what tile_gradient adds: see Term::point.
+  own.excess = found.excess;
+  own.excess_z = (term.sigmoid() ? -found.pull : found.excess) * positive;
   own.broken = axis.weight && axis.weight[i] != axis.weight[i];  // NaN
   sums->merge(own);
 }
@@ -144,7 +149,7 @@ constexpr int64_t kFinishBlocks = 1024;  // of the device's threads, at most
   template <typename A>                                                                            \
   void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile,                     \
                        const A* row_inverse, const A* col_inverse, A* partial);                    \
-  /* From the running sums: positive, Directions and pull, and the rows' sums, with                \
+  /* From the running sums: point, Directions and pull, and the rows' sums, with                \
      `sums_of_blocks` (kFinishBlocks,) for scratch. rows: x; cols: y. ticket: a zero, left as      \
      such. CUDA, whose host does not wait, prints the first label that is no column and ends the   \
      context, as torch's own indexing does. Concludes, too, unless there are other ranks' sums to  \
@@ -158,7 +163,7 @@ constexpr int64_t kFinishBlocks = 1024;  // of the device's threads, at most
                 const Conclusion<A>& to);                                                          \
   /* P = boost (g_row + g_col) inverse_i inverse_j, g the Directions' gradients of a logit, as     \
      `type`, leading dimension ld_out; out may be the tile. by_block, unless null, for scratch:    \
-     d_temperature -= factor / temperature * sum of g (z - z_partner): what S and its positives    \
+     d_temperature -= factor / temperature * sum of g (z - point): what S and its positives    \
      add, before anything is rounded, but for what conclude_sums adds. */                          \
   template <typename A>                                                                            \
   void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \

@@ -232,12 +232,12 @@ class Losses {
     A* at = state.template mutable_data_ptr<A>();
     const auto next = [&](int64_t size) { return std::exchange(at, at + size); };
     t.factor = next(2), t.pull = next(n);
-    t.row.top = next(n), t.row.rest = next(n), t.row.positive = next(n);
+    t.row.top = next(n), t.row.rest = next(n), t.row.point = next(n);
     if (keeps_near(spec)) t.row.near_top = next(n), t.row.near_rest = next(n);
     if (!spec.both) return t;
     t.col.top = next(m), t.col.rest = next(m);
     if (keeps_near(spec)) t.col.near_top = next(m), t.col.near_rest = next(m);
-    t.col.positive = ranks_ ? next(m) : t.row.positive;
+    t.col.point = ranks_ ? next(m) : t.row.point;
     return t;
   }
 
@@ -503,7 +503,7 @@ void Losses<A>::statistics(const Spec& spec, const Tensor& state, const Tensor& 
     own.col.top = out, own.col.rest = out + t.n;
     if (own.col.near_top) own.col.near_top = out + 2 * t.n, own.col.near_rest = out + 3 * t.n;
     finish(own, later);
-    finished.select(0, k - 1).copy_(state.narrow(0, t.row.positive - t.factor, t.n));
+    finished.select(0, k - 1).copy_(state.narrow(0, t.row.point - t.factor, t.n));
     state.narrow(0, at, k * t.m).view({k, t.m}).copy_(ranks_.rows_to_all(finished.t()).t());
   } else {
     finish(running, later);

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mcn_ext import distributed, ops
 from mcn_ext.clustering import OnlineClusters
-from mcn_ext.reference import LossTerms, unit_rows
+from mcn_ext.reference import BIAS, LossTerms, unit_rows
 
 LARGEST_SCALE = 100.0  # of a learnt 1 / temperature, as CLIP limits it
-BIAS = -10.0  # of the sigmoid loss at the start, as SigLIP's: nearly all pairs are negatives
 
 
 @dataclass
@@ -112,8 +111,8 @@ class Objective(nn.Module):
         """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`."""
         if self.loss == "milnce":
             return {"positives": batch["bag_id"]}
-        more = {"rince": {"q": self.rince_q}, "sigmoid": {"bias": self.bias}}.get(self.loss, {})
-        return {"kind": self.loss} | more
+        more = {"sigmoid": {"bias": self.bias}, "rince": {"q": self.rince_q or 0.1}}
+        return {"kind": self.loss} | more.get(self.loss, {})
 
     def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping

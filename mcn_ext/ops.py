@@ -93,7 +93,7 @@ def contrastive_loss(
     kind: str = "softmax",
     q: float = 0.1,
     lam: float = 0.01,
-    bias: float | Tensor = -10.0,
+    bias: float | Tensor = reference.BIAS,
     group=None,
     budget: int | None = None,
 ) -> Tensor:
@@ -207,6 +207,7 @@ def mcn_loss(
 
     form: ``positives``, ``kind``, ``q``, ``lam`` and ``bias`` of :func:`contrastive_loss`.
     """
+    reference.check_weights(weight or {}, pairs)
     names = list(embeddings)
     nothing = not names or not (pairs or centroids is not None)
     if nothing or not _compiled_for(embeddings[names[0]]):
@@ -278,7 +279,7 @@ def _loss(
     kind: str = "softmax",
     q: float = 0.1,
     lam: float = 0.01,
-    bias: float | Tensor = -10.0,
+    bias: float | Tensor = reference.BIAS,
     cluster_weight: float = 1.0,
     cluster_scale: float = 1.0,
     group=None,
@@ -441,11 +442,11 @@ def _both_directions(
 def _one_on_average(weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
     """A pair's weights (N,) such that their sum over the rows that are there is these rows' number:
     the weighted mean is then a mean."""
-    there = (weights[0] != 0) | (weights[1] != 0)
-    for mask in masks:
-        there = there & mask
-    shares = [reference._shares(w, there) for w in weights]
-    return [w * (there.sum() / torch.where(w.sum() > 0, w.sum(), 1.0)) for w in shares]
+    valid = masks[0] & masks[1] if masks else None
+    shares = [reference._shares(w, valid) for w in weights]
+    n = ((shares[0] != 0) | (shares[1] != 0)).sum()
+    # At most n, as the largest share is 1: no share gets lost in the product.
+    return [w * (n / torch.where(w.sum() > 0, w.sum(), 1.0)) for w in shares]
 
 
 def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:

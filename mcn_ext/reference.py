@@ -25,6 +25,7 @@ from mcn_ext.distributed import gather
 
 EPS = 1e-12  # |x| at or below it counts as zero: no direction, no gradient
 KINDS = ("softmax", "dcl", "rince", "sigmoid")
+BIAS = -10.0  # of the sigmoid loss: SigLIP's start, as nearly all pairs are negatives
 LARGEST_EXPONENT = 60.0  # e^60 is 1e26: times a weight and a logit it is far from fp32's end
 
 
@@ -86,7 +87,7 @@ def _mean(row: Tensor, valid: Tensor | None, weight: Tensor | None = None) -> Te
     if weight is None:
         weight = torch.ones_like(row) if valid is None else valid.to(row.dtype)
     # Not row * weight: inf * 0 is NaN.
-    kept = torch.where(weight > 0, row, torch.zeros_like(row))
+    kept = torch.where(weight != 0, row, torch.zeros_like(row))
     total = weight.sum()
     return (kept * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
@@ -106,12 +107,16 @@ def _row_loss(kind: str, positive: Tensor, others: Tensor, q: float, lam: float)
     if kind == "dcl":
         row = gap
     else:  # RINCE
-        everything = positive + _softplus(gap)
-        logs = q * torch.stack([math.log(lam) + everything, positive])
-        powers = logs.clamp(max=LARGEST_EXPONENT).exp()
-        row = (powers[0] - powers[1]) / q
+        # Both powers' logarithms are `first` and first + more. Where these are nearly equal, for q
+        # near 0 or lam near 1, their difference is exact as expm1 alone.
+        first, more = q * positive, q * (math.log(lam) + _softplus(gap))
+        beyond = torch.maximum(first, first + more) > LARGEST_EXPONENT
+        powers = [v.clamp(max=LARGEST_EXPONENT).exp() for v in (first, first + more)]
+        row = (
+            torch.where(more < 1, powers[0] * more.clamp(max=1).expm1(), powers[1] - powers[0]) / q
+        )
         # Cut where exp would leave fp32: a row has no gradient from there on.
-        row = torch.where(logs.amax(0) > LARGEST_EXPONENT, row.detach(), row)
+        row = torch.where(beyond, row.detach(), row)
     return torch.where(alone, torch.zeros_like(row), row)
 
 
@@ -133,6 +138,12 @@ def check_kind(kind: str, q: float, lam: float) -> None:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not (0 < q <= 1 and 0 < lam <= 1):
         raise ValueError(f"q and lam must be in (0, 1], got q = {q}, lam = {lam}")
+
+
+def check_weights(weight: Mapping, pairs: Sequence) -> None:
+    """ValueError for weights of what is no pair."""
+    if unknown := set(weight) - {tuple(pair) for pair in pairs}:
+        raise ValueError(f"weight is of {sorted(unknown)}, and the pairs are {list(pairs)}")
 
 
 def _shares(weight: Tensor, valid: Tensor | None) -> Tensor:
@@ -159,7 +170,7 @@ def contrastive_loss(
     kind: str = "softmax",
     q: float = 0.1,
     lam: float = 0.01,
-    bias: float | Tensor = -10.0,
+    bias: float | Tensor = BIAS,
     group=None,
     budget: int | None = None,
 ) -> Tensor:
@@ -187,7 +198,7 @@ def contrastive_loss(
         valid: (N,) bool. False rows (silent clip, no caption) are in no row, column or mean.
         weight: (N,) at least 0, or one for each direction: means become weighted means. A row
             without weight in both is as one that is not valid. Negative, NaN or inf: the loss is
-            NaN.
+            NaN. Gets no gradient.
         positives: (N,) int64. i != j with positives[i] == positives[j] are positives of each other;
             where ``ids`` are equal as well, they are in no sum.
         q, lam: of "rince". bias: of "sigmoid"; a 0-d tensor gets its gradient.
@@ -214,13 +225,13 @@ def contrastive_loss(
         positives, weights = gather(positives, group), [gather(w, group) for w in weights]
     with torch.autocast(x.device.type, enabled=False):
         if weights:
-            # NaN is larger than 0 here: it is not to be hidden.
-            some = ~((weights[0] == 0) & (weights[1] == 0))
-            valid = some if valid is None else valid & some
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weights = [_shares(w.detach().to(wide), valid) for w in weights]
+            valid = (weights[0] != 0) | (weights[1] != 0)  # NaN is not 0: it is not to be hidden
         # Without autocast: bf16 would leave two or three digits of a cosine.
         x, y = _working(x, valid), _working(y, valid)
         a, b = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
-        weights = [_shares(w.to(x.dtype), valid) for w in weights] or [None, None]
+        weights = weights or [None, None]
         # z_ii of the first lines, (N,)
         partner = ((a * b).sum(dim=1) - margin) / temperature
         # The partner is not in the sums: the softplus form adds it, see the first lines.
@@ -329,6 +340,7 @@ def mcn_loss(
         kind: ``kind``, ``q``, ``lam`` and ``bias`` of :func:`contrastive_loss`.
     """
     valid, weight = dict(valid or {}), dict(weight or {})
+    check_weights(weight, pairs)
     if group is not None:
         # Gathered once here, not again for each pair.
         embeddings = {name: gather(x, group) for name, x in embeddings.items()}

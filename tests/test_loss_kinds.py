@@ -200,7 +200,8 @@ def forms(kind, n, device):  # noqa: F811
     "dtype, n, d, tile",
     [
         *((dtype, 70, 24, 0) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
-        *((torch.float32, *size) for size in [(0, 5, 0), (2, 1, 0), (131, 9, 64)]),
+        # 200: blocks of 64 x 128 that hold negatives alone.
+        *((torch.float32, *size) for size in [(0, 5, 0), (2, 1, 0), (131, 9, 64), (200, 8, 0)]),
     ],
 )
 def test_compiled_errors_in_budget(device, mode, monkeypatch, kind, dtype, n, d, tile):  # noqa: F811
@@ -240,6 +241,8 @@ def test_compiled_edges(device, mode, kind):  # noqa: F811
         {"weight": gone * 1e-30},
         {"weight": 1 - gone},
         {"positives": zero.long(), "weight": gone},
+        {"weight": torch.tensor([1, 1, 1e-30, 1e30, 1, 1, 1, 1, 1], device=device)},
+        {"weight": torch.tensor([1e-50] * 3 + [1] * 6, dtype=torch.float64, device=device)},
     ):
         check(call(**options), [x, y])
     for scale, temperature in ((1e-30, 0.25), (0.0, 0.25), (1.0, 2**-13)):
@@ -256,6 +259,49 @@ def test_compiled_edges(device, mode, kind):  # noqa: F811
     for value in (math.nan, -1.0, math.inf):
         bad = torch.where(gone == 0, value, gone)
         assert all(v.isnan().any() for v in values(ops, call(weight=bad), [x, y])[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_of_any_size_fit_16_bits(device, mode, dtype):  # noqa: F811
+    """Of many mates, and of a sigmoid that is nearly 0: what lifts them must know the largest."""
+    x, y = (v.to(device, dtype) for v in rows(64, 16))
+    bags = torch.arange(64, device=device) // 32
+    for kind in KINDS:
+        options = {"kind": kind, "q": 0.5, "positives": bags, "bias": -30.0}
+        check(lambda m, rows, t, o=options: m.contrastive_loss(*rows, temperature=t, **o), [x, y])
+
+
+def test_rince_where_its_powers_are_nearly_equal(device, mode):  # noqa: F811
+    """q near 0 is the softmax; for q = lam = 1 three orthogonal rows have 2 exp(0) a direction."""
+    eye = torch.eye(3, device=device)
+    for module in (ops, mcn_ext.reference):
+        for temperature in (1 / 10, 1 / 30, 1 / 59):
+            options = {"kind": "rince", "temperature": temperature, "margin": 0.0}
+            loss = module.contrastive_loss(eye, eye, q=1.0, lam=1.0, **options)
+            assert_close(loss, torch.tensor(4.0, device=device), rtol=1e-5, atol=0)
+        x, y = (v.detach().to(device).float() for v in rows())
+        got = module.contrastive_loss(x, y, kind="rince", q=1e-12, lam=1.0)
+        assert_close(got, module.contrastive_loss(x, y), rtol=1e-5, atol=0)
+    short = {"kind": "rince", "q": 1.0, "lam": 0.5, "margin": 0.0}
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(device) * 1e-7
+    for row in values(
+        ops, lambda m, rows, t: m.contrastive_loss(*rows, temperature=t, **short), [x, x], 1 / 59
+    ):
+        assert torch.isfinite(row).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_nan_is_hidden(device, mode, kind):  # noqa: F811
+    """Finite rows whose dot product is inf - inf, of others and of mates; and a temperature."""
+    x = torch.tensor([[1e25, 1e25], [1, 1], [2, 1], [3, 1]], device=device)
+    y = torch.tensor([[1, 1], [1e25, -1e25], [1, 2], [1, 3]], device=device)
+    bags = torch.tensor([0, 0, 1, 2], device=device)
+    options = {"kind": kind, "normalize": False, "bias": -1.0}
+    for more in ({}, {"positives": bags}):
+        call = lambda m, rows, t, o=options | more: m.contrastive_loss(*rows, temperature=t, **o)  # noqa: E731
+        assert values(ops, call, [x, y], 1.0)[0].isnan()
+    nan = torch.tensor(math.nan, device=device)
+    assert ops.contrastive_loss(x[1:], y[2:].repeat(2, 1)[:3], temperature=nan, kind=kind).isnan()
 
 
 def test_wrong_positives_pull_less():
@@ -281,6 +327,8 @@ def test_all_terms_and_the_extension_take_them():
         call = module.mcn_loss if module else mcn_loss
         assert_close(call(both, [pair], weight={pair: WEIGHT}, **options).total, want)
     assert_close(mcn_ext.contrastive_loss(x, y, weight=WEIGHT, **options), want)
+    with pytest.raises(ValueError, match=r"weight is of \[\('b', 'a'\)\]"):
+        mcn_ext.mcn_loss(both, [pair], weight={("b", "a"): WEIGHT})
     for wrong in ({"kind": "clip"}, {"q": 0.0, "kind": "rince"}, {"lam": 0.0, "kind": "rince"}):
         with pytest.raises(ValueError, match="must be"):
             mcn_ext.contrastive_loss(x, y, **wrong)
