@@ -338,8 +338,9 @@ __device__ __forceinline__ double dot(const Rows<A>& x, int64_t i, const Rows<A>
   return warp_sum(sum);
 }
 
-// Rows are dealt to the warps, and each block's sums are left in memory; the block that is the last
-// to be done (it draws the last ticket) adds them up, in the order of blocks, and concludes.
+// Rows are dealt to the warps for their partners' logits, then a block's rows to its threads. Each
+// block's sums are left in memory; the block that is the last to be done (it draws the last ticket)
+// adds them up, in the order of blocks, and concludes.
 template <typename A, typename T, int W>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(Term<A> term, Rows<A> x, Rows<A> y, Sums* sums_of_blocks, Sums* sums,
@@ -347,7 +348,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ double shared[kWarps];
   __shared__ bool last;
   Sums own;
-  for (int64_t i = warp_row(); i < term.n; i += static_cast<int64_t>(gridDim.x) * kWarps) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t i = warp_row(); i < term.n; i += stride) {
     const bool there = term.there(i);
     const int64_t p = term.both ? i : there ? term.labels[i] : 0;
     if (there && (p < 0 || p >= (term.both ? term.n : term.m))) {
@@ -355,17 +357,24 @@ __global__ void __launch_bounds__(kThreads)
              static_cast<long long>(p), static_cast<long long>(term.m));
       __trap();
     }
-    A positive = 0;
-    if (there) {
-      const double s = dot<A, T, W>(x, i, y, p) * x.inverse[i] * y.inverse[p];
-      positive = A((s - term.margin) / term.tau());
-    }
-    if (threadIdx.x % kWarp > 0) continue;
+    const double s = there ? dot<A, T, W>(x, i, y, p) * x.inverse[i] * y.inverse[p] : 0;
+    if (threadIdx.x % kWarp == 0)
+      term.row.point[i] = there ? A((s - term.margin) / term.tau()) : A(0);
+  }
+  __syncthreads();  // the logits of the block's rows are there
+  for (int64_t slot = threadIdx.x;; slot += blockDim.x) {
+    const int64_t first = slot / kWarps * stride + static_cast<int64_t>(blockIdx.x) * kWarps;
+    const int64_t i = first + slot % kWarps;
+    if (first >= term.n) break;
+    if (i >= term.n) continue;
+    const bool there = term.there(i);
+    const A positive = term.row.point[i];
     term.row.point[i] = term.point(positive), term.pull[i] = 0;
     finish_direction(term, term.row, i, there, positive, &own);
     if (term.both) finish_direction(term, term.col, i, there, positive, &own);
     own.count += there;
-    if (there && (isnan(x.inverse[i]) || isnan(y.inverse[p]))) own.broken = 1;
+    if (there && (isnan(x.inverse[i]) || isnan(y.inverse[term.both ? i : term.labels[i]])))
+      own.broken = 1;
   }
   if (term.labels)  // every row reads every centroid
     for (int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; j < term.m;
