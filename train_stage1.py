@@ -349,6 +349,8 @@ def main(argv=None):
         trained=model.modalities,
         loss=args.loss,
         rince_q=args.rince_q,
+        # The sigmoid's share of positives at the start; SigLIP's -10 is that of 32,768 clips.
+        bias=-math.log(n_clips),
         temperature=args.temperature,
         learn_temperature=args.learn_temperature,
         margin=args.margin,

@@ -294,7 +294,7 @@ def main(argv=None):
     )
     from mcn_ext.modalities import MODALITIES
     from mcn_ext.model import MCN
-    from mcn_ext.objective import BIAS, Objective
+    from mcn_ext.objective import Objective
     from mcn_ext.train import checkpoint, inputs, memory
     from mcn_ext.train.curves import curves
     from mcn_ext.train.diagnostics import diagnose, signs_of_collapse
@@ -407,7 +407,7 @@ def main(argv=None):
         trained=[MODALITIES[args.add].name] if frozen else model.modalities,
         loss=args.loss,
         rince_q=args.rince_q,
-        bias=float(learnt.get("bias", BIAS)),
+        bias=float(learnt.get("bias", -math.log(n_clips))),
         temperature=args.temperature,
         learn_temperature=args.learn_temperature,
         margin=args.margin,

@@ -56,6 +56,7 @@ def prepare(name: str, folder: Path) -> None:
         elif not (out / "train.h5").exists():
             plain = folder / f"data/{name}-0"
             out.mkdir(exist_ok=True)
+            (out / "eval.h5").unlink(missing_ok=True)  # of a start that was interrupted
             (out / "eval.h5").symlink_to(plain / "eval.h5")
             python("benchmarks/shift.py", plain / "train.h5", out / "train.h5", "--share", share)
 
@@ -76,14 +77,11 @@ def rows_of(folder: Path) -> list[dict]:
     rows = []
     for cell in sorted((folder / "runs").glob("*-*")):
         name, _, share = cell.name.rpartition("-")
-        made = [loss for loss in LOSSES if (cell / loss / "study.json").exists()]
-        studies = {loss: Study(cell / loss) for loss in made}
+        studies = {loss: Study(cell / loss) for loss in LOSSES if finished(cell / loss)}
         for order in ORDERS:
             for fusion, direction in FUSIONS.items():
                 for loss, study in studies.items():
                     values = study.values(order, direction=direction)
-                    if not len(values):
-                        continue
                     row = {"data": name, "share": float(share), "order": order, "loss": loss}
                     row |= {"fusion": fusion, "n_seeds": len(values), "R@10": float(values.mean())}
                     row["text"] = spread(values)
@@ -128,7 +126,9 @@ R@10 of {main}, three seeds, mean ± standard deviation; then the difference to 
 same column with its 95 % interval (paired bootstrap over queries and seeds), bold where it excludes
 0. All losses have the same temperature and learning rate, which were tuned for the softmax only.
 No correction for many comparisons: of 100 differences without an effect, 5 would be bold.
-Made by `benchmarks/noisy_losses.py`, commit {commit}, {date}.
+
+A shifted clip has its sound or its picture from the clip before or after it. Evaluation clips are
+not shifted. Made by `benchmarks/noisy_losses.py`, commit {commit}, {date}.
 
 """
 

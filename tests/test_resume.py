@@ -1,6 +1,7 @@
 """Ends before time: what is saved, and that the run resumed from it is the one not interrupted."""
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -415,8 +416,8 @@ def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
                 process.wait(rng.uniform(2, 8))
     call(*sixty_steps(store, killed), loss, cwd=tmp_path)
     assert not differences(whole, killed)
-    objective = checkpoint.load(killed / "checkpoint.pt")["training"]["objective"]
-    assert objective["bias"] != -10 and len(read(killed / "log.jsonl")) == 60
+    bias = checkpoint.load(killed / "checkpoint.pt")["training"]["objective"]["bias"]
+    assert abs(bias + math.log(16)) > 1e-4, "it has learnt; a step has 16 clips"
 
 
 @pytest.mark.slow

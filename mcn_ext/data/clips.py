@@ -63,9 +63,7 @@ def draw_bags(spans: list[tuple[int, int]], n: int, rng: np.random.Generator) ->
     """For each clip of a video the number of the first one of its bag: ``n`` neighbours in time,
     fewer at the ends. Where bags begin is drawn, so that any two neighbours meet in some epoch."""
     in_time, offset = sorted(set(spans)), int(rng.integers(n))  # equal clips share a bag
-    first = {
-        span: in_time[max(0, (i + offset) // n * n - offset)] for i, span in enumerate(in_time)
-    }
+    first = {s: in_time[max(0, (i + offset) // n * n - offset)] for i, s in enumerate(in_time)}
     return [spans.index(first[span]) for span in spans]
 
 
@@ -309,11 +307,8 @@ class ClipReader:
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """Item (epoch, video) -> ``n_pair`` clips of it; videos without captions are left out.
-
-    n_candidates: clips in a bag of :func:`draw_bags`; ``bag_id`` (n_pair,) int64, equal in a bag,
-    is then in an item, too.
-    """
+    """Item (epoch, video) -> ``n_pair`` clips of it; videos without captions are left out. With
+    ``n_candidates``, also ``bag_id`` (n_pair,) int64, equal in a bag of :func:`draw_bags`."""
 
     def __init__(
         self,
@@ -326,8 +321,7 @@ class TrainingClips(torch.utils.data.Dataset):
     ):
         self.reader, self.n_pair, self.min_time, self.seed = reader, n_pair, min_time, seed
         self.n_candidates = n_candidates
-        store = reader.store
-        self.videos = np.flatnonzero(store.caption_counts())
+        self.videos = np.flatnonzero(reader.store.caption_counts())
 
     def __len__(self) -> int:
         return len(self.videos)
