@@ -53,7 +53,7 @@ class Objective(nn.Module):
         trained: names of those that learn; pairs without one are left out, and only these are
             clustered and reconstructed.
         loss: "softmax"; "milnce", whose positives are the clips of one bag (``bag_id``); or a
-            ``kind`` of :func:`mcn_ext.reference.contrastive_loss`. rince_q: q of "rince".
+            ``kind`` of :func:`mcn_ext.reference.contrastive_loss`.
         bias: of "sigmoid", at the start: it is a parameter.
         learn_temperature: the temperature is a parameter, ``log_scale`` = log(1 / temperature).
         similarity: "cosine" (unit rows, the default objective) or "dot" (the published one).
@@ -66,7 +66,6 @@ class Objective(nn.Module):
         trained: list[str],
         *,
         loss: str = "softmax",
-        rince_q: float | None = None,
         bias: float = BIAS,
         temperature: float = 0.05,
         learn_temperature: bool = False,
@@ -86,7 +85,7 @@ class Objective(nn.Module):
         # A logarithm: the scale stays positive, and equal steps change it by equal factors.
         scale = torch.tensor(-math.log(temperature))
         self.log_scale = nn.Parameter(scale) if learn_temperature else None
-        self.loss, self.rince_q = loss, rince_q
+        self.loss = loss
         self.bias = nn.Parameter(torch.tensor(bias)) if loss == "sigmoid" else None
         self.margin, self.normalize = margin, similarity == "cosine"
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
@@ -111,8 +110,7 @@ class Objective(nn.Module):
         """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`."""
         if self.loss == "milnce":
             return {"positives": batch["bag_id"]}
-        more = {"sigmoid": {"bias": self.bias}, "rince": {"q": self.rince_q or 0.1}}
-        return {"kind": self.loss} | more.get(self.loss, {})
+        return {"kind": self.loss} | ({} if self.bias is None else {"bias": self.bias})
 
     def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping

@@ -66,7 +66,7 @@ def waits_of_a_step(pair, added="", checkpoint=False, loss="softmax"):
     model.freeze([n for n in model.modalities if added and not added == n[0].upper()])
     model.train()
     trained = [name for name in model.modalities if name not in model.frozen]
-    options = {"loss": loss, "rince_q": 0.5, "cluster_size": 4, "queue_size": 5}
+    options = {"loss": loss, "cluster_size": 4, "queue_size": 5}
     objective = Objective(model.modalities, trained, **options).to(META)
     objective.clusters.centroids = torch.empty(4, SIZES["embd_dim"], device=META)
     learning = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
@@ -99,7 +99,7 @@ def waits_of_a_step(pair, added="", checkpoint=False, loss="softmax"):
         ("AV", "T", False, "softmax"),
         ("AVT", "", False, "milnce"),
         ("AT", "", True, "sigmoid"),
-        ("AV", "", False, "rince"),
+        ("AV", "", False, "dcl"),
     ],
 )
 def test_a_step_waits_once(pair, added, checkpoint, loss):

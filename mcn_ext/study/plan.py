@@ -35,7 +35,7 @@ ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
 # Flags that change the objective: a variant with one of them gets a baseline of its own.
 OBJECTIVE = (
-    "loss n_candidates rince_q temperature learn_temperature margin similarity cluster_weight "
+    "loss n_candidates temperature learn_temperature margin similarity cluster_weight "
     "recon_weight cluster_size queue_size"
 ).split()
 STAGE1_ONLY = "embd_dim recon_dim audio_width".split()
