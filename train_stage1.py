@@ -140,18 +140,13 @@ def get_parser():
         default="softmax",
         help="contrastive loss; for pairs that do not belong together: milnce takes a clip's "
         "neighbours in time as further positives, dcl leaves positives out of the denominator, "
-        "rince bounds what a wrong pair can do, sigmoid asks each pair by itself (SigLIP)",
+        "sigmoid asks each pair by itself (SigLIP)",
     )
     add(
         "--n_candidates",
         type=positive(int),
         help="of --loss milnce: neighbouring clips of a batch's video in a bag (4). The published "
         "MIL-NCE reads the nearest captions in addition; here they are clips that are there",
-    )
-    add(
-        "--rince_q",
-        type=flags.between(float, 0, 1, more=True),
-        help="of --loss rince: near 0 as the softmax, 1 most robust (0.1)",
     )
     add(
         "--temperature",
@@ -348,7 +343,6 @@ def main(argv=None):
         model.modalities,
         trained=model.modalities,
         loss=args.loss,
-        rince_q=args.rince_q,
         # The sigmoid's share of positives at the start; SigLIP's -10 is that of 32,768 clips.
         bias=-math.log(n_clips),
         temperature=args.temperature,

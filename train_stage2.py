@@ -45,7 +45,6 @@ INHERITED = (
     "audio_augment",
     "loss",
     "n_candidates",
-    "rince_q",
     "temperature",
     "learn_temperature",
     "margin",
@@ -149,18 +148,13 @@ def get_parser():
         default="softmax",
         help="contrastive loss; for pairs that do not belong together: milnce takes a clip's "
         "neighbours in time as further positives, dcl leaves positives out of the denominator, "
-        "rince bounds what a wrong pair can do, sigmoid asks each pair by itself (SigLIP)",
+        "sigmoid asks each pair by itself (SigLIP)",
     )
     add(
         "--n_candidates",
         type=positive(int),
         help="of --loss milnce: neighbouring clips of a batch's video in a bag (4). The published "
         "MIL-NCE reads the nearest captions in addition; here they are clips that are there",
-    )
-    add(
-        "--rince_q",
-        type=flags.between(float, 0, 1, more=True),
-        help="of --loss rince: near 0 as the softmax, 1 most robust (0.1)",
     )
     add(
         "--temperature",
@@ -268,7 +262,7 @@ def get_args(argv=None, start=None):
         parser.set_defaults(temperature=1.0 if args.similarity == "dot" else 0.05)
         args = parser.parse_args(argv)
     if args.loss != start.get("loss", "softmax"):  # the other one's are of no use to it
-        parser.set_defaults(n_candidates=None, rince_q=None)
+        parser.set_defaults(n_candidates=None)
         args = parser.parse_args(argv)
     args.word2vec = Path(args.word2vec) if args.word2vec else None
     args.data, args.preset, args.demo = flags.find_data(Path(args.data), preset)
@@ -406,7 +400,6 @@ def main(argv=None):
         model.modalities,
         trained=[MODALITIES[args.add].name] if frozen else model.modalities,
         loss=args.loss,
-        rince_q=args.rince_q,
         bias=float(learnt.get("bias", -math.log(n_clips))),
         temperature=args.temperature,
         learn_temperature=args.learn_temperature,

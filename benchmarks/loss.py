@@ -36,6 +36,24 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 PAIR, TERMS = ("eager", "compile", "open_clip", "ours_stream", "ours"), ("eager", "ours")
 SWEEP = ("eager", "compile", "ours", "ours_stream")
 HALF = [("ms", "eager", 0.5), ("ms", "open_clip", 0.5)]
+# Losses for noisy pairs, each beside the softmax; bags of 4 rows, as --loss milnce has.
+KINDS = {
+    "weight": lambda x: {"weight": torch.arange(len(x), device=x.device) % 4 / 2},
+    "dcl": lambda x: {"kind": "dcl"},
+    "rince": lambda x: {"kind": "rince"},
+    "sigmoid": lambda x: {"kind": "sigmoid"},
+    "bags": lambda x: {"positives": torch.arange(len(x), device=x.device) // 4},
+}
+
+
+def kinds(n, d, like, repeats):
+    """Rows of the plan: each loss' time and memory are to be near the softmax's."""
+    for kind in KINDS:
+        limit = 1.2 if kind == "bags" else 1.1
+        targets = [(what, like, limit) for what in ("ms", "extra_mib")]
+        yield n, d, False, (like, f"{like}_{kind}"), repeats, targets
+
+
 # N, D, mcn_loss?, implementations, repeats, and targets of the last implementation:
 # (what, whose, at most so many times that), or (what, None, at most so much)
 ROWS = {
@@ -46,6 +64,7 @@ ROWS = {
         (2048, 1024, True, TERMS, 5, [("ms", "eager", 0.8), ("extra_mib", "eager", 0.45)]),
         (16384, 256, False, SWEEP, 2, [("ms", "eager", 0.4), ("extra_mib", None, 128)]),
         *((n, 256, False, SWEEP, 5, []) for n in (256, 1024, 4096)),  # the figure's
+        *(row for like in ("ours", "ours_stream") for row in kinds(4096, 1024, like, 5)),
     ],
     "cuda": [
         (4096, 512, False, PAIR, 20, [*HALF, ("ms", "compile", 0.9)]),
@@ -57,10 +76,13 @@ ROWS = {
             [*HALF, ("ms", "compile", 1.3), ("extra_mib", None, 512)],
         ),
         (262144, 1024, False, ("ours_stream",), 2, [("ms", None, 1400)]),
+        *kinds(4096, 6144, "ours", 20),
+        *kinds(65536, 1024, "ours_stream", 3),
     ],
     "quick": [
         (256, 64, False, (*PAIR[:1], *PAIR[2:]), 3, [("ms", "eager", 1)]),
         (128, 64, True, TERMS, 3, []),
+        *kinds(256, 64, "ours", 3),
     ],
 }
 
@@ -87,9 +109,9 @@ def eager_terms(video, audio, text, centroids, labels):
     return pairs / 3 + clusters / (3 * math.log(len(mu)))
 
 
-def fused(module, *inputs, margin=MARGIN, **budget):
+def fused(module, *inputs, margin=MARGIN, **more):
     """mcn_ext's loss, or its reference's, for a pair or for three modalities."""
-    settings = dict(temperature=TEMPERATURE, margin=margin, **budget)
+    settings = dict(temperature=TEMPERATURE, margin=margin, **more)
     if len(inputs) == 2:
         return module.contrastive_loss(*inputs, **settings)
     rows = dict(zip(("video", "audio", "text"), inputs, strict=False))
@@ -106,12 +128,15 @@ def open_clip(x, y):
 
 def implementation(name, terms):
     plain = eager_terms if terms else eager
+    if name.startswith("ours"):
+        _, _, rest = name.partition("ours")
+        budget = {"budget": 0} if rest.startswith("_stream") else {}
+        kind = KINDS.get(rest.removeprefix("_stream").removeprefix("_"), lambda x: {})
+        return lambda *inputs: fused(mcn_ext, *inputs, **budget, **kind(inputs[0]))
     return {
         "eager": plain,
         "compile": torch.compile(plain, dynamic=False),
         "open_clip": open_clip,
-        "ours": lambda *inputs: fused(mcn_ext, *inputs),
-        "ours_stream": lambda *inputs: fused(mcn_ext, *inputs, budget=0),
     }[name]
 
 
@@ -204,7 +229,8 @@ def check(name, terms):
     """SystemExit if an implementation does not give the loss and gradients of the reference."""
     limits = (1e-5, 1e-4) if DTYPE == torch.float32 else (5e-2, 1e-1)
     inputs, margin = make(320, 256, terms), 0 if name == "open_clip" else MARGIN
-    true = gradients(lambda *x: fused(mcn_ext.reference, *x, margin=margin), inputs)
+    kind = KINDS.get(name.rpartition("_")[2], lambda x: {})(inputs[0])
+    true = gradients(lambda *x: fused(mcn_ext.reference, *x, margin=margin, **kind), inputs)
     found = gradients(implementation(name, terms), inputs)
     for part, limit in zip((slice(1), slice(1, None)), limits, strict=True):
         error = relative(found[part], true[part])

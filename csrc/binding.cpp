@@ -55,21 +55,29 @@ std::string build_info() {
 
 // Lists of tensors, then single ones, then the rest.
 #define MCN_ARGUMENTS                                                                             \
-  "Tensor[] embeddings, Tensor[] ids, Tensor[] valid, Tensor[] columns, Tensor? centroids, "      \
-  "Tensor? labels, Tensor? temperature, float fixed_temperature, float margin, int[] pairs, "     \
-  "int[] clustered, bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "    \
-  "bool wants_temperature, bool keep, int tile, int[] sizes, int rank, str group"
-constexpr size_t kLists = 4, kTensors = 7, kArguments = 21, kTemperature = 6, kWanted = 14;
+  "Tensor[] embeddings, Tensor[] ids, Tensor[] valid, Tensor[] columns, Tensor[] weights, "       \
+  "Tensor? bags, Tensor? centroids, Tensor? labels, Tensor? scalars, float fixed_temperature, "   \
+  "float fixed_bias, float margin, int kind, float q, float lam, int[] pairs, int[] clustered, "  \
+  "bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "                     \
+  "bool wants_scalars, bool keep, int tile, int[] sizes, int rank, str group"
+constexpr size_t kLists = 5, kTensors = 9, kArguments = 27, kScalars = 8, kWanted = 20;
 
 Problem problem_of(at::ArrayRef<IValue> a) {
-  const auto tensor = [&](size_t i) { return a[i].isNone() ? Tensor() : a[i].toTensor(); };
-  return {a[0].toTensorVector(), a[1].toTensorVector(), a[2].toTensorVector(),
-          a[3].toTensorVector(), tensor(4),             tensor(5),
-          tensor(6),             a[7].toDouble(),       a[8].toDouble(),
-          a[9].toIntVector(),    a[10].toIntVector(),   a[11].toBool(),
-          a[12].toDouble(),      a[13].toDouble(),      a[14].toIntVector(),
-          a[15].toBool(),        a[16].toBool(),        a[17].toInt(),
-          a[18].toIntVector(),   a[19].toInt(),         a[20].toStringRef()};
+  size_t next = 0;
+  const auto list = [&] { return a[next++].toTensorVector(); };
+  const auto tensor = [&] {
+    const IValue& value = a[next++];
+    return value.isNone() ? Tensor() : value.toTensor();
+  };
+  const auto real = [&] { return a[next++].toDouble(); };
+  const auto whole = [&] { return a[next++].toInt(); };
+  const auto ints = [&] { return a[next++].toIntVector(); };
+  const auto flag = [&] { return a[next++].toBool(); };
+  // Braces: evaluated in this order.
+  return {list(),  list(),  list(),  list(),  list(),  tensor(), tensor(), tensor(), tensor(),
+          real(),  real(),  real(),  whole(), real(),  real(),   ints(),   ints(),   flag(),
+          real(),  real(),  ints(),  flag(),  flag(),  whole(),  ints(),   whole(),
+          a[next].toStringRef()};
 }
 
 // (arguments) -> total, parts, state, kept
@@ -79,14 +87,14 @@ void loss(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::push(*stack, found.total, found.parts, found.state, std::move(found.kept));
 }
 
-// (upstream, parts, state, kept, arguments) -> d temperature, gradients
+// (upstream, parts, state, kept, arguments) -> d scalars, gradients
 void loss_backward(const c10::OperatorHandle&, Stack* stack) {
   const auto given = torch::jit::last(*stack, kArguments + 4);
   Backward found = backward(problem_of(given.slice(4)), given[0].toTensor(),
                             {Tensor(), given[1].toTensor(), given[2].toTensor(),
                              given[3].toTensorVector()});
   torch::jit::drop(*stack, kArguments + 4);
-  torch::jit::push(*stack, found.temperature, std::move(found.gradients));
+  torch::jit::push(*stack, found.scalars, std::move(found.gradients));
 }
 
 c10::OperatorHandle operator_of(const char* name) {
@@ -118,7 +126,7 @@ std::vector<int64_t> ints_of(const IValue& tuple) {
 
 struct Loss : torch::autograd::Function<Loss> {
   static variable_list forward(AutogradContext* ctx, Stack* arguments,
-                               const std::optional<Tensor>& /*temperature*/,
+                               const std::optional<Tensor>& /*scalars*/,
                                at::TensorList /*embeddings*/) {
     const at::AutoDispatchBelowADInplaceOrView below;
     static const auto op = operator_of(MCN_TEXT(MCN_LIBRARY) "::loss");
@@ -151,7 +159,7 @@ struct Loss : torch::autograd::Function<Loss> {
     for (IValue& value : arguments)
       if (value.isTuple()) value = ints_of(value);
     const std::vector<int64_t> wanted = arguments[kWanted].toIntVector();
-    // For each input of forward: the arguments, the temperature, each embedding.
+    // For each input of forward: the arguments, the scalars, each embedding.
     variable_list gradients(2 + wanted.size());
     if (!upstream[0].defined()) return gradients;
     const variable_list saved = ctx->get_saved_variables();
@@ -173,7 +181,7 @@ struct Loss : torch::autograd::Function<Loss> {
     stack.insert(stack.end(), arguments.begin() + kTensors, arguments.end());
     variable_list inputs = stack[4].toTensorVector();
     inputs.push_back(upstream[0]);
-    if (!stack[4 + kTemperature].isNone()) inputs.push_back(stack[4 + kTemperature].toTensor());
+    if (!stack[4 + kScalars].isNone()) inputs.push_back(stack[4 + kScalars].toTensor());
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       static const auto op = operator_of(MCN_TEXT(MCN_LIBRARY) "::loss_backward");
@@ -192,9 +200,9 @@ struct Loss : torch::autograd::Function<Loss> {
 
 void loss_autograd(const c10::OperatorHandle&, Stack* stack) {
   Stack arguments = torch::jit::pop(*stack, kArguments);
-  const std::optional<Tensor> temperature = arguments[kTemperature].toOptional<Tensor>();
+  const std::optional<Tensor> scalars = arguments[kScalars].toOptional<Tensor>();
   const variable_list embeddings = arguments[0].toTensorVector();
-  variable_list out = Loss::apply(&arguments, temperature, at::TensorList(embeddings));
+  variable_list out = Loss::apply(&arguments, scalars, at::TensorList(embeddings));
   // The others have no gradients. (Marked so, compiled autograd would refuse them.) Terms are the
   // user's to change: this tensor has a version of its own.
   for (size_t i = 1; i < out.size(); ++i) out[i] = out[i].variable_data();
@@ -211,7 +219,7 @@ TORCH_LIBRARY(MCN_LIBRARY, m) {
   m.def("build_info() -> str", &mcn::build_info);
   m.def("loss(" MCN_ARGUMENTS ") -> (Tensor total, Tensor parts, Tensor state, Tensor[] kept)");
   m.def("loss_backward(Tensor upstream, Tensor parts, Tensor state, Tensor[] kept, " MCN_ARGUMENTS
-        ") -> (Tensor temperature, Tensor[] gradients)");
+        ") -> (Tensor scalars, Tensor[] gradients)");
 }
 TORCH_LIBRARY_IMPL(MCN_LIBRARY, CPU, m) {
   m.impl("loss", MCN_BOXED(loss));

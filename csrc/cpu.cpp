@@ -55,16 +55,18 @@ void add_row(const Term<A>& term, const GradientRows<A>& side, int64_t i, bool n
   const Rows<A>&own = side.own, &other = side.other;
   const int64_t d = own.d, at = (i - side.begin) * d;
   const A factor = term.factor[0], unboost = A(1) / term.factor[1];
-  const bool there = term.row_top[i] != -lowest<A>();  // other rows' sums may hold anything
+  const bool there = term.row.top[i] != -lowest<A>();  // other rows' sums may hold anything
   if (side.add)
     std::copy(side.total + at, side.total + at + d, g);
   else
     std::fill(g, g + d, A(0));
   if (there) {
     const int64_t p = term.both ? i : term.labels[i];
-    const A pull = term.pull[i] * own.inverse[i] * other.inverse[p] * std::fabs(other.scale[p]);
+    // Apart: the product of two short rows' inverses may leave fp32.
+    const A pull = factor * term.pull[i] * own.inverse[i];
+    const A unit = other.inverse[p] * std::fabs(other.scale[p]);
     const A *sum = side.sums + at, *partner = row(other, p);
-    for (int64_t k = 0; k < d; ++k) g[k] += factor * (sum[k] * unboost - pull * partner[k]);
+    for (int64_t k = 0; k < d; ++k) g[k] += factor * (sum[k] * unboost) - pull * (unit * partner[k]);
   } else if (std::isnan(factor)) {
     std::fill(g, g + d, factor);  // a loss that is NaN has no gradient that is a number
   }
@@ -78,23 +80,31 @@ void add_row(const Term<A>& term, const GradientRows<A>& side, int64_t i, bool n
     std::fill(out, out + d, A(0));
     return;
   }
-  const A back =
-      normalize ? A(dot(g, row(own, i), d, 1, double(scale) * inverse)) * inverse * scale : A(0);
+  const A unit = inverse * scale, *x = row(own, i);
+  const A back = normalize ? A(dot(g, x, d, 1, unit)) : A(0);
   for (int64_t k = 0; k < d; ++k)
-    out[k] = normalize ? up * (scale * (g[k] - back * row(own, i)[k])) : up * g[k];
+    out[k] = normalize ? up * (scale * (g[k] - back * (unit * x[k]))) : up * g[k];
 }
 
-// The keys of a tile's columns, in a row for the loops to read.
+// A tile's columns, in rows for the loops to read.
 template <typename A>
-std::vector<int32_t> col_keys(const Term<A>& term, const Tile<A>& tile) {
-  std::vector<int32_t> keys(tile.cols);
-  for (int64_t j = 0; j < tile.cols; ++j) keys[j] = term.col_key(tile.col0 + j);
-  return keys;
-}
+struct TileColumns {
+  std::vector<int32_t> key, bag;
+  Columns<A> columns;
+
+  TileColumns(const Term<A>& term, const Tile<A>& tile, const A* inverse)
+      : key(tile.cols), bag(tile.cols) {
+    for (int64_t j = 0; j < tile.cols; ++j)
+      key[j] = term.col_key(tile.col0 + j), bag[j] = term.col_bag(tile.col0 + j);
+    columns = {key.data(), bag.data(), inverse + tile.col0};
+  }
+};
 
 }  // namespace
 
-int64_t partial_size(int64_t rows, int64_t cols) { return 2 * strips(rows) * cols; }
+int64_t partial_size(int64_t rows, int64_t cols, bool two_sums) {
+  return (two_sums ? 4 : 2) * strips(rows) * cols;
+}
 int64_t temperature_size(int64_t rows, int64_t) { return rows; }
 
 template <typename A>
@@ -116,41 +126,48 @@ void copy_rows(void*, const Rows<A>& x, int64_t begin, int64_t end, void* out) {
 template <typename A>
 void tile_statistics(void*, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                      const A* col_inverse, A* partial) {
-  const int64_t n_strips = strips(tile.rows);
-  A *maxima = partial, *sums = partial + n_strips * tile.cols;
-  const std::vector<int32_t> keys = col_keys(term, tile);
+  const int64_t n_strips = strips(tile.rows), size = n_strips * tile.cols;
+  const TileColumns<A> of_tile(term, tile, col_inverse);
+  const auto sums_of = [&](int64_t strip) {
+    A* at = partial + strip * tile.cols;
+    return ColumnSums<A>{at, at + size, at + 2 * size, at + 3 * size};
+  };
   at::parallel_for(0, n_strips, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip) {
-      strip_statistics_of(term, tile, row_inverse, col_inverse, keys.data(), strip * kStrip,
-                          std::min((strip + 1) * kStrip, tile.rows), maxima + strip * tile.cols,
-                          sums + strip * tile.cols);
-    }
+    for (int64_t strip = begin; strip < end; ++strip)
+      strip_statistics_of(term, tile, row_inverse, of_tile.columns, strip * kStrip,
+                          std::min((strip + 1) * kStrip, tile.rows), sums_of(strip));
   });
   if (!term.both) return;
+  const auto merge = [&](A* max, A* sum, int64_t j, auto partial_of) {
+    LogSum<A> total;
+    if (tile.row0 > 0) total = {max[tile.col0 + j], sum[tile.col0 + j]};
+    for (int64_t strip = 0; strip < n_strips; ++strip) {
+      const auto [strip_max, strip_sum] = partial_of(sums_of(strip));
+      total.merge(strip_sum[j] == A(0) ? lowest<A>() : strip_max[j], strip_sum[j]);
+    }
+    max[tile.col0 + j] = total.max, sum[tile.col0 + j] = total.sum;
+  };
   at::parallel_for(0, tile.cols, 512, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      LogSum<A> total;
-      if (tile.row0 > 0) total = {term.col_max[tile.col0 + j], term.col_sum[tile.col0 + j]};
-      for (int64_t strip = 0; strip < n_strips; ++strip) {
-        const A sum = sums[strip * tile.cols + j];
-        total.merge(sum == A(0) ? lowest<A>() : maxima[strip * tile.cols + j], sum);
-      }
-      term.col_max[tile.col0 + j] = total.max;
-      term.col_sum[tile.col0 + j] = total.sum;
+      merge(term.col.max, term.col.sum, j,
+            [](const ColumnSums<A>& s) { return std::pair(s.max, s.sum); });
+      if (term.two_sums())
+        merge(term.col.near_max, term.col.near_sum, j,
+              [](const ColumnSums<A>& s) { return std::pair(s.near_max, s.near_sum); });
     }
   });
 }
 
 template <typename A>
-void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, double*, double* sums,
+void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, Sums*, Sums* sums,
             unsigned*, const Conclusion<A>& to) {
   at::parallel_for(0, term.n, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      term.positive[i] = 0;
+      term.row.point[i] = 0;
       if (!term.there(i)) continue;
       const int64_t p = term.both ? i : term.labels[i];
       const double s = dot(row(x, i), row(y, p), x.d, std::fabs(x.scale[i]), std::fabs(y.scale[p]));
-      term.positive[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / term.tau());
+      term.row.point[i] = A((s * x.inverse[i] * y.inverse[p] - term.margin) / term.tau());
     }
   });
   Sums all;
@@ -159,27 +176,20 @@ void finish(void*, const Term<A>& term, const Rows<A>& x, const Rows<A>& y, doub
   for (int64_t i = 0; i < term.n; ++i) {
     const bool there = term.there(i);
     term.pull[i] = 0;
-    const auto direction = [&](const A* max, const A* sum, A* top, A* rest) {
-      top[i] = -lowest<A>(), rest[i] = 0;
-      if (!there) return;
-      const Direction<A> row(max[i], sum[i], term.positive[i]);
-      all.loss += row.loss;
-      term.pull[i] += row.pull;
-      top[i] = row.top, rest[i] = row.rest;
-      all.bound = std::max(all.bound, double(std::exp(max[i] - row.top - row.rest)));
-    };
-    direction(term.row_max, term.row_sum, term.row_top, term.row_rest);
-    if (term.both) direction(term.col_max, term.col_sum, term.col_top, term.col_rest);
+    const A positive = term.row.point[i];
+    finish_direction(term, term.row, i, there, positive, &all);
+    if (term.both) finish_direction(term, term.col, i, there, positive, &all);
+    term.row.point[i] = term.point(positive);
     if (!there) continue;
     ++all.count;
     if (std::isnan(x.inverse[i]) || (term.both && std::isnan(y.inverse[i]))) all.broken = 1;
   }
-  sums[0] = all.loss, sums[1] = all.count, sums[2] = all.bound, sums[3] = all.broken;
+  *sums = all;
   if (to.total) conclude_sums(sums, 1, term.tau(), term.factor, to);
 }
 
 template <typename A>
-void conclude(void*, const Term<A>& term, const double* sums, int64_t ranks,
+void conclude(void*, const Term<A>& term, const Sums* sums, int64_t ranks,
               const Conclusion<A>& to) {
   conclude_sums(sums, ranks, term.tau(), term.factor, to);
 }
@@ -188,31 +198,34 @@ template <typename A>
 void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                    const A* col_inverse, void* out, Type, int64_t ld_out, double* by_row,
                    double* d_temperature) {
-  const std::vector<int32_t> keys = col_keys(term, tile);
+  const TileColumns<A> of_tile(term, tile, col_inverse);
   A top = lowest<A>(), bottom = -lowest<A>();
-  const auto spread = [&](const A* tops, const A* rests, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) {
-      if (tops[i] == -lowest<A>()) continue;
-      top = std::max(top, tops[i] + rests[i]), bottom = std::min(bottom, tops[i] + rests[i]);
+  const auto spread = [&](const Axis<A>& axis, int64_t begin, int64_t size) {
+    for (int64_t i = begin; i < begin + size; ++i) {
+      const A sum = axis.top[i] + axis.rest[i];
+      if (sum == -lowest<A>()) continue;
+      top = std::max(top, sum), bottom = std::min(bottom, sum);
     }
   };
   std::vector<A> col_factor;
-  if (term.both) {
-    spread(term.row_top + tile.row0, term.row_rest + tile.row0, tile.rows);
-    spread(term.col_top + tile.col0, term.col_rest + tile.col0, tile.cols);
+  // RINCE's gradients may be as large as exp(kLargestExponent).
+  if (term.both && !term.sigmoid() && term.form.kind != Kind::kRince) {
+    spread(term.row, tile.row0, tile.rows);
+    spread(term.col, tile.col0, tile.cols);
     if (top >= bottom && top - bottom <= 2 * kSpread) {
       col_factor.resize(tile.cols);
       for (int64_t j = 0; j < tile.cols; ++j)
-        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col_top[tile.col0 + j] -
-                                    term.col_rest[tile.col0 + j]);
+        col_factor[j] = exp_shifted((top + bottom) / 2 - term.col.top[tile.col0 + j] -
+                                    term.col.rest[tile.col0 + j]);
     }
   }
   at::parallel_for(0, tile.rows, kStrip, [&](int64_t begin, int64_t end) {
+    std::vector<std::pair<int64_t, A>> mates;
     for (int64_t i = begin; i < end; ++i) {
-      const double sum = row_gradient_of(term, tile, row_inverse, col_inverse, keys.data(), i,
-                                         (top + bottom) / 2,
-                                         col_factor.empty() ? nullptr : col_factor.data(), by_row,
-                                         static_cast<A*>(out) + i * ld_out);
+      const double sum =
+          row_gradient_of(term, tile, row_inverse, of_tile.columns, i, (top + bottom) / 2,
+                          col_factor.empty() ? nullptr : col_factor.data(), by_row, mates,
+                          static_cast<A*>(out) + i * ld_out);
       if (by_row) by_row[i] = sum;
     }
   });

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "formulas.h"
 #include "kernels.h"
@@ -48,16 +50,28 @@ MCN_INLINE float exp_shifted(float x) {
 MCN_INLINE double exp_shifted(double x) { return std::exp(x); }
 
 template <typename A>
+MCN_INLINE Element<A> element(A x) {
+  return {x, exp_shifted(x > A(0) ? -x : x)};
+}
+
+template <typename A>
 struct Row {  // what a row of a tile brings to its logits
   const A* s;
   A scale;  // inverse norm / temperature
-  int32_t key;
+  int32_t key, bag;
+};
+template <typename A>
+struct Columns {  // a tile's columns
+  const int32_t *key, *bag;
+  const A* inverse;
 };
 
+// -inf unless row and column j are each other's negatives.
 template <typename A>
-MCN_INLINE A logit(const Row<A>& row, A s, A col_inverse, int32_t col_key) {
-  const bool skip = (col_key == row.key) | (col_key < 0);
-  const A z = s * row.scale * col_inverse;
+MCN_INLINE A logit(const Row<A>& row, const Columns<A>& columns, int64_t j) {
+  const int32_t key = columns.key[j];
+  const bool skip = (key == row.key) | (key < 0) | (columns.bag[j] == row.bag);
+  const A z = row.s[j] * row.scale * columns.inverse[j];
   return skip ? lowest<A>() : z;
 }
 
@@ -65,22 +79,83 @@ template <typename A>
 MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                          int64_t i) {
   const int64_t row = tile.row0 + i;
-  return {tile.data + i * tile.ld, row_inverse[row] / term.tau(), term.row_key(row)};
+  return {tile.data + i * tile.ld, row_inverse[row] / term.tau(), term.row_key(row),
+          term.row_bag(row)};
 }
 
-// Rows [begin, end) of the tile: their statistics merged into the term's, the columns' over these
-// rows into col_max and col_sum. Twice over the strip, which stays in the cache: the largest, then
-// the sums. col_key: of the tile's columns.
+// f(j, logit) for the positives in a row but the partner: few.
+template <typename A, typename F>
+MCN_INLINE void for_mates(const Term<A>& term, const Row<A>& row, const Columns<A>& columns,
+                          int64_t cols, F f) {
+  if (!term.bags || row.key < 0) return;
+  const A margin = A(term.margin / term.tau());
+  for (int64_t j = 0; j < cols; ++j) {
+    const int32_t key = columns.key[j];
+    if (columns.bag[j] == row.bag && key != row.key && key >= 0)
+      f(j, row.s[j] * row.scale * columns.inverse[j] - margin);
+  }
+}
+
+// Running sums of a strip's columns, (cols,) each.
+template <typename A>
+struct ColumnSums {
+  A *max, *sum, *near_max, *near_sum;
+};
+
+template <typename A>
+MCN_INLINE void merge_row(const Term<A>& term, const Tile<A>& tile, int64_t i, LogSum<A> others,
+                          LogSum<A> near) {
+  const int64_t row = tile.row0 + i;
+  const Axis<A>& of = term.row;
+  if (tile.col0 > 0) others.merge(of.max[row], of.sum[row]);
+  of.max[row] = others.max, of.sum[row] = others.sum;
+  if (!term.two_sums()) return;
+  if (tile.col0 > 0) near.merge(of.near_max[row], of.near_sum[row]);
+  of.near_max[row] = near.max, of.near_sum[row] = near.sum;
+}
+
+// As strip_statistics, of the sigmoid loss: plain sums, as log-sums of largest logit 0.
+template <typename A>
+MCN_INLINE void strip_elements(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
+                               const Columns<A>& columns, int64_t begin, int64_t end,
+                               const ColumnSums<A>& of) {
+  const int64_t cols = tile.cols;
+  const A bias = term.bias();
+  for (A* all : {of.max, of.sum, of.near_max, of.near_sum}) std::fill(all, all + cols, A(0));
+  for (int64_t i = begin; i < end; ++i) {
+    const Row<A> row = row_of(term, tile, row_inverse, i);
+    A loss = 0, slope = 0;
+#pragma omp simd reduction(+ : loss, slope)
+    for (int64_t j = 0; j < cols; ++j) {
+      const A z = logit(row, columns, j);
+      const Element<A> e = element(row.key < 0 ? lowest<A>() : z + bias);
+      loss += e.loss, slope += e.slope;
+      of.sum[j] += e.loss, of.near_sum[j] += e.slope;
+    }
+    for_mates(term, row, columns, cols, [&](int64_t j, A z) {
+      const Element<A> e = element(-z - bias);
+      loss += e.loss, slope -= e.slope;
+      of.sum[j] += e.loss, of.near_sum[j] -= e.slope;
+    });
+    merge_row(term, tile, i, {0, loss}, {0, slope});
+  }
+}
+
+// Rows [begin, end) of the tile: their sums merged into the term's, the columns' over these rows
+// into `of`. Twice over the strip, which stays in the cache: the largest, then the sums.
 template <typename A>
 MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                                 const A* col_inverse, const int32_t* col_key, int64_t begin,
-                                 int64_t end, A* col_max, A* col_sum) {
+                                 const Columns<A>& columns, int64_t begin, int64_t end,
+                                 const ColumnSums<A>& of) {
   const int64_t cols = tile.cols;
-  const A* inverse = col_inverse + tile.col0;
-  A largest[kStrip];
+  A largest[kStrip], *col_max = of.max, *col_sum = of.sum;
   if (term.both) {
     std::fill(col_max, col_max + cols, lowest<A>());
     std::fill(col_sum, col_sum + cols, A(0));
+  }
+  if (term.two_sums()) {
+    std::fill(of.near_max, of.near_max + cols, lowest<A>());
+    std::fill(of.near_sum, of.near_sum + cols, A(0));
   }
   for (int64_t i = begin; i < end; ++i) {
     const Row<A> row = row_of(term, tile, row_inverse, i);
@@ -89,14 +164,14 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
       if (term.both) {
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < cols; ++j) {
-          const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+          const A z = logit(row, columns, j);
           top = z > top ? z : top;
           col_max[j] = z > col_max[j] ? z : col_max[j];
         }
       } else {
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < cols; ++j) {
-          const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+          const A z = logit(row, columns, j);
           top = z > top ? z : top;
         }
       }
@@ -124,99 +199,130 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     if (shared) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cols; ++j) {
-        const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
+        const A e = exp_shifted(logit(row, columns, j) - shift);
         sum += e;
         col_sum[j] += e;
       }
     } else if (term.both) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cols; ++j) {
-        const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+        const A z = logit(row, columns, j);
         sum += exp_shifted(z - shift);
         col_sum[j] += exp_shifted(z - col_max[j]);
       }
     } else {
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < cols; ++j) {
-        sum += exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - shift);
-      }
+      for (int64_t j = 0; j < cols; ++j) sum += exp_shifted(logit(row, columns, j) - shift);
     }
-    LogSum<A> total;
-    if (tile.col0 > 0) total = {term.row_max[tile.row0 + i], term.row_sum[tile.row0 + i]};
-    total.merge(sum == A(0) ? lowest<A>() : shift, sum);
-    term.row_max[tile.row0 + i] = total.max;
-    term.row_sum[tile.row0 + i] = total.sum;
+    LogSum<A> near;
+    for_mates(term, row, columns, cols, [&](int64_t j, A z) {
+      near.merge(z, 1);
+      LogSum<A> of_col{of.near_max[j], of.near_sum[j]};
+      of_col.merge(z, 1);
+      of.near_max[j] = of_col.max, of.near_sum[j] = of_col.sum;
+    });
+    merge_row(term, tile, i, {sum == A(0) ? lowest<A>() : shift, sum}, near);
   }
 }
-#define MCN_STRIP_STATISTICS(A)                                                                  \
-  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,                  \
-                                      const A* row_inverse, const A* col_inverse,                \
-                                      const int32_t* col_key, int64_t begin, int64_t end,        \
-                                      A* col_max, A* col_sum) {                                  \
-    strip_statistics(term, tile, row_inverse, col_inverse, col_key, begin, end, col_max,         \
-                     col_sum);                                                                   \
+#define MCN_STRIP_STATISTICS(A)                                                               \
+  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,               \
+                                      const A* row_inverse, const Columns<A>& columns,        \
+                                      int64_t begin, int64_t end, const ColumnSums<A>& of) {  \
+    if (term.sigmoid())                                                                       \
+      strip_elements(term, tile, row_inverse, columns, begin, end, of);                       \
+    else                                                                                      \
+      strip_statistics(term, tile, row_inverse, columns, begin, end, of);                     \
   }
 MCN_STRIP_STATISTICS(float)
 MCN_STRIP_STATISTICS(double)
 
+// The gradient of one direction, given axis' entry k, with respect to a positive's logit z.
+template <typename A>
+MCN_INLINE A mate_gradient(const Term<A>& term, const Axis<A>& axis, int64_t k, A z) {
+  if (term.sigmoid()) return -axis.rest[k] * element(-z - term.bias()).slope;
+  return -exp_shifted(z - axis.near_top[k] - axis.near_rest[k]);
+}
+
 // exp(z - lse_row) + exp(z - lse_col) = exp(z - center) (exp(center - lse_row) + exp(center -
 // lse_col)): one exponential an element where all log-sums of a tile lie close. col_factor: the
-// last term, or null if they do not. Returns, if `temperature`, the row's sum of p (z - z of the
-// positive).
+// last term, or null if they do not. Returns, if `temperature`, the row's sum of g (z - z of the
+// partner). mates: scratch.
 template <typename A>
 MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                               const A* col_inverse, const int32_t* col_key, int64_t i, A center,
-                               const A* col_factor, bool temperature, A* out) {
-  const int64_t cols = tile.cols;
+                               const Columns<A>& columns, int64_t i, A center,
+                               const A* col_factor, bool temperature,
+                               std::vector<std::pair<int64_t, A>>& mates, A* out) {
+  const int64_t cols = tile.cols, at = tile.row0 + i;
   const Row<A> row = row_of(term, tile, row_inverse, i);
   if (row.key < 0) {
     std::fill(out, out + cols, A(0));
     return 0;
   }
-  const A* inverse = col_inverse + tile.col0;
-  const A row_top = term.row_top[tile.row0 + i], row_rest = term.row_rest[tile.row0 + i];
-  const A *col_top = term.col_top + tile.col0, *col_rest = term.col_rest + tile.col0;
-  // Weights times boost are small; boost times the inverse of a short row may be infinite.
-  const A row_scale = row_inverse[tile.row0 + i], boost = term.factor[1];
+  const A* inverse = columns.inverse;
+  const A row_top = term.row.top[at], row_rest = term.row.rest[at];
+  const A *col_top = term.col.top + tile.col0, *col_rest = term.col.rest + tile.col0;
+  // Gradients times boost are small; boost times the inverse of a short row may be infinite.
+  const A row_scale = row_inverse[at], boost = term.factor[1], bias = term.bias();
   double sum = 0;
+  const auto add = [&](A of_row, A of_col, A z, int64_t j) {
+    if (of_row != A(0)) sum += of_row * double(z - term.row.point[at]);
+    if (of_col != A(0)) sum += of_col * double(z - term.col.point[tile.col0 + j]);
+  };
   for (int64_t j = 0; temperature && j < cols; ++j) {  // before out overwrites the tile
-    const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+    const A z = logit(row, columns, j);
     if (z == lowest<A>()) continue;  // 0 * inf would be NaN
-    sum += exp_shifted(z - row_top - row_rest) * double(z - term.positive[tile.row0 + i]);
-    if (term.both)
-      sum += exp_shifted(z - col_top[j] - col_rest[j]) *
-             double(z - term.col_positive[tile.col0 + j]);
+    if (term.sigmoid()) {
+      const A slope = element(z + bias).slope;
+      add(row_rest * slope, col_rest[j] * slope, z, j);
+    } else {
+      add(exp_shifted(z - row_top - row_rest),
+          term.both ? exp_shifted(z - col_top[j] - col_rest[j]) : A(0), z, j);
+    }
   }
-  if (col_factor) {
+  mates.clear();
+  for_mates(term, row, columns, cols, [&](int64_t j, A z) {
+    const A of_row = mate_gradient(term, term.row, at, z);
+    const A of_col = mate_gradient(term, term.col, tile.col0 + j, z);
+    mates.emplace_back(j, (of_row + of_col) * boost * (row_scale * inverse[j]));
+    if (temperature) add(of_row, of_col, z, j);
+  });
+  if (term.sigmoid()) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const A slope = element(logit(row, columns, j) + bias).slope;
+      out[j] = slope * (row_rest + col_rest[j]) * boost * (row_scale * inverse[j]);
+    }
+  } else if (col_factor) {
     const A row_factor = exp_shifted(center - row_top - row_rest);
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A e = exp_shifted(logit(row, row.s[j], inverse[j], col_key[j]) - center);
+      const A e = exp_shifted(logit(row, columns, j) - center);
       out[j] = e * (row_factor + col_factor[j]) * boost * (row_scale * inverse[j]);
     }
   } else if (term.both) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+      const A z = logit(row, columns, j);
       out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) *
                boost * (row_scale * inverse[j]);
     }
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A z = logit(row, row.s[j], inverse[j], col_key[j]);
+      const A z = logit(row, columns, j);
       out[j] = exp_shifted(z - row_top - row_rest) * boost * (row_scale * inverse[j]);
     }
   }
+  for (const auto& [j, value] : mates) out[j] = value;
   return sum;
 }
 #define MCN_ROW_GRADIENT(A)                                                                      \
   MCN_CLONES double row_gradient_of(const Term<A>& term, const Tile<A>& tile,                    \
-                                    const A* row_inverse, const A* col_inverse,                  \
-                                    const int32_t* col_key, int64_t i, A center,                 \
-                                    const A* col_factor, bool temperature, A* out) {             \
-    return row_gradient(term, tile, row_inverse, col_inverse, col_key, i, center, col_factor,    \
-                        temperature, out);                                                       \
+                                    const A* row_inverse, const Columns<A>& columns, int64_t i,  \
+                                    A center, const A* col_factor, bool temperature,             \
+                                    std::vector<std::pair<int64_t, A>>& mates, A* out) {         \
+    return row_gradient(term, tile, row_inverse, columns, i, center, col_factor, temperature,    \
+                        mates, out);                                                             \
   }
 MCN_ROW_GRADIENT(float)
 MCN_ROW_GRADIENT(double)

@@ -59,6 +59,16 @@ void with_width(Type type, int64_t d, bool aligned, F f) {
   });
 }
 
+// f(how the term's logits are summed), known to the compiler.
+template <typename A, typename F>
+void with_summed(const Term<A>& term, F f) {
+  switch (summed(term)) {
+    case Summed::kExp: return f(std::integral_constant<Summed, Summed::kExp>());
+    case Summed::kTwoExp: return f(std::integral_constant<Summed, Summed::kTwoExp>());
+    case Summed::kElements: return f(std::integral_constant<Summed, Summed::kElements>());
+  }
+}
+
 unsigned row_blocks(int64_t rows) { return static_cast<unsigned>(ceil_div(rows, kWarps)); }
 
 template <typename A>
@@ -69,8 +79,9 @@ dim3 blocks_of(const Tile<A>& tile) {
 
 }  // namespace
 
-int64_t partial_size(int64_t rows, int64_t cols) {
-  return 2 * (rows * ceil_div(cols, kBlockCols) + cols * ceil_div(rows, kBlockRows));
+int64_t partial_size(int64_t rows, int64_t cols, bool two_sums) {
+  const int64_t one = rows * ceil_div(cols, kBlockCols) + cols * ceil_div(rows, kBlockRows);
+  return (two_sums ? 4 : 2) * one;
 }
 int64_t temperature_size(int64_t rows, int64_t cols) {
   return ceil_div(cols, kBlockCols) * ceil_div(rows, kBlockRows);
@@ -114,24 +125,34 @@ template <typename A>
 void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
                      const A* col_inverse, A* partial) {
   const dim3 grid = blocks_of(tile);
-  MCN_LAUNCH((tile_statistics_kernel<A>), grid, kThreads, stream, term, tile, row_inverse,
-             col_inverse, tile.ld % kCols == 0 && aligned({tile.data}), partial);
+  with_summed(term, [&](auto of) {
+    MCN_LAUNCH((tile_statistics_kernel<of(), A>), grid, kThreads, stream, term, tile, row_inverse,
+               col_inverse, tile.ld % kCols == 0 && aligned({tile.data}), partial);
+  });
   check("tile_statistics");
-  const Parts<A> rows{partial, grid.x, tile.rows, term.row_max + tile.row0,
-                      term.row_sum + tile.row0, tile.col0 == 0};
-  const Parts<A> cols{partial + 2 * rows.count * tile.rows, grid.y, tile.cols,
-                      term.col_max + tile.col0, term.col_sum + tile.col0, tile.row0 == 0};
-  const auto blocks = [](const Parts<A>& parts) {
-    return static_cast<unsigned>(ceil_div(parts.size, kWarp));
+  const auto merge = [&](A* partial, const std::initializer_list<A*> sums) {
+    A* const* of = sums.begin();
+    const Parts<A> rows{partial, grid.x, tile.rows, of[0] + tile.row0, of[1] + tile.row0,
+                        tile.col0 == 0};
+    const Parts<A> cols{partial + 2 * rows.count * tile.rows, grid.y, tile.cols,
+                        of[2] + tile.col0, of[3] + tile.col0, tile.row0 == 0};
+    const auto blocks = [](const Parts<A>& parts) {
+      return static_cast<unsigned>(ceil_div(parts.size, kWarp));
+    };
+    MCN_LAUNCH((merge_kernel<A>), blocks(rows) + (term.both ? blocks(cols) : 0), kThreads, stream,
+               rows, cols, blocks(rows));
+    check("merge");
   };
-  MCN_LAUNCH((merge_kernel<A>), blocks(rows) + (term.both ? blocks(cols) : 0), kThreads, stream,
-             rows, cols, blocks(rows));
-  check("merge");
+  const Axis<A>&row = term.row, &col = term.col;
+  merge(partial, {row.max, row.sum, col.max, col.sum});
+  if (term.two_sums())
+    merge(partial + partial_size(tile.rows, tile.cols, false),
+          {row.near_max, row.near_sum, col.near_max, col.near_sum});
 }
 
 template <typename A>
 void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y,
-            double* sums_of_blocks, double* sums, unsigned* ticket, const Conclusion<A>& to) {
+            Sums* sums_of_blocks, Sums* sums, unsigned* ticket, const Conclusion<A>& to) {
   const auto blocks = static_cast<unsigned>(
       std::clamp<int64_t>(ceil_div(term.n, kWarps), 1, kFinishBlocks));
   with_width<A>(x.type, x.d, aligned({x.data, y.data}), [&](auto* type, auto width) {
@@ -143,7 +164,7 @@ void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& 
 }
 
 template <typename A>
-void conclude(void* stream, const Term<A>& term, const double* sums, int64_t ranks,
+void conclude(void* stream, const Term<A>& term, const Sums* sums, int64_t ranks,
               const Conclusion<A>& to) {
   MCN_LAUNCH((conclude_kernel<A>), 1, 1, stream, term, sums, ranks, to);
   check("conclude");
@@ -158,12 +179,16 @@ void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const
   const bool out_wide = ld_out % kCols == 0 && aligned({out});
   with_rows<A>(type, [&](auto* kind) {
     using P = Pointee<decltype(kind)>;
-    if (by_block)
-      MCN_LAUNCH((tile_gradient_kernel<true, A, P>), grid, kThreads, stream, term, tile,
-                 row_inverse, col_inverse, wide, static_cast<P*>(out), ld_out, out_wide, by_block);
-    else
-      MCN_LAUNCH((tile_gradient_kernel<false, A, P>), grid, kThreads, stream, term, tile,
-                 row_inverse, col_inverse, wide, static_cast<P*>(out), ld_out, out_wide, by_block);
+    with_summed(term, [&](auto of) {
+      if (by_block)
+        MCN_LAUNCH((tile_gradient_kernel<of(), true, A, P>), grid, kThreads, stream, term, tile,
+                   row_inverse, col_inverse, wide, static_cast<P*>(out), ld_out, out_wide,
+                   by_block);
+      else
+        MCN_LAUNCH((tile_gradient_kernel<of(), false, A, P>), grid, kThreads, stream, term, tile,
+                   row_inverse, col_inverse, wide, static_cast<P*>(out), ld_out, out_wide,
+                   by_block);
+    });
   });
   check("tile_gradient");
   if (!by_block) return;

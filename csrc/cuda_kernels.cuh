@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads)
 // A lane's four neighbouring columns of a block of a tile.
 template <typename A>
 struct Columns {
-  int64_t j;           // the first
-  int32_t key[kCols];  // -1 beyond the tile
+  int64_t j;                       // the first
+  int32_t key[kCols], bag[kCols];  // key: -1 beyond the tile
   A scale[kCols];      // inverse norms; 0 beyond the tile
   bool wide;           // of all lanes: no column is beyond the tile, and rows can be read 4 at a time
 
@@ -109,6 +109,7 @@ struct Columns {
     for (int c = 0; c < kCols; ++c) {
       const bool there = j + c < tile.cols;
       key[c] = there ? term.col_key(tile.col0 + j + c) : -1;
+      bag[c] = there ? term.col_bag(tile.col0 + j + c) : -1;
       scale[c] = there ? inverse[tile.col0 + j + c] : A(0);
     }
   }
@@ -128,71 +129,58 @@ template <typename A>
 __device__ __forceinline__ bool all_negatives(const Term<A>& term, const Tile<A>& tile) {
   const int64_t row = static_cast<int64_t>(blockIdx.y) * kBlockRows;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kBlockCols;
-  if (term.ids || term.labels || term.valid || term.partner_valid) return false;
+  if (term.ids || term.bags || term.labels || term.valid) return false;
   if (row + kBlockRows > tile.rows || col + kBlockCols > tile.cols) return false;
   const int64_t own = term.first + tile.row0 + row - tile.col0 - col;  // the first row's column
   return own + kBlockRows <= 0 || own >= kBlockCols;
 }
 
-template <bool kNegatives, typename A>
-__device__ __forceinline__ A logit(A s, A row_scale, A col_scale, int32_t row_key,
-                                   int32_t col_key) {
-  if (!kNegatives && (col_key == row_key || col_key < 0 || row_key < 0)) return lowest<A>();
-  return s * row_scale * col_scale;
+// How a term's logits are summed: their exponentials, those of positives apart, or elements of the
+// sigmoid loss.
+enum class Summed { kExp, kTwoExp, kElements };
+template <typename A>
+Summed summed(const Term<A>& term) {
+  return !term.two_sums() ? Summed::kExp : term.sigmoid() ? Summed::kElements : Summed::kTwoExp;
 }
 
-// partial: maxima and sums of the rows, (column blocks, rows) each, then of the columns, (row
-// blocks, cols) each.
-template <bool kNegatives, typename A>
-__device__ __forceinline__ void block_statistics(const Term<A>& term, const Tile<A>& tile,
-                                                 const A* row_inverse, const Columns<A>& columns,
-                                                 A* partial) {
+// A logit: of each other's negatives, else -inf; `near`, of each other's positives, else -inf.
+template <typename A>
+struct Logit {
+  A z, near;
+  __device__ __forceinline__ bool mate() const { return near != lowest<A>(); }  // a NaN is one, too
+};
+template <bool kNegatives, Summed kSummed, typename A>
+__device__ __forceinline__ Logit<A> logit(A s, A row_scale, A margin, int32_t row_key,
+                                          int32_t row_bag, const Columns<A>& columns, int c) {
+  const A z = s * row_scale * columns.scale[c];
+  if (kNegatives) return {z, lowest<A>()};
+  const int32_t key = columns.key[c];
+  if (key == row_key || key < 0 || row_key < 0) return {lowest<A>(), lowest<A>()};
+  if (kSummed == Summed::kExp || columns.bag[c] != row_bag) return {z, lowest<A>()};
+  return {lowest<A>(), z - margin};
+}
+
+// Of the sigmoid loss; a positive's slope is negative.
+template <typename A>
+__device__ __forceinline__ Element<A> element(const Logit<A>& logit, A bias) {
+  const A x = logit.mate() ? -logit.near - bias : logit.z + bias;
+  Element<A> found(x, exp_shifted(x > A(0) ? -x : x));
+  if (logit.mate()) found.slope = -found.slope;
+  return found;
+}
+
+// The block's columns: each warp's sums over its rows become the block's, in `partial`
+// (2, row blocks, cols).
+template <typename A>
+__device__ __forceinline__ void merge_warps(const Tile<A>& tile, const LogSum<A> (&sums)[kCols],
+                                            A* partial) {
   __shared__ A shared_max[kWarps][kBlockCols], shared_sum[kWarps][kBlockCols];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
-  A z[kRows][kCols], col_max[kCols];
-  const A inverse_temperature = A(1) / term.tau();
-#pragma unroll
-  for (int c = 0; c < kCols; ++c) col_max[c] = lowest<A>();
-  const int64_t row_partials = gridDim.x * tile.rows;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t i = row_begin + r;
-    const bool there = kNegatives || i < tile.rows;
-    const A scale = there ? row_inverse[tile.row0 + i] * inverse_temperature : A(0);
-    const int32_t key = kNegatives || !there ? -1 : term.row_key(tile.row0 + i);
-    const auto s = there ? columns.row(tile, i) : Pack<A, kCols>{};
-    A top = lowest<A>();
-#pragma unroll
-    for (int c = 0; c < kCols; ++c) {
-      z[r][c] = logit<kNegatives>(s.value[c], scale, columns.scale[c], key, columns.key[c]);
-      top = z[r][c] > top ? z[r][c] : top;
-      col_max[c] = z[r][c] > col_max[c] ? z[r][c] : col_max[c];
-    }
-    top = warp_max(top);
-    const A shift = top == lowest<A>() ? A(0) : top;  // exp(-inf - -inf) would be NaN
-    A sum = 0;
-#pragma unroll
-    for (int c = 0; c < kCols; ++c) sum += exp_shifted(z[r][c] - shift);
-    sum = warp_sum(sum);
-    if (there && lane == 0) {
-      partial[blockIdx.x * tile.rows + i] = top;
-      partial[row_partials + blockIdx.x * tile.rows + i] = sum;
-    }
-  }
-  if (!term.both) return;
-  Pack<A, kCols> maxima, sums;
+  __syncthreads();  // the sums of the call before have been read
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
-    const A shift = col_max[c] == lowest<A>() ? A(0) : col_max[c];
-    maxima.value[c] = col_max[c], sums.value[c] = 0;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) sums.value[c] += exp_shifted(z[r][c] - shift);
-  }
-#pragma unroll
-  for (int c = 0; c < kCols; ++c) {
-    shared_max[warp][lane * kCols + c] = maxima.value[c];
-    shared_sum[warp][lane * kCols + c] = sums.value[c];
+    shared_max[warp][lane * kCols + c] = sums[c].max;
+    shared_sum[warp][lane * kCols + c] = sums[c].sum;
   }
   __syncthreads();  // every warp's eight rows of the block's columns are there
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kBlockCols + threadIdx.x;
@@ -200,20 +188,106 @@ __device__ __forceinline__ void block_statistics(const Term<A>& term, const Tile
   LogSum<A> total;
   for (int w = 0; w < kWarps; ++w)
     total.merge(shared_max[w][threadIdx.x], shared_sum[w][threadIdx.x]);
-  A* of_columns = partial + 2 * row_partials;
-  of_columns[blockIdx.y * tile.cols + j] = total.max;
-  of_columns[(gridDim.y + blockIdx.y) * tile.cols + j] = total.sum;
+  partial[blockIdx.y * tile.cols + j] = total.max;
+  partial[(gridDim.y + blockIdx.y) * tile.cols + j] = total.sum;
 }
 
-template <typename A>
+// partial: maxima and sums of the rows, (column blocks, rows) each, then of the columns, (row
+// blocks, cols) each; if there are two sums, the same again, for the second.
+template <bool kNegatives, Summed kSummed, typename A>
+__device__ __forceinline__ void block_statistics(const Term<A>& term, const Tile<A>& tile,
+                                                 const A* row_inverse, const Columns<A>& columns,
+                                                 A* partial) {
+  constexpr bool kTwo = kSummed != Summed::kExp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
+  A z[kRows][kCols], col_max[kCols];
+  LogSum<A> cols[kCols], near_cols[kCols];
+  const A inverse_temperature = A(1) / term.tau(), bias = kTwo ? term.bias() : A(0);
+  const A margin = kTwo ? A(term.margin) * inverse_temperature : A(0);
+#pragma unroll
+  for (int c = 0; c < kCols; ++c) {
+    col_max[c] = lowest<A>();
+    if (kSummed == Summed::kElements) cols[c] = near_cols[c] = {A(0), A(0)};
+  }
+  const int64_t row_partials = gridDim.x * tile.rows, col_partials = gridDim.y * tile.cols;
+  A* near_partial = partial + 2 * (row_partials + col_partials);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t i = row_begin + r;
+    const bool there = kNegatives || i < tile.rows;
+    const A scale = there ? row_inverse[tile.row0 + i] * inverse_temperature : A(0);
+    const int32_t key = kNegatives || !there ? -1 : term.row_key(tile.row0 + i);
+    const int32_t bag = !kTwo || kNegatives || !there ? -2 : term.row_bag(tile.row0 + i);
+    const auto s = there ? columns.row(tile, i) : Pack<A, kCols>{};
+    A top = lowest<A>(), sum = 0, near_top = lowest<A>(), near_sum = 0, near[kCols];
+    bool mates = false;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      auto found = logit<kNegatives, kSummed>(s.value[c], scale, margin, key, bag, columns, c);
+      if (!there) found.z = lowest<A>();
+      z[r][c] = found.z, near[c] = found.near, mates |= found.mate();
+      if (kSummed == Summed::kElements) {
+        const auto e = element(found, bias);
+        sum += e.loss, near_sum += e.slope;
+        cols[c].sum += e.loss, near_cols[c].sum += e.slope;
+      } else {
+        top = z[r][c] > top ? z[r][c] : top;
+        col_max[c] = z[r][c] > col_max[c] ? z[r][c] : col_max[c];
+        near_top = near[c] > near_top ? near[c] : near_top;
+      }
+    }
+    if (kSummed == Summed::kElements) {
+      top = near_top = 0, near_sum = warp_sum(near_sum);
+    } else {
+      top = warp_max(top);
+      const A shift = top == lowest<A>() ? A(0) : top;  // exp(-inf - -inf) would be NaN
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) sum += exp_shifted(z[r][c] - shift);
+      // Few rows of few blocks hold positives.
+      if (kTwo && !__all_sync(kAll, !mates)) {
+        near_top = warp_max(near_top);
+#pragma unroll
+        for (int c = 0; c < kCols; ++c) {
+          near_sum += exp_shifted(near[c] - near_top);
+          if (near[c] != lowest<A>()) near_cols[c].merge(near[c], 1);
+        }
+        near_sum = warp_sum(near_sum);
+      }
+    }
+    sum = warp_sum(sum);
+    if (there && lane == 0) {
+      partial[blockIdx.x * tile.rows + i] = top;
+      partial[row_partials + blockIdx.x * tile.rows + i] = sum;
+      if (kTwo) {
+        near_partial[blockIdx.x * tile.rows + i] = near_top;
+        near_partial[row_partials + blockIdx.x * tile.rows + i] = near_sum;
+      }
+    }
+  }
+  if (!term.both) return;
+  if (kSummed != Summed::kElements) {
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      const A shift = col_max[c] == lowest<A>() ? A(0) : col_max[c];
+      cols[c] = {col_max[c], A(0)};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) cols[c].sum += exp_shifted(z[r][c] - shift);
+    }
+  }
+  merge_warps(tile, cols, partial + 2 * row_partials);
+  if (kTwo) merge_warps(tile, near_cols, near_partial + 2 * row_partials);
+}
+
+template <Summed kSummed, typename A>
 __global__ void __launch_bounds__(kThreads)
     tile_statistics_kernel(Term<A> term, Tile<A> tile, const A* row_inverse, const A* col_inverse,
                            bool aligned, A* partial) {
   const Columns<A> columns(term, tile, col_inverse, aligned);
   if (all_negatives(term, tile))
-    block_statistics<true>(term, tile, row_inverse, columns, partial);
+    block_statistics<true, kSummed>(term, tile, row_inverse, columns, partial);
   else
-    block_statistics<false>(term, tile, row_inverse, columns, partial);
+    block_statistics<false, kSummed>(term, tile, row_inverse, columns, partial);
 }
 
 // A lane per row or column, its parts dealt to the block's warps; all in fixed order. Rows, then
@@ -264,42 +338,18 @@ __device__ __forceinline__ double dot(const Rows<A>& x, int64_t i, const Rows<A>
   return warp_sum(sum);
 }
 
-// A row's statistics become what its gradient needs; a warp's lanes all do the same.
-template <typename A>
-__device__ __forceinline__ void finish_row(const Term<A>& term, int64_t i, A positive, bool there,
-                                           bool broken, Sums* sums) {
-  const bool writes = threadIdx.x % kWarp == 0;
-  A pull = 0;
-  const auto direction = [&](const A* max, const A* sum, A* top, A* rest) {
-    if (!there) {
-      if (writes) top[i] = -lowest<A>(), rest[i] = 0;
-      return;
-    }
-    const Direction<A> row(max[i], sum[i], positive);
-    pull += row.pull;
-    if (!writes) return;
-    top[i] = row.top, rest[i] = row.rest;
-    sums->loss += row.loss;
-    const double largest = exp(double(max[i] - row.top - row.rest));
-    sums->bound = largest > sums->bound ? largest : sums->bound;
-  };
-  direction(term.row_max, term.row_sum, term.row_top, term.row_rest);
-  if (term.both) direction(term.col_max, term.col_sum, term.col_top, term.col_rest);
-  if (!writes) return;
-  term.positive[i] = positive, term.pull[i] = pull;
-  if (there) sums->count += 1, sums->broken = broken ? 1 : sums->broken;
-}
-
-// Rows are dealt to the warps, and each block's sums are left in memory; the block that is the last
-// to be done (it draws the last ticket) adds them up, in the order of blocks, and concludes.
+// Rows are dealt to the warps for their partners' logits, then a block's rows to its threads. Each
+// block's sums are left in memory; the block that is the last to be done (it draws the last ticket)
+// adds them up, in the order of blocks, and concludes.
 template <typename A, typename T, int W>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(Term<A> term, Rows<A> x, Rows<A> y, double* sums_of_blocks, double* sums,
+    finish_kernel(Term<A> term, Rows<A> x, Rows<A> y, Sums* sums_of_blocks, Sums* sums,
                   unsigned* ticket, Conclusion<A> to) {
   __shared__ double shared[kWarps];
   __shared__ bool last;
   Sums own;
-  for (int64_t i = warp_row(); i < term.n; i += static_cast<int64_t>(gridDim.x) * kWarps) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t i = warp_row(); i < term.n; i += stride) {
     const bool there = term.there(i);
     const int64_t p = term.both ? i : there ? term.labels[i] : 0;
     if (there && (p < 0 || p >= (term.both ? term.n : term.m))) {
@@ -307,14 +357,24 @@ __global__ void __launch_bounds__(kThreads)
              static_cast<long long>(p), static_cast<long long>(term.m));
       __trap();
     }
-    A positive = 0;
-    bool broken = false;
-    if (there) {
-      const double s = dot<A, T, W>(x, i, y, p) * x.inverse[i] * y.inverse[p];
-      positive = A((s - term.margin) / term.tau());
-      broken = isnan(x.inverse[i]) || isnan(y.inverse[p]);
-    }
-    finish_row(term, i, positive, there, broken, &own);
+    const double s = there ? dot<A, T, W>(x, i, y, p) * x.inverse[i] * y.inverse[p] : 0;
+    if (threadIdx.x % kWarp == 0)
+      term.row.point[i] = there ? A((s - term.margin) / term.tau()) : A(0);
+  }
+  __syncthreads();  // the logits of the block's rows are there
+  for (int64_t slot = threadIdx.x;; slot += blockDim.x) {
+    const int64_t first = slot / kWarps * stride + static_cast<int64_t>(blockIdx.x) * kWarps;
+    const int64_t i = first + slot % kWarps;
+    if (first >= term.n) break;
+    if (i >= term.n) continue;
+    const bool there = term.there(i);
+    const A positive = term.row.point[i];
+    term.row.point[i] = term.point(positive), term.pull[i] = 0;
+    finish_direction(term, term.row, i, there, positive, &own);
+    if (term.both) finish_direction(term, term.col, i, there, positive, &own);
+    own.count += there;
+    if (there && (isnan(x.inverse[i]) || isnan(y.inverse[term.both ? i : term.labels[i]])))
+      own.broken = 1;
   }
   if (term.labels)  // every row reads every centroid
     for (int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; j < term.m;
@@ -322,8 +382,7 @@ __global__ void __launch_bounds__(kThreads)
       if (isnan(y.inverse[j])) own.broken = 1;
   const Sums block = block_sums(own, shared);
   if (threadIdx.x == 0) {
-    double* mine = sums_of_blocks + kSums * blockIdx.x;
-    mine[0] = block.loss, mine[1] = block.count, mine[2] = block.bound, mine[3] = block.broken;
+    sums_of_blocks[blockIdx.x] = block;
     __threadfence();  // the sums before the ticket, for whoever draws the last one
     last = atomicAdd(ticket, 1u) == gridDim.x - 1;
   }
@@ -332,61 +391,77 @@ __global__ void __launch_bounds__(kThreads)
   __threadfence();
   Sums dealt;
   for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
-    const volatile double* s = sums_of_blocks + kSums * b;
-    dealt.loss += s[0], dealt.count += s[1];
-    dealt.bound = s[2] > dealt.bound ? s[2] : dealt.bound;
-    dealt.broken = s[3] > dealt.broken ? s[3] : dealt.broken;
+    const volatile Sums& s = sums_of_blocks[b];
+    Sums copy;
+    copy.loss = s.loss, copy.count = s.count, copy.excess = s.excess, copy.excess_z = s.excess_z;
+    copy.bound = s.bound, copy.broken = s.broken;
+    dealt.merge(copy);
   }
   const Sums all = block_sums(dealt, shared);
   if (threadIdx.x != 0) return;
   *ticket = 0;
-  sums[0] = all.loss, sums[1] = all.count, sums[2] = all.bound, sums[3] = all.broken;
+  *sums = all;
   if (to.total) conclude_sums(sums, 1, double(term.tau()), term.factor, to);
 }
 
 template <typename A>
-__global__ void conclude_kernel(Term<A> term, const double* sums, int64_t ranks, Conclusion<A> to) {
+__global__ void conclude_kernel(Term<A> term, const Sums* sums, int64_t ranks, Conclusion<A> to) {
   conclude_sums(sums, ranks, double(term.tau()), term.factor, to);
 }
 
 // ------------------------------------------------------------------------------------- gradients
-template <bool kNegatives, bool kTemperature, typename A, typename P>
+template <bool kNegatives, Summed kSummed, bool kTemperature, typename A, typename P>
 __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A>& tile,
                                                const A* row_inverse, const Columns<A>& columns,
                                                bool aligned, P* out, int64_t ld_out,
                                                double* by_block) {
+  constexpr bool kTwo = kSummed != Summed::kExp;
   const int warp = threadIdx.x / kWarp;
   const int64_t row_begin = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * kRows;
   const A inverse_temperature = A(1) / term.tau(), boost = term.factor[1];
-  A col_top[kCols], col_rest[kCols], col_positive[kCols], sum = 0;
+  const A margin = kTwo ? A(term.margin) * inverse_temperature : A(0);
+  const A bias = kTwo ? term.bias() : A(0);
+  A col_top[kCols], col_rest[kCols], col_point[kCols], sum = 0;
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
     const int64_t j = tile.col0 + columns.j + c;
     const bool there = columns.j + c < tile.cols && term.both;
-    col_top[c] = there ? term.col_top[j] : -lowest<A>();
-    col_rest[c] = there ? term.col_rest[j] : A(0);
-    col_positive[c] = there && kTemperature ? term.col_positive[j] : A(0);
+    col_top[c] = there ? term.col.top[j] : -lowest<A>();
+    col_rest[c] = there ? term.col.rest[j] : A(0);
+    col_point[c] = there && kTemperature ? term.col.point[j] : A(0);
   }
 #pragma unroll 1  // 4 loads in flight a thread are enough, and double would spill
   for (int r = 0; r < kRows; ++r) {
     const int64_t i = row_begin + r, row = tile.row0 + i;
     if (i >= tile.rows) break;
-    const A inverse = row_inverse[row], row_top = term.row_top[row], row_rest = term.row_rest[row];
+    const A inverse = row_inverse[row], row_top = term.row.top[row], row_rest = term.row.rest[row];
     const int32_t key = kNegatives ? -1 : term.row_key(row);
+    const int32_t bag = kNegatives || !kTwo ? -2 : term.row_bag(row);
     const auto s = columns.row(tile, i);
     Pack<P, kCols> p;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      const A z = logit<kNegatives>(s.value[c], A(inverse * inverse_temperature),
-                                    columns.scale[c], key, columns.key[c]);
-      // A row that is not there has top +inf, a logit left out is -inf: their difference is -inf,
-      // never NaN.
-      const A of_row = exp_shifted(z - row_top - row_rest);
-      const A of_col = term.both ? exp_shifted(z - col_top[c] - col_rest[c]) : A(0);
+      const auto found = logit<kNegatives, kSummed>(s.value[c], A(inverse * inverse_temperature),
+                                                    margin, key, bag, columns, c);
+      const A z = found.mate() ? found.near : found.z;
+      A of_row, of_col;
+      if (kSummed == Summed::kElements) {
+        const A slope = element(found, bias).slope;
+        of_row = slope * row_rest, of_col = slope * col_rest[c];
+      } else if (kTwo && found.mate()) {
+        const int64_t j = tile.col0 + columns.j + c;
+        of_row = -exp_shifted(z - term.row.near_top[row] - term.row.near_rest[row]);
+        of_col = -exp_shifted(z - term.col.near_top[j] - term.col.near_rest[j]);
+      } else {
+        // A row that is not there has top +inf, a logit left out is -inf: their difference is -inf,
+        // never NaN.
+        of_row = exp_shifted(z - row_top - row_rest);
+        of_col = term.both ? exp_shifted(z - col_top[c] - col_rest[c]) : A(0);
+      }
       p.value[c] = rounded<P>((of_row + of_col) * boost * (inverse * columns.scale[c]));
       if (kTemperature) {  // 0 * inf would be NaN
-        if (of_row > 0) sum += of_row * (z - term.positive[row]);
-        if (of_col > 0) sum += of_col * (z - col_positive[c]);
+        if (of_row != 0) sum += of_row * (z - term.row.point[row]);
+        if (of_col != 0) sum += of_col * (z - col_point[c]);
       }
     }
     P* to = out + i * ld_out + columns.j;
@@ -404,17 +479,17 @@ __device__ __forceinline__ void block_gradient(const Term<A>& term, const Tile<A
   if (threadIdx.x == 0) by_block[static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x] = all;
 }
 
-template <bool kTemperature, typename A, typename P>
+template <Summed kSummed, bool kTemperature, typename A, typename P>
 __global__ void __launch_bounds__(kThreads, 2)
     tile_gradient_kernel(Term<A> term, Tile<A> tile, const A* row_inverse, const A* col_inverse,
                          bool aligned, P* out, int64_t ld_out, bool out_aligned, double* by_block) {
   const Columns<A> columns(term, tile, col_inverse, aligned);
   if (all_negatives(term, tile))
-    block_gradient<true, kTemperature>(term, tile, row_inverse, columns, out_aligned, out, ld_out,
-                                       by_block);
+    block_gradient<true, kSummed, kTemperature>(term, tile, row_inverse, columns, out_aligned, out,
+                                                ld_out, by_block);
   else
-    block_gradient<false, kTemperature>(term, tile, row_inverse, columns, out_aligned, out, ld_out,
-                                        by_block);
+    block_gradient<false, kSummed, kTemperature>(term, tile, row_inverse, columns, out_aligned,
+                                                 out, ld_out, by_block);
 }
 
 // One block: the tile's blocks in order.
@@ -443,11 +518,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = side.begin + warp_row(), at = (i - side.begin) * x.d;
   if (i >= side.end) return;
   const A factor = term.factor[0], unboost = A(1) / term.factor[1];
-  const bool there = term.row_top[i] != -lowest<A>();  // other rows' sums may hold anything
+  const bool there = term.row.top[i] != -lowest<A>();  // other rows' sums may hold anything
   const int64_t p = term.both || !there ? i : term.labels[i];
-  const A pull = there ? term.pull[i] * x.inverse[i] * side.other.inverse[p] *
-                             A(fabs(side.other.scale[p]))
-                       : A(0);
+  // Apart: the product of two short rows' inverses may leave fp32.
+  const A pull = there ? factor * term.pull[i] * x.inverse[i] : A(0);
+  const A unit = there ? side.other.inverse[p] * A(fabs(side.other.scale[p])) : A(0);
   const T *row = static_cast<const T*>(x.data) + i * x.d,
           *partner = static_cast<const T*>(side.other.data) + (there ? p * x.d : 0);
   const auto gradient = [&](int64_t k) {
@@ -458,7 +533,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int c = 0; c < W; ++c)
       g.value[c] = before.value[c] +
-                   factor * (g.value[c] * unboost - pull * A(number(positive.value[c])));
+                   factor * (g.value[c] * unboost) - pull * (unit * A(number(positive.value[c])));
     return g;
   };
   if (!side.out) return for_lane<W>(x.d, [&](int64_t k) {
@@ -468,8 +543,9 @@ __global__ void __launch_bounds__(kThreads)
   const A up = *upstream, scale = x.scale[i];
   const bool alive = !normalize || scale > A(0);
   double along = 0;
+  const A own_unit = scale * x.inverse[i];
   if (normalize && alive) {
-    const double unit = double(scale) * x.inverse[i];
+    const double unit = own_unit;
     for_lane<W>(x.d, [&](int64_t k) {
       const auto g = gradient(k);
       const auto own = load<W>(row + k);
@@ -477,7 +553,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = 0; c < W; ++c)
         along += double(g.value[c]) * (double(number(own.value[c])) * unit);
     });
-    along = warp_sum(along) * unit;
+    along = warp_sum(along);
   }
   const A back = A(along);
   T* out = static_cast<T*>(side.out) + at;
@@ -489,7 +565,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < W; ++c)
       result.value[c] = rounded<T>(
           !normalize ? up * g.value[c]
-          : alive    ? up * (scale * (g.value[c] - back * A(number(own.value[c]))))
+          : alive    ? up * (scale * (g.value[c] - back * (own_unit * A(number(own.value[c])))))
                      : A(0));
     store(out + k, result);
   });

@@ -129,6 +129,8 @@ __device__ __forceinline__ Sums block_sums(const Sums& own, double* shared) {
   Sums all;
   all.loss = block_reduce(own.loss, shared, add);
   all.count = block_reduce(own.count, shared, add);
+  all.excess = block_reduce(own.excess, shared, add);
+  all.excess_z = block_reduce(own.excess_z, shared, add);
   all.bound = block_reduce(own.bound, shared, larger);
   all.broken = block_reduce(own.broken, shared, larger);
   return all;

@@ -120,9 +120,10 @@ struct Side {
 struct Spec {  // one term
   Side *x, *y;
   bool both;                            // a pair, not rows against centroids
-  Tensor ids, valid, partner_valid;     // as in Term
-  double weight, report;                // see Conclusion
-  int slot;                             // of the reported loss
+  Tensor ids, bags, valid;              // as in Term
+  Tensor row_weight, col_weight;        // (n,) each, or undefined
+  double weight = 0, report = 0;        // see Conclusion
+  int slot = 0;                         // of the reported loss
 
   // Row i's positive: row i of this rank's part, or of the centroids the one it is labelled with.
   const Matrix& partners() const { return both ? y->rows : y->cols; }
@@ -143,8 +144,10 @@ class Losses {
 #endif
     TORCH_CHECK_TYPE(cuda_ || !narrow_, "mcn: on a CPU embeddings must be float32 or float64, got ",
                      first_.scalar_type());
+    TORCH_CHECK_VALUE(p_.kind >= 0 && p_.kind <= static_cast<int64_t>(Kind::kSigmoid),
+                      "mcn: loss ", p_.kind, " is in reference.py alone; MCN_LOSS=reference runs it");
     // The kernels read vectors without strides.
-    for (auto* vectors : {&p_.ids, &p_.valid})
+    for (auto* vectors : {&p_.ids, &p_.valid, &p_.weights})
       for (Tensor& vector : *vectors) vector = vector.contiguous();
     for (size_t i = 0; i < p_.embeddings.size(); ++i) {
       Side& side = sides_.emplace_back();
@@ -166,7 +169,7 @@ class Losses {
  private:
   bool is_column(const Side& side) const { return side.cols.x.size(0) == ranks_.rows(); }
   bool wants_any() const {
-    return p_.wants_temperature ||
+    return p_.wants_scalars ||
            std::any_of(sides_.begin(), sides_.end(), [](const Side& s) { return s.wanted; });
   }
 
@@ -179,8 +182,8 @@ class Losses {
                   const Conclusion<A>& to, unsigned* ticket);
   Tensor keep(const Spec& spec, const Term<A>& t, const Tensor& matrix, double* d_temperature);
   Tensor merge_columns(const Tensor& running, const Term<A>& t) const;
-  static Tensor temperature_in(const Tensor& parts) {
-    return parts.narrow(0, 4, sizeof(double) / sizeof(A)).view(at::kDouble);
+  static Tensor scalars_in(const Tensor& parts) {
+    return parts.narrow(0, 4, 2 * sizeof(double) / sizeof(A)).view(at::kDouble);
   }
 
   void prepare_results();
@@ -189,10 +192,16 @@ class Losses {
   void add_owned(Spec& spec, const Term<A>& t, Tensor sums, const A* upstream);
 
   // ---------------------------------------------------------------- state
-  // {factor (2), pull, row_top, row_rest, positive (n each), col_top, col_rest (N each)}, and with
-  // ranks col_positive (N): without, it is `positive`.
+  // {factor (2), pull, row: top, rest, positive (n each), col: top, rest (N each)}; with bags near_top
+  // and near_rest of both; with ranks col.positive (N): without, it is the rows'.
+  bool keeps_near(const Spec& spec) const {
+    return spec.both && p_.bags.defined() && p_.kind != static_cast<int64_t>(Kind::kSigmoid);
+  }
+  int64_t col_statistics(const Spec& spec) const {
+    return !spec.both ? 0 : 2 + 2 * keeps_near(spec) + static_cast<bool>(ranks_);
+  }
   int64_t state_size(const Spec& spec) const {
-    return 2 + 4 * rows_ + (spec.both ? (ranks_ ? 3 : 2) * ranks_.rows() : 0);
+    return 2 + (4 + 2 * keeps_near(spec)) * rows_ + col_statistics(spec) * ranks_.rows();
   }
   template <typename F>
   void for_terms(const Tensor& state, F f) {
@@ -204,24 +213,38 @@ class Losses {
   }
   Term<A> term(const Spec& spec, const Tensor& state) const {
     const int64_t n = rows_, m = spec.y->cols.x.size(0);
-    const auto flags = [](const Tensor& t) {
-      return t.defined() ? t.template const_data_ptr<bool>() : nullptr;
+    const auto numbers = [](const Tensor& t) {
+      return t.defined() ? t.template const_data_ptr<A>() : nullptr;
     };
-    A* at = state.template mutable_data_ptr<A>();
+    const auto codes = [](const Tensor& t) {
+      return t.defined() ? t.template const_data_ptr<int32_t>() : nullptr;
+    };
     Term<A> t{};
     t.n = n, t.m = m, t.both = spec.both, t.first = spec.both ? ranks_.begin() : 0;
     t.margin = p_.margin;
-    if (spec.ids.defined()) t.ids = spec.ids.template const_data_ptr<int32_t>();
+    if (spec.both) t.form = {static_cast<Kind>(p_.kind), p_.q, std::log(p_.lambda)};
+    t.ids = codes(spec.ids), t.bags = codes(spec.bags);
     if (!spec.both) t.labels = p_.labels.template const_data_ptr<int64_t>();
-    t.valid = flags(spec.valid), t.partner_valid = flags(spec.partner_valid);
-    if (p_.temperature.defined()) t.temperature = p_.temperature.template const_data_ptr<A>();
-    t.fixed_temperature = A(p_.fixed_temperature);
-    t.factor = at, t.pull = at + 2, t.row_top = t.pull + n, t.row_rest = t.row_top + n;
-    t.positive = t.row_rest + n;
+    if (spec.valid.defined()) t.valid = spec.valid.template const_data_ptr<bool>();
+    t.scalars = numbers(p_.scalars);
+    t.fixed_temperature = A(p_.fixed_temperature), t.fixed_bias = A(p_.fixed_bias);
+    t.row.weight = numbers(spec.row_weight), t.col.weight = numbers(spec.col_weight);
+    A* at = state.template mutable_data_ptr<A>();
+    const auto next = [&](int64_t size) { return std::exchange(at, at + size); };
+    t.factor = next(2), t.pull = next(n);
+    t.row.top = next(n), t.row.rest = next(n), t.row.point = next(n);
+    if (keeps_near(spec)) t.row.near_top = next(n), t.row.near_rest = next(n);
     if (!spec.both) return t;
-    t.col_top = t.positive + n, t.col_rest = t.col_top + m;
-    t.col_positive = ranks_ ? t.col_rest + m : t.positive;
+    t.col.top = next(m), t.col.rest = next(m);
+    if (keeps_near(spec)) t.col.near_top = next(m), t.col.near_rest = next(m);
+    t.col.point = ranks_ ? next(m) : t.row.point;
     return t;
+  }
+
+  // (2 or 4, size) from `at` on, each sum before its maximum.
+  static void point_running(Axis<A>& axis, A* at, int64_t size, int64_t count) {
+    axis.sum = at, axis.max = at + size;
+    if (count == 4) axis.near_sum = at + 2 * size, axis.near_max = at + 3 * size;
   }
 
   // ---------------------------------------------------------------- blocks
@@ -271,7 +294,7 @@ class Losses {
   void turn(const Spec& spec, const Term<A>& t, const Tile<A>& tile, const Tensor& p,
             double* d_temperature) {
     double* by_block = nullptr;
-    if (p_.wants_temperature)
+    if (p_.wants_scalars)
       by_block = rows_of(by_block_, MCN_RUN(temperature_size, tile.rows, tile.cols), 1,
                          options_.dtype(at::kDouble))
                      .template mutable_data_ptr<double>();
@@ -316,25 +339,35 @@ class Losses {
 
 template <typename A>
 void Losses<A>::list_terms(bool tiles) {
+  // int32, equal for equal numbers: the matrix is compared against them at twice int64's speed.
+  const auto codes = [&](const Tensor& given) {
+    return at::searchsorted(std::get<0>(given.sort()), given, /*out_int32=*/true);
+  };
   const auto valid = [&](int64_t i) { return p_.valid.empty() ? Tensor() : p_.valid[i]; };
   const double pairs = p_.pairs.size() / 2, modalities = p_.clustered.size();
+  const Tensor bags = tiles && p_.bags.defined() ? codes(p_.bags) : Tensor();
   for (size_t i = 0; i < p_.pairs.size(); i += 2) {
     const int64_t x = p_.pairs[i], y = p_.pairs[i + 1];
-    Tensor ids;
-    if (tiles && !p_.ids.empty()) {
-      // int32, equal for equal ids: the matrix is compared against them at twice int64's speed.
-      const Tensor& given = p_.ids[i / 2];
-      ids = at::searchsorted(std::get<0>(given.sort()), given, /*out_int32=*/true);
+    Spec spec{&sides_[x], &sides_[y], true};
+    spec.weight = spec.report = 1 / pairs;
+    if (tiles && !p_.ids.empty()) spec.ids = codes(p_.ids[i / 2]);
+    spec.bags = bags;
+    if (!p_.valid.empty()) spec.valid = valid(x).logical_and(valid(y));
+    if (!p_.weights.empty()) {
+      spec.row_weight = ranks_.own(p_.weights[i]), spec.col_weight = ranks_.own(p_.weights[i + 1]);
+      // NaN is not 0 either: it is not to be hidden.
+      const Tensor some = p_.weights[i].ne(0).logical_or(p_.weights[i + 1].ne(0));
+      spec.valid = spec.valid.defined() ? spec.valid.logical_and(some) : some;
     }
-    specs_.push_back({&sides_[x], &sides_[y], true, ids, valid(x), valid(y), 1 / pairs, 1 / pairs,
-                      0});
+    specs_.push_back(std::move(spec));
   }
   for (int64_t i : p_.clustered) {
     if (!p_.centroids.defined()) break;
-    const double report = p_.cluster_scale / modalities;
-    specs_.push_back({&sides_[i], &centroids_, false, Tensor(),
-                      valid(i).defined() ? ranks_.own(valid(i)) : Tensor(), Tensor(),
-                      p_.cluster_weight * report, report, 1});
+    Spec spec{&sides_[i], &centroids_, false};
+    spec.report = p_.cluster_scale / modalities, spec.weight = p_.cluster_weight * spec.report;
+    if (valid(i).defined()) spec.valid = ranks_.own(valid(i));
+    spec.slot = 1;
+    specs_.push_back(std::move(spec));
   }
   for (Spec& spec : specs_) ++spec.x->terms, ++spec.y->terms;
 }
@@ -351,22 +384,19 @@ void Losses<A>::check_labels() const {
     }
 }
 
-// A row that no term reads is as good as not valid: what it holds must not reach the matrix
+// (N,) rows that some term reads; undefined: all. What others hold must not reach the matrix
 // products.
 template <typename A>
 Tensor Losses<A>::used_rows(size_t modality) const {
-  if (p_.valid.empty()) return {};
-  const Tensor& valid = p_.valid[modality];
-  if (p_.centroids.defined() &&
-      std::find(p_.clustered.begin(), p_.clustered.end(), modality) != p_.clustered.end())
-    return valid;
-  Tensor partners;
-  for (size_t i = 0; i < p_.pairs.size(); ++i)
-    if (p_.pairs[i] == static_cast<int64_t>(modality)) {
-      const Tensor& partner = p_.valid[p_.pairs[i ^ 1]];
-      partners = partners.defined() ? partners.logical_or(partner) : partner;
-    }
-  return partners.defined() ? valid.logical_and(partners) : at::zeros_like(valid);
+  const Side* side = &sides_[modality];
+  Tensor used;
+  for (const Spec& spec : specs_) {
+    if (spec.x != side && spec.y != side) continue;
+    if (!spec.valid.defined()) return {};
+    const Tensor valid = spec.both ? spec.valid : p_.valid[modality];
+    used = used.defined() ? used.logical_or(valid) : valid;
+  }
+  return used;
 }
 
 template <typename A>
@@ -403,13 +433,13 @@ void Losses<A>::measure() {
 template <typename A>
 Forward Losses<A>::forward() {
   Forward out;
-  out.parts = at::zeros({6}, options_);
+  out.parts = at::zeros({8}, options_);
   out.total = specs_.empty() ? at::zeros({}, options_) : at::empty({}, options_);
   int64_t size = 0;
   for (const Spec& spec : specs_) size += state_size(spec);
   out.state = at::empty({size}, options_);
   A* parts = out.parts.template mutable_data_ptr<A>();
-  double* d_temperature = temperature_in(out.parts).template mutable_data_ptr<double>();
+  double* d_scalars = scalars_in(out.parts).template mutable_data_ptr<double>();
   Tensor scratch;
   for_terms(out.state, [&](size_t i, const Spec& spec, const Tensor& state) {
     const Term<A> t = term(spec, state);
@@ -418,9 +448,9 @@ Forward Losses<A>::forward() {
     if (p_.keep && !matrix.defined()) matrix = rows_of(scratch, t.n, t.m, options_);
     statistics(spec, state, matrix,
                {spec.weight, spec.report, out.total.template mutable_data_ptr<A>(),
-                parts + spec.slot, i == 0},
+                parts + spec.slot, i == 0, d_scalars},
                reinterpret_cast<unsigned*>(parts + 2));
-    if (p_.keep && wants_any()) out.kept.push_back(keep(spec, t, matrix, d_temperature));
+    if (p_.keep && wants_any()) out.kept.push_back(keep(spec, t, matrix, d_scalars));
   });
   return out;
 }
@@ -431,12 +461,14 @@ void Losses<A>::statistics(const Spec& spec, const Tensor& state, const Tensor& 
   const Term<A> t = term(spec, state);
   Term<A> running = t;
   // Written before they are read, by the first tile; a rank without rows has none.
-  const Tensor statistics = t.n > 0 ? at::empty({2 * t.n + 2 * t.m}, options_)
-                                    : at::zeros({2 * t.m}, options_);
-  if (t.n == 0) statistics.narrow(0, t.m, t.m).fill_(-std::numeric_limits<double>::infinity());
-  running.row_sum = statistics.template mutable_data_ptr<A>();
-  running.row_max = running.row_sum + t.n, running.col_sum = running.row_max + t.n;
-  running.col_max = running.col_sum + t.m;
+  const int64_t count = t.two_sums() ? 4 : 2;
+  const Tensor statistics = t.n > 0 ? at::empty({count * (t.n + t.m)}, options_)
+                                    : at::zeros({count * t.m}, options_);
+  const Tensor of_cols = statistics.narrow(0, count * t.n, count * t.m).view({count, t.m});
+  if (t.n == 0)  // sums of nothing
+    of_cols.slice(0, 1, count, 2).fill_(-std::numeric_limits<double>::infinity());
+  point_running(running.row, statistics.template mutable_data_ptr<A>(), t.n, count);
+  point_running(running.col, of_cols.template mutable_data_ptr<A>(), t.m, count);
   Tensor y_copy, x_copy, partial;
   const Tensor y = working(spec.y->cols, 0, t.m, y_copy);
   blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
@@ -444,44 +476,55 @@ void Losses<A>::statistics(const Spec& spec, const Tensor& state, const Tensor& 
     blocks(t.m, col_block(t), [&](int64_t col, int64_t n_cols) {
       const Tensor s = tile(matrix, row, n_rows, col, n_cols);
       multiply(s, x, y.narrow(0, col, n_cols).t());
-      const Tensor scratch = rows_of(partial, MCN_RUN(partial_size, n_rows, n_cols), 1, options_);
+      const Tensor scratch = rows_of(
+          partial, MCN_RUN(partial_size, n_rows, n_cols, t.two_sums()), 1, options_);
       MCN_RUN(tile_statistics, stream_, running, tile_of(s, row, col), inverse(spec.x->rows),
               inverse(spec.y->cols), scratch.template mutable_data_ptr<A>());
     });
   });
+  constexpr int64_t kSums = sizeof(Sums) / sizeof(double);
   Tensor sums = at::empty({1 + kFinishBlocks, kSums}, options_.dtype(at::kDouble));
   const auto finish = [&](const Term<A>& term, const Conclusion<A>& conclusion) {
-    double* at = sums.template mutable_data_ptr<double>();
-    MCN_RUN(finish, stream_, term, rows(spec.x->rows), rows(spec.partners()), at + kSums, at,
-            ticket, conclusion);
+    Sums* at = reinterpret_cast<Sums*>(sums.template mutable_data_ptr<double>());
+    MCN_RUN(finish, stream_, term, rows(spec.x->rows), rows(spec.partners()), at + 1, at, ticket,
+            conclusion);
   };
   if (!ranks_) return finish(running, to);
   // With ranks, each finishes the columns that it owns, from all ranks' statistics of them.
   const Conclusion<A> later{};
   if (spec.both) {
-    const Tensor merged = merge_columns(statistics.narrow(0, 2 * t.n, 2 * t.m).view({2, t.m}), t);
-    const Tensor finished = at::empty({3, t.n}, options_);  // top, rest, positive
-    A *in = merged.template mutable_data_ptr<A>(), *out = finished.template mutable_data_ptr<A>();
+    const Tensor merged = merge_columns(of_cols, t);
     Term<A> own = running;
-    own.col_sum = in, own.col_max = in + t.n, own.col_top = out, own.col_rest = out + t.n;
+    point_running(own.col, merged.template mutable_data_ptr<A>(), t.n, count);
+    // top, rest, [near_top, near_rest,] positive: as they lie in the state
+    const int64_t k = col_statistics(spec), at = state_size(spec) - k * t.m;
+    const Tensor finished = at::empty({k, t.n}, options_);
+    A* out = finished.template mutable_data_ptr<A>();
+    own.col.top = out, own.col.rest = out + t.n;
+    if (own.col.near_top) own.col.near_top = out + 2 * t.n, own.col.near_rest = out + 3 * t.n;
     finish(own, later);
-    const int64_t at = 2 + 3 * t.n;
-    finished.select(0, 2).copy_(state.narrow(0, at, t.n));
-    state.narrow(0, at + t.n, 3 * t.m).view({3, t.m}).copy_(ranks_.rows_to_all(finished.t()).t());
+    finished.select(0, k - 1).copy_(state.narrow(0, t.row.point - t.factor, t.n));
+    state.narrow(0, at, k * t.m).view({k, t.m}).copy_(ranks_.rows_to_all(finished.t()).t());
   } else {
     finish(running, later);
   }
   sums = ranks_.to_all(sums.narrow(0, 0, 1));
-  MCN_RUN(conclude, stream_, t, sums.template const_data_ptr<double>(), ranks_.count(), to);
+  MCN_RUN(conclude, stream_, t, reinterpret_cast<const Sums*>(sums.template const_data_ptr<double>()),
+          ranks_.count(), to);
 }
 
-// (2, n) sums and maxima over all ranks of the columns that this rank owns.
+// (2 or 4, n) sums and maxima over all ranks of the columns that this rank owns.
 template <typename A>
 Tensor Losses<A>::merge_columns(const Tensor& running, const Term<A>& t) const {
-  const Tensor parts = ranks_.to_owners(running.t());  // (ranks, n, 2)
-  const Tensor maxima = parts.select(2, 1), top = maxima.amax(0);
-  const Tensor shift = at::where(top.isneginf(), at::zeros({}, options_), top);
-  return at::stack({parts.select(2, 0).mul(maxima.sub(shift).exp_()).sum(0), top});
+  const Tensor parts = ranks_.to_owners(running.t());  // (ranks, n, 2 or 4)
+  std::vector<Tensor> merged;
+  for (int64_t i = 0; i < running.size(0); i += 2) {
+    const Tensor maxima = parts.select(2, i + 1), top = maxima.amax(0);
+    const Tensor shift = at::where(top.isneginf(), at::zeros({}, options_), top);
+    merged.push_back(parts.select(2, i).mul(maxima.sub(shift).exp_()).sum(0));
+    merged.push_back(top);
+  }
+  return at::stack(merged);
 }
 
 // P of a whole matrix, in its place where it is as wide.
@@ -503,8 +546,8 @@ template <typename A>
 Backward Losses<A>::backward(const Tensor& upstream, const Forward& forward) {
   Backward out;
   prepare_results();
-  const Tensor d_temperature = p_.keep ? temperature_in(forward.parts)
-                                       : at::zeros({1}, options_.dtype(at::kDouble));
+  Tensor d_scalars = scalars_in(forward.parts);
+  if (!p_.keep) d_scalars = d_scalars.clone();  // a second backward begins there, too
   // The ranks' gradients will be averaged.
   const Tensor scaled = ranks_ ? upstream.mul(ranks_.count()) : upstream;
   const A* up = scaled.template const_data_ptr<A>();
@@ -513,13 +556,13 @@ Backward Losses<A>::backward(const Tensor& upstream, const Forward& forward) {
     if (p_.keep)
       multiply_kept(spec, t, forward.kept[i], up);
     else
-      multiply_tiles(spec, t, up, d_temperature.template mutable_data_ptr<double>());
+      multiply_tiles(spec, t, up, d_scalars.template mutable_data_ptr<double>());
     for (Side* side : {spec.x, spec.y}) side->started = true, --side->terms;
   });
-  out.temperature = at::empty({}, options_);
-  if (p_.wants_temperature) {  // rounded once: the terms' gradients may cancel
-    const Tensor all = ranks_ ? ranks_.to_all(d_temperature).sum() : d_temperature.select(0, 0);
-    at::mul_out(out.temperature, all.to(options_.dtype()), upstream);
+  out.scalars = at::empty({2}, options_);
+  if (p_.wants_scalars) {  // rounded once: the terms' gradients may cancel
+    const Tensor all = ranks_ ? ranks_.to_all(d_scalars).view({-1, 2}).sum(0) : d_scalars;
+    at::mul_out(out.scalars, all.to(options_.dtype()), upstream);
   }
   for (const Side& side : sides_)
     if (side.wanted) out.gradients.push_back(side.result);
@@ -567,7 +610,7 @@ void Losses<A>::multiply_kept(Spec& spec, const Term<A>& t, const Tensor& p, con
 template <typename A>
 void Losses<A>::multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream, double* d_temperature) {
   Side &x = *spec.x, &y = *spec.y;
-  if (!x.wanted && !y.wanted && !p_.wants_temperature) return;
+  if (!x.wanted && !y.wanted && !p_.wants_scalars) return;
   Tensor y_copy, x_copy, p_tile, x_scratch, y_scratch, y_sums;
   const Tensor w_y = working(y.cols, 0, t.m, y_copy);
   if (y.wanted && ranks_) y_sums = rows_ > 0 ? at::empty({t.m, dim_}, options_)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mcn_ext import distributed, ops
 from mcn_ext.clustering import OnlineClusters
-from mcn_ext.reference import LossTerms, unit_rows
+from mcn_ext.reference import BIAS, LossTerms, unit_rows
 
 LARGEST_SCALE = 100.0  # of a learnt 1 / temperature, as CLIP limits it
-BIAS = -10.0  # of the sigmoid loss at the start, as SigLIP's: nearly all pairs are negatives
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Objective(nn.Module):
         trained: names of those that learn; pairs without one are left out, and only these are
             clustered and reconstructed.
         loss: "softmax"; "milnce", whose positives are the clips of one bag (``bag_id``); or a
-            ``kind`` of :func:`mcn_ext.reference.contrastive_loss`. rince_q: q of "rince".
+            ``kind`` of :func:`mcn_ext.reference.contrastive_loss`.
         bias: of "sigmoid", at the start: it is a parameter.
         learn_temperature: the temperature is a parameter, ``log_scale`` = log(1 / temperature).
         similarity: "cosine" (unit rows, the default objective) or "dot" (the published one).
@@ -67,7 +66,6 @@ class Objective(nn.Module):
         trained: list[str],
         *,
         loss: str = "softmax",
-        rince_q: float | None = None,
         bias: float = BIAS,
         temperature: float = 0.05,
         learn_temperature: bool = False,
@@ -87,7 +85,7 @@ class Objective(nn.Module):
         # A logarithm: the scale stays positive, and equal steps change it by equal factors.
         scale = torch.tensor(-math.log(temperature))
         self.log_scale = nn.Parameter(scale) if learn_temperature else None
-        self.loss, self.rince_q = loss, rince_q
+        self.loss = loss
         self.bias = nn.Parameter(torch.tensor(bias)) if loss == "sigmoid" else None
         self.margin, self.normalize = margin, similarity == "cosine"
         self.cluster_weight, self.recon_weight = cluster_weight, recon_weight
@@ -109,12 +107,10 @@ class Objective(nn.Module):
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
     def form(self, batch: Mapping) -> dict:
-        """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`; none for the softmax, which is
-        compiled."""
+        """The loss as keywords of :func:`mcn_ext.ops.mcn_loss`."""
         if self.loss == "milnce":
             return {"positives": batch["bag_id"]}
-        more = {"rince": {"q": self.rince_q}, "sigmoid": {"bias": self.bias}}.get(self.loss, {})
-        return {} if self.loss == "softmax" else {"kind": self.loss} | more
+        return {"kind": self.loss} | ({} if self.bias is None else {"bias": self.bias})
 
     def forward(
         self, embeddings: Mapping[str, Tensor], errors: Mapping[str, Tensor], batch: Mapping

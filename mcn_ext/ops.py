@@ -88,13 +88,17 @@ def contrastive_loss(
     normalize: bool = True,
     ids: Tensor | None = None,
     valid: Tensor | None = None,
+    weight: Tensor | tuple[Tensor, Tensor] | None = None,
+    positives: Tensor | None = None,
+    kind: str = "softmax",
+    q: float = 0.1,
+    lam: float = 0.01,
+    bias: float | Tensor = reference.BIAS,
     group=None,
     budget: int | None = None,
-    **form,
 ) -> Tensor:
-    """Masked-margin softmax in both directions; arguments and values of
-    :func:`mcn_ext.reference.contrastive_loss`, to which ``form`` goes: its ``weight``,
-    ``positives``, ``kind`` and so on are not compiled, and run in plain PyTorch.
+    """Contrastive loss in both directions; arguments and values of
+    :func:`mcn_ext.reference.contrastive_loss`.
 
     budget: bytes that the similarity matrices may take (default: the environment variable
     MCN_LOSS_BUDGET, else 2 GiB). Within it each is computed once, turned into the gradient with
@@ -106,7 +110,8 @@ def contrastive_loss(
     arguments but for the rows, of which each may hold another number, or none; ValueError on all of
     them if they do not.
     """
-    if form or not _compiled_for(x):
+    form = {"positives": positives, "kind": kind, "q": q, "lam": lam, "bias": bias}
+    if not _compiled_for(x):
         return reference.contrastive_loss(
             x,
             y,
@@ -115,6 +120,7 @@ def contrastive_loss(
             normalize=normalize,
             ids=ids,
             valid=valid,
+            weight=weight,
             group=group,
             **form,
         )
@@ -127,11 +133,13 @@ def contrastive_loss(
         [0, 1],
         [] if ids is None else [ids],
         [] if valid is None else [valid, valid],
+        weights=[weight],
         temperature=temperature,
         margin=margin,
         normalize=normalize,
         group=group,
         budget=budget,
+        **form,
     ).total
 
 
@@ -189,15 +197,20 @@ def mcn_loss(
     normalize: bool = True,
     ids: Tensor | Mapping[tuple[str, str], Tensor] | None = None,
     valid: Mapping[str, Tensor] | None = None,
+    weight: Mapping[tuple[str, str], Tensor] | None = None,
     group=None,
     budget: int | None = None,
     **form,
 ) -> LossTerms:
     """All contrastive and clustering terms in one call that reuses one buffer; arguments and values
-    of :func:`mcn_ext.reference.mcn_loss`, ``budget`` and ``form`` of :func:`contrastive_loss`."""
+    of :func:`mcn_ext.reference.mcn_loss`, ``budget`` of :func:`contrastive_loss`.
+
+    form: ``positives``, ``kind``, ``q``, ``lam`` and ``bias`` of :func:`contrastive_loss`.
+    """
+    reference.check_weights(weight or {}, pairs)
     names = list(embeddings)
     nothing = not names or not (pairs or centroids is not None)
-    if nothing or form or not _compiled_for(embeddings[names[0]]):
+    if nothing or not _compiled_for(embeddings[names[0]]):
         return reference.mcn_loss(
             embeddings,
             pairs,
@@ -210,6 +223,7 @@ def mcn_loss(
             normalize=normalize,
             ids=ids,
             valid=valid,
+            weight=weight,
             group=group,
             **form,
         )
@@ -236,6 +250,7 @@ def mcn_loss(
         centroids,
         labels,
         clusters,
+        weights=[(weight or {}).get(tuple(p)) for p in pairs],
         temperature=temperature,
         margin=margin,
         normalize=normalize,
@@ -243,6 +258,7 @@ def mcn_loss(
         group=group,
         cluster_scale=1 / math.log(k) if normalize and k > 1 else 1.0,
         budget=budget,
+        **form,
     )
 
 
@@ -258,6 +274,12 @@ def _loss(
     temperature: float | Tensor,
     margin: float,
     normalize: bool,
+    weights: Sequence[Tensor | tuple[Tensor, Tensor] | None] = (),
+    positives: Tensor | None = None,
+    kind: str = "softmax",
+    q: float = 0.1,
+    lam: float = 0.01,
+    bias: float | Tensor = reference.BIAS,
     cluster_weight: float = 1.0,
     cluster_scale: float = 1.0,
     group=None,
@@ -265,6 +287,9 @@ def _loss(
 ) -> LossTerms:
     """Arguments checked, gathered and in the types that ``torch.ops.mcn.loss`` takes."""
     reference.check_temperature(temperature)
+    reference.check_kind(kind, q, lam)
+    if kind != "sigmoid":
+        bias = 0.0  # no gradient, also of one that is a tensor
     dtype = rows[0].dtype
     for x in rows:
         if x.dim() != 2 or x.shape != rows[0].shape or x.device != rows[0].device:
@@ -273,20 +298,25 @@ def _loss(
                 f"{', '.join(f'{tuple(x.shape)} {x.device}' for x in rows)}"
             )
         dtype = torch.promote_types(dtype, x.dtype)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     given = [i for i in ids if i is not None]
-    for name, vectors, kind in (
+    bags = [] if positives is None else [positives]
+    weights = _both_directions(weights, rows[0], accumulate)
+    for name, vectors, wanted_dtype in (
         ("ids", given, torch.int64),
         ("valid", valid, torch.bool),
         ("labels", [] if labels is None else [labels], torch.int64),
+        ("positives", bags, torch.int64),
+        ("weight", weights, accumulate),
     ):
         for vector in vectors:
             if (
                 vector.shape != rows[0].shape[:1]
-                or vector.dtype != kind
+                or vector.dtype != wanted_dtype
                 or vector.device != rows[0].device
             ):
                 raise ValueError(
-                    f"{name} must be ({len(rows[0])},) {kind} on {rows[0].device}, "
+                    f"{name} must be ({len(rows[0])},) {wanted_dtype} on {rows[0].device}, "
                     f"got {tuple(vector.shape)} {vector.dtype} on {vector.device}"
                 )
     if centroids is not None:
@@ -296,7 +326,6 @@ def _loss(
                 f"{tuple(centroids.shape)} must be (N, D) and (K, D), with labels"
             )
         centroids = centroids.detach().to(rows[0].device)
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     if not _multiplies_16_bits(rows[0]):
         dtype = accumulate
     if budget is None:
@@ -306,7 +335,20 @@ def _loss(
         budget = int(text)
     grad = torch.is_grad_enabled()
     wanted = [int(grad and x.requires_grad) for x in rows]
-    learn_temperature = isinstance(temperature, Tensor) and temperature.requires_grad and grad
+    # Numbers go to the kernels as they are: copied to a GPU, they would wait for it.
+    fixed = [0.0 if isinstance(v, Tensor) else float(v) for v in (temperature, bias)]
+    scalars = None
+    if isinstance(temperature, Tensor) or isinstance(bias, Tensor):
+        make = partial(rows[0].new_full, (), dtype=accumulate)
+        scalars = torch.stack(
+            [
+                v.to(rows[0].device, accumulate, non_blocking=True).reshape(())
+                if isinstance(v, Tensor)
+                else make(v)
+                for v in (temperature, bias)
+            ]
+        )
+    learn_scalars = grad and scalars is not None and scalars.requires_grad
     k = 0 if centroids is None else len(centroids)
     columns, ranks = [], Ranks.of(group)
     if ranks is not None:
@@ -324,12 +366,19 @@ def _loss(
                 "normalize": normalize,
                 "gradients": wanted,
                 "budget": budget,
-                "temperature": [learn_temperature, isinstance(temperature, Tensor) or temperature],
+                "scalars": [learn_scalars, scalars is None, fixed],
+                "form": [kind, q, lam, len(bags), len(weights)],
             },
         )
-        vectors = ranks.gather_vectors([*given, *valid])
-        given, valid = vectors[: len(given)], [v.bool() for v in vectors[len(given) :]]
-        pairs, second = _columns(pairs, wanted)
+        vectors = ranks.gather_vectors([*given, *bags, *valid])
+        given, vectors = vectors[: len(given)], vectors[len(given) :]
+        bags, valid = vectors[: len(bags)], [v.bool() for v in vectors[len(bags) :]]
+        if weights:
+            weights = list(ranks.gather(torch.stack(weights, dim=1)).unbind(dim=1))
+        before, (pairs, second) = pairs, _columns(pairs, wanted)
+        for i in range(0, len(weights), 2):
+            if pairs[i] != before[i]:  # its sides have changed places
+                weights[i : i + 2] = weights[i + 1], weights[i]
         columns = [
             ranks.gather(x.detach()).to(dtype) if i in second else x.detach().to(dtype)
             for i, x in enumerate(rows)
@@ -340,11 +389,9 @@ def _loss(
         found = iter(given)
         given = [distinct if i is None else next(found) for i in ids]
     rows = [x.to(dtype) for x in rows]
-    fixed = 0.0  # a number goes to the kernels as it is: copied to a GPU, it would wait for it
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(rows[0].device, accumulate, non_blocking=True).reshape(())
-    else:
-        temperature, fixed = None, float(temperature)
+    for i in range(0, len(weights), 2):
+        masks = [valid[pairs[i]], valid[pairs[i + 1]]] if valid else []
+        weights[i : i + 2] = _one_on_average(weights[i : i + 2], masks)
     largest = len(rows[0]) if ranks is None else max(ranks.sizes)
     kept = [everything] * (len(pairs) // 2) + [k] * (0 if centroids is None else len(clustered))
     needed = largest * sum(kept) * dtype.itemsize
@@ -355,18 +402,23 @@ def _loss(
         given,
         valid,
         columns,
+        weights,
+        bags[0] if bags else None,
         centroids,
         labels,
-        temperature,
-        fixed,
+        scalars,
+        *fixed,
         margin,
+        reference.KINDS.index(kind),
+        q,
+        lam,
         pairs,
         list(clustered),
         normalize,
         cluster_weight,
         cluster_scale,
         wanted,
-        learn_temperature,
+        learn_scalars,
         0 < budget >= needed,
         _tile,
         [] if ranks is None else ranks.sizes,
@@ -374,6 +426,27 @@ def _loss(
         "" if ranks is None else ranks.name,
     )
     return LossTerms(total, parts[0], parts[1])
+
+
+def _both_directions(
+    weights: Sequence[Tensor | tuple[Tensor, Tensor] | None], x: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Each pair's weights of rows and of columns, two (N,) a pair; none, if no pair has any."""
+    if all(weight is None for weight in weights):
+        return []
+    ones = torch.ones(len(x), dtype=dtype, device=x.device)
+    both = [w if isinstance(w, tuple) else (ones if w is None else w,) * 2 for w in weights]
+    return [w.detach().to(dtype) for pair in both for w in pair]
+
+
+def _one_on_average(weights: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    """A pair's weights (N,) such that their sum over the rows that are there is these rows' number:
+    the weighted mean is then a mean."""
+    valid = masks[0] & masks[1] if masks else None
+    shares = [reference._shares(w, valid) for w in weights]
+    n = ((shares[0] != 0) | (shares[1] != 0)).sum()
+    # At most n, as the largest share is 1: no share gets lost in the product.
+    return [w * (n / torch.where(w.sum() > 0, w.sum(), 1.0)) for w in shares]
 
 
 def _columns(pairs: list[int], wanted: list[int]) -> tuple[list[int], set[int]]:
@@ -399,18 +472,24 @@ def _fake_loss(
     ids,
     valid,
     columns,
+    weights,
+    bags,
     centroids,
     labels,
-    temperature,
-    fixed,
+    scalars,
+    fixed_temperature,
+    fixed_bias,
     margin,
+    kind,
+    q,
+    lam,
     pairs,
     clustered,
     normalize,
     weight,
     scale,
     wanted,
-    wants_temperature,
+    wants_scalars,
     keep,
     tile,
     sizes,
@@ -420,21 +499,23 @@ def _fake_loss(
     n = rows[0].shape[0]  # not len(): a size that torch.compile leaves open stays open
     everything = sum(sizes) if sizes else n
     clusters = 0 if centroids is None else len(clustered)
-    size = len(pairs) // 2 * (2 + 4 * n + (3 if sizes else 2) * everything) + clusters * (2 + 4 * n)
+    near = 2 * (bags is not None and reference.KINDS[kind] != "sigmoid")
+    size = len(pairs) // 2 * (2 + (4 + near) * n + (2 + near + bool(sizes)) * everything)
+    size += clusters * (2 + 4 * n)
     kept = [everything] * (len(pairs) // 2) + [0 if not clusters else centroids.shape[0]] * clusters
     dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
     make = partial(rows[0].new_empty, dtype=dtype)
     return (
         make(()),
-        make(6),
+        make(8),
         make(size),
-        [rows[0].new_empty(n, m) for m in kept if keep and (any(wanted) or wants_temperature)],
+        [rows[0].new_empty(n, m) for m in kept if keep and (any(wanted) or wants_scalars)],
     )
 
 
 def _fake_loss_backward(upstream, parts, state, kept, rows, *rest):
-    wanted = rest[13]
-    return upstream.new_empty(()), [
+    wanted = rest[19]
+    return parts.new_empty(2), [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         for x, want in zip(rows, wanted, strict=True)
         if want

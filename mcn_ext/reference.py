@@ -25,7 +25,8 @@ from mcn_ext.distributed import gather
 
 EPS = 1e-12  # |x| at or below it counts as zero: no direction, no gradient
 KINDS = ("softmax", "dcl", "rince", "sigmoid")
-LARGEST_EXPONENT = 80.0  # e^80 is 5e34, and fp32 ends at 3e38
+BIAS = -10.0  # of the sigmoid loss: SigLIP's start, as nearly all pairs are negatives
+LARGEST_EXPONENT = 60.0  # e^60 is 1e26: times a weight and a logit it is far from fp32's end
 
 
 class LossTerms(NamedTuple):
@@ -86,7 +87,7 @@ def _mean(row: Tensor, valid: Tensor | None, weight: Tensor | None = None) -> Te
     if weight is None:
         weight = torch.ones_like(row) if valid is None else valid.to(row.dtype)
     # Not row * weight: inf * 0 is NaN.
-    kept = torch.where(weight > 0, row, torch.zeros_like(row))
+    kept = torch.where(weight != 0, row, torch.zeros_like(row))
     total = weight.sum()
     return (kept * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
@@ -106,13 +107,16 @@ def _row_loss(kind: str, positive: Tensor, others: Tensor, q: float, lam: float)
     if kind == "dcl":
         row = gap
     else:  # RINCE
-        everything = positive + _softplus(gap)
-
-        def power(log: Tensor) -> Tensor:
-            # Cut where exp would leave fp32: a row has no gradient from there on.
-            return (q * log).clamp(max=LARGEST_EXPONENT).exp()
-
-        row = (power(math.log(lam) + everything) - power(positive)) / q
+        # Both powers' logarithms are `first` and first + more. Where these are nearly equal, for q
+        # near 0 or lam near 1, their difference is exact as expm1 alone.
+        first, more = q * positive, q * (math.log(lam) + _softplus(gap))
+        beyond = torch.maximum(first, first + more) > LARGEST_EXPONENT
+        powers = [v.clamp(max=LARGEST_EXPONENT).exp() for v in (first, first + more)]
+        row = (
+            torch.where(more < 1, powers[0] * more.clamp(max=1).expm1(), powers[1] - powers[0]) / q
+        )
+        # Cut where exp would leave fp32: a row has no gradient from there on.
+        row = torch.where(beyond, row.detach(), row)
     return torch.where(alone, torch.zeros_like(row), row)
 
 
@@ -132,8 +136,14 @@ def check_kind(kind: str, q: float, lam: float) -> None:
     """ValueError for a loss that there is not, or parameters outside its range."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not (0 < q <= 1 and 0 < lam < math.inf):
-        raise ValueError(f"q must be in (0, 1] and lam above 0, got q = {q}, lam = {lam}")
+    if not (0 < q <= 1 and 0 < lam <= 1):
+        raise ValueError(f"q and lam must be in (0, 1], got q = {q}, lam = {lam}")
+
+
+def check_weights(weight: Mapping, pairs: Sequence) -> None:
+    """ValueError for weights of what is no pair."""
+    if unknown := set(weight) - {tuple(pair) for pair in pairs}:
+        raise ValueError(f"weight is of {sorted(unknown)}, and the pairs are {list(pairs)}")
 
 
 def _shares(weight: Tensor, valid: Tensor | None) -> Tensor:
@@ -160,7 +170,7 @@ def contrastive_loss(
     kind: str = "softmax",
     q: float = 0.1,
     lam: float = 0.01,
-    bias: float | Tensor = -10.0,
+    bias: float | Tensor = BIAS,
     group=None,
     budget: int | None = None,
 ) -> Tensor:
@@ -170,11 +180,11 @@ def contrastive_loss(
     more), and o that over the others, a row's loss is, by ``kind``:
 
     - "softmax": log(e^s + e^o) - s. The masked-margin softmax; with ``positives`` MIL-NCE
-      (Miech et al., CVPR 2020, arXiv 1912.06430).
+      (Miech et al., CVPR 2020, arXiv 1912.06430), whose o is over both directions at once.
     - "dcl": o - s, the positives left out of the denominator (decoupled contrastive learning, Yeh
       et al., ECCV 2022, arXiv 2110.06848).
     - "rince": ((lam (e^s + e^o))^q - e^(q s)) / q; the softmax for q -> 0, while q = 1 bounds what
-      a wrong positive can do (Chuang et al., CVPR 2022, arXiv 2201.04309). Exponents end at 80.
+      a wrong positive can do (Chuang et al., CVPR 2022, arXiv 2201.04309). Exponents end at 60.
     - "sigmoid": sum_j log(1 + exp(-l_ij (z_ij + bias))), l = 1 for positives and -1 for others:
       each entry is asked for itself. The mean of both directions, not their sum (SigLIP, Zhai et
       al., ICCV 2023, arXiv 2303.15343).
@@ -188,7 +198,7 @@ def contrastive_loss(
         valid: (N,) bool. False rows (silent clip, no caption) are in no row, column or mean.
         weight: (N,) at least 0, or one for each direction: means become weighted means. A row
             without weight in both is as one that is not valid. Negative, NaN or inf: the loss is
-            NaN.
+            NaN. Gets no gradient.
         positives: (N,) int64. i != j with positives[i] == positives[j] are positives of each other;
             where ``ids`` are equal as well, they are in no sum.
         q, lam: of "rince". bias: of "sigmoid"; a 0-d tensor gets its gradient.
@@ -215,13 +225,13 @@ def contrastive_loss(
         positives, weights = gather(positives, group), [gather(w, group) for w in weights]
     with torch.autocast(x.device.type, enabled=False):
         if weights:
-            # NaN is larger than 0 here: it is not to be hidden.
-            some = ~((weights[0] == 0) & (weights[1] == 0))
-            valid = some if valid is None else valid & some
+            wide = torch.promote_types(x.dtype, torch.float32)
+            weights = [_shares(w.detach().to(wide), valid) for w in weights]
+            valid = (weights[0] != 0) | (weights[1] != 0)  # NaN is not 0: it is not to be hidden
         # Without autocast: bf16 would leave two or three digits of a cosine.
         x, y = _working(x, valid), _working(y, valid)
         a, b = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
-        weights = [_shares(w.to(x.dtype), valid) for w in weights] or [None, None]
+        weights = weights or [None, None]
         # z_ii of the first lines, (N,)
         partner = ((a * b).sum(dim=1) - margin) / temperature
         # The partner is not in the sums: the softplus form adds it, see the first lines.
@@ -330,6 +340,7 @@ def mcn_loss(
         kind: ``kind``, ``q``, ``lam`` and ``bias`` of :func:`contrastive_loss`.
     """
     valid, weight = dict(valid or {}), dict(weight or {})
+    check_weights(weight, pairs)
     if group is not None:
         # Gathered once here, not again for each pair.
         embeddings = {name: gather(x, group) for name, x in embeddings.items()}

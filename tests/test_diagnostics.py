@@ -83,3 +83,23 @@ def test_collapse_is_said():
     assert len(signs) == 4 and "one cluster holds more than half of the clips" in signs[0]
     nobody = torch.zeros(8, dtype=torch.bool)
     assert not signs_of_collapse(diagnose(*objective_with(x[:8], torch.randn(8, 16), nobody)))
+
+
+def test_pairs_that_agree_and_pairs_that_oppose():
+    """At right angles all logits are equal, so a text's gradient is the mean of the others less its
+    partner: equal for equal audio and video, the opposite for opposite ones."""
+    video = torch.cat([torch.eye(4), torch.zeros(4, 4)], dim=1)
+    text = video.flip(1)
+    names, there = ["audio", "text", "video"], torch.ones(4, dtype=torch.bool)
+    batch = {"valid": dict.fromkeys(names, there), "clip_id": torch.arange(4)}
+    batch["caption_id"] = batch["clip_id"]
+    options = {"margin": 0.0, "cluster_weight": 0.0, "recon_weight": 0.0}
+    for sign, trained in ((1, ["text"]), (-1, ["text"]), (0.5, names)):
+        objective = Objective(names, trained, **options)
+        embeddings = {"audio": sign * video, "text": text, "video": video}
+        got = diagnose(objective, objective(embeddings, {}, batch))
+        found = {key for key in got if key.startswith("gradient_")}
+        assert found == {f"gradient_{name}" for name in trained}
+        assert got["gradient_text"] == pytest.approx(math.copysign(1, sign), abs=1e-5)
+    audio, video = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    assert not any("gradient" in key for key in diagnose(*objective_with(audio, video)))

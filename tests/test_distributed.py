@@ -59,12 +59,15 @@ def cases(rows, labels, valid, ids, bags, weight, **group):
     video, audio, text = rows.values()
     mu = torch.randn(9, video.shape[1], generator=torch.Generator().manual_seed(1))
     masked = {"valid": valid["audio"]} | group
-    noisy = {"positives": bags, "weight": weight} | masked
+    noisy = {"positives": bags, "weight": (weight, 1 - weight)} | masked
     all_terms = {"centroids": mu, "labels": labels, "valid": valid, "ids": ids} | group
     return {
         "contrastive": (contrastive(**group), [text, video], ()),
         "ids, valid": (contrastive(ids=ids[PAIRS[1]], **masked), [audio, video], ()),
-        **{kind: (contrastive(kind=kind, **noisy), [audio, video], ()) for kind in reference.KINDS},
+        **{kind: (noisy_loss(kind, noisy), [audio, video], ()) for kind in reference.KINDS},
+        # Which side is sent to the others depends on which of them learns.
+        "columns frozen": (noisy_loss("rince", noisy), [audio, video], (1,)),
+        "rows frozen": (noisy_loss("sigmoid", noisy), [audio, video], (0,)),
         "one side frozen": (contrastive(**group), [text, video], (0,)),
         "published": (contrastive(normalize=False, **group), [text / 4, video / 4], ()),
         "cluster": (cluster(mu, labels, **masked), [audio], ()),
@@ -75,6 +78,13 @@ def cases(rows, labels, valid, ids, bags, weight, **group):
             (0, 1),
         ),
     }
+
+
+def noisy_loss(kind, options):
+    """Its bias is made of the temperature, so that its gradient is in the temperature's."""
+    return lambda m, rows, t: m.contrastive_loss(
+        *rows, temperature=t, kind=kind, q=0.5, bias=-2 * t, **options
+    )
 
 
 def every_way(data, **group):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mcn_ext import ops
-from tests import test_distributed, test_loss, test_loss_torch
+from tests import test_distributed, test_loss, test_loss_kinds, test_loss_torch
 from tests.conftest import torchrun
 from tests.test_loss import check, contrastive, everything, mode, problem, way  # noqa: F401
 
@@ -30,7 +30,7 @@ NOT_HERE = {  # threads of the CPU's kernels; the host's check of labels; minute
     "test_labels_outside_are_named_unless_invalid",
     "test_more_elements_than_32_bits_count",
 }
-for module in (test_loss, test_loss_torch):
+for module in (test_loss, test_loss_kinds, test_loss_torch):
     for name, test in vars(module).items():
         if name.startswith("test_") and callable(test) and name not in NOT_HERE:
             if "device" in inspect.signature(test).parameters:

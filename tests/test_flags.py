@@ -84,7 +84,6 @@ def test_without_data_it_is_the_demo(tmp_path, monkeypatch):
         (("--data", "x.h5", "--out", "x.h5"), "--out x.h5: a file, not a folder"),
         (("--learn_temperature", "--temperature", 0.005), "a learnt one is at least 0.01"),
         (("--n_candidates", 4), "--n_candidates: of --loss milnce, not of softmax; leave it out"),
-        (("--loss", "dcl", "--rince_q", 0.1), "--rince_q: of --loss rince, not of dcl"),
     ):
         with pytest.raises(SystemExit, match=message):
             parse(*words)
@@ -100,9 +99,8 @@ def test_stage_2_takes_over_what_must_not_differ(tmp_path, monkeypatch):
     assert (args.epochs, args.preset, args.demo) == (10, "paper", False)
     # A flag of the loss goes with it.
     first = flags.as_dict(parse("--data", "x.h5", "--loss", "milnce")) | {"modalities": "AV"}
-    losses = [STAGE2.get_args(["--add", "T", *more], first) for more in ([], ["--loss", "rince"])]
-    losses = [(args.loss, args.n_candidates, args.rince_q) for args in losses]
-    assert losses == [("milnce", 4, None), ("rince", None, 0.1)]
+    losses = [STAGE2.get_args(["--add", "T", *more], first) for more in ([], ["--loss", "dcl"])]
+    assert [(a.loss, a.n_candidates) for a in losses] == [("milnce", 4), ("dcl", None)]
     # A text encoder knows the vectors that it learnt with, whatever lies there now.
     (tmp_path / "data").mkdir()
     (tmp_path / "data/word2vec.bin").touch()
@@ -139,8 +137,6 @@ def test_what_both_stages_do_is_written_the_same():
         ("--unknown_flag", 1),
         ("--loss", "mse"),
         ("--n_candidates", 0),
-        ("--rince_q", 0),
-        ("--rince_q", 1.5),
     ],
 )
 def test_bad_values_are_refused(words, capsys):

@@ -1,4 +1,5 @@
-"""Contrastive losses for noisy pairs, in plain PyTorch: weights, bags, DCL, RINCE, sigmoid."""
+"""Contrastive losses for noisy pairs: weights, bags, DCL, RINCE, sigmoid; the reference against
+textbooks, the compiled ones against the reference."""
 
 import math
 
@@ -8,7 +9,10 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from torch.testing import assert_close
 
 import mcn_ext
+from mcn_ext import ops
 from mcn_ext.reference import KINDS, contrastive_loss, mcn_loss, unit_rows, volume
+from tests import test_loss
+from tests.test_loss import BITS, check, device, mode, problem, values  # noqa: F401
 
 N, T, MARGIN = 9, 0.3, 0.05
 IDS = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7, 8])
@@ -174,6 +178,132 @@ def test_edges(kind):
     assert loss_of(x, y, kind).isnan() and not loss_of(x, y, kind, weight=gone).isnan()
 
 
+def forms(kind, n, device):  # noqa: F811
+    """Calls for test_loss.check: plain, bags, weights, and all there is in one."""
+    number = torch.arange(n, device=device)
+    bags, weight = number // 3, (number % 7) / 4
+    ids, there = number // 2 % (n - n // 4 + 1), number % 5 != 2
+    noisy = {"positives": bags, "weight": (weight, weight.flip(0)), "ids": ids, "valid": there}
+    loss = {"kind": kind, "q": 0.5, "lam": 0.25, "margin": 0.125}
+
+    def call(**options):
+        # A bias made of the temperature: its gradient is in the temperature's.
+        return lambda m, rows, t: m.contrastive_loss(
+            *rows, temperature=t, bias=-4 * t, **{**loss, **options}
+        )
+
+    return [call(), call(positives=bags), call(weight=weight), call(**noisy)], call, noisy, loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "dtype, n, d, tile",
+    [
+        *((dtype, 70, 24, 0) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+        # 200: blocks of 64 x 128 that hold negatives alone.
+        *((torch.float32, *size) for size in [(0, 5, 0), (2, 1, 0), (131, 9, 64), (200, 8, 0)]),
+    ],
+)
+def test_compiled_errors_in_budget(device, mode, monkeypatch, kind, dtype, n, d, tile):  # noqa: F811
+    monkeypatch.setattr(ops, "_tile", tile)
+    rows, options = problem(n, d, device, dtype)
+    calls, call, noisy, loss = forms(kind, n, device)
+    for one in calls:
+        check(one, rows[:2])
+    check(calls[-1], rows[:2], frozen=(1,))
+    check(call(**noisy, normalize=False), rows[:2], temperature=4.0)
+    weight = {("audio", "text"): noisy["weight"], ("text", "video"): noisy["weight"][0]}
+    options |= loss | {"positives": noisy["positives"], "weight": weight}
+    names, pairs = ("video", "audio", "text"), [*weight, ("video", "audio")]
+
+    def everything(m, rows, t):
+        return m.mcn_loss(
+            dict(zip(names, rows, strict=True)), pairs, temperature=t, bias=-4 * t, **options
+        )
+
+    got = check(everything, rows)
+    for _ in range(test_loss.REPEATS if n else 0):
+        assert_close(values(ops, everything, rows), got, **BITS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_edges(device, mode, kind):  # noqa: F811
+    x, y = (v.to(device).float() for v in rows())
+    zero = torch.zeros(N, device=device)
+    gone = (torch.arange(N, device=device) != 3).float()
+    call = forms(kind, N, device)[1]
+    for options in (
+        {"positives": zero.long()},
+        {"ids": zero.long()},
+        {"valid": zero.bool()},
+        {"weight": zero},
+        {"weight": (gone, zero)},
+        {"weight": gone * 1e-30},
+        {"weight": 1 - gone},
+        {"positives": zero.long(), "weight": gone},
+        {"weight": torch.tensor([1, 1, 1e-30, 1e30, 1, 1, 1, 1, 1], device=device)},
+        {"weight": torch.tensor([1e-50] * 3 + [1] * 6, dtype=torch.float64, device=device)},
+    ):
+        check(call(**options), [x, y])
+    for scale, temperature in ((1e-30, 0.25), (0.0, 0.25), (1.0, 2**-13)):
+        for one in forms(kind, N, device)[0]:
+            loose = None if temperature == 0.25 else 2e-3
+            check(one, [x * scale, y * scale], temperature, loose)
+    broken = x.clone()
+    broken[3] = math.nan
+    assert values(ops, call(), [broken, y])[0].isnan()
+    assert_close(
+        values(ops, call(weight=gone), [broken, y]),
+        values(ops, call(weight=gone), [x.where(gone[:, None] > 0, 0), y]),
+    )
+    for value in (math.nan, -1.0, math.inf):
+        bad = torch.where(gone == 0, value, gone)
+        assert all(v.isnan().any() for v in values(ops, call(weight=bad), [x, y])[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_of_any_size_fit_16_bits(device, mode, dtype):  # noqa: F811
+    """Of many mates, and of a sigmoid that is nearly 0: what lifts them must know the largest."""
+    x, y = (v.to(device, dtype) for v in rows(64, 16))
+    bags = torch.arange(64, device=device) // 32
+    for kind in KINDS:
+        options = {"kind": kind, "q": 0.5, "positives": bags, "bias": -30.0}
+        check(lambda m, rows, t, o=options: m.contrastive_loss(*rows, temperature=t, **o), [x, y])
+
+
+def test_rince_where_its_powers_are_nearly_equal(device, mode):  # noqa: F811
+    """q near 0 is the softmax; for q = lam = 1 three orthogonal rows have 2 exp(0) a direction."""
+    eye = torch.eye(3, device=device)
+    for module in (ops, mcn_ext.reference):
+        for temperature in (1 / 10, 1 / 30, 1 / 59):
+            options = {"kind": "rince", "temperature": temperature, "margin": 0.0}
+            loss = module.contrastive_loss(eye, eye, q=1.0, lam=1.0, **options)
+            assert_close(loss, torch.tensor(4.0, device=device), rtol=1e-5, atol=0)
+        x, y = (v.detach().to(device).float() for v in rows())
+        got = module.contrastive_loss(x, y, kind="rince", q=1e-12, lam=1.0)
+        assert_close(got, module.contrastive_loss(x, y), rtol=1e-5, atol=0)
+    short = {"kind": "rince", "q": 1.0, "lam": 0.5, "margin": 0.0}
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(device) * 1e-7
+    for row in values(
+        ops, lambda m, rows, t: m.contrastive_loss(*rows, temperature=t, **short), [x, x], 1 / 59
+    ):
+        assert torch.isfinite(row).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_nan_is_hidden(device, mode, kind):  # noqa: F811
+    """Finite rows whose dot product is inf - inf, of others and of mates; and a temperature."""
+    x = torch.tensor([[1e25, 1e25], [1, 1], [2, 1], [3, 1]], device=device)
+    y = torch.tensor([[1, 1], [1e25, -1e25], [1, 2], [1, 3]], device=device)
+    bags = torch.tensor([0, 0, 1, 2], device=device)
+    options = {"kind": kind, "normalize": False, "bias": -1.0}
+    for more in ({}, {"positives": bags}):
+        call = lambda m, rows, t, o=options | more: m.contrastive_loss(*rows, temperature=t, **o)  # noqa: E731
+        assert values(ops, call, [x, y], 1.0)[0].isnan()
+    nan = torch.tensor(math.nan, device=device)
+    assert ops.contrastive_loss(x[1:], y[2:].repeat(2, 1)[:3], temperature=nan, kind=kind).isnan()
+
+
 def test_wrong_positives_pull_less():
     """A partner far from its row: the softmax pulls it hardest, RINCE with q = 1 hardly at all."""
     right = torch.eye(8, dtype=torch.float64)
@@ -197,6 +327,8 @@ def test_all_terms_and_the_extension_take_them():
         call = module.mcn_loss if module else mcn_loss
         assert_close(call(both, [pair], weight={pair: WEIGHT}, **options).total, want)
     assert_close(mcn_ext.contrastive_loss(x, y, weight=WEIGHT, **options), want)
+    with pytest.raises(ValueError, match=r"weight is of \[\('b', 'a'\)\]"):
+        mcn_ext.mcn_loss(both, [pair], weight={("b", "a"): WEIGHT})
     for wrong in ({"kind": "clip"}, {"q": 0.0, "kind": "rince"}, {"lam": 0.0, "kind": "rince"}):
         with pytest.raises(ValueError, match="must be"):
             mcn_ext.contrastive_loss(x, y, **wrong)

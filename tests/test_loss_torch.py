@@ -9,6 +9,7 @@ from mcn_ext import ops, reference
 from tests import test_loss
 from tests.test_loss import (
     BITS,
+    PAIRS,
     check,
     cluster,
     contrastive,
@@ -22,7 +23,14 @@ THREADS = test_loss.THREADS
 device, mode = test_loss.device, test_loss.mode  # fixtures: of this module, too
 
 
-WANTED, KEEP = slice(14, 16), 16  # of the operator's arguments
+WANTED, KEEP = slice(20, 22), 22  # of the operator's arguments
+
+
+def noisy(kind, options, n):
+    """Options of mcn_loss with all that the losses for noisy pairs take."""
+    number = torch.arange(n, device=options["labels"].device)
+    form = {"kind": kind, "bias": number.sum() * -0.1, "positives": number // 3}
+    return options | form | {"weight": {PAIRS[0]: number / 4, PAIRS[1]: (number % 2, number / n)}}
 
 
 def spy(monkeypatch):
@@ -33,8 +41,10 @@ def spy(monkeypatch):
 
 
 @pytest.mark.slow
-def test_opcheck(device, mode, monkeypatch):
+@pytest.mark.parametrize("kind", ["", "rince", "sigmoid"])
+def test_opcheck(device, mode, monkeypatch, kind):
     rows, options = problem(9, 5, device)
+    options = noisy(kind, options, 9) if kind else options
     calls = spy(monkeypatch)
     values(ops, everything(**options), rows)
     monkeypatch.undo()
@@ -51,12 +61,12 @@ def test_opcheck(device, mode, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_has_no_graph_break(device, mode, backend, monkeypatch, tmp_path):
+@pytest.mark.parametrize("backend, kind", [("aot_eager", "sigmoid"), ("inductor", "")])
+def test_compile_has_no_graph_break(device, mode, backend, kind, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not sizes of an older build
     torch._dynamo.reset()
     rows, options = problem(13, 5, device)
-    call = everything(**options)
+    call = everything(**noisy(kind, options, 13) if kind else options)
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     assert_close(values(ops, compiled, rows), values(ops, call, rows), rtol=1e-6, atol=1e-7)
 

@@ -60,19 +60,21 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
-def waits_of_a_step(pair, added="", checkpoint=False):
+def waits_of_a_step(pair, added="", checkpoint=False, loss="softmax"):
     """Of the second step of a run whose clips have various lengths."""
     model = MCN(pair + added, **SIZES, checkpoint_activations=checkpoint).to(META)
     model.freeze([n for n in model.modalities if added and not added == n[0].upper()])
     model.train()
     trained = [name for name in model.modalities if name not in model.frozen]
-    objective = Objective(model.modalities, trained, cluster_size=4, queue_size=5)
+    options = {"loss": loss, "cluster_size": 4, "queue_size": 5}
+    objective = Objective(model.modalities, trained, **options).to(META)
     objective.clusters.centroids = torch.empty(4, SIZES["embd_dim"], device=META)
-    learning = [p for p in model.parameters() if p.requires_grad]
+    learning = [p for p in (*model.parameters(), *objective.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(learning)
     guard = Guard(model, objective, torch.amp.GradScaler("cpu", enabled=False), None)
     host = small_batch(8)
     flat = {key: value for key, value in host.items() if not isinstance(value, dict)}
+    flat["bag_id"] = flat["clip_id"] // 2
     for group in ("video", "valid"):
         flat |= {f"{group}.{name}": value for name, value in host[group].items()}
     for _ in range(2):
@@ -92,10 +94,16 @@ def waits_of_a_step(pair, added="", checkpoint=False):
 
 @pytest.mark.skipif("error" in ops.build_info(), reason="not built")
 @pytest.mark.parametrize(
-    "pair, added, checkpoint", [("AV", "T", False), ("AVT", "", False), ("AT", "", True)]
+    "pair, added, checkpoint, loss",
+    [
+        ("AV", "T", False, "softmax"),
+        ("AVT", "", False, "milnce"),
+        ("AT", "", True, "sigmoid"),
+        ("AV", "", False, "dcl"),
+    ],
 )
-def test_a_step_waits_once(pair, added, checkpoint):
-    assert waits_of_a_step(pair, added, checkpoint) == 1
+def test_a_step_waits_once(pair, added, checkpoint, loss):
+    assert waits_of_a_step(pair, added, checkpoint, loss) == 1
 
 
 @pytest.mark.skipif("error" in ops.build_info(), reason="not built")

@@ -269,7 +269,7 @@ def test_a_checkpoint_of_the_first_edition_resumes(tmp_path, store_path, whole):
     train(store_path, folder, "--max_steps 3")
     content = checkpoint.load(folder / "checkpoint.pt")
     del content["training"]["objective"]
-    for flag in ("loss", "n_candidates", "rince_q"):
+    for flag in ("loss", "n_candidates"):
         del content["args"][flag]
     content["training"]["guard"] |= {"clipped": 0, "norms": [1.0, 2.0]}
     first = {"max_words": 20, "refit_every": 2, "micro_batch": 0, "loss_impl": "fused"}

@@ -11,6 +11,7 @@ import torch
 
 from mcn_ext import report
 from mcn_ext.data.words import WordVectors
+from mcn_ext.evaluation import epochs
 from mcn_ext.train import checkpoint, guard
 from mcn_ext.train.log import read
 from tests.conftest import ROOT, SMALL, WORDS, call, run, stage1, torchrun
@@ -100,6 +101,26 @@ def test_evaluate_writes_the_contract_and_draws(work, eval_path, monkeypatch):
     assert report.main([]) == 0
     text = (folder / "report.md").read_text()
     assert all(part in text for part in ("text->video+audio", "similarity.png", "curves.png"))
+
+
+@pytest.mark.slow
+def test_every_epoch_is_evaluated(work, eval_path, capsys):
+    folder = work / "runs/stage2-AV_T"
+    call(EVALUATE, eval_path, "--run", folder, cwd=work)
+    words = ["--run", str(folder), "--youcook2", str(eval_path), "--device", "cpu"]
+    assert epochs.main(words) == 0
+    found = json.loads((folder / "epochs.json").read_text())
+    last = max(int(file.stem[-2:]) for file in folder.glob("epoch-*.pt"))
+    assert [row["epoch"] for row in found["epochs"]] == list(range(1, last + 1))
+    # The last epoch's weights are the run's.
+    metrics = json.loads((folder / "metrics.json").read_text())["youcook2"]
+    results = found["epochs"][-1]["results"]
+    assert results == {name: metrics[name] for name in results} and len(results) == 4
+    header, *rows = (folder / "epochs.csv").read_text().splitlines()
+    assert header.startswith("epoch,R@1 text->video+audio,R@5") and len(rows) == last
+    assert f"| {last} | " in capsys.readouterr().out and (folder / "epochs.png").exists()
+    with pytest.raises(SystemExit, match="--checkpoint"):
+        epochs.main([*words, "--checkpoint", str(folder / "epoch-01.pt")])
 
 
 @pytest.mark.slow

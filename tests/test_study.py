@@ -103,6 +103,7 @@ def test_sbatch_script_runs_one_chain_a_task(command):
         ("--variant 'x=--add A'", "--variant x"),
         ("--batch_size 99", "--batch_size 99"),
         ("--noise 1", "--noise makes data"),
+        ("--shift 0.5", "--shift: misaligns the data that --noise makes"),
         ("--youcook2 none.h5", "none.h5"),
     ],
 )

@@ -1,5 +1,6 @@
 """The report of a made-up study, whole or with gaps; what is significant."""
 
+import csv
 import json
 import re
 from itertools import permutations, product
@@ -10,14 +11,9 @@ import pytest
 from mcn_ext import report as report_command
 from mcn_ext.evaluation.metrics import summarize
 from mcn_ext.modalities import MODALITIES
-from mcn_ext.study import report
-from mcn_ext.study.statistics import (
-    MAIN,
-    Study,
-    StudyError,
-    paired_bootstrap,
-    recall_interval,
-)
+from mcn_ext.study import report, tables
+from mcn_ext.study.bootstrap import compare_family, paired_bootstrap, recall_interval
+from mcn_ext.study.statistics import MAIN, Study, StudyError
 
 pytestmark = pytest.mark.slow
 EVIL = "<script>alert('x')</script> | fry & *boil*"
@@ -40,6 +36,8 @@ def write_run(folder, letters, quality, n, seed, steps, lr=0.002):
     (folder / "args.json").write_text(json.dumps(args))
     row = dict(total=8.0, contrastive=7.0, clips_per_s=640.0, live_clusters=60, largest_share=0.05)
     row |= {f"rank_{name}": 20.0 for name in names}
+    if len(names) == 3:
+        row["gradient_text"] = -0.25
     rows = [{"step": step, **row} for step in range(10, steps + 1, 10)]
     rows.insert(1, {"step": 11, "skipped": "the loss is not finite"})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,11 +100,21 @@ def foreign(html):
 def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     study, text = Study(study_folder), (study_folder / "report.md").read_text()
     answer, points = text.split("\n\n")[1:3]
-    best = max(["AV_T", "AV_T-finetune"], key=study.mean)
-    assert answer.startswith(f"**{study.labels[best]} ") and "chance 12.5 %; 2 seeds)" in answer
-    assert f"for {study.mean(best):.1f} ± " in answer and "% of 80 captions" in answer
-    compare = study.compare(best, "VT_A")
-    assert f"- {compare['difference']:.1f} points above the next order" in points
+    assert "percent of 80 captions (chance 12.5; 2 seeds)" in answer
+    by_sum, by_bank = (f for f in study.families() if f["kind"] == "frozen")
+    assert (by_sum["fusion"], by_bank["fusion"]) == ("sum", "bank")
+    best, last = by_sum["methods"]
+    first, second = (study.labels[m].split(",")[0] for m in (best, last))
+    (pair,) = by_sum["pairs"]
+    lead = f"**{first} is best**, significantly above {second}"
+    lead = lead if pair["significant"] else f"{first} is highest, but not significantly"
+    assert f"- Frozen, by the sum: {lead} ({first} {study.mean(best):.1f} ± " in points
+    assert "- Frozen, by the bank: " in points and "Finetuned" not in points  # one order alone
+    low, high = pair["simultaneous"]
+    row = f"| frozen | sum | {first} | {second} | {pair['difference']:+.1f}"
+    assert f"{row}<br>({low:+.1f} to {high:+.1f})" in section(
+        text, "Orders against each other"
+    ).replace("**", "")
     assert "one stage of equal steps (one stage, equal steps)" in points
     values = study.values("AV_T", "R@5")
     row = f"| AV then T, frozen | 2 | .* | {values.mean():.1f} ± {values.std(ddof=1):.1f}"
@@ -119,6 +127,7 @@ def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     assert f"{gain:+.1f}<br>" in section(text, "How to search video and audio together")
     # 2 seeds, 2 stages, one skipped each; 16 x 8 clips x (80 + 40 steps); 640 clips a second
     assert "| AV then T, frozen | 4 | 60 of 64 | 5.0 |" in text
+    assert "| AV then T, frozen | - | - | -0.25 |" in text
     assert "| AV then T, frozen | 20 + 10 | 15,360 | 24 | 1.50e+12 |" in text
     assert re.search(
         r"`lr` \| `0.002` \| all others \|\n\|  \| `0.001` \| one stage, equal c", text
@@ -126,10 +135,32 @@ def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     assert "Nothing: every run of the study was trained" in text
 
 
+def test_tables_for_a_thesis(study_folder):
+    folder, study = study_folder / "figures", Study(study_folder)
+    with open(folder / "result-text-video-audio.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["method", "seeds", "R@1", "R@5", "R@10", "MedR"]
+    assert rows[0][:2] == ["AV then T, frozen", "2"] and rows[0][4].startswith(
+        f"{study.mean('AV_T'):.1f} ± "
+    )
+    text = (folder / "what-is-equal-what-is-not.tex").read_text()
+    assert text.startswith("\\begin{tabular}{lrr}\n\\toprule\ndiffers & value & in \\\\")
+    assert "\nlr & 0.002 & all others \\\\\n" in text and text.endswith("\\end{tabular}\n")
+    text = (folder / "which-differences-are-significant.tex").read_text()
+    assert re.search(r"& (\\textbf\{)?(\+|\$-\$)\d+\.\d \((\+|\$-\$)\d+\.\d to ", text)
+    first = "## A b?\n| a | b |\n|---|---:|\n| x\\|y | **1 ± 2** |\n"
+    rows = tables.tables(first + "\n| c |\n|---|\n| `d_e` |")
+    assert rows["a-b"][1] == [("x|y", False), ("1 ± 2", True)] and rows["a-b-2"][1] == [
+        ("d_e", False)
+    ]
+    assert tables.latex(rows["a-b"]).splitlines()[4] == r"x|y & \textbf{1 $\pm$ 2} \\"
+
+
 def test_html_stands_alone_and_is_escaped(study_folder, monkeypatch, no_pictures):
     text = (study_folder / "report.html").read_text()
-    pictures = sorted(path.stem for path in (study_folder / "pictures").iterdir())
-    assert pictures == ["differences", "recall"]
+    for kind in ("png", "pdf"):
+        pictures = sorted(path.stem for path in (study_folder / "figures").glob(f"*.{kind}"))
+        assert pictures == ["differences", "recall"]
     assert not foreign(text) and text.count("<img") == len(pictures)
     spec = json.loads((study_folder / "study.json").read_text())
     for entry in spec["runs"]:
@@ -192,7 +223,7 @@ def test_report_command(study_folder, no_pictures, capsys):
 def test_one_seed_and_no_significant_winner(tmp_path, no_pictures):
     root = write_study(tmp_path, methods=["AV_T", "VT_A"], seeds=[3], quality=lambda *_: 1.0)
     answer, points = markdown(root).split("\n\n")[1:3]
-    assert "is ahead, but not significantly" in answer and "±" not in answer
+    assert "is highest, but not significantly" in points and "±" not in points
     assert "One seed: the intervals" in points and "baseline has not been evaluated" in points
 
 
@@ -200,7 +231,7 @@ def test_a_baseline_above_all_orders_is_named(tmp_path, no_pictures):
     root = write_study(
         tmp_path, seeds=[0], quality=lambda cell, method: 3.0 if "AVT" in method else 0.5
     )
-    assert "But one stage finds more" in markdown(root).split("\n\n")[1]
+    assert "One stage finds more" in markdown(root).split("\n\n")[2]
 
 
 def test_noise_grid(tmp_path):
@@ -221,7 +252,39 @@ def test_noise_grid(tmp_path):
     assert {r["name"]: r["winner"] for r in Study(root).winners()} == best | {"v1.0-a2.0": None}
     assert "Of 3 noise settings: AV_T is best in 2 (2 of them significantly), VT_A" in page
     assert not foreign(page) and page.count("<img") == 2
-    assert sorted(path.stem for path in (root / "pictures").iterdir()) == ["noise", "winners"]
+    assert sorted(path.stem for path in (root / "figures").glob("*.png")) == ["noise", "winners"]
+
+
+def test_what_was_predicted_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "AT_V", ("AT then V, frozen", 0.7))
+    scores = {"VT": 0.9, "AT": 0.7, "AV": 0.6}
+    probes = {"knn": scores, "clean": {"VT": 0.9}}  # a probe that lacks pairs predicts nothing
+    cells = [
+        {"name": f"v{i}", "video_noise": i, "audio_noise": 0, "probes": probes} for i in range(3)
+    ]
+    right = {"VT_A": 3.0, "AT_V": 0.9, "AV_T": 0.3}
+    best = {"v0": right, "v1": right, "v2": {"VT_A": 0.3, "AT_V": 0.9, "AV_T": 3.0}}
+    root = write_study(
+        *(tmp_path, cells, ["AV_T", "VT_A", "AT_V"]),
+        seeds=[0],
+        quality=lambda cell, method: best[cell["name"]][method],
+    )
+    study = Study(root)
+    by_sum = [r for r in study.predictions() if (r["probe"], r["fusion"]) == ("knn", "sum")]
+    assert [r["tau"] for r in by_sum] == [1, 1, -1]
+    assert by_sum[0]["predicted"] == by_sum[0]["measured"] == ["VT_A", "AT_V", "AV_T"]
+    (power,) = [p for p in study.predictive_power() if p["fusion"] == "sum"]
+    assert (power["probe"], power["hits"], power["n"]) == ("knn", 2, 3)
+    # Each cell by the others' sign: +1 +1 of (1 - 1 = 0, so undecided), and -1 of +2.
+    assert power["tau"] == pytest.approx(1 / 3) and power["unseen"] == pytest.approx(-1 / 3)
+    text = markdown(root)
+    assert "| knn | frozen | sum | 2 of 3 | 0.33 | -0.33 |" in text
+    assert "| v0 | - % | 10 % | - % |" in text
+    for log in root.glob("v0/seed0/stage1-*/log.jsonl"):  # VT's first epoch ends lowest
+        loss = {"VT": 2.0, "AT": 4.0, "AV": 6.0}[log.parent.name[-2:]]
+        log.write_text(json.dumps({"step": 8, "epoch": 1, "total": 1, "contrastive": loss}) + "\n")
+    by_loss = [r for r in Study(root).predictions() if r["probe"] == "loss"]
+    assert {(r["cell"], r["tau"]) for r in by_loss} == {("v0", 1.0)}
 
 
 # ------------------------------------------------------------------------------ the bootstrap
@@ -256,3 +319,42 @@ def test_intervals_cover_the_truth():
             low <= truth <= high for truth, (low, high) in zip((10, 60), intervals, strict=True)
         ]
     assert (91 <= covered).all() and (covered <= 100).all()
+
+
+def made_up_ranks(rng, rates, n_seeds=3, n=150, seed_deviation=0.05):
+    """{method: {seed: ranks}}: hits at the given rates; queries differ in hardness, seeds, too."""
+    hard = rng.normal(0, 0.15, n)
+    found = {}
+    for name, rate in rates.items():
+        chance = rate + hard + rng.normal(0, seed_deviation, (n_seeds, 1))
+        ranks = np.where(rng.random((n_seeds, n)) < chance, 1.0, 99.0)
+        found[name] = dict(enumerate(ranks))
+    return found
+
+
+def test_all_against_all_in_one_test():
+    rng = np.random.default_rng(0)
+    rates = {"a": 0.8, "b": 0.78, "c": 0.3}
+    family = compare_family(made_up_ranks(rng, rates, n_seeds=4))
+    assert [(f["a"], f["b"]) for f in family] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [f["significant"] for f in family] == [False, True, True]
+    for f in family:
+        (low, high), (lower, higher) = f["ci95"], f["simultaneous"]
+        assert lower < low < f["difference"] < high < higher
+        # Holm's tests are never weaker than the simultaneous intervals; a p of 0.05 is its edge.
+        assert f["p"] < 0.05 or not f["significant"]
+        assert 0 < high - f["difference"] < f["detectable"] < 100
+    assert compare_family({"a": {0: np.ones(3)}}) == [] and compare_family({}) == []
+    ranks = made_up_ranks(rng, {"a": 0.5})["a"]
+    (same,) = compare_family({"a": ranks, "b": ranks})
+    assert same["p"] == 1 and not same["significant"] and same["difference"] == 0
+    missing = {"a": ranks, "b": {1: ranks[1], 7: ranks[2]}}
+    assert compare_family(missing)[0]["seeds"] == [1]
+
+
+def test_family_wise_error_is_at_most_five_percent():
+    rng, wrong, n = np.random.default_rng(2), np.zeros(2), 200
+    for _ in range(n):
+        family = compare_family(made_up_ranks(rng, dict.fromkeys("abcd", 0.6)), resamples=300)
+        wrong += any(f["significant"] for f in family), any(f["p"] < 0.05 for f in family)
+    assert (wrong / n <= 0.08).all()  # 5 %, and two standard deviations of 200 studies

@@ -6,10 +6,13 @@ matplotlib figure, or None when there is nothing to draw.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 
 from mcn_ext.evaluation.metrics import RECALLS
-from mcn_ext.study.statistics import MAIN, Study, mean, recall_interval
+from mcn_ext.study.bootstrap import recall_interval
+from mcn_ext.study.statistics import MAIN, Study, mean
 
 # Okabe & Ito (2008).
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
@@ -83,23 +86,34 @@ def differences(plt, study: Study):
 
 # ---------------------------------------------------------------------------- a grid of noise
 def levels(study: Study, axis: str) -> list[float]:
-    """The levels of "video_noise" or "audio_noise", lowest first."""
-    return sorted({cell[axis] for cell in study.cells})
+    """The levels of "video_noise", "audio_noise" or "shift", lowest first."""
+    return sorted({cell.get(axis, 0.0) for cell in study.cells})
+
+
+def _misaligned(shift: float) -> str:
+    return f"{shift:.0%} of clips misaligned"
 
 
 def winners(plt, study: Study):
-    """The best order in each cell; pale where its margin is not significant."""
+    """The best order in each cell; pale where its margin is not significant. A panel for each share
+    of misaligned clips."""
     rows = [row for row in study.winners() if row["winner"]]
     if not rows:
         return None
     video, audio = levels(study, "video_noise"), levels(study, "audio_noise")
-    figure, axis = plt.subplots(figsize=(1.5 * len(video) + 1.3, 1.2 * len(audio) + 1.2))
-    axis.set_xticks(range(len(video)), video)
-    axis.set_yticks(range(len(audio)), audio)
-    axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5))
-    axis.set(xlabel="video noise", ylabel="audio noise", title=f"Best order by {MAIN} R@10, %")
-    axis.grid(False)
+    shifts = levels(study, "shift")
+    size = (1.5 * len(video) * len(shifts) + 1.3, 1.2 * len(audio) + 1.2)
+    figure, axes = plt.subplots(1, len(shifts), figsize=size, squeeze=False, sharey=True)
+    figure.suptitle(f"Best order by {MAIN} R@10, %")
+    for axis, shift in zip(axes[0], shifts, strict=True):
+        axis.set_xticks(range(len(video)), video)
+        axis.set_yticks(range(len(audio)), audio)
+        axis.set(xlim=(-0.5, len(video) - 0.5), ylim=(-0.5, len(audio) - 0.5))
+        axis.set(xlabel="video noise", title=_misaligned(shift) if len(shifts) > 1 else "")
+        axis.grid(False)
+    axes[0, 0].set_ylabel("audio noise")
     for row in rows:
+        axis = axes[0, shifts.index(row.get("shift", 0.0))]
         x, y = video.index(row["video_noise"]), audio.index(row["audio_noise"])
         alpha, color = (1.0, "white") if row["significant"] else (0.3, "black")
         box = {"facecolor": ORDERS[row["order"]], "alpha": alpha, "linewidth": 0}
@@ -117,24 +131,33 @@ def winners(plt, study: Study):
 
 
 def noise(plt, study: Study):
-    """R@10 over video noise, one panel for each level of audio noise."""
+    """R@10 over video noise, one panel for each level of audio noise (columns) and each share of
+    misaligned clips (rows)."""
     video, audio = levels(study, "video_noise"), levels(study, "audio_noise")
-    names = {(c.get("video_noise"), c.get("audio_noise")): c["name"] for c in study.cells}
+    shifts = levels(study, "shift")
+    names = {
+        (c["video_noise"], c["audio_noise"], c.get("shift", 0.0)): c["name"] for c in study.cells
+    }
     methods = [m for m in study.methods if any(study.of(m, cell) for cell in names.values())]
     if not methods:
         return None
-    size, shared = (2.0 * len(audio) + 0.8, 3.0), {"sharex": True, "sharey": True}
-    figure, axes = plt.subplots(1, len(audio), figsize=size, squeeze=False, **shared)
-    for axis, level in zip(axes[0], audio, strict=True):
+    size = (2.0 * len(audio) + 0.8, 1.0 + 2.0 * len(shifts))
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(len(shifts), len(audio), figsize=size, **shared)
+    for (shift, level), axis in zip(product(shifts, audio), axes.flat, strict=True):
         for method in methods:
             style = look(study, method)
             style.pop("hatch")
-            values = [study.values(method, cell=names.get((v, level), "-")) for v in video]
+            values = [study.values(method, cell=names.get((v, level, shift), "-")) for v in video]
             spread = [v.std(ddof=1) if len(v) > 1 else 0 for v in values]
             style |= {"label": study.labels[method], "markersize": 4, "capsize": 2}
             axis.errorbar(range(len(video)), [mean(v) for v in values], spread, **style)
         axis.set_xticks(range(len(video)), video)
-        axis.set(title=f"audio noise {level:g}", xlabel="video noise")
-    axes[0, 0].set_ylabel(f"{MAIN} R@10, %")
+        title = f"audio noise {level:g}"
+        axis.set(title=title + (f"\n{_misaligned(shift)}" if len(shifts) > 1 else ""))
+    for axis in axes[-1]:
+        axis.set_xlabel("video noise")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(f"{MAIN} R@10, %" if len(shifts) == 1 else "R@10, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), **BELOW)
     return figure

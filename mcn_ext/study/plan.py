@@ -2,9 +2,11 @@
 and compares them.
 
     python -m mcn_ext.study --data data/howto100m.h5 --youcook2 data/youcook2.h5 --out runs/study
+    python -m mcn_ext.study --predict            # only what raw features say, in seconds
     python -m mcn_ext.study --print              # only print the commands, one chain of runs a line
     python -m mcn_ext.study --print slurm        # print an sbatch script, one array task a chain
     python -m mcn_ext.study --noise 0.5 1 2      # demo data, video noise x audio noise
+    python -m mcn_ext.study --noise 0.5 2 --shift 0 0.4    # x share of misaligned clips
 
 Orders: AV_T (audio and video first, then text), VT_A, AT_V. AVT trains all three in one stage, for
 as many steps as an order (equal steps) and for as many as cost the same (equal compute, in FLOPs).
@@ -33,7 +35,7 @@ ORDERS = ("AV_T", "VT_A", "AT_V")
 BASELINE = "AVT"
 # Flags that change the objective: a variant with one of them gets a baseline of its own.
 OBJECTIVE = (
-    "loss n_candidates rince_q temperature learn_temperature margin similarity cluster_weight "
+    "loss n_candidates temperature learn_temperature margin similarity cluster_weight "
     "recon_weight cluster_size queue_size"
 ).split()
 STAGE1_ONLY = "embd_dim recon_dim audio_width".split()
@@ -95,12 +97,24 @@ def get_parser() -> argparse.ArgumentParser:
         help="instead of --data, demo data with each level of video noise and each of audio "
         "noise; 0 is clean, 1 the demo's",
     )
+    add(
+        "--shift",
+        nargs="+",
+        type=flags.between(float, 0, 1),
+        default=[0.0],
+        help="of --noise's data: each share of clips whose sound or picture is a neighbour's (0)",
+    )
     add("--videos", type=positive(int), default=256, help="training videos of --noise's data (256)")
     add("--jobs", type=positive(int), default=1, help="chains at a time; they share the cores (1)")
     add(
         "--launch",
         default="",
         help="put before the training scripts, such as 'torchrun --nproc_per_node 4'",
+    )
+    add(
+        "--predict",
+        action="store_true",
+        help="only say, in seconds, which pair the data's raw features would put first",
     )
     add(
         "--print",
@@ -150,6 +164,8 @@ def prepare_demo(folder: Path, *words) -> None:
 def get_cells(args: argparse.Namespace, settings: argparse.Namespace) -> list[dict]:
     """The data sets: one, or the cells of the noise grid."""
     if not args.noise:
+        if any(args.shift):
+            raise SystemExit("--shift: misaligns the data that --noise makes; give --noise 1")
         data, store = settings.data, args.youcook2
         if settings.demo:
             prepare_demo(data.parent)
@@ -157,14 +173,15 @@ def get_cells(args: argparse.Namespace, settings: argparse.Namespace) -> list[di
         return [{"name": "", "data": str(data), "youcook2": str(store)}]
     if args.data or args.youcook2:
         raise SystemExit("--noise makes data of its own: leave out --data and --youcook2")
-    cells = []
-    for video, audio in itertools.product(dict.fromkeys(args.noise), repeat=2):
-        name = f"v{video:g}-a{audio:g}"
+    cells, levels = [], dict.fromkeys(args.noise)
+    for video, audio, shift in itertools.product(levels, levels, dict.fromkeys(args.shift)):
+        name = f"v{video:g}-a{audio:g}" + (f"-s{shift:g}" if shift else "")
         folder = args.out / "data" / name
-        levels = ("--video_noise", video, "--audio_noise", audio)
-        prepare_demo(folder, *levels, "--videos", args.videos)
+        dials = {"video_noise": video, "audio_noise": audio, "shift": shift}
+        words = [word for dial, value in dials.items() for word in (f"--{dial}", value)]
+        prepare_demo(folder, *words, "--videos", args.videos)
         paths = {"data": str(folder / "train.h5"), "youcook2": str(folder / "eval.h5")}
-        cells.append({"name": name, **paths, "video_noise": video, "audio_noise": audio})
+        cells.append({"name": name, **paths, **dials})
     return cells
 
 
@@ -349,6 +366,12 @@ def main(argv=None) -> int:
     settings = stage_args(1, rest + (["--data", str(args.data)] if args.data else []))
     cells = get_cells(args, settings)
     settings = stage_args(1, [*rest, "--data", cells[0]["data"]])
+    if not args.show:
+        from mcn_ext.study.predict import with_probes
+
+        cells = with_probes(cells, settings, args.out / "study.json")
+    if args.predict:
+        return 0
     methods = get_methods(args, settings, variants, *clips_and_inputs(cells[0], settings))
     chains, entries = get_chains(args, methods, cells, rest, settings.device)
     if args.show:
@@ -362,7 +385,9 @@ def main(argv=None) -> int:
     command = shlex.join(["python", "-m", "mcn_ext.study", *words])
     stores = {name: None if args.noise else cells[0][name] for name in ("data", "youcook2")}
     noise, epochs = args.noise and list(map(str, args.noise)), list(map(str, args.epochs))
-    given = vars(settings) | stores | {"noise": noise, "videos": args.videos, "epochs": epochs}
+    grid = {"noise": noise, "videos": args.videos, "epochs": epochs}
+    grid |= {"shift": list(map(str, args.shift))} if any(args.shift) else {}  # not of old studies
+    given = vars(settings) | stores | grid
     with run.only_one(args.out) as lock:
         write_json(args.out, given, variants, command=command, cells=cells, runs=entries)
         print(f"{args.out}: {len(entries)} runs to compare, {len(chains)} chains", flush=True)

@@ -15,8 +15,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mcn_ext.study import figures
-from mcn_ext.study.statistics import MAIN, Study, compare_ranks, mean
+from mcn_ext.study import figures, tables
+from mcn_ext.study.bootstrap import compare_ranks
+from mcn_ext.study.statistics import MAIN, Study, mean
 from mcn_ext.train.curves import _pyplot, _save
 from mcn_ext.train.log import write_text
 
@@ -68,6 +69,9 @@ def render(folder: Path, pictures: list[Path], **context) -> Path:
             lstrip_blocks=True,
         )
         environment.filters["number"] = number
+        environment.tests["finite"] = isfinite
+        environment.filters["prefixed"] = lambda text, prefix: prefix + text
+        environment.filters["average"] = lambda run, key: run.average(key)
         environment.filters["oneline"] = lambda text: type(text)(" ".join(text.split()))
         words = {
             "b": Markup("<strong>{}</strong>").format
@@ -124,17 +128,22 @@ def _context(study: Study) -> dict:
 def write(folder: Path) -> Path:
     """Report the study in ``folder``, finished or not; returns the path of report.html.
 
+    ``folder``/figures gets each figure as PNG and PDF, each table as CSV and LaTeX.
+
     Raises :class:`mcn_ext.study.statistics.StudyError` if study.json cannot be read.
     """
     study, plt = Study(Path(folder)), _pyplot()
-    shutil.rmtree(study.root / "pictures", ignore_errors=True)  # those of an earlier state
+    figures_in = study.root / "figures"
+    shutil.rmtree(figures_in, ignore_errors=True)  # those of an earlier state
     names = ("winners", "noise") if study.grid else ("recall", "differences")
     pictures = []
     for name in names if plt else ():
         with plt.rc_context(figures.STYLE):
             if figure := getattr(figures, name)(plt, study):
-                path = study.root / "pictures" / f"{name}.png"
-                path.parent.mkdir(exist_ok=True)
-                pictures.append(_save(figure, path))
+                figures_in.mkdir(exist_ok=True)
+                pictures.append(_save(figure, figures_in / f"{name}.png"))
+                figure.savefig(figures_in / f"{name}.pdf")
                 plt.close(figure)
-    return render(study.root, pictures, **_context(study))
+    page = render(study.root, pictures, **_context(study))
+    tables.export(page.with_suffix(".md").read_text(), figures_in)
+    return page

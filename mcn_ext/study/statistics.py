@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import zipfile
-from functools import cached_property, lru_cache
-from math import isfinite, nan
+from functools import cached_property
+from itertools import combinations, product
+from math import isfinite, log, nan
 from pathlib import Path
 
 import numpy as np
 
 from mcn_ext.modalities import MODALITIES
+from mcn_ext.study.bootstrap import compare_family, compare_ranks
 from mcn_ext.study.plan import BASELINE
 from mcn_ext.train.diagnostics import signs_of_collapse
 from mcn_ext.train.log import read
 
 MAIN = "text->video+audio"
+FUSIONS = {"sum": MAIN, "mean": f"{MAIN} (mean)", "bank": f"{MAIN} (bank)"}  # of evaluate.py
 # Flags in which runs of a study differ by design, or that do not change what is learned.
 NOT_COMPARED = frozenset(
     "pair add out epochs seed init init_published init_run_id init_step first_epoch resume detect "
@@ -30,106 +33,6 @@ NOT_COMPARED = frozenset(
 
 class StudyError(ValueError):
     """A study.json that cannot be read; the message names the file and the fix."""
-
-
-# ----------------------------------------------------------------------------------- bootstrap
-@lru_cache(maxsize=1)  # a study compares many methods on the same queries
-def _query_counts(n: int, resamples: int) -> np.ndarray:
-    """How often each of n queries is in each resample, (n, resamples) fp32."""
-    rng = np.random.default_rng(0)
-    drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples)]
-    return np.stack(drawn, axis=1).astype(np.float32)
-
-
-def _bootstrap_means(values: np.ndarray, resamples: int) -> np.ndarray:
-    """Bootstrap draws of the mean of ``values`` (seeds, queries), both resampled, crossed.
-
-    Seeds and queries are two random samples that meet in every cell, so each is resampled as a
-    whole (the pigeonhole bootstrap, Owen 2007)::
-
-        draw = mean_q d_q + sqrt(S / (S - 1)) (1/S) sum_s (u_s - 1) d_s,  over the drawn queries q
-
-    with u_s how often seed s was drawn. The root corrects that S draws from S seeds vary too
-    little, which matters for two or three seeds. One seed is not resampled.
-    """
-    n_seeds, n = values.shape
-    correction = np.sqrt(n_seeds / (n_seeds - 1)) if n_seeds > 1 else 0.0
-    # (seeds, resamples): each seed's mean over the same drawn queries.
-    per_seed = values.astype(np.float32) @ _query_counts(n, resamples) / n
-    rng = np.random.default_rng([0, 1])  # another stream than the one that draws queries
-    counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples).T
-    return per_seed.mean(axis=0) + correction * ((counts - 1) * per_seed).mean(axis=0)
-
-
-# 97.5 % quantile of Student's t by degrees of freedom; in between, log t is linear in 1 / df.
-STUDENT_T = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    6: 2.447,
-    10: 2.228,
-    20: 2.086,
-    np.inf: 1.960,
-}
-
-
-def interval95(values: np.ndarray, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean of ``values`` (seeds, queries): t times the bootstrap's standard
-    deviation.
-
-    Two or three seeds say little about how much seeds vary, so t has Satterthwaite's degrees of
-    freedom: S - 1 where seeds are all the variance, many where queries are.
-    """
-    n_seeds, mean = len(values), float(values.mean())
-    variance = float(_bootstrap_means(values, resamples).var())
-    of_seeds = float(values.mean(axis=1).var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
-    # Satterthwaite: df = V^2 / (V_s^2 / (S - 1)); the queries' share of V has many degrees.
-    # By chance V may be below the seeds' V_s, hence max.
-    df = (n_seeds - 1) * max(1.0, variance / of_seeds) ** 2 if of_seeds else np.inf
-    inverse = [1 / x for x in STUDENT_T]
-    # np.interp needs rising x: 1 / df falls along the table, so both are reversed.
-    log_t = np.interp(1 / df, inverse[::-1], np.log(list(STUDENT_T.values()))[::-1])
-    half = float(np.exp(log_t)) * variance**0.5
-    return mean - half, mean + half
-
-
-def recall_interval(ranks: np.ndarray, k: int = 10, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of R@k in percent, of ranks (seeds, queries)."""
-    low, high = interval95(100.0 * (ranks <= k), resamples)
-    # The interval is symmetric and may leave what a recall can be.
-    return max(0.0, low), min(100.0, high)
-
-
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, k: int = 10, resamples: int = 2000) -> dict:
-    """Compares R@k of two methods: ranks (seeds, queries) of the same seeds and the same queries.
-
-    Returns "difference" in percentage points, its 95 % interval "ci95", and "significant", whether
-    0 lies outside of it::
-
-        difference = 100 / (S Q) sum_sq ([a_sq <= k] - [b_sq <= k])
-
-    Pairing cancels what makes a query hard for both. With one seed the interval says nothing on how
-    another seed would do. Raises ValueError if the shapes differ.
-    """
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"ranks must be (seeds, queries), the same for both: {a.shape}, {b.shape}")
-    # -100, 0 or 100 for each query: their mean is in percentage points.
-    gain = 100.0 * ((a <= k).astype(np.float32) - (b <= k))
-    low, high = interval95(gain, resamples)
-    significant = low > 0 or high < 0
-    return {"difference": float(gain.mean()), "ci95": (low, high), "significant": significant}
-
-
-def compare_ranks(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> dict | None:
-    """:func:`paired_bootstrap` of {seed: ranks} on the common seeds, which "seeds" lists; None if
-    there is none."""
-    pairs = {seed: (a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())}
-    pairs = {s: pair for s, pair in pairs.items() if all(ranks is not None for ranks in pair)}
-    n = {len(ranks) for pair in pairs.values() for ranks in pair}
-    if len(n) != 1:  # no common seed, or seeds that were evaluated on different stores
-        return None
-    return paired_bootstrap(*np.stack(list(pairs.values()), axis=1)) | {"seeds": list(pairs)}
 
 
 # -------------------------------------------------------------------------------- what is there
@@ -179,6 +82,10 @@ class RunFolder:
     def last(self, key: str) -> float:
         """The last logged value, NaN if there is none."""
         return next((float(row[key]) for row in reversed(self.log) if key in row), nan)
+
+    def average(self, key: str) -> float:
+        """Over all logged steps, NaN if there is none."""
+        return mean(float(row[key]) for row in self.log if key in row)
 
     def signs_of_collapse(self) -> list[str]:
         end = next((row for row in reversed(self.log) if "total" in row), {})
@@ -304,6 +211,97 @@ class Study:
         """R@10 of ``a`` minus that of ``b``, see :func:`compare_ranks`."""
         return compare_ranks(self.ranks(a, cell=cell), self.ranks(b, cell=cell))
 
+    def families(self, cell: str = "") -> list[dict]:
+        """The orders against each other, for each "kind" of stage 2 and each "fusion": their
+        "methods" (highest R@10 first), "recalls", and "pairs" (:func:`compare_family`)."""
+        two_stages = [m for m in self.methods if self.orders[m] != BASELINE]
+        kinds = dict.fromkeys(m.removeprefix(self.orders[m]) for m in two_stages)
+        found = []
+        for kind, (fusion, direction) in product(kinds, FUSIONS.items()):
+            recalls = {
+                m: self.values(m, direction=direction, cell=cell)
+                for m in two_stages
+                if m.removeprefix(self.orders[m]) == kind
+            }
+            methods = sorted(
+                filter(lambda m: len(recalls[m]), recalls), key=lambda m: -recalls[m].mean()
+            )
+            pairs = compare_family({m: self.ranks(m, direction, cell) for m in methods})
+            if pairs:
+                family = {"kind": self.labels[methods[0]].rpartition(", ")[2], "fusion": fusion}
+                found.append(family | {"methods": methods, "recalls": recalls, "pairs": pairs})
+        return found
+
+    def probes(self, cell: dict) -> dict[str, dict[str, float]]:
+        """{probe: {pair: number}} of a cell, the higher the cleaner: those noted before training
+        (predict.py), and "loss": 1 less stage 1's contrastive loss after one epoch over 2 log N,
+        the loss of equal logits, mean of the seeds."""
+        found = dict(cell.get("probes") or {})
+        losses: dict[str, dict[int, float]] = {}
+        for run in self.runs:
+            if run.cell == (cell["name"] if self.grid else "") and run.first:
+                rows = [row for row in run.first.log if row.get("epoch") == 1 and "total" in row]
+                if rows and run.first.clips_per_step > 1:
+                    scale = 2 * log(run.first.clips_per_step)
+                    losses.setdefault(run.order[:2], {})[run.seed] = rows[-1]["contrastive"] / scale
+        found["loss"] = {pair: 1 - mean(values.values()) for pair, values in losses.items()}
+        return {probe: scores for probe, scores in found.items() if len(scores) == 3}
+
+    def predictions(self) -> list[dict]:
+        """How each probe's order compares with the measured one, in each cell, kind of stage 2 and
+        fusion with all three orders: "predicted" and "measured" (best first), and Kendall's "tau"
+        (1: the same, -1: reversed)."""
+        rows = []
+        for cell in self.cells:
+            name = cell["name"] if self.grid else ""
+            families = [family for family in self.families(name) if len(family["methods"]) == 3]
+            for (probe, scores), family in product(self.probes(cell).items(), families):
+                measured = [self.orders[method] for method in family["methods"]]
+                recalls = {m: family["recalls"][m].mean() for m in family["methods"]}
+                recalls = {self.orders[method]: value for method, value in recalls.items()}
+                agree = [
+                    np.sign(scores[a[:2]] - scores[b[:2]]) * np.sign(recalls[a] - recalls[b])
+                    for a, b in combinations(measured, 2)
+                ]
+                row = {"cell": name, "probe": probe, "tau": float(np.mean(agree))}
+                row |= {key: family[key] for key in ("kind", "fusion")}
+                predicted = sorted(measured, key=lambda order: -scores[order[:2]])
+                rows.append(row | {"predicted": predicted, "measured": measured})
+        return rows
+
+    def predictive_power(self) -> list[dict]:
+        """Over all cells, for each probe, kind of stage 2 and fusion: how often ("hits" of "n") the
+        predicted best order was best, the mean "tau", and "unseen", the mean tau where the other
+        cells decide whether high or low numbers go first; NaN with one cell."""
+        rows, groups = [], {}
+        for row in self.predictions():
+            groups.setdefault((row["probe"], row["kind"], row["fusion"]), []).append(row)
+        for (probe, kind, fusion), of in groups.items():
+            taus = np.array([row["tau"] for row in of])
+            others = np.sign(taus.sum() - taus)
+            unseen = float((taus * others).mean()) if len(of) > 1 else nan
+            hits = sum(row["predicted"][0] == row["measured"][0] for row in of)
+            row = {"probe": probe, "kind": kind, "fusion": fusion, "hits": hits, "n": len(of)}
+            rows.append(row | {"tau": float(taus.mean()), "unseen": unseen})
+        return rows
+
+    def geometry(self) -> dict[str, dict[str, np.ndarray]]:
+        """{method: {what geometry.py finds: one value for each seed}}, of the study's one cell."""
+        from mcn_ext.study import geometry
+
+        rows, cache = {}, {}
+        for method in self.methods:
+            found = [
+                geometry.describe(
+                    run.final.path / "youcook2.npz", run.final.metrics.get("data", ""), cache
+                )
+                for run in self.of(method)
+            ]
+            keys = dict.fromkeys(key for one in found for key in one)
+            if keys:
+                rows[method] = {k: np.array([one[k] for one in found if k in one]) for k in keys}
+        return rows
+
     def missing(self) -> list[str]:
         """Each run that is not all there, and why."""
         out = []
@@ -317,13 +315,16 @@ class Study:
     def winners(self) -> list[dict]:
         """For each cell of a grid: the methods "winner", "second" and "baseline" (the best of the
         two best orders, the best with one stage; None if there is none), the "difference" of the
-        two best, and "recalls", R@10 by order."""
+        two best, whether the winner's lead over *all* orders is "significant", and "recalls", R@10
+        by order."""
         rows = []
         for cell in self.cells:
             name = cell["name"]
             found, baseline = self.best_by_order(name), (self.baselines(name) or [None])[0]
             best, second = [*found, None, None][:2]
             difference = self.compare(best, second, name) if second else None
+            pairs = compare_family({m: self.ranks(m, cell=name) for m in found})
+            leads = [pair["significant"] for pair in pairs if best in (pair["a"], pair["b"])]
             methods = [*found, baseline] if baseline else found
             rows.append(
                 {
@@ -333,7 +334,7 @@ class Study:
                     "baseline": baseline,
                     "order": self.orders.get(best),
                     "difference": difference,
-                    "significant": bool(difference and difference["significant"]),
+                    "significant": bool(leads) and all(leads),
                     "recalls": {self.orders[m]: self.mean(m, cell=name) for m in methods},
                 }
             )

@@ -25,6 +25,7 @@ PANELS = {
     "uniformity (0 = collapsed)": "uniformity",
     "effective rank": "rank",
     "embedding norm": "norm",
+    "cosine of pairs' gradients (< 0: conflict)": "gradient",
     "live clusters": "live_clusters",
     "share of the largest cluster": "largest_share",
     "gradient norm": "grad_norm",

@@ -1,7 +1,9 @@
-"""Signs of collapse, from the embeddings of one batch: numbers for log.jsonl and curves.png.
+"""Signs of collapse and of conflict, from the embeddings of one batch: numbers for log.jsonl and
+curves.png.
 
-Computed on at most SAMPLE clips, the same ones on any number of ranks. A batch that has collapsed
-may still have a finite, even a falling loss; these numbers show it at the first logged step.
+Signs of collapse are computed on at most SAMPLE clips, the same ones on any number of ranks. A
+batch that has collapsed may still have a finite, even a falling loss; these numbers show it at the
+first logged step.
 """
 
 from __future__ import annotations
@@ -49,14 +51,45 @@ def _sample(x: Tensor) -> Tensor:
     return distributed.gather(x[first::stride].contiguous(), group)
 
 
+def gradient_cosines(objective: Objective, terms: Terms) -> dict[str, Tensor]:
+    """{modality: cosine of the gradients (B, D) that its two pairs send to its embeddings}, of
+    modalities that learn from two: 1 where they pull the same way, below 0 where they conflict."""
+    found: dict[str, list[Tensor]] = {}
+    for pair in objective.pairs:
+        # fp32: what fp16 would round to 0 has a direction, too.
+        rows = {
+            name: terms.embeddings[name].detach().float().requires_grad_()
+            for name in pair
+            if name in objective.trained
+        }
+        with torch.enable_grad():
+            loss = objective.losses(terms.embeddings | rows, terms.batch, None, [pair], [])
+        for name, gradient in zip(
+            rows, torch.autograd.grad(loss.total, rows.values()), strict=True
+        ):
+            found.setdefault(name, []).append(gradient)
+    cosines = {}
+    for name, gradients in found.items():
+        if len(gradients) == 2:
+            a, b = gradients
+            # Over all ranks' rows. A common factor, such as the number of ranks, cancels.
+            products = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]).double()
+            product, *squares = distributed.total(products)
+            norms = (squares[0] * squares[1]).sqrt()
+            cosines[name] = product / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return cosines
+
+
 @torch.no_grad()
 def diagnose(objective: Objective, terms: Terms) -> dict[str, float]:
     """Of a step's batch, by modality: ``norm_*``, mean length of the embeddings;
     ``rank_*``, their :func:`effective_rank` at unit length; ``uniformity_*``. By pair: mean cosine
-    of ``positive_*`` and ``negative_*`` clips, ``alignment_*``, mean |x - y|^2 of positives. All
-    ranks call this; waits for the device."""
+    of ``positive_*`` and ``negative_*`` clips, ``alignment_*``, mean |x - y|^2 of positives. And
+    ``gradient_*``, the :func:`gradient_cosines`. All ranks call this; waits for the device."""
     embeddings, batch = terms.embeddings, terms.batch
     out, unit, valid = {}, {}, {}
+    for name, cosine in gradient_cosines(objective, terms).items():
+        out[f"gradient_{name}"] = cosine
     for name in objective.modalities:
         rows = _sample(embeddings[name]).float()
         # A clip may be NaN in a modality that no loss reads of it.

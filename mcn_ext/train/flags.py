@@ -31,9 +31,9 @@ PREPARE = {
 }
 WORD2VEC, DEMO = Path("data/word2vec.bin"), Path("data/demo")
 
-LOSSES = ("softmax", "milnce", "dcl", "rince", "sigmoid")
+LOSSES = ("softmax", "milnce", "dcl", "sigmoid")
 # Flags of one loss: {flag: (the loss, its default)}; None with the others.
-OF_LOSS = {"n_candidates": ("milnce", 4), "rince_q": ("rince", 0.1)}
+OF_LOSS = {"n_candidates": ("milnce", 4)}
 
 RATE = 1e-3, 1e5  # rows a second, of a stream
 NOISE = 0, 1000  # of demo data: far beyond hearing and seeing anything; float16 holds what it makes

@@ -26,8 +26,7 @@ from mcn_ext.train import checkpoint, flags
 from mcn_ext.train.guard import SHOWN, bad_rows, find_clips, found_lines, merge, not_finite, some
 
 OBJECTIVE = (
-    "loss rince_q temperature margin similarity cluster_weight recon_weight cluster_size "
-    "queue_size seed"
+    "loss temperature margin similarity cluster_weight recon_weight cluster_size queue_size seed"
 ).split()
 
 

@@ -1,0 +1,51 @@
+"""Gaps between modalities, and retrieval by meaning, against what they are by definition."""
+
+import numpy as np
+import pytest
+
+from mcn_ext.study.geometry import describe, gaps, load, ndcg, relevance
+
+
+def test_gaps_by_hand():
+    there = np.array([True, True, False])
+    x, y = np.eye(3, 4), np.eye(3, 4)
+    y[:, 3], y[2] = 0, np.nan  # not valid: in no number
+    opposite = -x
+    got = gaps({"video": (x, there), "audio": (y, there), "text": (opposite, there)})
+    assert got["gap video, audio"] == 0 and got["matched video, audio"] == 1
+    assert got["gap video, text"] == pytest.approx(2 * np.sqrt(2) / 2)
+    assert got["matched audio, text"] == -1 and got["within video"] == 0
+    assert gaps({"video": (x[:1], there[:1]), "text": (x[:1], there[:1])}) == {}
+
+
+def test_relevance_counts_rare_words_more():
+    got = relevance(["fry the onion", "fry the fish", "boil the onion", "Fry, the onion!", ""])
+    assert np.allclose(got, got.T) and got[0, 3] == pytest.approx(1)
+    the, fry, onion, fish = np.log(5 / np.array([4, 3, 3, 1]))
+    assert got[0, 1] == pytest.approx((the + fry) / (the + fry + onion + fish))
+    assert not got[4, :4].any()
+
+
+def test_ndcg():
+    gains = np.array([[1.0, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    assert ndcg(gains, gains, 2) == pytest.approx([1, 1])
+    worst = ndcg(-gains, gains, 2)
+    assert worst[0] == pytest.approx((0 + 0.5 / np.log2(3)) / (1 + 0.5 / np.log2(3)))
+    assert worst[1] == 0
+
+
+def test_describe_reads_what_evaluation_keeps(tmp_path):
+    from mcn_ext.prepare import demo
+
+    demo.prepare(tmp_path, videos=1)
+    n, rng = demo.N_EVAL, np.random.default_rng(0)
+    text = rng.normal(size=(n, 8)).astype(np.float16)
+    there = np.ones(n, bool)
+    arrays = {f"embedding:{name}": text for name in ("video", "audio", "text")}
+    arrays |= {f"valid:{name}": there for name in ("video", "audio", "text")}
+    np.savez(tmp_path / "e.npz", **arrays)
+    got = describe(tmp_path / "e.npz", str(tmp_path / "eval.h5"), {})
+    assert got["matched video, audio"] == pytest.approx(1) and got["gap video, text"] == 0
+    assert 50 < got["nDCG@10"] < 100  # its own clip is first, others at random
+    assert "nDCG@10" not in describe(tmp_path / "e.npz", "none.h5", {})
+    assert load(tmp_path / "none.npz") == {}
