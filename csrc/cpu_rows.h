@@ -10,10 +10,10 @@
 #include "formulas.h"
 #include "kernels.h"
 
-// One body per instruction set, chosen when the library loads. Other compilers and machines get the
-// flags they were given.
+// One body per instruction set, chosen when the library loads: by what the machine can do, not by
+// its maker (arch=haswell is no AMD). Other compilers and machines get the flags they were given.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MCN_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define MCN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MCN_CLONES
 #endif
@@ -66,11 +66,12 @@ struct Columns {  // a tile's columns
   const A* inverse;
 };
 
-// -inf unless row and column j are each other's negatives.
-template <typename A>
-MCN_INLINE A logit(const Row<A>& row, const Columns<A>& columns, int64_t j) {
+// -inf unless row and column j are each other's negatives. kBags: known to the compiler, as a
+// comparison an element is a fifth of a loop's time.
+template <bool kBags, typename A>
+MCN_INLINE A logit(Row<A> row, Columns<A> columns, int64_t j) {
   const int32_t key = columns.key[j];
-  const bool skip = (key == row.key) | (key < 0) | (columns.bag[j] == row.bag);
+  const bool skip = (key == row.key) | (key < 0) | (kBags && columns.bag[j] == row.bag);
   const A z = row.s[j] * row.scale * columns.inverse[j];
   return skip ? lowest<A>() : z;
 }
@@ -85,7 +86,7 @@ MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_
 
 // f(j, logit) for the positives in a row but the partner: few.
 template <typename A, typename F>
-MCN_INLINE void for_mates(const Term<A>& term, const Row<A>& row, const Columns<A>& columns,
+MCN_INLINE void for_mates(const Term<A>& term, const Row<A>& row, Columns<A> columns,
                           int64_t cols, F f) {
   if (!term.bags || row.key < 0) return;
   const A margin = A(term.margin / term.tau());
@@ -115,9 +116,9 @@ MCN_INLINE void merge_row(const Term<A>& term, const Tile<A>& tile, int64_t i, L
 }
 
 // As strip_statistics, of the sigmoid loss: plain sums, as log-sums of largest logit 0.
-template <typename A>
+template <bool kBags, typename A>
 MCN_INLINE void strip_elements(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                               const Columns<A>& columns, int64_t begin, int64_t end,
+                               Columns<A> columns, int64_t begin, int64_t end,
                                const ColumnSums<A>& of) {
   const int64_t cols = tile.cols;
   const A bias = term.bias();
@@ -127,7 +128,7 @@ MCN_INLINE void strip_elements(const Term<A>& term, const Tile<A>& tile, const A
     A loss = 0, slope = 0;
 #pragma omp simd reduction(+ : loss, slope)
     for (int64_t j = 0; j < cols; ++j) {
-      const A z = logit(row, columns, j);
+      const A z = logit<kBags>(row, columns, j);
       const Element<A> e = element(row.key < 0 ? lowest<A>() : z + bias);
       loss += e.loss, slope += e.slope;
       of.sum[j] += e.loss, of.near_sum[j] += e.slope;
@@ -143,9 +144,9 @@ MCN_INLINE void strip_elements(const Term<A>& term, const Tile<A>& tile, const A
 
 // Rows [begin, end) of the tile: their sums merged into the term's, the columns' over these rows
 // into `of`. Twice over the strip, which stays in the cache: the largest, then the sums.
-template <typename A>
+template <bool kBags, typename A>
 MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                                 const Columns<A>& columns, int64_t begin, int64_t end,
+                                 Columns<A> columns, int64_t begin, int64_t end,
                                  const ColumnSums<A>& of) {
   const int64_t cols = tile.cols;
   A largest[kStrip], *col_max = of.max, *col_sum = of.sum;
@@ -164,14 +165,14 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
       if (term.both) {
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < cols; ++j) {
-          const A z = logit(row, columns, j);
+          const A z = logit<kBags>(row, columns, j);
           top = z > top ? z : top;
           col_max[j] = z > col_max[j] ? z : col_max[j];
         }
       } else {
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < cols; ++j) {
-          const A z = logit(row, columns, j);
+          const A z = logit<kBags>(row, columns, j);
           top = z > top ? z : top;
         }
       }
@@ -199,20 +200,20 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     if (shared) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cols; ++j) {
-        const A e = exp_shifted(logit(row, columns, j) - shift);
+        const A e = exp_shifted(logit<kBags>(row, columns, j) - shift);
         sum += e;
         col_sum[j] += e;
       }
     } else if (term.both) {
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cols; ++j) {
-        const A z = logit(row, columns, j);
+        const A z = logit<kBags>(row, columns, j);
         sum += exp_shifted(z - shift);
         col_sum[j] += exp_shifted(z - col_max[j]);
       }
     } else {
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < cols; ++j) sum += exp_shifted(logit(row, columns, j) - shift);
+      for (int64_t j = 0; j < cols; ++j) sum += exp_shifted(logit<kBags>(row, columns, j) - shift);
     }
     LogSum<A> near;
     for_mates(term, row, columns, cols, [&](int64_t j, A z) {
@@ -224,14 +225,16 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     merge_row(term, tile, i, {sum == A(0) ? lowest<A>() : shift, sum}, near);
   }
 }
-#define MCN_STRIP_STATISTICS(A)                                                               \
-  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,               \
-                                      const A* row_inverse, const Columns<A>& columns,        \
-                                      int64_t begin, int64_t end, const ColumnSums<A>& of) {  \
-    if (term.sigmoid())                                                                       \
-      strip_elements(term, tile, row_inverse, columns, begin, end, of);                       \
-    else                                                                                      \
-      strip_statistics(term, tile, row_inverse, columns, begin, end, of);                     \
+#define MCN_STRIP_STATISTICS(A)                                                                    \
+  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,                    \
+                                      const A* row_inverse, Columns<A> columns,                    \
+                                      int64_t begin, int64_t end, const ColumnSums<A>& of) {       \
+    if (term.sigmoid())                                                                            \
+      strip_elements<true>(term, tile, row_inverse, columns, begin, end, of);                      \
+    else if (term.bags)                                                                            \
+      strip_statistics<true>(term, tile, row_inverse, columns, begin, end, of);                    \
+    else                                                                                           \
+      strip_statistics<false>(term, tile, row_inverse, columns, begin, end, of);                   \
   }
 MCN_STRIP_STATISTICS(float)
 MCN_STRIP_STATISTICS(double)
@@ -247,9 +250,9 @@ MCN_INLINE A mate_gradient(const Term<A>& term, const Axis<A>& axis, int64_t k, 
 // lse_col)): one exponential an element where all log-sums of a tile lie close. col_factor: the
 // last term, or null if they do not. Returns, if `temperature`, the row's sum of g (z - z of the
 // partner). mates: scratch.
-template <typename A>
+template <bool kBags, typename A>
 MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                               const Columns<A>& columns, int64_t i, A center,
+                               Columns<A> columns, int64_t i, A center,
                                const A* col_factor, bool temperature,
                                std::vector<std::pair<int64_t, A>>& mates, A* out) {
   const int64_t cols = tile.cols, at = tile.row0 + i;
@@ -269,7 +272,7 @@ MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A
     if (of_col != A(0)) sum += of_col * double(z - term.col.point[tile.col0 + j]);
   };
   for (int64_t j = 0; temperature && j < cols; ++j) {  // before out overwrites the tile
-    const A z = logit(row, columns, j);
+    const A z = logit<kBags>(row, columns, j);
     if (z == lowest<A>()) continue;  // 0 * inf would be NaN
     if (term.sigmoid()) {
       const A slope = element(z + bias).slope;
@@ -289,65 +292,68 @@ MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A
   if (term.sigmoid()) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A slope = element(logit(row, columns, j) + bias).slope;
+      const A slope = element(logit<kBags>(row, columns, j) + bias).slope;
       out[j] = slope * (row_rest + col_rest[j]) * boost * (row_scale * inverse[j]);
     }
   } else if (col_factor) {
     const A row_factor = exp_shifted(center - row_top - row_rest);
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A e = exp_shifted(logit(row, columns, j) - center);
+      const A e = exp_shifted(logit<kBags>(row, columns, j) - center);
       out[j] = e * (row_factor + col_factor[j]) * boost * (row_scale * inverse[j]);
     }
   } else if (term.both) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A z = logit(row, columns, j);
+      const A z = logit<kBags>(row, columns, j);
       out[j] = (exp_shifted(z - row_top - row_rest) + exp_shifted(z - col_top[j] - col_rest[j])) *
                boost * (row_scale * inverse[j]);
     }
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const A z = logit(row, columns, j);
+      const A z = logit<kBags>(row, columns, j);
       out[j] = exp_shifted(z - row_top - row_rest) * boost * (row_scale * inverse[j]);
     }
   }
   for (const auto& [j, value] : mates) out[j] = value;
   return sum;
 }
-#define MCN_ROW_GRADIENT(A)                                                                      \
-  MCN_CLONES double row_gradient_of(const Term<A>& term, const Tile<A>& tile,                    \
-                                    const A* row_inverse, const Columns<A>& columns, int64_t i,  \
-                                    A center, const A* col_factor, bool temperature,             \
-                                    std::vector<std::pair<int64_t, A>>& mates, A* out) {         \
-    return row_gradient(term, tile, row_inverse, columns, i, center, col_factor, temperature,    \
-                        mates, out);                                                             \
+#define MCN_ROW_GRADIENT(A)                                                                        \
+  MCN_CLONES double row_gradient_of(const Term<A>& term, const Tile<A>& tile,                      \
+                                    const A* row_inverse, Columns<A> columns, int64_t i,           \
+                                    A center, const A* col_factor, bool temperature,               \
+                                    std::vector<std::pair<int64_t, A>>& mates, A* out) {           \
+    if (term.bags || term.sigmoid())                                                               \
+      return row_gradient<true>(term, tile, row_inverse, columns, i, center, col_factor,           \
+                                temperature, mates, out);                                          \
+    return row_gradient<false>(term, tile, row_inverse, columns, i, center, col_factor,            \
+                               temperature, mates, out);                                           \
   }
 MCN_ROW_GRADIENT(float)
 MCN_ROW_GRADIENT(double)
 
 // In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of
 // 1e-9.
-#define MCN_DOT(A)                                                                           \
-  MCN_CLONES double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) { \
-    double sum = 0;                                                                          \
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t k = 0; k < d; ++k) sum +=            \
-        (x[k] * x_scale) * (y[k] * y_scale);                                                 \
-    return sum;                                                                              \
+#define MCN_DOT(A)                                                                                 \
+  MCN_CLONES double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) {       \
+    double sum = 0;                                                                                \
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t k = 0; k < d; ++k) sum +=                  \
+        (x[k] * x_scale) * (y[k] * y_scale);                                                       \
+    return sum;                                                                                    \
   }
 MCN_DOT(float)
 MCN_DOT(double)
 
-#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                    \
-  MCN_CLONES double largest(const A* x, int64_t d) {                                \
-    A top = 0;                                                                      \
-    _Pragma("omp simd reduction(max : top)") for (int64_t k = 0; k < d; ++k) {      \
-      const A size = std::fabs(x[k]);                                               \
-      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>(); \
-      top = finite > top ? finite : top;                                            \
-    }                                                                               \
-    return top;                                                                     \
+#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                                   \
+  MCN_CLONES double largest(const A* x, int64_t d) {                                               \
+    A top = 0;                                                                                     \
+    _Pragma("omp simd reduction(max : top)") for (int64_t k = 0; k < d; ++k) {                     \
+      const A size = std::fabs(x[k]);                                                              \
+      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>();                \
+      top = finite > top ? finite : top;                                                           \
+    }                                                                                              \
+    return top;                                                                                    \
   }
 MCN_LARGEST(float)
 MCN_LARGEST(double)
