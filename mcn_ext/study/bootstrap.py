@@ -124,10 +124,11 @@ def compare_family(
     """R@k of every method against every other: {method: {seed: ranks}} on the common seeds.
 
     Of each pair "a", "b" (in the order of ``ranks``): the "difference" a - b in points; "ci95",
-    its interval by itself; "simultaneous", intervals that *all* hold with 95 %; "p" by Holm, of
-    which with 95 % none is below 0.05 where nothing differs; "significant": 0 is outside of the
-    simultaneous interval; "detectable": a true difference that would be found in 4 of 5 studies of
-    as many seeds. Empty without two methods and common seeds and queries.
+    its interval by itself; "simultaneous", intervals that *all* hold with 95 %; "p", step-down
+    (Holm's procedure, with the joint distribution): with 95 % none is below 0.05 where nothing
+    differs; "significant": 0 is outside of the simultaneous interval; "detectable": a true
+    difference that would be found in 4 of 5 studies of as many seeds. Empty without two methods and
+    common seeds and queries.
 
     The intervals are those of max |T| over the same draws for all pairs (Westfall & Young 1993)::
 
@@ -156,12 +157,15 @@ def compare_family(
     sizes_of_t = np.abs(t).reshape(len(pairs), -1)
     width = float(np.quantile(sizes_of_t.max(axis=0), 0.95))
     found = np.abs(means) / known
-    # One is added, as a p of 0 is more than draws can tell.
-    own = (1 + (sizes_of_t >= found[:, None]).sum(axis=1)) / (1 + sizes_of_t.shape[1])
     adjusted, largest = np.empty(len(pairs)), 0.0
-    for i, pair in enumerate(np.argsort(own)):  # Holm: the smallest times all, the next times fewer
-        largest = max(largest, (len(pairs) - i) * own[pair])
-        adjusted[pair] = min(1.0, largest)
+    order = np.argsort(-found)
+    for i, pair in enumerate(
+        order
+    ):  # the largest against all, the next against those that are left
+        above = (sizes_of_t[order[i:]].max(axis=0) >= found[pair]).sum()
+        # One is added, as a p of 0 is more than draws can tell.
+        largest = max(largest, (1 + above) / (1 + sizes_of_t.shape[1]))
+        adjusted[pair] = largest
     return [
         {
             "a": a,

@@ -240,10 +240,12 @@ class Study:
         losses: dict[str, dict[int, float]] = {}
         for run in self.runs:
             if run.cell == (cell["name"] if self.grid else "") and run.first:
-                rows = [row for row in run.first.log if row.get("epoch") == 1 and "total" in row]
-                if rows and run.first.clips_per_step > 1:
+                rows = [row for row in run.first.log if "total" in row]
+                # The last of epoch 1; an epoch may be shorter than --log_every.
+                row = ([row for row in rows if row.get("epoch") == 1][-1:] or rows[:1] or [None])[0]
+                if row and run.first.clips_per_step > 1:
                     scale = 2 * log(run.first.clips_per_step)
-                    losses.setdefault(run.order[:2], {})[run.seed] = rows[-1]["contrastive"] / scale
+                    losses.setdefault(run.order[:2], {})[run.seed] = row["contrastive"] / scale
         found["loss"] = {pair: 1 - mean(values.values()) for pair, values in losses.items()}
         return {probe: scores for probe, scores in found.items() if len(scores) == 3}
 
