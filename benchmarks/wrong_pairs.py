@@ -43,9 +43,10 @@ def main(path: str, *words: str):
                 p = p_values(x, other, video[there])
                 found.append(100 * wrong_share(p))
                 wrong = np.isin(np.arange(len(x)), swapped)
-                areas.append(area(p[wrong], p[~wrong]) if share else np.nan)
+                areas.append(area(p[wrong], p[~wrong]))
             row = {"pair": pair, "clips": len(x), "swapped %": 100 * share}
-            rows.append(row | {"found %": float(np.mean(found)), "area": float(np.mean(areas))})
+            rows.append(row | {"found %": float(np.mean(found))})
+            rows[-1]["area"] = float(np.mean(areas)) if share else None
     name = f"wrong-pairs-{Path(path).parent.name}"
     save(name, describe() | {"store": Path(path).name, "flags": words, "rows": rows})
     show(f"{path}, {len(video)} clips read in {seconds:.1f} s", rows)
