@@ -59,6 +59,8 @@ def test_a_study_notes_the_prediction_before_it_trains(tmp_path, monkeypatch, ca
     text = capsys.readouterr().out
     assert "by knn: " in text and "not belong together, at most: AV " in text
     assert not (out / "study.json").exists()
+    with pytest.raises(SystemExit, match="no audio stream 'beats'"):
+        plan.main(["--predict", *words, str(out), "--audio", "beats"])
     monkeypatch.setattr(plan.run, "run", lambda *_: [])
     assert plan.main([*words, str(out)]) == 0
     (cell,) = json.loads((out / "study.json").read_text())["cells"]

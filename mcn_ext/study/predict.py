@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcn_ext.data.clips import ClipReader, TrainingClips
+from mcn_ext.data.clips import ClipReader, TrainingClips, missing_inputs
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.train.inputs import audio_streams
 
@@ -37,17 +37,21 @@ THIRD = {"AV": "T", "VT": "A", "AT": "V"}
 def sample(settings: argparse.Namespace, path: Path) -> tuple[dict, dict, np.ndarray]:
     """Clips of evenly spaced videos, as a first epoch draws them: {letter: raw features (n, d)},
     {letter: usable (n,) bool}, and the video of each clip (n,)."""
-    store = Store(path)
+    store, audio = Store(path), audio_streams(settings)
+    if lack := missing_inputs(store, "AVT", audio, settings.text):
+        raise SystemExit(f"{path}: {lack}")
     reader = ClipReader(
         store,
         "VA" if settings.text == "words" else "VAT",
-        audio_streams=audio_streams(settings),
+        audio_streams=audio,
         text=settings.text,
         audio_frames=settings.audio_frames,
     )
     clips = TrainingClips(
         reader, n_pair=settings.n_pair, min_time=settings.min_time, seed=settings.seed
     )
+    if not len(clips):
+        raise SystemExit(f"{path}: no video in it has captions; prepare it with captions")
     every = max(1, len(clips) * settings.n_pair // CLIPS)
     chosen = range(0, len(clips), every)
     items = [clips[0, i] for i in chosen]
