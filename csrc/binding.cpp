@@ -3,7 +3,8 @@
 //
 // Boxed: an operator's arguments arrive as one list, so that they are spelled out in the schema and
 // in loss.h's Problem, and nowhere else. torch/library.h, not torch/extension.h: the latter pulls
-// in all of torch and pybind11, takes ten times as long to compile and ties the library to a Python.
+// in all of torch and pybind11, takes ten times as long to compile and ties the library to a
+// Python.
 #include <ATen/core/stack.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -54,11 +55,11 @@ std::string build_info() {
 }
 
 // Lists of tensors, then single ones, then the rest.
-#define MCN_ARGUMENTS                                                                             \
-  "Tensor[] embeddings, Tensor[] ids, Tensor[] valid, Tensor[] columns, Tensor[] weights, "       \
-  "Tensor? bags, Tensor? centroids, Tensor? labels, Tensor? scalars, float fixed_temperature, "   \
-  "float fixed_bias, float margin, int kind, float q, float lam, int[] pairs, int[] clustered, "  \
-  "bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "                     \
+#define MCN_ARGUMENTS                                                                            \
+  "Tensor[] embeddings, Tensor[] ids, Tensor[] valid, Tensor[] columns, Tensor[] weights, "      \
+  "Tensor? bags, Tensor? centroids, Tensor? labels, Tensor? scalars, float fixed_temperature, "  \
+  "float fixed_bias, float margin, int kind, float q, float lam, int[] pairs, int[] clustered, " \
+  "bool normalize, float cluster_weight, float cluster_scale, int[] wanted, "                    \
   "bool wants_scalars, bool keep, int tile, int[] sizes, int rank, str group"
 constexpr size_t kLists = 5, kTensors = 9, kArguments = 27, kScalars = 8, kWanted = 20;
 
@@ -74,10 +75,10 @@ Problem problem_of(at::ArrayRef<IValue> a) {
   const auto ints = [&] { return a[next++].toIntVector(); };
   const auto flag = [&] { return a[next++].toBool(); };
   // Braces: evaluated in this order.
-  return {list(),  list(),  list(),  list(),  list(),  tensor(), tensor(), tensor(), tensor(),
-          real(),  real(),  real(),  whole(), real(),  real(),   ints(),   ints(),   flag(),
-          real(),  real(),  ints(),  flag(),  flag(),  whole(),  ints(),   whole(),
-          a[next].toStringRef()};
+  return {
+      list(), list(), list(), list(),  list(), tensor(), tensor(), tensor(), tensor(),
+      real(), real(), real(), whole(), real(), real(),   ints(),   ints(),   flag(),
+      real(), real(), ints(), flag(),  flag(), whole(),  ints(),   whole(),  a[next].toStringRef()};
 }
 
 // (arguments) -> total, parts, state, kept
@@ -90,9 +91,9 @@ void loss(const c10::OperatorHandle&, Stack* stack) {
 // (upstream, parts, state, kept, arguments) -> d scalars, gradients
 void loss_backward(const c10::OperatorHandle&, Stack* stack) {
   const auto given = torch::jit::last(*stack, kArguments + 4);
-  Backward found = backward(problem_of(given.slice(4)), given[0].toTensor(),
-                            {Tensor(), given[1].toTensor(), given[2].toTensor(),
-                             given[3].toTensorVector()});
+  Backward found =
+      backward(problem_of(given.slice(4)), given[0].toTensor(),
+               {Tensor(), given[1].toTensor(), given[2].toTensor(), given[3].toTensorVector()});
   torch::jit::drop(*stack, kArguments + 4);
   torch::jit::push(*stack, found.scalars, std::move(found.gradients));
 }
@@ -110,8 +111,9 @@ struct Last : torch::autograd::Function<Last> {
     return out;
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "mcn_ext's compiled losses have no second derivative; "
-                                       "mcn_ext.reference's losses have");
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "mcn_ext's compiled losses have no second derivative; "
+                                "mcn_ext.reference's losses have");
   }
 };
 
@@ -139,7 +141,7 @@ struct Loss : torch::autograd::Function<Loss> {
     variable_list saved(out.begin() + 1, out.end());
     for (size_t i = 0; i < kTensors; ++i) {
       IValue& value = (*arguments)[i];
-      const variable_list tensors = i < kLists      ? value.toTensorVector()
+      const variable_list tensors = i < kLists       ? value.toTensorVector()
                                     : value.isNone() ? variable_list{}
                                                      : variable_list{value.toTensor()};
       saved.insert(saved.end(), tensors.begin(), tensors.end());
@@ -173,10 +175,8 @@ struct Loss : torch::autograd::Function<Loss> {
     stack.emplace_back(some(ctx->saved_data["kept"].toInt()));
     for (size_t i = 0; i < kTensors; ++i) {
       const variable_list tensors = some(arguments[i].toInt());
-      if (i < kLists)
-        stack.emplace_back(tensors);
-      else
-        stack.push_back(tensors.empty() ? IValue() : IValue(tensors[0]));
+      if (i < kLists) stack.emplace_back(tensors);
+      else stack.push_back(tensors.empty() ? IValue() : IValue(tensors[0]));
     }
     stack.insert(stack.end(), arguments.begin() + kTensors, arguments.end());
     variable_list inputs = stack[4].toTensorVector();

@@ -56,17 +56,16 @@ void add_row(const Term<A>& term, const GradientRows<A>& side, int64_t i, bool n
   const int64_t d = own.d, at = (i - side.begin) * d;
   const A factor = term.factor[0], unboost = A(1) / term.factor[1];
   const bool there = term.row.top[i] != -lowest<A>();  // other rows' sums may hold anything
-  if (side.add)
-    std::copy(side.total + at, side.total + at + d, g);
-  else
-    std::fill(g, g + d, A(0));
+  if (side.add) std::copy(side.total + at, side.total + at + d, g);
+  else std::fill(g, g + d, A(0));
   if (there) {
     const int64_t p = term.both ? i : term.labels[i];
     // Apart: the product of two short rows' inverses may leave fp32.
     const A pull = factor * term.pull[i] * own.inverse[i];
     const A unit = other.inverse[p] * std::fabs(other.scale[p]);
     const A *sum = side.sums + at, *partner = row(other, p);
-    for (int64_t k = 0; k < d; ++k) g[k] += factor * (sum[k] * unboost) - pull * (unit * partner[k]);
+    for (int64_t k = 0; k < d; ++k)
+      g[k] += factor * (sum[k] * unboost) - pull * (unit * partner[k]);
   } else if (std::isnan(factor)) {
     std::fill(g, g + d, factor);  // a loss that is NaN has no gradient that is a number
   }
@@ -229,8 +228,7 @@ void tile_gradient(void*, const Term<A>& term, const Tile<A>& tile, const A* row
       if (by_row) by_row[i] = sum;
     }
   });
-  if (by_row)
-    *d_temperature -= term.factor[0] * std::accumulate(by_row, by_row + tile.rows, 0.0);
+  if (by_row) *d_temperature -= term.factor[0] * std::accumulate(by_row, by_row + tile.rows, 0.0);
 }
 
 template <typename A>

@@ -86,8 +86,8 @@ MCN_INLINE Row<A> row_of(const Term<A>& term, const Tile<A>& tile, const A* row_
 
 // f(j, logit) for the positives in a row but the partner: few.
 template <typename A, typename F>
-MCN_INLINE void for_mates(const Term<A>& term, const Row<A>& row, Columns<A> columns,
-                          int64_t cols, F f) {
+MCN_INLINE void for_mates(const Term<A>& term, const Row<A>& row, Columns<A> columns, int64_t cols,
+                          F f) {
   if (!term.bags || row.key < 0) return;
   const A margin = A(term.margin / term.tau());
   for (int64_t j = 0; j < cols; ++j) {
@@ -225,16 +225,13 @@ MCN_INLINE void strip_statistics(const Term<A>& term, const Tile<A>& tile, const
     merge_row(term, tile, i, {sum == A(0) ? lowest<A>() : shift, sum}, near);
   }
 }
-#define MCN_STRIP_STATISTICS(A)                                                                    \
-  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,                    \
-                                      const A* row_inverse, Columns<A> columns,                    \
-                                      int64_t begin, int64_t end, const ColumnSums<A>& of) {       \
-    if (term.sigmoid())                                                                            \
-      strip_elements<true>(term, tile, row_inverse, columns, begin, end, of);                      \
-    else if (term.bags)                                                                            \
-      strip_statistics<true>(term, tile, row_inverse, columns, begin, end, of);                    \
-    else                                                                                           \
-      strip_statistics<false>(term, tile, row_inverse, columns, begin, end, of);                   \
+#define MCN_STRIP_STATISTICS(A)                                                                   \
+  MCN_CLONES void strip_statistics_of(const Term<A>& term, const Tile<A>& tile,                   \
+                                      const A* row_inverse, Columns<A> columns, int64_t begin,    \
+                                      int64_t end, const ColumnSums<A>& of) {                     \
+    if (term.sigmoid()) strip_elements<true>(term, tile, row_inverse, columns, begin, end, of);   \
+    else if (term.bags) strip_statistics<true>(term, tile, row_inverse, columns, begin, end, of); \
+    else strip_statistics<false>(term, tile, row_inverse, columns, begin, end, of);               \
   }
 MCN_STRIP_STATISTICS(float)
 MCN_STRIP_STATISTICS(double)
@@ -252,9 +249,9 @@ MCN_INLINE A mate_gradient(const Term<A>& term, const Axis<A>& axis, int64_t k, 
 // partner). mates: scratch.
 template <bool kBags, typename A>
 MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A* row_inverse,
-                               Columns<A> columns, int64_t i, A center,
-                               const A* col_factor, bool temperature,
-                               std::vector<std::pair<int64_t, A>>& mates, A* out) {
+                               Columns<A> columns, int64_t i, A center, const A* col_factor,
+                               bool temperature, std::vector<std::pair<int64_t, A>>& mates,
+                               A* out) {
   const int64_t cols = tile.cols, at = tile.row0 + i;
   const Row<A> row = row_of(term, tile, row_inverse, i);
   if (row.key < 0) {
@@ -321,8 +318,8 @@ MCN_INLINE double row_gradient(const Term<A>& term, const Tile<A>& tile, const A
 }
 #define MCN_ROW_GRADIENT(A)                                                                        \
   MCN_CLONES double row_gradient_of(const Term<A>& term, const Tile<A>& tile,                      \
-                                    const A* row_inverse, Columns<A> columns, int64_t i,           \
-                                    A center, const A* col_factor, bool temperature,               \
+                                    const A* row_inverse, Columns<A> columns, int64_t i, A center, \
+                                    const A* col_factor, bool temperature,                         \
                                     std::vector<std::pair<int64_t, A>>& mates, A* out) {           \
     if (term.bags || term.sigmoid())                                                               \
       return row_gradient<true>(term, tile, row_inverse, columns, i, center, col_factor,           \
@@ -335,25 +332,25 @@ MCN_ROW_GRADIENT(double)
 
 // In double: a positive's logit is exact to fp32's last digit, which is all there is of a loss of
 // 1e-9.
-#define MCN_DOT(A)                                                                                 \
-  MCN_CLONES double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) {       \
-    double sum = 0;                                                                                \
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t k = 0; k < d; ++k) sum +=                  \
-        (x[k] * x_scale) * (y[k] * y_scale);                                                       \
-    return sum;                                                                                    \
+#define MCN_DOT(A)                                                                           \
+  MCN_CLONES double dot(const A* x, const A* y, int64_t d, double x_scale, double y_scale) { \
+    double sum = 0;                                                                          \
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t k = 0; k < d; ++k) sum +=            \
+        (x[k] * x_scale) * (y[k] * y_scale);                                                 \
+    return sum;                                                                              \
   }
 MCN_DOT(float)
 MCN_DOT(double)
 
-#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                                   \
-  MCN_CLONES double largest(const A* x, int64_t d) {                                               \
-    A top = 0;                                                                                     \
-    _Pragma("omp simd reduction(max : top)") for (int64_t k = 0; k < d; ++k) {                     \
-      const A size = std::fabs(x[k]);                                                              \
-      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>();                \
-      top = finite > top ? finite : top;                                                           \
-    }                                                                                              \
-    return top;                                                                                    \
+#define MCN_LARGEST(A) /* infinite if any value is inf or NaN */                    \
+  MCN_CLONES double largest(const A* x, int64_t d) {                                \
+    A top = 0;                                                                      \
+    _Pragma("omp simd reduction(max : top)") for (int64_t k = 0; k < d; ++k) {      \
+      const A size = std::fabs(x[k]);                                               \
+      const A finite = size <= std::numeric_limits<A>::max() ? size : -lowest<A>(); \
+      top = finite > top ? finite : top;                                            \
+    }                                                                               \
+    return top;                                                                     \
   }
 MCN_LARGEST(float)
 MCN_LARGEST(double)

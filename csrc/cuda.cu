@@ -132,10 +132,14 @@ void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, con
   check("tile_statistics");
   const auto merge = [&](A* partial, const std::initializer_list<A*> sums) {
     A* const* of = sums.begin();
-    const Parts<A> rows{partial, grid.x, tile.rows, of[0] + tile.row0, of[1] + tile.row0,
-                        tile.col0 == 0};
-    const Parts<A> cols{partial + 2 * rows.count * tile.rows, grid.y, tile.cols,
-                        of[2] + tile.col0, of[3] + tile.col0, tile.row0 == 0};
+    const Parts<A> rows{partial,           grid.x,        tile.rows, of[0] + tile.row0,
+                        of[1] + tile.row0, tile.col0 == 0};
+    const Parts<A> cols{partial + 2 * rows.count * tile.rows,
+                        grid.y,
+                        tile.cols,
+                        of[2] + tile.col0,
+                        of[3] + tile.col0,
+                        tile.row0 == 0};
     const auto blocks = [](const Parts<A>& parts) {
       return static_cast<unsigned>(ceil_div(parts.size, kWarp));
     };
@@ -153,8 +157,8 @@ void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile, con
 template <typename A>
 void finish(void* stream, const Term<A>& term, const Rows<A>& x, const Rows<A>& y,
             Sums* sums_of_blocks, Sums* sums, unsigned* ticket, const Conclusion<A>& to) {
-  const auto blocks = static_cast<unsigned>(
-      std::clamp<int64_t>(ceil_div(term.n, kWarps), 1, kFinishBlocks));
+  const auto blocks =
+      static_cast<unsigned>(std::clamp<int64_t>(ceil_div(term.n, kWarps), 1, kFinishBlocks));
   with_width<A>(x.type, x.d, aligned({x.data, y.data}), [&](auto* type, auto width) {
     using T = Pointee<decltype(type)>;
     MCN_LAUNCH((finish_kernel<A, T, width()>), blocks, kThreads, stream, term, x, y, sums_of_blocks,

@@ -97,8 +97,8 @@ template <typename A>
 struct Columns {
   int64_t j;                       // the first
   int32_t key[kCols], bag[kCols];  // key: -1 beyond the tile
-  A scale[kCols];      // inverse norms; 0 beyond the tile
-  bool wide;           // of all lanes: no column is beyond the tile, and rows can be read 4 at a time
+  A scale[kCols];                  // inverse norms; 0 beyond the tile
+  bool wide;  // of all lanes: no column is beyond the tile, and rows can be read 4 at a time
 
   __device__ __forceinline__ Columns(const Term<A>& term, const Tile<A>& tile, const A* inverse,
                                      bool aligned) {
@@ -286,8 +286,7 @@ __global__ void __launch_bounds__(kThreads)
   const Columns<A> columns(term, tile, col_inverse, aligned);
   if (all_negatives(term, tile))
     block_statistics<true, kSummed>(term, tile, row_inverse, columns, partial);
-  else
-    block_statistics<false, kSummed>(term, tile, row_inverse, columns, partial);
+  else block_statistics<false, kSummed>(term, tile, row_inverse, columns, partial);
 }
 
 // A lane per row or column, its parts dealt to the block's warps; all in fixed order. Rows, then
@@ -488,8 +487,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     block_gradient<true, kSummed, kTemperature>(term, tile, row_inverse, columns, out_aligned, out,
                                                 ld_out, by_block);
   else
-    block_gradient<false, kSummed, kTemperature>(term, tile, row_inverse, columns, out_aligned,
-                                                 out, ld_out, by_block);
+    block_gradient<false, kSummed, kTemperature>(term, tile, row_inverse, columns, out_aligned, out,
+                                                 ld_out, by_block);
 }
 
 // One block: the tile's blocks in order.
@@ -532,11 +531,12 @@ __global__ void __launch_bounds__(kThreads)
     const auto positive = there ? load<W>(partner + k) : Pack<T, W>{};
 #pragma unroll
     for (int c = 0; c < W; ++c)
-      g.value[c] = before.value[c] +
-                   factor * (g.value[c] * unboost) - pull * (unit * A(number(positive.value[c])));
+      g.value[c] = before.value[c] + factor * (g.value[c] * unboost) -
+                   pull * (unit * A(number(positive.value[c])));
     return g;
   };
-  if (!side.out) return for_lane<W>(x.d, [&](int64_t k) {
+  if (!side.out)
+    return for_lane<W>(x.d, [&](int64_t k) {
       const auto g = gradient(k);  // before it is overwritten: sums may be total
       store(side.total + at + k, g);
     });

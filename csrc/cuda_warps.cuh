@@ -79,7 +79,8 @@ __device__ __forceinline__ void store_at_once(T* to, const Pack<T, 4>& pack) {
 #endif
 }
 
-// exp in one instruction: its error is that of the logit's own last digit, and below 2^-126 it is 0.
+// exp in one instruction: its error is that of the logit's own last digit, and below 2^-126 it is
+// 0.
 __device__ __forceinline__ float exp_shifted(float x) {
 #ifdef __CUDA_ARCH__
   float result;

@@ -135,8 +135,8 @@ struct Direction {
     if (form.kind == Kind::kDcl) {
       loss = gap, slope = pulled = 0;
     } else if (form.kind == Kind::kRince) {
-      // log of the powers of the positives' sum, and of lambda times the sum of all. For q near 0 or
-      // lambda near 1 these are nearly equal: their difference is then exact as expm1 alone.
+      // log of the powers of the positives' sum, and of lambda times the sum of all. For q near 0
+      // or lambda near 1 these are nearly equal: their difference is then exact as expm1 alone.
       const double log_positive = form.q * (near.max + of_near);
       const double more = form.q * (form.log_lambda + loss), log_all = log_positive + more;
       const auto power = [](double log) {
@@ -148,7 +148,8 @@ struct Direction {
         slope = log_all - softplus(-gap);
         pulled = log_positive + std::log(-std::expm1(more - loss));
       }
-      loss = more < 1 ? power(log_positive) * std::expm1(more) : power(log_all) - power(log_positive);
+      loss =
+          more < 1 ? power(log_positive) * std::expm1(more) : power(log_all) - power(log_positive);
       if (slope > lowest<double>()) excess = weight * loss;
       loss /= form.q;
     }

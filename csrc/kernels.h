@@ -30,10 +30,10 @@ struct Rows {
 // What a term knows of each of its rows, or of its columns.
 template <typename A>
 struct Axis {
-  const A* weight;          // in the mean; null: 1
-  A *max, *sum;             // running, of the others: negatives
-  A *near_max, *near_sum;   // running, of the positives but the partner; unless Term::two_sums, null
-  A *top, *rest;            // Direction's; top is +inf where a row is not there
+  const A* weight;         // in the mean; null: 1
+  A *max, *sum;            // running, of the others: negatives
+  A *near_max, *near_sum;  // running, of the positives but the partner; unless Term::two_sums, null
+  A *top, *rest;           // Direction's; top is +inf where a row is not there
   A *near_top, *near_rest;  // Direction's; without bags, null
   A* point;                 // Term::point of the partners' logits
 };
@@ -149,7 +149,7 @@ constexpr int64_t kFinishBlocks = 1024;  // of the device's threads, at most
   template <typename A>                                                                            \
   void tile_statistics(void* stream, const Term<A>& term, const Tile<A>& tile,                     \
                        const A* row_inverse, const A* col_inverse, A* partial);                    \
-  /* From the running sums: point, Directions and pull, and the rows' sums, with                \
+  /* From the running sums: point, Directions and pull, and the rows' sums, with                   \
      `sums_of_blocks` (kFinishBlocks,) for scratch. rows: x; cols: y. ticket: a zero, left as      \
      such. CUDA, whose host does not wait, prints the first label that is no column and ends the   \
      context, as torch's own indexing does. Concludes, too, unless there are other ranks' sums to  \
@@ -163,12 +163,12 @@ constexpr int64_t kFinishBlocks = 1024;  // of the device's threads, at most
                 const Conclusion<A>& to);                                                          \
   /* P = boost (g_row + g_col) inverse_i inverse_j, g the Directions' gradients of a logit, as     \
      `type`, leading dimension ld_out; out may be the tile. by_block, unless null, for scratch:    \
-     d_temperature -= factor / temperature * sum of g (z - point): what S and its positives    \
+     d_temperature -= factor / temperature * sum of g (z - point): what S and its positives        \
      add, before anything is rounded, but for what conclude_sums adds. */                          \
   template <typename A>                                                                            \
   void tile_gradient(void* stream, const Term<A>& term, const Tile<A>& tile, const A* row_inverse, \
-                     const A* col_inverse, void* out, Type type, int64_t ld_out,                   \
-                     double* by_block, double* d_temperature);                                     \
+                     const A* col_inverse, void* out, Type type, int64_t ld_out, double* by_block, \
+                     double* d_temperature);                                                       \
   /* g_i = [total_i] + factor (sums_i / boost - pull_i inverse_i inverse_p w_p), p the partner:    \
      total, or through the normalisation and times upstream (a scalar on the device) out. */       \
   template <typename A>                                                                            \

@@ -119,11 +119,11 @@ struct Side {
 };
 struct Spec {  // one term
   Side *x, *y;
-  bool both;                            // a pair, not rows against centroids
-  Tensor ids, bags, valid;              // as in Term
-  Tensor row_weight, col_weight;        // (n,) each, or undefined
-  double weight = 0, report = 0;        // see Conclusion
-  int slot = 0;                         // of the reported loss
+  bool both;                      // a pair, not rows against centroids
+  Tensor ids, bags, valid;        // as in Term
+  Tensor row_weight, col_weight;  // (n,) each, or undefined
+  double weight = 0, report = 0;  // see Conclusion
+  int slot = 0;                   // of the reported loss
 
   // Row i's positive: row i of this rank's part, or of the centroids the one it is labelled with.
   const Matrix& partners() const { return both ? y->rows : y->cols; }
@@ -144,8 +144,8 @@ class Losses {
 #endif
     TORCH_CHECK_TYPE(cuda_ || !narrow_, "mcn: on a CPU embeddings must be float32 or float64, got ",
                      first_.scalar_type());
-    TORCH_CHECK_VALUE(p_.kind >= 0 && p_.kind <= static_cast<int64_t>(Kind::kSigmoid),
-                      "mcn: loss ", p_.kind, " is in reference.py alone; MCN_LOSS=reference runs it");
+    TORCH_CHECK_VALUE(p_.kind >= 0 && p_.kind <= static_cast<int64_t>(Kind::kSigmoid), "mcn: loss ",
+                      p_.kind, " is in reference.py alone; MCN_LOSS=reference runs it");
     // The kernels read vectors without strides.
     for (auto* vectors : {&p_.ids, &p_.valid, &p_.weights})
       for (Tensor& vector : *vectors) vector = vector.contiguous();
@@ -192,8 +192,8 @@ class Losses {
   void add_owned(Spec& spec, const Term<A>& t, Tensor sums, const A* upstream);
 
   // ---------------------------------------------------------------- state
-  // {factor (2), pull, row: top, rest, positive (n each), col: top, rest (N each)}; with bags near_top
-  // and near_rest of both; with ranks col.positive (N): without, it is the rows'.
+  // {factor (2), pull, row: top, rest, positive (n each), col: top, rest (N each)}; with bags
+  // near_top and near_rest of both; with ranks col.positive (N): without, it is the rows'.
   bool keeps_near(const Spec& spec) const {
     return spec.both && p_.bags.defined() && p_.kind != static_cast<int64_t>(Kind::kSigmoid);
   }
@@ -377,8 +377,8 @@ void Losses<A>::check_labels() const {
   const int64_t *label = p_.labels.template const_data_ptr<int64_t>(), k = p_.centroids.size(0);
   for (int64_t modality : p_.clustered)
     for (int64_t i = 0; i < rows_; ++i) {
-      const bool there = p_.valid.empty() ||
-                         ranks_.own(p_.valid[modality]).template const_data_ptr<bool>()[i];
+      const bool there =
+          p_.valid.empty() || ranks_.own(p_.valid[modality]).template const_data_ptr<bool>()[i];
       TORCH_CHECK_VALUE(!there || (label[i] >= 0 && label[i] < k), "labels[", i, "] = ", label[i],
                         " is outside [0, ", k, ")");
     }
@@ -462,8 +462,8 @@ void Losses<A>::statistics(const Spec& spec, const Tensor& state, const Tensor& 
   Term<A> running = t;
   // Written before they are read, by the first tile; a rank without rows has none.
   const int64_t count = t.two_sums() ? 4 : 2;
-  const Tensor statistics = t.n > 0 ? at::empty({count * (t.n + t.m)}, options_)
-                                    : at::zeros({count * t.m}, options_);
+  const Tensor statistics =
+      t.n > 0 ? at::empty({count * (t.n + t.m)}, options_) : at::zeros({count * t.m}, options_);
   const Tensor of_cols = statistics.narrow(0, count * t.n, count * t.m).view({count, t.m});
   if (t.n == 0)  // sums of nothing
     of_cols.slice(0, 1, count, 2).fill_(-std::numeric_limits<double>::infinity());
@@ -476,8 +476,8 @@ void Losses<A>::statistics(const Spec& spec, const Tensor& state, const Tensor& 
     blocks(t.m, col_block(t), [&](int64_t col, int64_t n_cols) {
       const Tensor s = tile(matrix, row, n_rows, col, n_cols);
       multiply(s, x, y.narrow(0, col, n_cols).t());
-      const Tensor scratch = rows_of(
-          partial, MCN_RUN(partial_size, n_rows, n_cols, t.two_sums()), 1, options_);
+      const Tensor scratch =
+          rows_of(partial, MCN_RUN(partial_size, n_rows, n_cols, t.two_sums()), 1, options_);
       MCN_RUN(tile_statistics, stream_, running, tile_of(s, row, col), inverse(spec.x->rows),
               inverse(spec.y->cols), scratch.template mutable_data_ptr<A>());
     });
@@ -509,8 +509,9 @@ void Losses<A>::statistics(const Spec& spec, const Tensor& state, const Tensor& 
     finish(running, later);
   }
   sums = ranks_.to_all(sums.narrow(0, 0, 1));
-  MCN_RUN(conclude, stream_, t, reinterpret_cast<const Sums*>(sums.template const_data_ptr<double>()),
-          ranks_.count(), to);
+  MCN_RUN(conclude, stream_, t,
+          reinterpret_cast<const Sums*>(sums.template const_data_ptr<double>()), ranks_.count(),
+          to);
 }
 
 // (2 or 4, n) sums and maxima over all ranks of the columns that this rank owns.
@@ -553,10 +554,8 @@ Backward Losses<A>::backward(const Tensor& upstream, const Forward& forward) {
   const A* up = scaled.template const_data_ptr<A>();
   for_terms(forward.state, [&](size_t i, Spec& spec, const Tensor& state) {
     const Term<A> t = term(spec, state);
-    if (p_.keep)
-      multiply_kept(spec, t, forward.kept[i], up);
-    else
-      multiply_tiles(spec, t, up, d_scalars.template mutable_data_ptr<double>());
+    if (p_.keep) multiply_kept(spec, t, forward.kept[i], up);
+    else multiply_tiles(spec, t, up, d_scalars.template mutable_data_ptr<double>());
     for (Side* side : {spec.x, spec.y}) side->started = true, --side->terms;
   });
   out.scalars = at::empty({2}, options_);
@@ -575,10 +574,8 @@ void Losses<A>::prepare_results() {
     if (!side.wanted) continue;
     side.result = side.terms > 0 ? at::empty({rows_, dim_}, first_.options())
                                  : at::zeros({rows_, dim_}, first_.options());
-    if (!narrow_)
-      side.total = side.result;  // in place
-    else if (side.terms > 1)
-      side.total = at::empty({rows_, dim_}, options_);
+    if (!narrow_) side.total = side.result;  // in place
+    else if (side.terms > 1) side.total = at::empty({rows_, dim_}, options_);
   }
 }
 
@@ -608,13 +605,14 @@ void Losses<A>::multiply_kept(Spec& spec, const Term<A>& t, const Tensor& p, con
 }
 
 template <typename A>
-void Losses<A>::multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream, double* d_temperature) {
+void Losses<A>::multiply_tiles(Spec& spec, const Term<A>& t, const A* upstream,
+                               double* d_temperature) {
   Side &x = *spec.x, &y = *spec.y;
   if (!x.wanted && !y.wanted && !p_.wants_scalars) return;
   Tensor y_copy, x_copy, p_tile, x_scratch, y_scratch, y_sums;
   const Tensor w_y = working(y.cols, 0, t.m, y_copy);
-  if (y.wanted && ranks_) y_sums = rows_ > 0 ? at::empty({t.m, dim_}, options_)
-                                             : at::zeros({t.m, dim_}, options_);
+  if (y.wanted && ranks_)
+    y_sums = rows_ > 0 ? at::empty({t.m, dim_}, options_) : at::zeros({t.m, dim_}, options_);
   if (y.wanted && !ranks_) y_sums = sums_of(y, 0, t.m, y_scratch);
   blocks(t.n, row_block(), [&](int64_t row, int64_t n_rows) {
     const Tensor w_x = working(x.rows, row, n_rows, x_copy);

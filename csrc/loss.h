@@ -19,11 +19,11 @@ struct Problem {
                                        // mean, 1 on average
   at::Tensor bags;                     // (N,) int64, or undefined
   at::Tensor centroids, labels;        // (K, D), (n,) int64, or undefined
-  at::Tensor scalars;                  // temperature and bias (2,), of the type that is computed in,
+  at::Tensor scalars;  // temperature and bias (2,), of the type that is computed in,
   double fixed_temperature, fixed_bias;  // or undefined: these
   double margin;
-  int64_t kind;         // of the pairs' loss, see Kind
-  double q, lambda;     // of RINCE
+  int64_t kind;                    // of the pairs' loss, see Kind
+  double q, lambda;                // of RINCE
   std::vector<int64_t> pairs;      // 2 per pair, into embeddings
   std::vector<int64_t> clustered;  // into embeddings
   bool normalize;
@@ -31,8 +31,8 @@ struct Problem {
   double cluster_scale;         // of the sum over rows and modalities' mean: 1 / log K
   std::vector<int64_t> wanted;  // per modality: its gradient, or not (0)
   bool wants_scalars;
-  bool keep;     // what similarity matrices are needed for, from forward to backward
-  int64_t tile;  // rows and columns of a tile; 0: chosen
+  bool keep;                   // what similarity matrices are needed for, from forward to backward
+  int64_t tile;                // rows and columns of a tile; 0: chosen
   std::vector<int64_t> sizes;  // rows of each rank, their sum is N; none: there is one rank, n = N
   int64_t rank;
   std::string group;  // of ranks, by its name in torch.distributed

@@ -53,8 +53,8 @@ class Ranks {
       c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
       return stack.at(0).toTensor();
     };
-    const at::Tensor out = call("_c10d_functional::all_to_all_single",
-                                {in.contiguous(), receive, send, group_});
+    const at::Tensor out =
+        call("_c10d_functional::all_to_all_single", {in.contiguous(), receive, send, group_});
     return call("_c10d_functional::wait_tensor", {out});
   }
 
