@@ -107,10 +107,10 @@ struct Direction {
   double excess = 0;  // the gradients of all logits, summed: 0 unless RINCE or sigmoid
   double bound = 0;   // the largest gradient of a logit but the partner's, at most
   A top, near_top;
-  A rest = -lowest<A>(), near_rest = -lowest<A>();  // no gradient
+  A rest = -lowest<A>(), near_rest = -lowest<A>();  // +inf: no gradient
 
-  // near: positives but the partner. Sigmoid: others.sum is the sum of all losses but the
-  // partner's, near.sum of all gradients but its.
+  // near: positives but the partner. Sigmoid: others.sum is the sum of the losses of all entries
+  // but the partner, near.sum that of their gradients.
   MCN_INLINE Direction(const Form& form, LogSum<A> others, LogSum<A> near, A partner, A weight)
       : top(partner), near_top(partner) {
     if (form.kind == Kind::kSigmoid) top = rest = 0;
@@ -125,11 +125,12 @@ struct Direction {
       return;
     }
     const A nearest = near.max;
-    near.merge(partner, 1);
+    near.merge(partner, 1);  // from here on the partner is among them
     if (others.sum == A(0)) return;  // nothing to be told from
     const double of_near = std::log(double(near.sum)), of_others = std::log(double(others.sum));
     const double gap = (double(others.max) - near.max) + (of_others - of_near);
-    // Derivatives of the loss, as logarithms: by the log-sum of the others, by the positives' (-).
+    // With o and s the log-sums of the others and of the positives: slope = log dL/do and
+    // pulled = log -dL/ds.
     double slope = -softplus(-gap), pulled = slope;
     loss = softplus(gap);
     if (form.kind == Kind::kDcl) {

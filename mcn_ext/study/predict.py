@@ -6,7 +6,8 @@ For each pair of modalities, three numbers, from about CLIPS training clips, in 
 
 - ``cca``: the chance that a clip's own partner agrees more than another's, by canonical
   correlations of other videos (0.5: features tell nothing; 1: all).
-- ``clean``: at least this share of the pairs belongs together, see :func:`wrong_share`.
+- ``clean``: at least this share of the pairs belongs together, see :func:`wrong_share`. A clip's
+  neighbours are like it, so a pair that is misaligned within its video counts as wrong in part.
 - ``knn``: how many of a clip's K nearest neighbours are the same in both modalities (mutual k-NN,
   Huh et al., ICML 2024, arXiv 2405.07987; K / clips: nothing).
 
@@ -31,6 +32,7 @@ from mcn_ext.train.inputs import audio_streams
 
 CLIPS, DIMENSIONS, K = 2000, 128, 10
 RIDGE = 0.1  # of a feature's mean variance
+# The pair of stage 1: what stage 2 adds. Order AV_T: audio and video first, then text.
 THIRD = {"AV": "T", "VT": "A", "AT": "V"}
 
 
@@ -55,11 +57,11 @@ def sample(settings: argparse.Namespace, path: Path) -> tuple[dict, dict, np.nda
     every = max(1, len(clips) * settings.n_pair // CLIPS)
     chosen = range(0, len(clips), every)
     items = [clips[0, i] for i in chosen]
-    number = [store.caption_times(int(clips.videos[i]))[0] for i in chosen]
+    first_caption = [store.caption_times(int(clips.videos[i]))[0] for i in chosen]
     captions = []
-    for item, first, i in zip(items, number, chosen, strict=True):
+    for item, first, i in zip(items, first_caption, chosen, strict=True):
         texts = store.caption_texts(int(clips.videos[i]))
-        for clip in item["clip_id"].tolist():
+        for clip in item["clip_id"].tolist():  # first caption << 20 | how many more follow
             begin = (clip >> 20) - first
             captions.append(" ".join(texts[begin : begin + 1 + (clip & (1 << 20) - 1)]))
     features, usable = {}, {}
@@ -125,7 +127,7 @@ def p_values(x: np.ndarray, y: np.ndarray, video: np.ndarray) -> np.ndarray:
     (n,). Near 0 for a pair that belongs together, uniform on [0, 1] for one that does not.
 
     Agreement is by canonical correlations, fitted on half of the videos and asked on the other
-    half, both ways: what is fitted to wrong pairs is not asked of them.
+    half, both ways, so that no pair is judged by a fit that has seen it.
     """
     p = np.ones(len(x))
     for half in (0, 1):
@@ -204,8 +206,8 @@ def report(found: dict[str, dict[str, float]], seconds: float) -> str:
 
 
 def with_probes(cells: list[dict], settings: argparse.Namespace, file: Path) -> list[dict]:
-    """A study's cells with their :func:`probes`, printed. What its study.json has noted before,
-    when nothing was trained, stays."""
+    """A study's cells with their :func:`probes`, printed. Those that its study.json has are
+    kept: they were noted before training."""
     try:
         noted = {c["data"]: c["probes"] for c in json.loads(file.read_text())["cells"]}
     except (OSError, ValueError, KeyError, TypeError):
