@@ -107,7 +107,7 @@ def convert(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """matplotlib as if not installed: pictures are slow, and the page must do without them."""
-    for module in ("mcn_ext.train.curves", "mcn_ext.study.report", "mcn_ext.report"):
+    for module in ("mcn_ext.train.curves", "mcn_ext.study.figures", "mcn_ext.report"):
         monkeypatch.setattr(f"{module}._pyplot", lambda: None)
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from mcn_ext.study.geometry import describe, gaps, load, ndcg, relevance
+from mcn_ext.study.geometry import clusters, describe, gaps, load, ndcg, relevance, words_of
 
 
 def test_gaps_by_hand():
@@ -19,11 +20,46 @@ def test_gaps_by_hand():
 
 
 def test_relevance_counts_rare_words_more():
-    got = relevance(["fry the onion", "fry the fish", "boil the onion", "Fry, the onion!", ""])
+    captions = ["fry the onion", "fry the fish", "boil the onion", "Fry, the onion!", ""]
+    got = relevance(words_of(captions))
     assert np.allclose(got, got.T) and got[0, 3] == pytest.approx(1)
     the, fry, onion, fish = np.log(5 / np.array([4, 3, 3, 1]))
     assert got[0, 1] == pytest.approx((the + fry) / (the + fry + onion + fish))
     assert not got[4, :4].any()
+
+
+def test_clusters_against_words_by_hand():
+    n, rng = 64, np.random.default_rng(0)
+    captions = [f"{'abcd'[i % 4]} word" for i in range(n)]
+    has, there = words_of(captions), np.ones(n, bool)
+    there[5] = False
+    kinds = np.eye(8)[np.arange(n) % 4]
+    apart = np.roll(kinds, 4, axis=1)
+    assert clusters({"video": (kinds, there), "text": (kinds, there)}, has) == pytest.approx(
+        {"words": 100, "mixed": 100}
+    )
+    # Clusters of one modality each tell as much of the words, but mix nothing.
+    got = clusters({"video": (kinds, there), "text": (apart, there)}, has)
+    assert got == pytest.approx({"words": 100, "mixed": 0})
+    random = rng.normal(size=(n, 8))
+    got = clusters({"video": (random, there), "text": (random, there)}, has)
+    assert abs(got["words"]) < 12 and got["mixed"] == pytest.approx(100)
+
+
+def test_the_information_in_clusters_is_scikit_learns(monkeypatch):
+    """Of one word a caption, it is the homogeneity of V-measure, before the chance is taken off."""
+    from sklearn.metrics import homogeneity_score
+
+    from mcn_ext.study import geometry
+
+    rng = np.random.default_rng(1)
+    words, labels = rng.integers(0, 2, 80), torch.from_numpy(rng.integers(0, 5, 160))
+    expected = homogeneity_score(np.tile(words, 2), labels.numpy())
+    monkeypatch.setattr(geometry, "spherical_kmeans", lambda points, k: (None, labels))
+    monkeypatch.setattr(np, "mean", lambda values: 0.0)  # no chance
+    x, there = np.ones((80, 3)), np.ones(80, bool)
+    got = clusters({"video": (x, there), "text": (x, there)}, words[:, None].astype(float))
+    assert got["words"] == pytest.approx(100 * expected)
 
 
 def test_ndcg():
@@ -47,5 +83,6 @@ def test_describe_reads_what_evaluation_keeps(tmp_path):
     got = describe(tmp_path / "e.npz", str(tmp_path / "eval.h5"), {})
     assert got["matched video, audio"] == pytest.approx(1) and got["gap video, text"] == 0
     assert 50 < got["nDCG@10"] < 100  # its own clip is first, others at random
+    assert -5 < got["words"] < 5 and got["mixed"] == pytest.approx(100)
     assert "nDCG@10" not in describe(tmp_path / "e.npz", "none.h5", {})
     assert load(tmp_path / "none.npz") == {}

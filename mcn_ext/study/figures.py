@@ -6,13 +6,17 @@ matplotlib figure, or None when there is nothing to draw.
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 
 from mcn_ext.evaluation.metrics import RECALLS
+from mcn_ext.modalities import MODALITIES
+from mcn_ext.study import japanese
 from mcn_ext.study.bootstrap import recall_interval
 from mcn_ext.study.statistics import MAIN, Study, mean
+from mcn_ext.train.curves import _pyplot, _save
 
 # Okabe & Ito (2008).
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
@@ -22,7 +26,25 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,
 }
+PAIRS = list(combinations((row.name for row in MODALITIES.values()), 2))
 BELOW = {"loc": "outside lower center", "ncols": 3}
+
+
+def save(path: Path, language: str, function, *args) -> Path | None:
+    """Draw ``function(pyplot, *args)`` as ``path``.png and .pdf; returns the former's path, None
+    where there is nothing to draw, or no matplotlib."""
+    if (plt := _pyplot()) is None:
+        return None
+    with plt.rc_context(STYLE | (japanese.font() if language == "ja" else {})):
+        if (figure := function(plt, *args)) is None:
+            return None
+        if language == "ja":
+            japanese.label(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path.with_name(f"{path.name}.pdf"))
+        png = _save(figure, path.with_name(f"{path.name}.png"))
+        plt.close(figure)
+    return png
 
 
 def look(study: Study, method: str) -> dict:
@@ -82,6 +104,25 @@ def differences(plt, study: Study):
     axis.set_ylim(len(compared) - 0.4, -0.6)
     axis.set_xlabel(f"{MAIN} R@10 minus that of {study.labels[ranked[0]]}, points")
     return figure
+
+
+def losses(plt, study: Study):
+    """The contrastive loss of each pair in training, over both stages: a panel for each pair, the
+    mean of the seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.6), sharey=True)
+    for method, runs in study.trained().items():
+        style = look(study, method)
+        style = {key: style[key] for key in ("color", "linestyle")} | {"linewidth": 1.2}
+        for axis, pair in zip(axes, PAIRS, strict=True):
+            points: dict[int, list[float]] = {}
+            for clips, value in (point for run in runs for point in run.loss_of(pair)):
+                points.setdefault(clips, []).append(value)
+            x = sorted(points)
+            axis.plot(x, [mean(points[clips]) for clips in x], label=study.labels[method], **style)
+            axis.set(title=", ".join(pair), xlabel="clips")
+    axes[0].set_ylabel("contrastive loss")
+    figure.legend(*axes[0].get_legend_handles_labels(), **BELOW)
+    return figure if any(line.get_xdata().size for axis in axes for line in axis.lines) else None
 
 
 # ---------------------------------------------------------------------------- a grid of noise

@@ -1,5 +1,5 @@
-"""What an order does to the space itself: gaps between modalities, spread, and whether what is
-found first means the same, of the embeddings that evaluation has kept."""
+"""What an order does to the space itself: gaps between modalities, spread, whether clusters and
+what is found first mean the same, of the embeddings that evaluation has kept."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from mcn_ext.clustering import spherical_kmeans
 from mcn_ext.data.store import Store, StoreError
 from mcn_ext.modalities import MODALITIES
 
 NAMES = [row.name for row in MODALITIES.values()]
+CLUSTERS = 64
 
 
 def load(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -53,19 +56,62 @@ def gaps(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     return found
 
 
-def relevance(captions: list[str]) -> np.ndarray:
-    """How much captions have in common, (n, n) in [0, 1]: the shared words' weight over that of all
-    words of both (Jaccard), a word's weight log(n / captions that have it)."""
+def words_of(captions: list[str]) -> np.ndarray:
+    """Which words each caption has, (n, words) 0 or 1, for all words of the captions."""
     bags = [set(re.findall(r"\w+", text.lower())) for text in captions]
-    words = sorted({word for bag in bags for word in bag})
-    column = {word: i for i, word in enumerate(words)}
-    has = np.zeros((len(bags), len(words)))
+    column = {word: i for i, word in enumerate(sorted({word for bag in bags for word in bag}))}
+    has = np.zeros((len(bags), len(column)))
     for row, bag in zip(has, bags, strict=True):
         row[[column[word] for word in bag]] = 1
-    weight = np.log(len(bags) / np.maximum(has.sum(axis=0), 1))
+    return has
+
+
+def relevance(has: np.ndarray) -> np.ndarray:
+    """How much captions have in common, (n, n) in [0, 1]: the shared words' weight over that of all
+    words of both (Jaccard), a word's weight log(n / captions that have it)."""
+    weight = np.log(len(has) / np.maximum(has.sum(axis=0), 1))
     shared = (has * weight) @ has.T
     own = np.diagonal(shared)
     return shared / np.maximum(own[:, None] + own - shared, 1e-12)
+
+
+def _entropy(share: np.ndarray) -> np.ndarray:
+    """Of a yes or no that is yes with this probability, in nats."""
+    parts = [p * np.log(np.maximum(p, 1e-12)) for p in (share, 1 - share)]
+    return -sum(parts)
+
+
+def clusters(rows: dict[str, tuple[np.ndarray, np.ndarray]], has: np.ndarray) -> dict[str, float]:
+    """K-means of all modalities' embeddings together, against the captions' words, in percent.
+
+    ``words``: how much a cluster tells of the words of its clips' captions, I / H summed over
+    words, 0 where captions have changed clips at random, 100 where it tells all. That is the
+    homogeneity of V-measure (Rosenberg & Hirschberg 2007) for clips of several concepts, adjusted
+    for chance as by Vinh et al. (2010). ``mixed``: entropy of the modalities in a clip's cluster
+    over that of all, 0 where each modality has clusters of its own.
+    """
+    points = np.concatenate([x[valid] for x, valid in rows.values()])
+    clip = np.concatenate([np.flatnonzero(valid) for _, valid in rows.values()])
+    modality = np.repeat(range(len(rows)), [valid.sum() for _, valid in rows.values()])
+    k = min(CLUSTERS, len(has) // 4)
+    _, labels = spherical_kmeans(torch.from_numpy(points), k)
+    member = np.eye(k)[labels.numpy()].T  # (clusters, points)
+    weight = member.mean(axis=1)
+
+    def tells(of: np.ndarray) -> float:
+        """Mutual information of the clusters and the columns of ``of`` (points, columns)."""
+        share = member @ of / np.maximum(member.sum(axis=1, keepdims=True), 1)
+        return float(_entropy(of.mean(axis=0)).sum() - weight @ _entropy(share).sum(axis=1))
+
+    rng = np.random.default_rng(0)
+    chance = np.mean([tells(has[rng.permutation(len(has))[clip]]) for _ in range(10)])
+    everything = _entropy(has[clip].mean(axis=0)).sum()
+    found = {"words": 100 * (tells(has[clip]) - chance) / max(everything - chance, 1e-12)}
+    of = np.eye(len(rows))[modality]
+    share = member @ of / np.maximum(member.sum(axis=1, keepdims=True), 1)
+    apart = -(share * np.log(np.maximum(share, 1e-12))).sum(axis=1)
+    total = -(of.mean(axis=0) * np.log(np.maximum(of.mean(axis=0), 1e-12))).sum()
+    return found | {"mixed": float(100 * weight @ apart / max(total, 1e-12))}
 
 
 def ndcg(scores: np.ndarray, gains: np.ndarray, k: int = 10) -> np.ndarray:
@@ -78,20 +124,25 @@ def ndcg(scores: np.ndarray, gains: np.ndarray, k: int = 10) -> np.ndarray:
     return found / np.maximum(best, 1e-12)
 
 
+def scores(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """text->video+audio by the sum of cosines, (queries, clips)."""
+    clips = sum(np.where(rows[name][1][:, None], rows[name][0], 0) for name in ("video", "audio"))
+    return rows["text"][0] @ clips.T
+
+
 def describe(path: Path, store: str, cache: dict) -> dict[str, float]:
-    """:func:`gaps` of an evaluation's npz, and ``nDCG@10`` of text->video+audio (sum of cosines) by
-    the :func:`relevance` of captions; cache: {store: relevance}."""
+    """:func:`gaps` of an evaluation's npz; with its captions also :func:`clusters` and ``nDCG@10``
+    of text->video+audio (sum of cosines) by their :func:`relevance`. cache: {store: words}."""
     rows = load(path)
     found = gaps(rows)
     if store not in cache:
         try:
-            cache[store] = relevance(list(Store(Path(store)).texts()))
+            cache[store] = words_of(list(Store(Path(store)).texts()))
         except (StoreError, OSError):
             cache[store] = None
-    gains = cache[store]
-    if gains is None or len(rows) < 3 or len(rows["text"][0]) != len(gains):
+    has = cache[store]
+    if has is None or len(rows) < 3 or len(rows["text"][0]) != len(has):
         return found
-    text, there = rows["text"]
-    scores = sum(np.where(rows[n][1][:, None], rows[n][0], 0) for n in ("video", "audio")) @ text.T
-    found["nDCG@10"] = float(100 * ndcg(scores.T[there], gains[there]).mean())
-    return found
+    there = rows["text"][1]
+    found["nDCG@10"] = float(100 * ndcg(scores(rows)[there], relevance(has)[there]).mean())
+    return found | clusters(rows, has)

@@ -26,13 +26,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mcn_ext.study import run
-from mcn_ext.study.cost import WORD_DIM, training_flops
+from mcn_ext.study import japanese, run
+from mcn_ext.study.cost import BASELINE, clips_and_inputs, training_flops
 from mcn_ext.train import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = ("AV_T", "VT_A", "AT_V")
-BASELINE = "AVT"
 # Flags that change the objective: a variant with one of them gets a baseline of its own.
 OBJECTIVE = (
     "loss n_candidates temperature learn_temperature margin similarity cluster_weight "
@@ -112,6 +111,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="put before the training scripts, such as 'torchrun --nproc_per_node 4'",
     )
     add(
+        "--media",
+        type=Path,
+        metavar="DIR",
+        help="video files of evaluation clips, named by clip id: the report shows frames",
+    )
+    japanese.add_flag(parser)
+    add(
         "--predict",
         action="store_true",
         help="only say, in seconds, which pair the data's raw features would put first",
@@ -183,44 +189,6 @@ def get_cells(args: argparse.Namespace, settings: argparse.Namespace) -> list[di
         paths = {"data": str(folder / "train.h5"), "youcook2": str(folder / "eval.h5")}
         cells.append({"name": name, **paths, **dials})
     return cells
-
-
-def clips_and_inputs(cell: dict, settings: argparse.Namespace) -> tuple[int, dict]:
-    """Clips of an epoch, and MCN's arguments about what it reads."""
-    from mcn_ext.data.clips import missing_inputs
-    from mcn_ext.data.store import Store, StoreError
-    from mcn_ext.data.store_file import same_encoder
-    from mcn_ext.train.inputs import audio_streams
-
-    audio, text = audio_streams(settings), settings.text
-    try:
-        stores = [Store(Path(cell[name])) for name in ("data", "youcook2")]
-    except StoreError as error:
-        raise SystemExit(str(error)) from None
-    store = stores[0]
-    inputs = {
-        "video_dims": store.streams("V"),
-        "audio_dims": {name: store.dims.get(name) for name in audio},
-        "text": text,
-        "word_dim": store.text_dims.get(text, WORD_DIM),
-    }
-    # What evaluation reads must be what training reads, and in the same widths.
-    for sizes, store in zip((None, inputs | {"modalities": BASELINE}), stores, strict=True):
-        if lack := missing_inputs(store, BASELINE, audio, text, sizes):
-            raise SystemExit(f"{store.path}: {lack}")
-    if text != "words" and same_encoder(*(store.text_model(text) for store in stores)) is False:
-        raise SystemExit(
-            f"{store.path}: its caption features {text!r} are of another encoder than those of "
-            f"{stores[0].path}"
-        )
-    store = stores[0]
-    videos, batch = int((store.caption_counts() > 0).sum()), settings.batch_size
-    if videos < batch:
-        raise SystemExit(
-            f"--batch_size {batch}: {store.path} has {videos} videos with captions; use "
-            f"--batch_size {videos} or less"
-        )
-    return videos // batch * batch * settings.n_pair, inputs
 
 
 def get_methods(args, settings, variants: dict[str, str], clips: int, inputs: dict) -> list[dict]:
@@ -353,6 +321,8 @@ def write_json(out: Path, given: dict, variants: dict[str, str], **content) -> N
 def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args, rest = get_parser().parse_known_args(words)
+    if args.language == "ja":
+        japanese.font()  # before any training: is there one?
     variants = {"": "--stage1_encoders frozen", "finetune": "--stage1_encoders finetune"}
     variants = {n: v for n, v in variants.items() if (n or "frozen") in args.stage1_encoders}
     for text in args.variant:
@@ -366,6 +336,11 @@ def main(argv=None) -> int:
     settings = stage_args(1, rest + (["--data", str(args.data)] if args.data else []))
     cells = get_cells(args, settings)
     settings = stage_args(1, [*rest, "--data", cells[0]["data"]])
+    media = None
+    if args.media:
+        from mcn_ext.study.examples import find
+
+        media = find(args.media, Path(cells[0]["youcook2"]))
     if not args.show:
         from mcn_ext.study.predict import with_probes
 
@@ -394,7 +369,7 @@ def main(argv=None) -> int:
         failed = run.run(chains, args.out, args.jobs, lock)
     from mcn_ext.study import report
 
-    print(report.write(args.out))
+    print(report.write(args.out, args.language, media))
     for message in failed:
         print(f"FAILED: {message}", file=sys.stderr)
     return int(bool(failed))

@@ -15,10 +15,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mcn_ext.study import figures, tables
+from mcn_ext.study import examples, figures, tables
 from mcn_ext.study.bootstrap import compare_ranks
 from mcn_ext.study.statistics import MAIN, Study, mean
-from mcn_ext.train.curves import _pyplot, _save
 from mcn_ext.train.log import write_text
 
 
@@ -26,10 +25,10 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}" if isfinite(value) else "-"
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray, digits: int = 1) -> str:
     """Mean ± standard deviation (n - 1) over seeds."""
-    deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return number(mean(values)) + deviation
+    deviation = f" ± {number(values.std(ddof=1), digits)}" if len(values) > 1 else ""
+    return number(mean(values), digits) + deviation
 
 
 # ---------------------------------------------------------------------------------- two formats
@@ -125,25 +124,22 @@ def _context(study: Study) -> dict:
     }
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, language: str = "en", media: dict[str, list[Path]] | None = None) -> Path:
     """Report the study in ``folder``, finished or not; returns the path of report.html.
 
-    ``folder``/figures gets each figure as PNG and PDF, each table as CSV and LaTeX.
+    ``folder``/figures gets each figure as PNG and PDF, each table as CSV and LaTeX, labelled in
+    ``language``. media: {clip id: its video files}, to show frames.
 
     Raises :class:`mcn_ext.study.statistics.StudyError` if study.json cannot be read.
     """
-    study, plt = Study(Path(folder)), _pyplot()
-    figures_in = study.root / "figures"
-    shutil.rmtree(figures_in, ignore_errors=True)  # those of an earlier state
-    names = ("winners", "noise") if study.grid else ("recall", "differences")
-    pictures = []
-    for name in names if plt else ():
-        with plt.rc_context(figures.STYLE):
-            if figure := getattr(figures, name)(plt, study):
-                figures_in.mkdir(exist_ok=True)
-                pictures.append(_save(figure, figures_in / f"{name}.png"))
-                figure.savefig(figures_in / f"{name}.pdf")
-                plt.close(figure)
-    page = render(study.root, pictures, **_context(study))
-    tables.export(page.with_suffix(".md").read_text(), figures_in)
+    study = Study(Path(folder))
+    folder = study.root / "figures"
+    shutil.rmtree(folder, ignore_errors=True)  # those of an earlier state
+    names = ("winners", "noise") if study.grid else ("recall", "differences", "losses")
+    drawn = [figures.save(folder / n, language, getattr(figures, n), study) for n in names]
+    found = examples.choose(study)
+    if media and found:
+        drawn.append(figures.save(folder / "examples", language, examples.draw, found, media))
+    page = render(study.root, list(filter(None, drawn)), **_context(study), examples=found)
+    tables.export(page.with_suffix(".md").read_text(), folder, language)
     return page

@@ -126,6 +126,17 @@ class Run:
         self.first = RunFolder(root / entry["stage1"]) if entry.get("stage1") else None
         self.stages = [self.first, self.final] if self.first else [self.final]
 
+    def loss_of(self, pair: tuple[str, str]) -> list[tuple[int, float]]:
+        """(clips seen, contrastive loss) of two modalities, over the stages that train them."""
+        points, before = [], 0
+        for stage in self.stages:
+            keys = {f"contrastive_{'_'.join(names)}" for names in (pair, pair[::-1])}
+            for row in stage.log:
+                for key in keys & row.keys():
+                    points.append((before + row["step"] * stage.clips_per_step, float(row[key])))
+            before += stage.clips
+        return points
+
     @property
     def name(self) -> str:
         return f"{self.cell + ': ' if self.cell else ''}{self.label}, seed {self.seed}"
@@ -143,6 +154,7 @@ class Study:
             )
         self.command = spec.get("command") or "python -m mcn_ext.study"
         self.cells = spec.get("cells") or [{"name": ""}]
+        self.flags_given = spec.get("flags") or {}
         self.grid = len(self.cells) > 1
         self.runs = [Run(self.root, entry) for entry in spec.get("runs", [])]
         if not self.grid:  # a single noise level is a plain study; its name says nothing

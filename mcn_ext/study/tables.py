@@ -8,6 +8,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from mcn_ext.study import japanese
+
 LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -71,9 +73,11 @@ def latex(rows: list[list[tuple[str, bool]]]) -> str:
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def export(markdown: str, folder: Path) -> None:
-    """Write NAME.csv and NAME.tex of each table into ``folder``."""
+def export(markdown: str, folder: Path, language: str = "en") -> None:
+    """Write NAME.csv and NAME.tex of each table into ``folder``, labelled in ``language``."""
     for name, rows in tables(markdown).items():
+        if language == "ja":
+            rows = [[(japanese.translate(text), bold) for text, bold in row] for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([text for text, _ in row] for row in rows)

@@ -1,0 +1,121 @@
+"""``--language ja``: labels of figures and tables in Japanese, for slides and theses."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+# Regular expressions -> Japanese, in this order: whole phrases before the words in them.
+PHRASES = {
+    r"Best order by (.+) R@10, %": r"R@10 が最良の順序 (\1、%)",
+    r"(.+) R@10 minus that of (.+), points": r"R@10、\2 との差 (\1、ポイント)",
+    r"([+-][\d.]+) over (\w+)": r"\2 との差 \1",
+    r"(\d+)% of clips misaligned": r"ずれたクリップ \1%",
+    r"R@10, row minus column": "R@10、行 − 列",
+    r"best two-stage order": "最良の順序",
+    r"its margin over the next": "次の順序との差",
+    r"predicted best was best": "最良の予測の的中",
+    r"pairs that do not belong together, at most: ": "対応しない組の割合の上限: ",
+    r"effective rank: ": "実効ランク: ",
+    r"found first": "1 位",
+    r"query -> candidates": "クエリ → 候補",
+    r"difference, simultaneous 95 % interval|difference \(95 %\)": "差 (95 % 同時信頼区間)",
+    r"change \(95 % interval\)": "変化 (95 % 信頼区間)",
+    r"R@10 after stage 1": "第一段階後の R@10",
+    r"after stage 2": "第二段階後",
+    r"p \(step-down\)": "p 値 (ステップダウン)",
+    r"tau, unseen cells": "τ (未知の設定)",
+    r"Kendall's tau": "ケンドールの τ",
+    r"one stage, (\d+) epochs?": r"一段階、\1 エポック",
+    r"([AVT]+) then ([AVT])\b": r"\1 → \2",
+    r"contrastive loss": "対照損失",
+    r"training seconds": "学習時間 (秒)",
+    r"training FLOPs": "学習の FLOPs",
+    r"steps skipped": "飛ばしたステップ",
+    r"live clusters": "使用中のクラスタ",
+    r"largest cluster": "最大のクラスタ",
+    r"video noise": "映像のノイズ",
+    r"audio noise": "音声のノイズ",
+    r"two stages": "二段階",
+    r"one stage": "一段階",
+    r"stage (\d)": r"第 \1 段階",
+    r"search by": "検索",
+    r" alone\b": "のみ",
+    r" minus ": " − ",
+    r"->": "→",
+}
+WORDS = {
+    "text": "テキスト",
+    "video": "映像",
+    "audio": "音声",
+    "frozen": "固定",
+    "finetune": "微調整",
+    "finetuned": "微調整",
+    "sum": "和",
+    "mean": "平均",
+    "bank": "バンク",
+    "chance": "偶然の水準",
+    "method": "手法",
+    "study": "実験",
+    "seeds": "シード数",
+    "epoch": "エポック",
+    "epochs": "エポック",
+    "clips": "クリップ数",
+    "higher": "上位",
+    "lower": "下位",
+    "detectable": "検出可能な差",
+    "direction": "方向",
+    "gap": "ギャップ",
+    "matched": "対応",
+    "within": "内部",
+    "words": "単語の情報",
+    "mixed": "モダリティの混合",
+    "query": "クエリ",
+    "rank": "順位",
+    "second": "2 位",
+    "third": "3 位",
+    "probe": "指標",
+    "predicted": "予測",
+    "measured": "測定",
+    "cell": "設定",
+    "data": "データ",
+}
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--language",
+        choices=("en", "ja"),
+        default="en",
+        help="of the labels in figures and tables: English, or Japanese (en)",
+    )
+
+
+def font() -> dict:
+    """matplotlib's settings for a Japanese font; SystemExit without the package that has it."""
+    try:
+        import matplotlib_fontja  # registers IPAexGothic
+    except ImportError:
+        raise SystemExit("--language ja: pip install matplotlib-fontja (a Japanese font)") from None
+    return {"font.family": matplotlib_fontja.matplotlib_fontja.FONT_NAME}
+
+
+def translate(text: str) -> str:
+    """A label in Japanese; names of yours, and what has no translation, stay."""
+    for english, japanese in PHRASES.items():
+        text = re.sub(english, japanese, text)
+    # Not within a name such as v0.5-a2-mean or my_sum.
+    return re.sub(r"(?<![\w-])[a-z]+(?![\w-])", lambda m: WORDS.get(m[0], m[0]), text)
+
+
+def label(figure) -> None:
+    """Translate all texts of a matplotlib figure."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedLocator
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_locator(), FixedLocator):  # names, not numbers
+            names = [translate(text.get_text()) for text in axis.get_ticklabels()]
+            axis.set_ticks(axis.get_majorticklocs(), names)
+    for text in figure.findobj(Text):
+        text.set(text=translate(text.get_text()), fontweight="normal")  # the font has no bold

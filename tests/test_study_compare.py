@@ -1,0 +1,196 @@
+"""Studies side by side, the queries on which orders disagree, Japanese labels."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from mcn_ext.prepare import demo
+from mcn_ext.study import compare, examples, japanese, report
+from mcn_ext.study.statistics import MAIN, Study
+from tests.test_decode import make_media
+from tests.test_study_report import METHODS, write_study
+
+pytestmark = pytest.mark.slow
+NAMES = ("video", "audio", "text")
+
+
+def write(root, flags, quality, **options):
+    write_study(root, **options, quality=lambda cell, method: quality)
+    spec = json.loads((root / "study.json").read_text())
+    (root / "study.json").write_text(json.dumps(spec | {"flags": flags}))
+    return root
+
+
+@pytest.fixture
+def two(tmp_path):
+    """With another flag, the same methods are far better."""
+    return [
+        write(tmp_path / "a" / "plain", {"cluster_weight": "1", "lr": "0.1"}, 0.5),
+        write(tmp_path / "b" / "without", {"cluster_weight": "0", "lr": "0.1"}, 3.0),
+    ]
+
+
+# ----------------------------------------------------------------------------------- compare
+def test_a_flag_that_helps(two, tmp_path, capsys):
+    words = [*map(str, two), "--out", str(tmp_path / "out"), "--language", "ja"]
+    assert compare.main(words) == 0
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "- --cluster_weight: 1, 0\n" in text and "--lr" not in text
+    assert text in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/compare.json").read_text())
+    (row,) = [r for r in found["R@10"] if (r["method"], r["fusion"]) == ("VT_A", "bank")]
+    studies = {folder.name: Study(folder) for folder in two}
+    direction = f"{MAIN} (bank)"
+    means = {name: s.values("VT_A", direction=direction) for name, s in studies.items()}
+    assert row["values"] == {name: of.tolist() for name, of in means.items()}
+    (pair,) = row["pairs"]
+    assert (pair["a"], pair["b"]) == ("without", "plain") and pair["significant"]
+    gain = means["without"].mean() - means["plain"].mean()
+    assert pair["difference"] == pytest.approx(gain, abs=1e-3) and gain > 10
+    with open(tmp_path / "out/figures/differences.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:3] == ["手法", "検索", "of"] and rows[0][2] == "without − plain"
+    for kind in ("png", "pdf"):
+        assert (tmp_path / f"out/figures/compare.{kind}").stat().st_size > 1000
+
+
+def test_what_cannot_be_compared(two, tmp_path, no_pictures):
+    out = ["--out", str(tmp_path / "out")]
+    other = write(tmp_path / "c" / "other", {}, 1.0, methods=["AVT-30"], seeds=[7])
+    grid = write(tmp_path / "grid", {}, 1.0, cells=[{"name": "v0"}, {"name": "v1"}])
+    for folders, message in (
+        (two[:1], "two studies or more"),
+        ([two[0], two[0]], "folders of different names"),
+        ([two[0], tmp_path], "study.json: not a study"),
+        ([two[0], grid], "a grid of noise"),
+        ([two[0], other], "with the same seed in two studies"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            compare.main([*map(str, folders), *out])
+    assert not (tmp_path / "out").exists()
+    for run in two[1].glob("runs/*/*/metrics.json"):
+        run.unlink()
+    with pytest.raises(SystemExit, match="no run of it has been evaluated"):
+        compare.main([*map(str, two), *out])
+
+
+# ---------------------------------------------------------------------------------- examples
+@pytest.fixture(scope="module")
+def with_captions(tmp_path_factory):
+    """A study evaluated on the demo data, with embeddings in which each order is right on another
+    tenth of the queries."""
+    root = tmp_path_factory.mktemp("captions")
+    demo.prepare(root, videos=1)
+    n, rng = demo.N_EVAL, np.random.default_rng(0)
+    methods = ["AV_T", "VT_A", "AVT-30"]
+    write_study(root, methods=methods, seeds=[4, 2], n=n)
+    right = {method: np.arange(n) % 10 == i for i, method in enumerate(methods)}
+    for run in root.glob("runs/*/*"):
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics["youcook2"]["data"] = str(root / "eval.h5")
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        if run.name in right:
+            rows = rng.normal(size=(n, 16))
+            wrong = np.where(right[run.name][:, None], rows, np.roll(rows, 1, axis=0))
+            of = {"video": rows, "audio": rows, "text": wrong}
+            arrays = dict(np.load(run / "youcook2.npz"))
+            arrays |= {f"embedding:{name}": of[name].astype(np.float16) for name in NAMES}
+            arrays |= {f"valid:{name}": np.ones(n, bool) for name in NAMES}
+            ranks = np.where(right[run.name], 1, 50)
+            np.savez(run / "youcook2.npz", **arrays | {f"rank:{MAIN}": ranks})
+    return root
+
+
+def test_queries_at_which_an_order_is_ahead(with_captions):
+    study = Study(with_captions)
+    found = examples.choose(study)
+    methods = [*study.best_by_order(), "AVT-30"]
+    assert [e["clip"] % 10 for e in found] == [("AV_T", "VT_A", "AVT-30").index(m) for m in methods]
+    for ahead, example in zip(methods, found, strict=True):
+        for method, answer in zip(methods, example["answers"], strict=True):
+            first, caption = answer["found"][0]
+            assert answer["label"] == METHODS[method][0] and len(answer["found"]) == 3
+            assert (first == example["clip"], answer["rank"]) == (
+                (True, 1) if method == ahead else (False, 50)
+            )
+            assert (caption == example["caption"]) or method != ahead
+    text = report.write(with_captions).with_name("report.md").read_text()
+    assert (
+        f"| {found[0]['caption']} | {study.labels[methods[0]]} | 1 | **{found[0]['caption']}**"
+        in text
+    )
+    assert "Ranks and clips are of seed 2" in text
+
+
+def test_frames_of_what_is_found(with_captions, tmp_path):
+    found = examples.choose(Study(with_captions))
+    store = with_captions / "eval.h5"
+    names = [name for name in examples.Store(store).ids()]
+    (tmp_path / "media").mkdir()
+    grey = np.full((48, 64, 3), 120, np.uint8)
+    for example in found:
+        file = tmp_path / "media" / f"{names[example['clip']]}.mp4"
+        make_media(file, times=[0, 5, 10], pictures=[grey] * 3)
+    media = examples.find(tmp_path / "media", store)
+    assert set(media) == {names[example["clip"]] for example in found}
+    text = report.write(with_captions, media=media).read_text()
+    assert (with_captions / "figures/examples.png").exists() and 'alt="The query' in text
+    (tmp_path / "other").mkdir()
+    make_media(tmp_path / "other" / "x.mp4", times=[0, 1])
+    with pytest.raises(SystemExit, match="none of its 1 videos is named as a clip of"):
+        examples.find(tmp_path / "other", store)
+
+
+def test_no_examples_without_captions_or_embeddings(tmp_path, no_pictures):
+    root = write_study(tmp_path, seeds=[0])
+    assert examples.choose(Study(root)) == []
+    assert "disagree" not in report.write(root).read_text()
+
+
+# ---------------------------------------------------------------------------------- Japanese
+@pytest.mark.parametrize(
+    ("english", "expected"),
+    [
+        ("AV then T, finetune", "AV → T, 微調整"),
+        ("one stage, 23 epochs", "一段階、23 エポック"),
+        ("text->video+audio R@10, %", "テキスト→映像+音声 R@10, %"),
+        ("+3.1 over AV_T", "AV_T との差 +3.1"),
+        ("difference, simultaneous 95 % interval", "差 (95 % 同時信頼区間)"),
+        ("my_sum v0.5-text", "my_sum v0.5-text"),
+    ],
+)
+def test_labels_in_japanese(english, expected):
+    assert japanese.translate(english) == expected
+
+
+def test_the_report_in_japanese(tmp_path):
+    root = write_study(tmp_path, seeds=[0, 1])
+    report.write(root, "ja")
+    with open(root / "figures/result-text-video-audio.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:2] == ["手法", "シード数"] and rows[0][0] == "AV → T, 固定"
+    assert "AV then T, frozen" in (root / "report.md").read_text()  # the page stays English
+
+
+def test_every_label_of_a_figure_is_translated():
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots()
+    axis.set_yticks([0, 1], ["VT then A, frozen", "chance"])
+    axis.set(xlabel="video noise", title="sum")
+    axis.plot([0, 1], label="one stage, 30 epochs")
+    axis.legend()
+    japanese.label(figure)
+    figure.canvas.draw()
+    texts = {text.get_text() for text in figure.findobj(plt.Text)}
+    assert {"VT → A, 固定", "偶然の水準", "映像のノイズ", "和", "一段階、30 エポック"} <= texts
+    plt.close(figure)
+
+
+def test_a_font_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib_fontja", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib-fontja"):
+        japanese.font()
