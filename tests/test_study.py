@@ -139,9 +139,9 @@ def fake(folder, code="pass", complete=True):
     return folder, [[sys.executable, "-c", "pass"], [sys.executable, "-c", done]]
 
 
-def run_chains(out, *chains):
+def run_chains(out, *chains, keep_epochs=False):
     with run.only_one(out) as lock:
-        return run.run(list(chains), out, 1, lock)
+        return run.run(list(chains), out, 1, lock, keep_epochs)
 
 
 def test_a_failure_ends_its_own_chain_alone_and_finished_runs_are_skipped(tmp_path):
@@ -154,6 +154,17 @@ def test_a_failure_ends_its_own_chain_alone_and_finished_runs_are_skipped(tmp_pa
     assert run_chains(tmp_path, [fake(a), fake(b), fake(c)], [fake(d)]) == []
     assert (tmp_path / "order.txt").read_text() == "a d b c "
     assert len(run_chains(tmp_path, [fake(tmp_path / "e", complete=False)])) == 1
+
+
+@pytest.mark.parametrize("keep_epochs", [False, True])
+def test_weights_of_epochs_go_once_a_run_is_evaluated(tmp_path, keep_epochs):
+    files = [tmp_path / name / file for name in "ab" for file in ("epoch-01.pt", "checkpoint.pt")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    chain = [fake(tmp_path / "a"), fake(tmp_path / "b", complete=False)]
+    assert len(run_chains(tmp_path, chain, keep_epochs=keep_epochs)) == 1  # b has failed
+    assert [file.exists() for file in files] == [keep_epochs, True, True, True]
 
 
 PROGRAM = """
@@ -173,7 +184,7 @@ time.sleep(3)
 save()
 ''', str(out)]
 with run.only_one(out) as lock:
-    run.run([[(out / "run", [child])]], out, 1, lock)
+    run.run([[(out / "run", [child])]], out, 1, lock, False)
 """
 
 

@@ -106,6 +106,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--videos", type=positive(int), default=256, help="training videos of --noise's data (256)")
     add("--jobs", type=positive(int), default=1, help="chains at a time; they share the cores (1)")
     add(
+        "--keep_epochs",
+        action="store_true",
+        help="keep the weights of all epochs; else, once a run is evaluated, the last alone",
+    )
+    add(
         "--launch",
         default="",
         help="put before the training scripts, such as 'torchrun --nproc_per_node 4'",
@@ -366,7 +371,7 @@ def main(argv=None) -> int:
     with run.only_one(args.out) as lock:
         write_json(args.out, given, variants, command=command, cells=cells, runs=entries)
         print(f"{args.out}: {len(entries)} runs to compare, {len(chains)} chains", flush=True)
-        failed = run.run(chains, args.out, args.jobs, lock)
+        failed = run.run(chains, args.out, args.jobs, lock, args.keep_epochs)
     from mcn_ext.study import report
 
     print(report.write(args.out, args.language, media))

@@ -95,12 +95,13 @@ def unfinished(chain: list) -> list:
     return []
 
 
-def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
+def run(chains: list[list], out: Path, jobs: int, lock: Path, keep_epochs: bool) -> list[str]:
     """Run what is not finished, ``jobs`` chains at a time; returns a message for each failure.
 
     chains: lists of (run folder in ``out``, its commands); each run needs those before it. A
-    command that fails ends its chain alone. On SIGTERM, SIGINT or SIGUSR1 all runs save and end,
-    then SystemExit.
+    command that fails ends its chain alone. An evaluated run keeps the weights of its last epoch
+    alone, unless ``keep_epochs``. On SIGTERM, SIGINT or SIGUSR1 all runs save and end, then
+    SystemExit.
     """
     todo, total = list(filter(None, map(unfinished, chains))), sum(map(len, chains))
     left, begin = sum(map(len, todo)), time.monotonic()
@@ -153,6 +154,8 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path) -> list[str]:
                         )
                         print(f"FAILED: {failed[-1]}", flush=True)
                     return
+            for file in () if keep_epochs else folder.glob("epoch-*.pt"):
+                file.unlink()  # checkpoint.pt has the last; dozens of runs would fill a disk
             left -= 1
             minutes = (time.monotonic() - begin) / 60
             print(f"{total - left} of {total} runs done, {folder}; {minutes:.1f} min", flush=True)
