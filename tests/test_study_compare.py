@@ -190,6 +190,14 @@ def test_every_label_of_a_figure_is_translated():
     plt.close(figure)
 
 
+def test_the_font_is_that_of_these_figures_alone():
+    import matplotlib
+
+    before = matplotlib.rcParams["font.family"]
+    assert japanese.font() == {"font.family": "IPAexGothic"}
+    assert matplotlib.rcParams["font.family"] == before
+
+
 def test_a_font_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib_fontja", None)
     with pytest.raises(SystemExit, match="pip install matplotlib-fontja"):

@@ -172,7 +172,7 @@ def draw(plt, studies: dict[str, Study], rows: list[dict]):
         axis.errorbar([x[name] for name in row["values"]], means, errors, capsize=2, **style)
     for axis, fusion in zip(axes[0], fusions, strict=True):
         axis.set_xticks(range(len(x)), list(x))
-        axis.set_title(fusion)
+        axis.set(title=fusion, xlim=(-0.4, len(x) - 0.6))
     axes[0, 0].set_ylabel(f"{MAIN} R@10, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), **figures.BELOW)
     return figure

@@ -96,6 +96,8 @@ def draw(plt, examples: list[dict], media: dict[str, list[Path]]):
                 spine.set(visible=True, color="tab:green" if right else "tab:red", linewidth=2)
             if (picture := frame(clip)) is not None:
                 axis.imshow(picture)
+            else:
+                axis.text(0.5, 0.5, "no video", ha="center", fontsize=8)
             text = "\n".join(textwrap.wrap(textwrap.shorten(printable(caption), 70), 32))
             axis.set_xlabel(text, fontsize=7, parse_math=False)
             axis.set_title(answer["label"], fontsize=8)

@@ -17,6 +17,7 @@ PHRASES = {
     r"predicted best was best": "最良の予測の的中",
     r"pairs that do not belong together, at most: ": "対応しない組の割合の上限: ",
     r"effective rank: ": "実効ランク: ",
+    r"no video": "映像なし",
     r"found first": "1 位",
     r"query -> candidates": "クエリ → 候補",
     r"difference, simultaneous 95 % interval|difference \(95 %\)": "差 (95 % 同時信頼区間)",
@@ -94,7 +95,10 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 def font() -> dict:
     """matplotlib's settings for a Japanese font; SystemExit without the package that has it."""
     try:
-        import matplotlib_fontja  # registers IPAexGothic
+        import matplotlib
+
+        with matplotlib.rc_context():  # it also makes its font that of all figures
+            import matplotlib_fontja
     except ImportError:
         raise SystemExit("--language ja: pip install matplotlib-fontja (a Japanese font)") from None
     return {"font.family": matplotlib_fontja.matplotlib_fontja.FONT_NAME}
