@@ -178,14 +178,15 @@ def test_the_report_in_japanese(tmp_path):
 def test_every_label_of_a_figure_is_translated():
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots()
-    axis.set_yticks([0, 1], ["VT then A, frozen", "chance"])
-    axis.set(xlabel="video noise", title="sum")
-    axis.plot([0, 1], label="one stage, 30 epochs")
-    axis.legend()
-    japanese.label(figure)
-    figure.canvas.draw()
-    texts = {text.get_text() for text in figure.findobj(plt.Text)}
+    with plt.rc_context(japanese.font()):
+        figure, axis = plt.subplots()
+        axis.set_yticks([0, 1], ["VT then A, frozen", "chance"])
+        axis.set(xlabel="video noise", title="sum")
+        axis.plot([0, 1], label="one stage, 30 epochs")
+        axis.legend()
+        japanese.label(figure)
+        figure.canvas.draw()
+        texts = {text.get_text() for text in figure.findobj(plt.Text)}
     assert {"VT → A, 固定", "偶然の水準", "映像のノイズ", "和", "一段階、30 エポック"} <= texts
     plt.close(figure)
 

@@ -246,19 +246,26 @@ class Study:
 
     def probes(self, cell: dict) -> dict[str, dict[str, float]]:
         """{probe: {pair: number}} of a cell, the higher the cleaner: those noted before training
-        (predict.py), and "loss": 1 less stage 1's contrastive loss after one epoch over 2 log N,
-        the loss of equal logits, mean of the seeds."""
-        found = dict(cell.get("probes") or {})
-        losses: dict[str, dict[int, float]] = {}
+        (predict.py); "loss": 1 less stage 1's contrastive loss after one epoch over 2 log N, the
+        loss of equal logits; "stage1": R@10 of the pair after stage 1, mean of both directions. The
+        latter two are means of the seeds."""
+        found = {probe: dict(scores) for probe, scores in (cell.get("probes") or {}).items()}
+        values: dict[tuple[str, str], dict[int, float]] = {}
         for run in self.runs:
             if run.cell == (cell["name"] if self.grid else "") and run.first:
+                pair, clips = run.order[:2], run.first.clips_per_step
                 rows = [row for row in run.first.log if "total" in row]
                 # The last of epoch 1; an epoch may be shorter than --log_every.
-                row = ([row for row in rows if row.get("epoch") == 1][-1:] or rows[:1] or [None])[0]
-                if row and run.first.clips_per_step > 1:
-                    scale = 2 * log(run.first.clips_per_step)
-                    losses.setdefault(run.order[:2], {})[run.seed] = row["contrastive"] / scale
-        found["loss"] = {pair: 1 - mean(values.values()) for pair, values in losses.items()}
+                rows = [row for row in rows if row.get("epoch") == 1][-1:] or rows[:1]
+                if rows and clips > 1:
+                    loss = 1 - rows[0]["contrastive"] / (2 * log(clips))
+                    values.setdefault(("loss", pair), {})[run.seed] = loss
+                a, b = (MODALITIES[letter].name for letter in pair)
+                both = mean(run.first.recall(way) for way in (f"{a}->{b}", f"{b}->{a}"))
+                if isfinite(both):
+                    values.setdefault(("stage1", pair), {})[run.seed] = both
+        for (probe, pair), of in values.items():
+            found.setdefault(probe, {})[pair] = mean(of.values())
         return {probe: scores for probe, scores in found.items() if len(scores) == 3}
 
     def predictions(self) -> list[dict]:
