@@ -13,6 +13,7 @@ from mcn_ext.evaluation.metrics import summarize
 from mcn_ext.modalities import MODALITIES
 from mcn_ext.study import report, tables
 from mcn_ext.study.bootstrap import compare_family, paired_bootstrap, recall_interval
+from mcn_ext.study.predict import predictions, predictive_power
 from mcn_ext.study.statistics import MAIN, Study, StudyError
 
 pytestmark = pytest.mark.slow
@@ -270,10 +271,10 @@ def test_what_was_predicted_before_training(tmp_path, monkeypatch):
         quality=lambda cell, method: best[cell["name"]][method],
     )
     study = Study(root)
-    by_sum = [r for r in study.predictions() if (r["probe"], r["fusion"]) == ("knn", "sum")]
+    by_sum = [r for r in predictions(study) if (r["probe"], r["fusion"]) == ("knn", "sum")]
     assert [r["tau"] for r in by_sum] == [1, 1, -1]
     assert by_sum[0]["predicted"] == by_sum[0]["measured"] == ["VT_A", "AT_V", "AV_T"]
-    power = study.predictive_power()
+    power = predictive_power(study)
     (power,) = [p for p in power if (p["probe"], p["fusion"]) == ("knn", "sum")]
     assert (power["probe"], power["hits"], power["n"]) == ("knn", 2, 3)
     # Each cell by the others' sign: +1 +1 of (1 - 1 = 0, so undecided), and -1 of +2.
@@ -284,7 +285,7 @@ def test_what_was_predicted_before_training(tmp_path, monkeypatch):
     for log in root.glob("v0/seed0/stage1-*/log.jsonl"):  # VT's first epoch ends lowest
         loss = {"VT": 2.0, "AT": 4.0, "AV": 6.0}[log.parent.name[-2:]]
         log.write_text(json.dumps({"step": 8, "epoch": 1, "total": 1, "contrastive": loss}) + "\n")
-    by_loss = [r for r in Study(root).predictions() if r["probe"] == "loss"]
+    by_loss = [r for r in predictions(Study(root)) if r["probe"] == "loss"]
     # Elsewhere the logs are the same for all pairs.
     assert {(r["cell"], r["tau"]) for r in by_loss} == {("v0", 1.0), ("v1", 0.0), ("v2", 0.0)}
 

@@ -21,13 +21,16 @@ import argparse
 import json
 import re
 import time
-from itertools import combinations
+from itertools import combinations, product
+from math import isfinite, log, nan
 from pathlib import Path
 
 import numpy as np
 
 from mcn_ext.data.clips import ClipReader, TrainingClips, missing_inputs
 from mcn_ext.data.store import Store, StoreError
+from mcn_ext.modalities import MODALITIES
+from mcn_ext.study.statistics import Study, mean
 from mcn_ext.train.inputs import audio_streams
 
 CLIPS, DIMENSIONS, K = 2000, 128, 10
@@ -222,3 +225,69 @@ def with_probes(cells: list[dict], settings: argparse.Namespace, file: Path) -> 
         print(f"{cell['data']}:\n{report(found, time.monotonic() - begin)}", flush=True)
         out.append(cell | {"probes": found})
     return out
+
+
+# ------------------------------------------------------------------- how often the prediction held
+def probes_of(study: Study, cell: dict) -> dict[str, dict[str, float]]:
+    """{probe: {pair: number}} of a cell, the higher the cleaner: those noted before training;
+    "loss": 1 less stage 1's contrastive loss after one epoch over 2 log N, the loss of equal
+    logits; "stage1": R@10 of the pair after stage 1, mean of both directions. The latter two are
+    means of the seeds."""
+    found = {probe: dict(scores) for probe, scores in (cell.get("probes") or {}).items()}
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    for run in study.runs:
+        if run.cell == (cell["name"] if study.grid else "") and run.first:
+            pair, clips = run.order[:2], run.first.clips_per_step
+            rows = [row for row in run.first.log if "total" in row]
+            # The last of epoch 1; an epoch may be shorter than --log_every.
+            rows = [row for row in rows if row.get("epoch") == 1][-1:] or rows[:1]
+            if rows and clips > 1:
+                loss = 1 - rows[0]["contrastive"] / (2 * log(clips))
+                values.setdefault(("loss", pair), {})[run.seed] = loss
+            a, b = (MODALITIES[letter].name for letter in pair)
+            both = mean(run.first.recall(way) for way in (f"{a}->{b}", f"{b}->{a}"))
+            if isfinite(both):
+                values.setdefault(("stage1", pair), {})[run.seed] = both
+    for (probe, pair), of in values.items():
+        found.setdefault(probe, {})[pair] = mean(of.values())
+    return {probe: scores for probe, scores in found.items() if len(scores) == 3}
+
+
+def predictions(study: Study) -> list[dict]:
+    """How each probe's order compares with the measured one, in each cell, kind of stage 2 and
+    fusion with all three orders: "predicted" and "measured" (best first), and Kendall's "tau"
+    (1: the same, -1: reversed)."""
+    rows = []
+    for cell in study.cells:
+        name = cell["name"] if study.grid else ""
+        families = [family for family in study.families(name) if len(family["methods"]) == 3]
+        for (probe, scores), family in product(probes_of(study, cell).items(), families):
+            measured = [study.orders[method] for method in family["methods"]]
+            recalls = {m: family["recalls"][m].mean() for m in family["methods"]}
+            recalls = {study.orders[method]: value for method, value in recalls.items()}
+            agree = [
+                np.sign(scores[a[:2]] - scores[b[:2]]) * np.sign(recalls[a] - recalls[b])
+                for a, b in combinations(measured, 2)
+            ]
+            row = {"cell": name, "probe": probe, "tau": float(np.mean(agree))}
+            row |= {key: family[key] for key in ("kind", "fusion")}
+            predicted = sorted(measured, key=lambda order: -scores[order[:2]])
+            rows.append(row | {"predicted": predicted, "measured": measured})
+    return rows
+
+
+def predictive_power(study: Study) -> list[dict]:
+    """Over all cells, for each probe, kind of stage 2 and fusion: how often ("hits" of "n") the
+    predicted best order was best, the mean "tau", and "unseen", the mean tau where the other
+    cells decide whether high or low numbers go first; NaN with one cell."""
+    rows, groups = [], {}
+    for row in predictions(study):
+        groups.setdefault((row["probe"], row["kind"], row["fusion"]), []).append(row)
+    for (probe, kind, fusion), of in groups.items():
+        taus = np.array([row["tau"] for row in of])
+        others = np.sign(taus.sum() - taus)
+        unseen = float((taus * others).mean()) if len(of) > 1 else nan
+        hits = sum(row["predicted"][0] == row["measured"][0] for row in of)
+        row = {"probe": probe, "kind": kind, "fusion": fusion, "hits": hits, "n": len(of)}
+        rows.append(row | {"tau": float(taus.mean()), "unseen": unseen})
+    return rows

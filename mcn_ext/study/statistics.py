@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import zipfile
 from functools import cached_property
-from itertools import combinations, product
-from math import isfinite, log, nan
+from itertools import product
+from math import isfinite, nan
 from pathlib import Path
 
 import numpy as np
@@ -243,68 +243,6 @@ class Study:
                 family = {"kind": self.labels[methods[0]].rpartition(", ")[2], "fusion": fusion}
                 found.append(family | {"methods": methods, "recalls": recalls, "pairs": pairs})
         return found
-
-    def probes(self, cell: dict) -> dict[str, dict[str, float]]:
-        """{probe: {pair: number}} of a cell, the higher the cleaner: those noted before training
-        (predict.py); "loss": 1 less stage 1's contrastive loss after one epoch over 2 log N, the
-        loss of equal logits; "stage1": R@10 of the pair after stage 1, mean of both directions. The
-        latter two are means of the seeds."""
-        found = {probe: dict(scores) for probe, scores in (cell.get("probes") or {}).items()}
-        values: dict[tuple[str, str], dict[int, float]] = {}
-        for run in self.runs:
-            if run.cell == (cell["name"] if self.grid else "") and run.first:
-                pair, clips = run.order[:2], run.first.clips_per_step
-                rows = [row for row in run.first.log if "total" in row]
-                # The last of epoch 1; an epoch may be shorter than --log_every.
-                rows = [row for row in rows if row.get("epoch") == 1][-1:] or rows[:1]
-                if rows and clips > 1:
-                    loss = 1 - rows[0]["contrastive"] / (2 * log(clips))
-                    values.setdefault(("loss", pair), {})[run.seed] = loss
-                a, b = (MODALITIES[letter].name for letter in pair)
-                both = mean(run.first.recall(way) for way in (f"{a}->{b}", f"{b}->{a}"))
-                if isfinite(both):
-                    values.setdefault(("stage1", pair), {})[run.seed] = both
-        for (probe, pair), of in values.items():
-            found.setdefault(probe, {})[pair] = mean(of.values())
-        return {probe: scores for probe, scores in found.items() if len(scores) == 3}
-
-    def predictions(self) -> list[dict]:
-        """How each probe's order compares with the measured one, in each cell, kind of stage 2 and
-        fusion with all three orders: "predicted" and "measured" (best first), and Kendall's "tau"
-        (1: the same, -1: reversed)."""
-        rows = []
-        for cell in self.cells:
-            name = cell["name"] if self.grid else ""
-            families = [family for family in self.families(name) if len(family["methods"]) == 3]
-            for (probe, scores), family in product(self.probes(cell).items(), families):
-                measured = [self.orders[method] for method in family["methods"]]
-                recalls = {m: family["recalls"][m].mean() for m in family["methods"]}
-                recalls = {self.orders[method]: value for method, value in recalls.items()}
-                agree = [
-                    np.sign(scores[a[:2]] - scores[b[:2]]) * np.sign(recalls[a] - recalls[b])
-                    for a, b in combinations(measured, 2)
-                ]
-                row = {"cell": name, "probe": probe, "tau": float(np.mean(agree))}
-                row |= {key: family[key] for key in ("kind", "fusion")}
-                predicted = sorted(measured, key=lambda order: -scores[order[:2]])
-                rows.append(row | {"predicted": predicted, "measured": measured})
-        return rows
-
-    def predictive_power(self) -> list[dict]:
-        """Over all cells, for each probe, kind of stage 2 and fusion: how often ("hits" of "n") the
-        predicted best order was best, the mean "tau", and "unseen", the mean tau where the other
-        cells decide whether high or low numbers go first; NaN with one cell."""
-        rows, groups = [], {}
-        for row in self.predictions():
-            groups.setdefault((row["probe"], row["kind"], row["fusion"]), []).append(row)
-        for (probe, kind, fusion), of in groups.items():
-            taus = np.array([row["tau"] for row in of])
-            others = np.sign(taus.sum() - taus)
-            unseen = float((taus * others).mean()) if len(of) > 1 else nan
-            hits = sum(row["predicted"][0] == row["measured"][0] for row in of)
-            row = {"probe": probe, "kind": kind, "fusion": fusion, "hits": hits, "n": len(of)}
-            rows.append(row | {"tau": float(taus.mean()), "unseen": unseen})
-        return rows
 
     def geometry(self) -> dict[str, dict[str, np.ndarray]]:
         """{method: {what geometry.py finds: one value for each seed}}, of the study's one cell."""
