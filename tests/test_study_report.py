@@ -271,17 +271,18 @@ def test_what_was_predicted_before_training(tmp_path, monkeypatch):
         quality=lambda cell, method: best[cell["name"]][method],
     )
     study = Study(root)
-    by_sum = [r for r in predictions(study) if (r["probe"], r["fusion"]) == ("knn", "sum")]
+    rows, of = predictions(study), ("knn", "frozen, sum")
+    by_sum = [row for row in rows if (row["probe"], row["family"]) == of]
     assert [r["tau"] for r in by_sum] == [1, 1, -1]
     assert by_sum[0]["predicted"] == by_sum[0]["measured"] == ["VT_A", "AT_V", "AV_T"]
-    power = predictive_power(study)
-    (power,) = [p for p in power if (p["probe"], p["fusion"]) == ("knn", "sum")]
+    (power,) = [p for p in predictive_power(rows) if (p["probe"], p["family"]) == of]
     assert (power["probe"], power["hits"], power["n"]) == ("knn", 2, 3)
     # Each cell by the others' sign: +1 +1 of (1 - 1 = 0, so undecided), and -1 of +2.
     assert power["tau"] == pytest.approx(1 / 3) and power["unseen"] == pytest.approx(-1 / 3)
     text = markdown(root)
-    assert "| knn | frozen | sum | 2 of 3 | 0.33 | -0.33 |" in text
-    assert "| v0 | - % | 10 % | - % |" in text
+    assert "| frozen, sum | 2 of 3; 0.33; -0.33 |" in text
+    assert "| v0 | knn | 0.600 | 0.900 | 0.700 | VT_A, AT_V, AV_T |" in text
+    assert "| v2 | frozen, sum | AV_T, AT_V, VT_A | -1.00 |" in text
     for log in root.glob("v0/seed0/stage1-*/log.jsonl"):  # VT's first epoch ends lowest
         loss = {"VT": 2.0, "AT": 4.0, "AV": 6.0}[log.parent.name[-2:]]
         log.write_text(json.dumps({"step": 8, "epoch": 1, "total": 1, "contrastive": loss}) + "\n")

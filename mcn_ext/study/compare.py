@@ -122,8 +122,9 @@ def write(out: Path, studies: dict[str, Study], language: str) -> str:
             text = f"{pair['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
             text = f"**{text}**" if pair["significant"] else text
             of = f"{pair['a']} minus {pair['b']}"
+            p = "< 0.0001" if pair["p"] < 0.0001 else f"{pair['p']:.4f}"
             detectable = f"{pair['detectable']:.1f}"
-            cells = [row["label"], row["fusion"], of, text, f"{pair['p']:.4f}", detectable]
+            cells = [row["label"], row["fusion"], of, text, p, detectable]
             body.append(cells)
     header = ["method", "search by", "of", "difference (95 %)", "p (step-down)", "detectable"]
     parts += ["## Differences", "", markdown(header, body), "", ABOUT, ""]

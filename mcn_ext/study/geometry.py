@@ -132,17 +132,19 @@ def scores(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 def describe(path: Path, store: str, cache: dict) -> dict[str, float]:
     """:func:`gaps` of an evaluation's npz; with its captions also :func:`clusters` and ``nDCG@10``
-    of text->video+audio (sum of cosines) by their :func:`relevance`. cache: {store: words}."""
+    of text->video+audio (sum of cosines) by their :func:`relevance`. cache: {store: (words,
+    relevance)}, as many runs share a store."""
     rows = load(path)
     found = gaps(rows)
     if store not in cache:
         try:
-            cache[store] = words_of(list(Store(Path(store)).texts()))
+            has = words_of(list(Store(Path(store)).texts()))
         except (StoreError, OSError):
-            cache[store] = None
-    has = cache[store]
-    if has is None or len(rows) < 3 or len(rows["text"][0]) != len(has):
+            has = np.zeros((0, 0))
+        cache[store] = has, relevance(has)
+    has, gains = cache[store]
+    if len(rows) < 3 or len(rows["text"][0]) != len(has):
         return found
     there = rows["text"][1]
-    found["nDCG@10"] = float(100 * ndcg(scores(rows)[there], relevance(has)[there]).mean())
+    found["nDCG@10"] = float(100 * ndcg(scores(rows)[there], gains[there]).mean())
     return found | clusters(rows, has)

@@ -254,9 +254,9 @@ def probes_of(study: Study, cell: dict) -> dict[str, dict[str, float]]:
 
 
 def predictions(study: Study) -> list[dict]:
-    """How each probe's order compares with the measured one, in each cell, kind of stage 2 and
-    fusion with all three orders: "predicted" and "measured" (best first), and Kendall's "tau"
-    (1: the same, -1: reversed)."""
+    """How each probe's order compares with the measured one, in each cell and "family" (kind of
+    stage 2, fusion) with all three orders: "predicted" and "measured" (best first), and Kendall's
+    "tau" (1: the same, -1: reversed)."""
     rows = []
     for cell in study.cells:
         name = cell["name"] if study.grid else ""
@@ -270,24 +270,25 @@ def predictions(study: Study) -> list[dict]:
                 for a, b in combinations(measured, 2)
             ]
             row = {"cell": name, "probe": probe, "tau": float(np.mean(agree))}
-            row |= {key: family[key] for key in ("kind", "fusion")}
+            row["family"] = f"{family['kind']}, {family['fusion']}"
             predicted = sorted(measured, key=lambda order: -scores[order[:2]])
             rows.append(row | {"predicted": predicted, "measured": measured})
     return rows
 
 
-def predictive_power(study: Study) -> list[dict]:
-    """Over all cells, for each probe, kind of stage 2 and fusion: how often ("hits" of "n") the
-    predicted best order was best, the mean "tau", and "unseen", the mean tau where the other
+def predictive_power(rows: list[dict]) -> list[dict]:
+    """Of :func:`predictions`, for each probe and family over all cells: how often ("hits" of "n")
+    the predicted best order was best, the mean "tau", and "unseen", the mean tau where the other
     cells decide whether high or low numbers go first; NaN with one cell."""
-    rows, groups = [], {}
-    for row in predictions(study):
-        groups.setdefault((row["probe"], row["kind"], row["fusion"]), []).append(row)
-    for (probe, kind, fusion), of in groups.items():
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["probe"], row["family"]), []).append(row)
+    power = []
+    for (probe, family), of in groups.items():
         taus = np.array([row["tau"] for row in of])
         others = np.sign(taus.sum() - taus)
         unseen = float((taus * others).mean()) if len(of) > 1 else nan
         hits = sum(row["predicted"][0] == row["measured"][0] for row in of)
-        row = {"probe": probe, "kind": kind, "fusion": fusion, "hits": hits, "n": len(of)}
-        rows.append(row | {"tau": float(taus.mean()), "unseen": unseen})
-    return rows
+        row = {"probe": probe, "family": family, "hits": hits, "n": len(of)}
+        power.append(row | {"tau": float(taus.mean()), "unseen": unseen})
+    return power

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from mcn_ext.study import examples, figures, tables
 from mcn_ext.study.bootstrap import compare_ranks
-from mcn_ext.study.predict import predictions, predictive_power
+from mcn_ext.study.predict import orders, predictions, predictive_power, probes_of
 from mcn_ext.study.statistics import MAIN, Study, mean
 from mcn_ext.train.log import write_text
 
@@ -118,6 +118,8 @@ def _context(study: Study) -> dict:
         "nan": nan,
         "bold_best": bold_best,
         "compare_ranks": compare_ranks,
+        "orders_of": orders,
+        "probes_of": probes_of,
         "predictions": predictions,
         "predictive_power": predictive_power,
         "chance": lambda k: 100 * min(k / study.n_queries[-1], 1),
