@@ -96,7 +96,20 @@ def main(argv=None) -> int:
         nargs="?",
         help="folder of a run or of a study (default: the newest run, stage 2 before stage 1)",
     )
-    run = parser.parse_args(argv).run
+    parser.add_argument(
+        "--language",
+        choices=("en", "ja"),
+        default="en",
+        help="of the labels in a study's figures and tables: English, or Japanese (en)",
+    )
+    parser.add_argument(
+        "--media",
+        type=Path,
+        metavar="DIR",
+        help="video files of a study's evaluation clips, named by clip id, to show frames",
+    )
+    args = parser.parse_args(argv)
+    run = args.run
     if run is None:
         from mcn_ext.evaluation.embedder import open_run
 
@@ -106,7 +119,7 @@ def main(argv=None) -> int:
         from mcn_ext.study.statistics import StudyError
 
         try:
-            print(printable(study_report.write(run)))
+            print(printable(study_report.write(run, args.language, args.media)))
         except StudyError as error:
             print(printable(error), file=sys.stderr)
             return 1

@@ -41,25 +41,32 @@ def test_clusters_against_words_by_hand():
     # Clusters of one modality each tell as much of the words, but mix nothing.
     got = clusters({"video": (kinds, there), "text": (apart, there)}, has)
     assert got == pytest.approx({"words": 100, "mixed": 0})
+    one = {"text": (kinds[:1], there[:1]), "video": (kinds[:1], there[:1])}
+    assert clusters(one, has[:1]) == {"words": 0, "mixed": pytest.approx(100)}
     random = rng.normal(size=(n, 8))
     got = clusters({"video": (random, there), "text": (random, there)}, has)
     assert abs(got["words"]) < 12 and got["mixed"] == pytest.approx(100)
 
 
 def test_the_information_in_clusters_is_scikit_learns(monkeypatch):
-    """Of one word a caption, it is the homogeneity of V-measure, before the chance is taken off."""
+    """Of one word a caption, it is the homogeneity of V-measure, adjusted for its chance."""
     from sklearn.metrics import homogeneity_score
 
     from mcn_ext.study import geometry
 
     rng = np.random.default_rng(1)
-    words, labels = rng.integers(0, 2, 80), torch.from_numpy(rng.integers(0, 5, 160))
-    expected = homogeneity_score(np.tile(words, 2), labels.numpy())
-    monkeypatch.setattr(geometry, "spherical_kmeans", lambda points, k: (None, labels))
-    monkeypatch.setattr(np, "mean", lambda values: 0.0)  # no chance
+    words, labels = rng.integers(0, 2, 80), rng.integers(0, 5, 160)
+    labels[np.tile(words, 2) == 1] = 3
+    monkeypatch.setattr(geometry, "spherical_kmeans", lambda x, k: (None, torch.from_numpy(labels)))
     x, there = np.ones((80, 3)), np.ones(80, bool)
     got = clusters({"video": (x, there), "text": (x, there)}, words[:, None].astype(float))
-    assert got["words"] == pytest.approx(100 * expected)
+    rng = np.random.default_rng(0)
+    own, *by_chance = (
+        homogeneity_score(np.tile(of, 2), labels)
+        for of in (words, *(words[rng.permutation(80)] for _ in range(10)))
+    )
+    chance = np.mean(by_chance)
+    assert got["words"] == pytest.approx(100 * (own - chance) / (1 - chance))
 
 
 def test_ndcg():
@@ -86,3 +93,8 @@ def test_describe_reads_what_evaluation_keeps(tmp_path):
     assert -5 < got["words"] < 5 and got["mixed"] == pytest.approx(100)
     assert "nDCG@10" not in describe(tmp_path / "e.npz", "none.h5", {})
     assert load(tmp_path / "none.npz") == {}
+    whole = (tmp_path / "e.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    del arrays["valid:text"]
+    np.savez(tmp_path / "lacks.npz", **arrays)
+    assert load(tmp_path / "cut.npz") == load(tmp_path / "lacks.npz") == {}

@@ -158,13 +158,17 @@ def test_a_failure_ends_its_own_chain_alone_and_finished_runs_are_skipped(tmp_pa
 
 @pytest.mark.parametrize("keep_epochs", [False, True])
 def test_weights_of_epochs_go_once_a_run_is_evaluated(tmp_path, keep_epochs):
-    files = [tmp_path / name / file for name in "ab" for file in ("epoch-01.pt", "checkpoint.pt")]
+    names = ("epoch-01.pt", "epoch-best.pt", "checkpoint.pt")
+    files = [tmp_path / folder / name for folder in "ab" for name in names]
     for file in files:
         file.parent.mkdir(exist_ok=True)
         file.touch()
     chain = [fake(tmp_path / "a"), fake(tmp_path / "b", complete=False)]
     assert len(run_chains(tmp_path, chain, keep_epochs=keep_epochs)) == 1  # b has failed
-    assert [file.exists() for file in files] == [keep_epochs, True, True, True]
+    assert [file.exists() for file in files] == [keep_epochs] + 5 * [True]
+    (tmp_path / "b/checkpoint.pt").unlink()
+    run.remove_epochs(tmp_path / "b")  # the only weights of the run
+    assert (tmp_path / "b/epoch-01.pt").exists()
 
 
 PROGRAM = """

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mcn_ext import report as report_command
 from mcn_ext.prepare import demo
 from mcn_ext.study import compare, examples, japanese, report
 from mcn_ext.study.statistics import MAIN, Study
@@ -45,14 +48,16 @@ def test_a_flag_that_helps(two, tmp_path, capsys):
     studies = {folder.name: Study(folder) for folder in two}
     direction = f"{MAIN} (bank)"
     means = {name: s.values("VT_A", direction=direction) for name, s in studies.items()}
-    assert row["values"] == {name: of.tolist() for name, of in means.items()}
+    assert row["seeds"] == [0, 1]
+    for name, of in means.items():  # metrics.json has three digits
+        assert row["values"][name] == pytest.approx(of.tolist(), abs=1e-3)
     (pair,) = row["pairs"]
     assert (pair["a"], pair["b"]) == ("without", "plain") and pair["significant"]
     gain = means["without"].mean() - means["plain"].mean()
     assert pair["difference"] == pytest.approx(gain, abs=1e-3) and gain > 10
-    with open(tmp_path / "out/figures/differences.csv", newline="") as file:
+    with open(tmp_path / "out/figures/differences.csv", newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
-    assert header[:3] == ["手法", "検索", "of"] and rows[0][2] == "without − plain"
+    assert header[:3] == ["手法", "統合方法", "比較"] and rows[0][2] == "without - plain"
     for kind in ("png", "pdf"):
         assert (tmp_path / f"out/figures/compare.{kind}").stat().st_size > 1000
 
@@ -61,20 +66,42 @@ def test_what_cannot_be_compared(two, tmp_path, no_pictures):
     out = ["--out", str(tmp_path / "out")]
     other = write(tmp_path / "c" / "other", {}, 1.0, methods=["AVT-30"], seeds=[7])
     grid = write(tmp_path / "grid", {}, 1.0, cells=[{"name": "v0"}, {"name": "v1"}])
+    elsewhere = write(tmp_path / "elsewhere", {}, 1.0)
+    for file in elsewhere.glob("runs/*/*/metrics.json"):
+        file.write_text(file.read_text().replace("eval.h5", "other.h5"))
     for folders, message in (
         (two[:1], "two studies or more"),
         ([two[0], two[0]], "folders of different names"),
         ([two[0], tmp_path], "study.json: not a study"),
         ([two[0], grid], "a grid of noise"),
-        ([two[0], other], "with the same seed in two studies"),
+        ([two[0], other], r"no seed is common to all studies \(plain \[0, 1\]; other \[7\]"),
+        ([two[0], elsewhere], r"evaluated on the same clips: .*plain on .*eval.h5.*other.h5"),
     ):
         with pytest.raises(SystemExit, match=message):
             compare.main([*map(str, folders), *out])
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="give a folder of its own"):
+        compare.main([*map(str, two), "--out", str(two[0])])
+    assert not (tmp_path / "out").exists() and (two[0] / "study.json").exists()
     for run in two[1].glob("runs/*/*/metrics.json"):
         run.unlink()
     with pytest.raises(SystemExit, match="no run of it has been evaluated"):
         compare.main([*map(str, two), *out])
+
+
+def test_a_study_with_gaps_and_names_with_marks(two, tmp_path):
+    odd = two[1].rename(two[1].with_name("a|b $x$ $y_"))
+    (odd / "runs/seed1/VT_A/metrics.json").unlink()
+    (tmp_path / "out/figures").mkdir(parents=True)
+    (tmp_path / "out/figures/mine.pdf").touch()
+    assert compare.main([str(two[0]), str(odd), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "- Missing: a|b $x$ $y_: VT then A, frozen, seed 1: not evaluated" in text
+    with open(tmp_path / "out/figures/r-10.csv", newline="", encoding="utf-8-sig") as file:
+        header, *rows = csv.reader(file)
+    assert header[2:] == ["seeds", "plain", "a|b $x$ $y_"]
+    (row,) = [row for row in rows if row[:2] == ["VT then A, frozen", "sum"]]
+    assert row[2] == "1" and "±" not in row[3]  # the one seed that both have
+    assert (tmp_path / "out/figures/mine.pdf").exists()
 
 
 # ---------------------------------------------------------------------------------- examples
@@ -128,20 +155,38 @@ def test_queries_at_which_an_order_is_ahead(with_captions):
 def test_frames_of_what_is_found(with_captions, tmp_path):
     found = examples.choose(Study(with_captions))
     store = with_captions / "eval.h5"
-    names = [name for name in examples.Store(store).ids()]
+    names = examples.Store(store).ids()
     (tmp_path / "media").mkdir()
     grey = np.full((48, 64, 3), 120, np.uint8)
     for example in found:
         file = tmp_path / "media" / f"{names[example['clip']]}.mp4"
         make_media(file, times=[0, 5, 10], pictures=[grey] * 3)
-    media = examples.find(tmp_path / "media", store)
+    media = examples.find(tmp_path / "media", found)
     assert set(media) == {names[example["clip"]] for example in found}
-    text = report.write(with_captions, media=media).read_text()
+    words = [str(with_captions), "--media", str(tmp_path / "media"), "--language", "ja"]
+    assert report_command.main(words) == 0
+    text = (with_captions / "report.html").read_text()
     assert (with_captions / "figures/examples.png").exists() and 'alt="The query' in text
     (tmp_path / "other").mkdir()
     make_media(tmp_path / "other" / "x.mp4", times=[0, 1])
-    with pytest.raises(SystemExit, match="none of its 1 videos is named as a clip of"):
-        examples.find(tmp_path / "other", store)
+    with pytest.raises(SystemExit, match="none of its 1 videos is named as one evaluation clip"):
+        examples.find(tmp_path / "other", found)
+
+
+def test_whole_videos_are_not_taken_for_clips(tmp_path, monkeypatch):
+    for name in ("x", "y"):
+        make_media(tmp_path / f"{name}.mp4", times=[0, 1])
+    ids = ["x", "x#2", "y"]
+    monkeypatch.setattr(examples, "Store", lambda path: SimpleNamespace(ids=lambda: ids))
+    assert set(examples.find(tmp_path, [{"store": "s.h5"}])) == {"y"}
+
+
+def test_a_query_only_where_an_order_is_ahead(with_captions, tmp_path):
+    root = shutil.copytree(with_captions, tmp_path / "same")
+    for file in root.glob("runs/*/*/youcook2.npz"):
+        arrays = dict(np.load(file))
+        np.savez(file, **arrays | {f"rank:{MAIN}": np.full(demo.N_EVAL, 7)})
+    assert examples.choose(Study(root)) == []
 
 
 def test_no_examples_without_captions_or_embeddings(tmp_path, no_pictures):
@@ -154,7 +199,12 @@ def test_no_examples_without_captions_or_embeddings(tmp_path, no_pictures):
 @pytest.mark.parametrize(
     ("english", "expected"),
     [
-        ("AV then T, finetune", "AV → T, 微調整"),
+        ("AV then T, finetune", "AV → T, ファインチューニング"),
+        ("VT then A, gentle", "VT → A, gentle"),
+        ("video alone", "映像のみ"),
+        ("gap video, audio", "ギャップ 映像, 音声"),
+        ("mix the second bowl", "mix the second bowl"),
+        ("data/words.h5", "data/words.h5"),
         ("one stage, 23 epochs", "一段階、23 エポック"),
         ("text->video+audio R@10, %", "テキスト→映像+音声 R@10, %"),
         ("+3.1 over AV_T", "AV_T との差 +3.1"),
@@ -169,7 +219,9 @@ def test_labels_in_japanese(english, expected):
 def test_the_report_in_japanese(tmp_path):
     root = write_study(tmp_path, seeds=[0, 1])
     report.write(root, "ja")
-    with open(root / "figures/result-text-video-audio.csv", newline="") as file:
+    with open(
+        root / "figures/result-text-video-audio.csv", newline="", encoding="utf-8-sig"
+    ) as file:
         header, *rows = csv.reader(file)
     assert header[:2] == ["手法", "シード数"] and rows[0][0] == "AV → T, 固定"
     assert "AV then T, frozen" in (root / "report.md").read_text()  # the page stays English
@@ -187,8 +239,18 @@ def test_every_label_of_a_figure_is_translated():
         japanese.label(figure)
         figure.canvas.draw()
         texts = {text.get_text() for text in figure.findobj(plt.Text)}
-    assert {"VT → A, 固定", "偶然の水準", "映像のノイズ", "和", "一段階、30 エポック"} <= texts
+    assert {"VT → A, 固定", "チャンスレベル", "映像のノイズ", "和", "一段階、30 エポック"} <= texts
     plt.close(figure)
+
+
+def test_the_report_needs_the_font_before_it_removes_anything(tmp_path, monkeypatch):
+    root = write_study(tmp_path, seeds=[0])
+    (root / "figures").mkdir()
+    (root / "figures/kept.png").touch()
+    monkeypatch.setitem(sys.modules, "matplotlib_fontja", None)
+    with pytest.raises(SystemExit, match="pip install matplotlib-fontja"):
+        report_command.main([str(root), "--language", "ja"])
+    assert (root / "figures/kept.png").exists()
 
 
 def test_the_font_is_that_of_these_figures_alone():

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -39,6 +39,7 @@ def write_run(folder, letters, quality, n, seed, steps, lr=0.002):
     row |= {f"rank_{name}": 20.0 for name in names}
     if len(names) == 3:
         row["gradient_text"] = -0.25
+    row |= {f"contrastive_{a}_{b}": 4.0 + seed for a, b in combinations(sorted(names), 2)}
     rows = [{"step": step, **row} for step in range(10, steps + 1, 10)]
     rows.insert(1, {"step": 11, "skipped": "the loss is not finite"})
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -138,7 +139,7 @@ def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
 
 def test_tables_for_a_thesis(study_folder):
     folder, study = study_folder / "figures", Study(study_folder)
-    with open(folder / "result-text-video-audio.csv", newline="") as file:
+    with open(folder / "result-text-video-audio.csv", newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
     assert header == ["method", "seeds", "R@1", "R@5", "R@10", "MedR"]
     assert rows[0][:2] == ["AV then T, frozen", "2"] and rows[0][4].startswith(
@@ -161,7 +162,7 @@ def test_html_stands_alone_and_is_escaped(study_folder, monkeypatch, no_pictures
     text = (study_folder / "report.html").read_text()
     for kind in ("png", "pdf"):
         pictures = sorted(path.stem for path in (study_folder / "figures").glob(f"*.{kind}"))
-        assert pictures == ["differences", "recall"]
+        assert pictures == ["differences", "losses", "recall"]
     assert not foreign(text) and text.count("<img") == len(pictures)
     spec = json.loads((study_folder / "study.json").read_text())
     for entry in spec["runs"]:
@@ -173,6 +174,15 @@ def test_html_stands_alone_and_is_escaped(study_folder, monkeypatch, no_pictures
     assert "<script" not in text and r"\| fry &amp; \*boil\*" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):  # no cell broke its row
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
+def test_losses_by_pair(study_folder):
+    (run,) = [r for r in Study(study_folder).runs if (r.method, r.seed) == ("AV_T", 0)]
+    clips = 16 * 8
+    first = [(clips * step, 4.0) for step in range(10, 81, 10)]
+    second = [(clips * (80 + step), 4.0 + 0) for step in range(10, 41, 10)]
+    assert run.losses(("video", "audio")) == [first, second]
+    assert run.losses(("text", "video")) == [[], second]
 
 
 def test_forgetting(study_folder):
@@ -286,6 +296,15 @@ def test_what_was_predicted_before_training(tmp_path, monkeypatch):
     for log in root.glob("v0/seed0/stage1-*/log.jsonl"):  # VT's first epoch ends lowest
         loss = {"VT": 2.0, "AT": 4.0, "AV": 6.0}[log.parent.name[-2:]]
         log.write_text(json.dumps({"step": 8, "epoch": 1, "total": 1, "contrastive": loss}) + "\n")
+    for run in root.glob("v1/seed0/stage1-*"):  # and VT's pair is found best
+        metrics = json.loads((run / "metrics.json").read_text())
+        for key in metrics["youcook2"]:
+            if "->" in key:
+                recall = {"VT": 90.0, "AT": 60.0, "AV": 30.0}[run.name[-2:]]
+                metrics["youcook2"][key]["R@10"] = recall
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    by_pair = [r for r in predictions(Study(root)) if r["probe"] == "stage1"]
+    assert {(r["cell"], r["tau"]) for r in by_pair} >= {("v1", 1.0)}
     by_loss = [r for r in predictions(Study(root)) if r["probe"] == "loss"]
     # Elsewhere the logs are the same for all pairs.
     assert {(r["cell"], r["tau"]) for r in by_loss} == {("v0", 1.0), ("v1", 0.0), ("v2", 0.0)}

@@ -80,7 +80,10 @@ def main(argv=None) -> int:
     run, _ = open_run(args.run, None)
     files = sorted(run.glob("epoch-*.pt"))
     if not files:
-        raise SystemExit(f"--run {run}: no epoch-NN.pt in it; train it, or name another run")
+        raise SystemExit(
+            f"--run {run}: no epoch-NN.pt in it; train it, or name another run (a study keeps them "
+            "with --keep_epochs)"
+        )
     rows, store, directions, path = [], None, [], None
     for number, file in enumerate(files, 1):
         print(f"{file.name}, {number} of {len(files)}", flush=True)

@@ -4,7 +4,7 @@
     python -m mcn_ext.study --data D.h5 --youcook2 Y.h5 --out runs/without --cluster_weight 0
     python -m mcn_ext.study.compare runs/with runs/without --out runs/clustering
 
-Compares every method that two of the studies have, on the seeds and queries that they share: R@10
+Compares every method on the seeds that all studies with it share: R@10
 of text->video+audio by each fusion, the differences with simultaneous intervals, and what the
 embedding space looks like. Writes compare.md, compare.json and figures/ (PNG, PDF, CSV, LaTeX) to
 --out.
@@ -13,23 +13,26 @@ embedding space looks like. Writes compare.md, compare.json and figures/ (PNG, P
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
+from mcn_ext.console import printable
 from mcn_ext.evaluation.metrics import markdown
 from mcn_ext.study import figures, japanese, tables
 from mcn_ext.study.bootstrap import compare_family
-from mcn_ext.study.report import spread
+from mcn_ext.study.report import escaped, spread
 from mcn_ext.study.statistics import FUSIONS, MAIN, Study, StudyError
 from mcn_ext.train import flags
 from mcn_ext.train.log import write_text
 
 SPACE = ("nDCG@10", "words", "mixed")  # of geometry.py; gaps follow
 ABOUT = """Points, with simultaneous 95 % intervals and step-down p for all pairs of studies, by
-one bootstrap of queries and seeds; bold where 0 is outside. Detectable: a true difference of so
+one bootstrap of queries and seeds; bold where 0 is outside. They hold for one method and search at
+a time: among many rows, some are bold although nothing differs. Detectable: a true difference of so
 many points would be found in 4 of 5 such comparisons."""
 ABOUT_SPACE = """nDCG@10 of text->video+audio by the words that captions share; words, how much
 k-means clusters of all modalities' embeddings tell of their clips' words (0 by chance, 100 all);
@@ -45,23 +48,33 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="folders of studies")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    japanese.add_flag(parser)
+    parser.add_argument(
+        "--language", choices=("en", "ja"), default="en", help="of labels: English, Japanese (en)"
+    )
     return parser
 
 
 def open_studies(folders: list[Path]) -> dict[str, Study]:
     """{folder's name: study}; SystemExit where they cannot be compared."""
-    if len({folder.resolve().name for folder in folders}) < max(2, len(folders)):
+    names = [printable(folder.resolve().name) for folder in folders]
+    if len(set(names)) < max(2, len(folders)):
         raise SystemExit("give two studies or more, in folders of different names")
     try:
-        studies = {folder.resolve().name: Study(folder) for folder in folders}
+        studies = dict(zip(names, map(Study, folders), strict=True))
     except StudyError as error:
         raise SystemExit(str(error)) from None
+    stores = {}
     for folder, study in zip(folders, studies.values(), strict=True):
         if study.grid:
             raise SystemExit(f"{folder}: a grid of noise; compare studies of one data set each")
         if not study.seeds:
             raise SystemExit(f"{folder}: no run of it has been evaluated")
+        for run in study.runs:
+            if data := run.final.metrics.get("data"):
+                stores.setdefault(str(Path(data).resolve()), folder)
+    if len(stores) > 1:
+        where = ", ".join(f"{folder} on {data}" for data, folder in stores.items())
+        raise SystemExit(f"studies must be evaluated on the same clips: {where}")
     return studies
 
 
@@ -69,27 +82,36 @@ def changed(studies: dict[str, Study]) -> list[str]:
     """The flags in which studies differ, one line each."""
     values = [study.flags_given for study in studies.values()]
     names = sorted({flag for of in values for flag in of} - {"out"})
-    found = {name: [of.get(name, "not given") for of in values] for name in names}
+    found = {name: [str(of.get(name, "not given")) for of in values] for name in names}
     return [f"--{name}: {', '.join(of)}" for name, of in found.items() if len(set(of)) > 1]
 
 
 def recalls(studies: dict[str, Study]) -> list[dict]:
     """For each fusion and method: "values" {study: R@10 of each seed}, and "pairs" of studies
-    (:func:`.bootstrap.compare_family`), the later one first."""
+    (:func:`.bootstrap.compare_family`), the later one first. If more than one study has the method,
+    of the seeds that all those have."""
     rows = []
     for fusion, direction in FUSIONS.items():
         for method in dict.fromkeys(m for study in studies.values() for m in study.methods):
-            values = {n: s.values(method, direction=direction) for n, s in studies.items()}
-            values = {name: of for name, of in values.items() if len(of)}
-            ranks = {name: studies[name].ranks(method, direction) for name in reversed(values)}
+            found = {name: s.ranks(method, direction) for name, s in studies.items()}
+            found = {name: ranks for name, ranks in found.items() if ranks}
+            if not found:
+                continue
             label = next(s.labels[method] for s in studies.values() if method in s.labels)
-            row = {"method": method, "label": label, "fusion": fusion, "values": values}
-            rows.append(row | {"pairs": compare_family(ranks) if len(values) > 1 else []})
+            seeds = sorted(set.intersection(*map(set, found.values())))
+            if not seeds:
+                of = "; ".join(f"{name} {sorted(ranks)}" for name, ranks in found.items())
+                raise SystemExit(f"{label}: no seed is common to all studies ({of})")
+            values = {
+                n: [100 * (ranks[s] <= 10).mean() for s in seeds] for n, ranks in found.items()
+            }
+            row = {"method": method, "label": label, "fusion": fusion, "seeds": seeds}
+            row["values"] = {name: np.array(of) for name, of in values.items()}
+            reverse = {name: found[name] for name in reversed(found)}
+            rows.append(row | {"pairs": compare_family(reverse) if len(found) > 1 else []})
     if not any(row["pairs"] for row in rows):
-        raise SystemExit(
-            "no method has been evaluated on the same queries with the same seed in two studies"
-        )
-    return [row for row in rows if row["values"]]
+        raise SystemExit("no method has been evaluated in two of the studies")
+    return rows
 
 
 def spaces(studies: dict[str, Study]) -> list[dict]:
@@ -106,73 +128,91 @@ def spaces(studies: dict[str, Study]) -> list[dict]:
 
 def write(out: Path, studies: dict[str, Study], language: str) -> str:
     """compare.md, compare.json and figures/ in ``out``; returns the Markdown."""
-    rows, space = recalls(studies), spaces(studies)
-    names = list(studies)
+    rows, space, names = recalls(studies), spaces(studies), list(studies)
+    missing = [f"{name}: {text}" for name, study in studies.items() for text in study.missing()]
+    parts = ["# Studies side by side", ""]
+    parts += [
+        *(f"- {line}" for line in changed(studies)),
+        *(f"- Missing: {m}" for m in missing),
+        "",
+    ]
+    header = ["method", "search by", "seeds", *names]
     body = [
-        [row["label"], row["fusion"], *(spread(row["values"].get(name, [])) for name in names)]
+        [row["label"], row["fusion"], len(row["seeds"])]
+        + [spread(row["values"].get(name, np.array([]))) for name in names]
         for row in rows
     ]
-    parts = ["# Studies side by side", "", *(f"- {line}" for line in changed(studies)), ""]
-    parts += ["## R@10", "", f"{MAIN}, mean ± standard deviation over seeds.", ""]
-    parts += [markdown(["method", "search by", *names], body), ""]
+    parts += [
+        "## R@10",
+        "",
+        f"{MAIN}, mean ± standard deviation over seeds.",
+        "",
+        table(header, body),
+        "",
+    ]
     body = []
     for row in rows:
         for pair in row["pairs"]:
             low, high = pair["simultaneous"]
-            text = f"{pair['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-            text = f"**{text}**" if pair["significant"] else text
-            of = f"{pair['a']} minus {pair['b']}"
+            text = Markup(f"{pair['difference']:+.1f} ({low:+.1f} to {high:+.1f})")
+            text = Markup(f"**{text}**") if pair["significant"] else text
+            of = f"{pair['a']} - {pair['b']}"
             p = "< 0.0001" if pair["p"] < 0.0001 else f"{pair['p']:.4f}"
-            detectable = f"{pair['detectable']:.1f}"
-            cells = [row["label"], row["fusion"], of, text, p, detectable]
-            body.append(cells)
+            body.append([row["label"], row["fusion"], of, text, p, f"{pair['detectable']:.1f}"])
     header = ["method", "search by", "of", "difference (95 %)", "p (step-down)", "detectable"]
-    parts += ["## Differences", "", markdown(header, body), "", ABOUT, ""]
+    parts += ["## Differences", "", table(header, body), "", ABOUT, ""]
     if space:
         keys = list(dict.fromkeys(key for row in space for key in row if key.startswith("gap ")))
         keys = [key for key in (*SPACE, *keys) if any(key in row for row in space)]
         digits = {key: 2 if key.startswith("gap ") else 1 for key in keys}
         body = [
-            [row["label"], row["study"], *(spread(row.get(key, []), digits[key]) for key in keys)]
+            [row["label"], row["study"]]
+            + [spread(row.get(key, np.array([])), digits[key]) for key in keys]
             for row in space
         ]
-        parts += ["## Space", "", markdown(["method", "study", *keys], body), "", ABOUT_SPACE, ""]
+        parts += ["## Space", "", table(["method", "study", *keys], body), "", ABOUT_SPACE, ""]
     text = "\n".join(parts)
     out.mkdir(parents=True, exist_ok=True)
-    folder = out / "figures"
-    shutil.rmtree(folder, ignore_errors=True)  # those of an earlier state
-    write_text(out / "compare.md", text)
-    tables.export(text, folder, language)
     content = {"studies": {name: str(study.root) for name, study in studies.items()}}
     content |= {"R@10": rows, "space": space}
     write_text(
         out / "compare.json", json.dumps(content, indent=1, default=np.ndarray.tolist) + "\n"
     )
-    figures.save(folder / "compare", language, draw, studies, rows)
+    write_text(out / "compare.md", text)
+    tables.export(text, out / "figures", language)
+    figures.save(out / "figures" / "compare", language, draw, studies, rows)
     return text
 
 
+def table(header: list, body: list[list]) -> str:
+    """In Markdown; names of studies and methods are escaped."""
+    return markdown(list(map(escaped, header)), [list(map(escaped, row)) for row in body])
+
+
 def draw(plt, studies: dict[str, Study], rows: list[dict]):
-    """R@10 of each method over the studies, a panel for each fusion; a dotted line for what only
-    one study has."""
+    """R@10 of each method over the studies, a panel for each fusion; a line without marks for what
+    only one study has."""
     fusions = list(dict.fromkeys(row["fusion"] for row in rows))
     size = (0.8 + 2.9 * len(fusions), 3.8)
     figure, axes = plt.subplots(1, len(fusions), figsize=size, sharey=True, squeeze=False)
     x = {name: i for i, name in enumerate(studies)}
+    alone = itertools.cycle(((0, (1, 1)), (0, (5, 2, 1, 2)), (0, (8, 3))))
+    dashes = {
+        r["method"]: next(alone) for r in rows if r["fusion"] == fusions[0] and not r["pairs"]
+    }
     for row in rows:
         axis, method = axes[0, fusions.index(row["fusion"])], row["method"]
         style = figures.look(next(s for s in studies.values() if method in s.labels), method)
-        style.pop("hatch")
+        style = {key: style[key] for key in ("color", "linestyle", "marker")}
         style |= {"label": row["label"], "markersize": 4}
         means = [of.mean() for of in row["values"].values()]
         if len(means) == 1:
-            style |= {"linestyle": ":", "marker": ""}
-            axis.axhline(means[0], **style)
+            axis.axhline(means[0], **style | {"linestyle": dashes.get(method, ":"), "marker": ""})
             continue
         errors = [of.std(ddof=1) if len(of) > 1 else 0 for of in row["values"].values()]
         axis.errorbar([x[name] for name in row["values"]], means, errors, capsize=2, **style)
     for axis, fusion in zip(axes[0], fusions, strict=True):
-        axis.set_xticks(range(len(x)), list(x))
+        axis.set_xticks(range(len(x)), list(x), parse_math=False)
         axis.set(title=fusion, xlim=(-0.4, len(x) - 0.6))
     axes[0, 0].set_ylabel(f"{MAIN} R@10, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), **figures.BELOW)
@@ -181,6 +221,10 @@ def draw(plt, studies: dict[str, Study], rows: list[dict]):
 
 def main(argv=None) -> int:
     args = get_parser().parse_args(argv)
+    if args.out.is_file() or (args.out / "study.json").exists():
+        raise SystemExit(f"--out {args.out}: give a folder of its own, no study's and no file")
+    if args.language == "ja":
+        japanese.font()  # before anything is written: is there one?
     print(write(args.out, open_studies(args.studies), args.language))
     print(args.out / "compare.md")
     return 0

@@ -18,55 +18,69 @@ FOUND = 3  # clips shown of each order
 
 def choose(study: Study) -> list[dict]:
     """For the best method of each order, and the best with one stage: the query at which it is
-    furthest ahead of the others, by the mean log rank over seeds. Entries have "caption", "clip"
-    (its number in the store), "store", and "answers", for each method its "label", "rank" of the
-    right clip and "found", the first FOUND clips as (number, caption), both of the lowest seed."""
-    methods = [*study.best_by_order(), *study.baselines()[:1]]
-    runs = {method: study.of(method)[0].final for method in methods}
-    ranks = {method: list(study.ranks(method).values()) for method in methods}
-    rows = {method: geometry.load(run.path / "youcook2.npz") for method, run in runs.items()}
-    methods = [m for m in methods if len(rows[m]) == 3 and ranks[m]]
-    stores = {runs[method].metrics.get("data", "") for method in methods}
-    if len(methods) < 2 or len(stores) > 1:
+    furthest ahead of the others, by the mean log rank over the seeds that all have.
+
+    Entries have "caption", "clip" (its number in the store), "store", "seed", and "answers": for
+    each method its "label" and, of that seed, the "rank" of the right clip and "found", the first
+    FOUND clips as (number, caption).
+    """
+    methods = [m for m in (*study.best_by_order(), *study.baselines()[:1]) if study.ranks(m)]
+    ranks = {method: study.ranks(method) for method in methods}
+    seeds = sorted(set.intersection(*map(set, ranks.values()))) if ranks else []
+    runs = {m: [run.final for run in study.of(m) if run.seed in seeds] for m in methods}
+    stores = {run.metrics.get("data", "") for of in runs.values() for run in of}
+    if len(methods) < 2 or len(stores) != 1:
         return []
-    (store,) = stores
+    store = Path(stores.pop())
     try:
-        captions = list(Store(Path(store)).texts())
+        captions = [printable(" ".join(text.split())) for text in Store(store).texts()]
     except (StoreError, OSError):
         return []
-    # With several captions a clip a query's clip is not its number.
-    if any(of.shape != (len(captions),) for m in methods for of in (*ranks[m], rows[m]["text"][1])):
+    if any(len(ranks[m][seed]) != len(captions) for m in methods for seed in seeds):
         return []
-    means = np.stack([np.log(ranks[method]).mean(axis=0) for method in methods])
+    means = np.stack([np.log([ranks[m][seed] for seed in seeds]).mean(axis=0) for m in methods])
     chosen: list[int] = []
     for i in range(len(methods)):
         lead = np.delete(means, i, axis=0).min(axis=0) - means[i]
-        lead[chosen] = -np.inf
-        chosen.append(int(lead.argmax()))
-    scores = {method: geometry.scores(rows[method]) for method in methods}
-    examples = []
-    for query in chosen:
-        answers = []
-        for method in methods:
-            first = np.argsort(-scores[method][query], kind="stable")[:FOUND].tolist()
-            answer = {"label": study.labels[method], "rank": ranks[method][0][query]}
-            answers.append(answer | {"found": [(clip, captions[clip]) for clip in first]})
-        example = {"caption": captions[query], "clip": query, "store": store}
-        examples.append(example | {"answers": answers})
-    return examples
+        lead[chosen] = 0
+        if lead.max() > 0:
+            chosen.append(int(lead.argmax()))
+    answers: list[list[dict]] = [[] for _ in chosen]
+    for method in methods:  # one at a time: embeddings are large
+        run = runs[method][0]
+        rows = geometry.load(run.path / "youcook2.npz", run.args.get("similarity") != "dot")
+        if len(rows) < 3 or len(rows["text"][0]) != len(captions):
+            continue
+        for query, scores, of in zip(chosen, geometry.scores(rows, chosen), answers, strict=True):
+            first = np.argsort(-scores, kind="stable")[:FOUND].tolist()
+            answer = {"label": study.labels[method], "rank": ranks[method][seeds[0]][query]}
+            of.append(answer | {"found": [(clip, captions[clip]) for clip in first]})
+    same = {"store": store, "seed": seeds[0] if seeds else None}
+    return [
+        {"caption": captions[query], "clip": query, "answers": of} | same
+        for query, of in zip(chosen, answers, strict=True)
+        if of
+    ]
 
 
-def find(folder: Path, store: Path) -> dict[str, list[Path]]:
-    """{clip id: its video files}; SystemExit where no file is named as a clip of the store."""
+def find(folder: Path, examples: list[dict]) -> dict[str, list[Path]]:
+    """{clip id: its video files}; SystemExit where no file is named as a clip."""
     from mcn_ext.prepare.videos import find_media
 
-    media, ids = find_media(folder), Store(store).ids()
-    if not media.keys() & set(ids):
+    media = find_media(folder)
+    ids = set(Store(examples[0]["store"]).ids()) if examples else set()
+    # Clips that share an id are called x, x#2: a file x may be the whole video.
+    found = {
+        name: files
+        for name, files in media.items()
+        if name in ids - {n.split("#")[0] for n in ids if "#" in n}
+    }
+    if not found:
         raise SystemExit(
-            f"--media {folder}: none of its {len(media)} videos is named as a clip of {store}, "
-            f"such as {ids[0] if ids else ''}.mp4"
+            f"--media {folder}: none of its {len(media)} videos is named as one evaluation clip"
+            + (f" of {examples[0]['store']}" if examples else "")
         )
-    return media
+    return found
 
 
 def draw(plt, examples: list[dict], media: dict[str, list[Path]]):
@@ -74,7 +88,7 @@ def draw(plt, examples: list[dict], media: dict[str, list[Path]]):
     green where that is right."""
     from mcn_ext.prepare.decode import frame_at
 
-    store = Store(Path(examples[0]["store"]))
+    store = Store(examples[0]["store"])
     ids = store.ids()
 
     @cache
@@ -98,7 +112,7 @@ def draw(plt, examples: list[dict], media: dict[str, list[Path]]):
                 axis.imshow(picture)
             else:
                 axis.text(0.5, 0.5, "no video", ha="center", fontsize=8)
-            text = "\n".join(textwrap.wrap(textwrap.shorten(printable(caption), 70), 32))
+            text = "\n".join(textwrap.wrap(textwrap.shorten(caption, 70), 32))
             axis.set_xlabel(text, fontsize=7, parse_math=False)
             axis.set_title(answer["label"], fontsize=8)
     return figure

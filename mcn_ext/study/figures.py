@@ -6,6 +6,7 @@ matplotlib figure, or None when there is nothing to draw.
 
 from __future__ import annotations
 
+import itertools
 from itertools import combinations, product
 from pathlib import Path
 
@@ -109,20 +110,32 @@ def differences(plt, study: Study):
 def losses(plt, study: Study):
     """The contrastive loss of each pair in training, over both stages: a panel for each pair, the
     mean of the seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.6), sharey=True)
+    lines = []
     for method, runs in study.trained().items():
-        style = look(study, method)
-        style = {key: style[key] for key in ("color", "linestyle")} | {"linewidth": 1.2}
-        for axis, pair in zip(axes, PAIRS, strict=True):
-            points: dict[int, list[float]] = {}
-            for clips, value in (point for run in runs for point in run.loss_of(pair)):
-                points.setdefault(clips, []).append(value)
-            x = sorted(points)
-            axis.plot(x, [mean(points[clips]) for clips in x], label=study.labels[method], **style)
-            axis.set(title=", ".join(pair), xlabel="clips")
+        for k, pair in enumerate(PAIRS):
+            for stage in zip(*(run.losses(pair) for run in runs), strict=True):
+                points: dict[int, list[float]] = {}
+                for clips, value in itertools.chain(*stage):
+                    points.setdefault(clips, []).append(value)
+                if points:
+                    lines.append((k, method, sorted(points.items())))
+    if not lines:
+        return None
+    figure, axes = plt.subplots(1, len(PAIRS), figsize=(8.4, 3.6), sharey=True)
+    for k, method, points in lines:
+        style = {key: look(study, method)[key] for key in ("color", "linestyle")}
+        x, y = [clips for clips, _ in points], [mean(values) for _, values in points]
+        axes[k].plot(x, y, label=study.labels[method], linewidth=1.2, **style)
+    for axis, pair in zip(axes, PAIRS, strict=True):
+        axis.set(title=", ".join(pair), xlabel="clips")
     axes[0].set_ylabel("contrastive loss")
-    figure.legend(*axes[0].get_legend_handles_labels(), **BELOW)
-    return figure if any(line.get_xdata().size for axis in axes for line in axis.lines) else None
+    labels = {
+        text: line
+        for axis in axes
+        for line, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labels.values(), labels.keys(), **BELOW)
+    return figure
 
 
 # ---------------------------------------------------------------------------- a grid of noise

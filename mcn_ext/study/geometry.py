@@ -4,6 +4,7 @@ what is found first mean the same, of the embeddings that evaluation has kept.""
 from __future__ import annotations
 
 import re
+import zipfile
 from itertools import combinations
 from pathlib import Path
 
@@ -15,23 +16,23 @@ from mcn_ext.data.store import Store, StoreError
 from mcn_ext.modalities import MODALITIES
 
 NAMES = [row.name for row in MODALITIES.values()]
-CLUSTERS = 64
+CLUSTERS, CLIPS = 64, 1000  # of k-means
 
 
-def load(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{modality: (unit rows (n, D), which are valid (n,))} of an evaluation's npz; empty if it has
-    no embeddings."""
+def load(path: Path, unit: bool = True) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{modality: (rows (n, D) fp32, which are valid (n,))} of an evaluation's npz; empty if it has
+    no embeddings. unit: rows of length 1, whose dot products are cosines."""
+    found = {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {}
             for name in NAMES:
                 if f"embedding:{name}" in file.files:
-                    rows = file[f"embedding:{name}"].astype(np.float64)
-                    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+                    rows = file[f"embedding:{name}"].astype(np.float32)
+                    norms = np.linalg.norm(rows, axis=1, keepdims=True) if unit else 1
                     found[name] = rows / np.maximum(norms, 1e-12), file[f"valid:{name}"]
-            return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
+    return found
 
 
 def gaps(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -88,12 +89,16 @@ def clusters(rows: dict[str, tuple[np.ndarray, np.ndarray]], has: np.ndarray) ->
     words, 0 where captions have changed clips at random, 100 where it tells all. That is the
     homogeneity of V-measure (Rosenberg & Hirschberg 2007) for clips of several concepts, adjusted
     for chance as by Vinh et al. (2010). ``mixed``: entropy of the modalities in a clip's cluster
-    over that of all, 0 where each modality has clusters of its own.
+    over that of all, 0 where each modality has clusters of its own. Of CLIPS evenly spaced clips,
+    if there are more.
     """
+    every = -(-len(has) // CLIPS)
+    rows = {name: (x[::every], valid[::every]) for name, (x, valid) in rows.items()}
+    has = has[::every]
     points = np.concatenate([x[valid] for x, valid in rows.values()])
     clip = np.concatenate([np.flatnonzero(valid) for _, valid in rows.values()])
     modality = np.repeat(range(len(rows)), [valid.sum() for _, valid in rows.values()])
-    k = min(CLUSTERS, len(has) // 4)
+    k = max(1, min(CLUSTERS, len(has) // 4))
     _, labels = spherical_kmeans(torch.from_numpy(points), k)
     member = np.eye(k)[labels.numpy()].T  # (clusters, points)
     weight = member.mean(axis=1)
@@ -124,15 +129,17 @@ def ndcg(scores: np.ndarray, gains: np.ndarray, k: int = 10) -> np.ndarray:
     return found / np.maximum(best, 1e-12)
 
 
-def scores(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """text->video+audio by the sum of cosines, (queries, clips)."""
+def scores(rows: dict[str, tuple[np.ndarray, np.ndarray]], queries=slice(None)) -> np.ndarray:
+    """text->video+audio by the sum over a clip's modalities, (queries, clips); -inf for a clip that
+    has neither."""
     clips = sum(np.where(rows[name][1][:, None], rows[name][0], 0) for name in ("video", "audio"))
-    return rows["text"][0] @ clips.T
+    there = rows["video"][1] | rows["audio"][1]
+    return np.where(there, rows["text"][0][queries] @ clips.T, -np.inf)
 
 
 def describe(path: Path, store: str, cache: dict) -> dict[str, float]:
     """:func:`gaps` of an evaluation's npz; with its captions also :func:`clusters` and ``nDCG@10``
-    of text->video+audio (sum of cosines) by their :func:`relevance`. cache: {store: (words,
+    of text->video+audio, by cosines, by their :func:`relevance`. cache: {store: (words,
     relevance)}, as many runs share a store."""
     rows = load(path)
     found = gaps(rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 
+NAME = r"[A-Za-z0-9_./-]"  # of a run, a file
 # Regular expressions -> Japanese, in this order: whole phrases before the words in them.
 PHRASES = {
     r"Best order by (.+) R@10, %": r"R@10 が最良の順序 (\1、%)",
@@ -14,7 +14,7 @@ PHRASES = {
     r"R@10, row minus column": "R@10、行 − 列",
     r"best two-stage order": "最良の順序",
     r"its margin over the next": "次の順序との差",
-    r"predicted best was best": "最良の予測の的中",
+    r"predicted best was best": "最良順序の的中数",
     r"pairs that do not belong together, at most: ": "対応しない組の割合の上限: ",
     r"effective rank: ": "実効ランク: ",
     r"no video": "映像なし",
@@ -22,8 +22,8 @@ PHRASES = {
     r"query -> candidates": "クエリ → 候補",
     r"difference, simultaneous 95 % interval|difference \(95 %\)": "差 (95 % 同時信頼区間)",
     r"change \(95 % interval\)": "変化 (95 % 信頼区間)",
-    r"R@10 after stage 1": "第一段階後の R@10",
-    r"after stage 2": "第二段階後",
+    r"R@10 after stage 1": "第 1 段階後の R@10",
+    r"after stage 2": "第 2 段階後",
     r"p \(step-down\)": "p 値 (ステップダウン)",
     r"tau, unseen cells": "τ (未知の設定)",
     r"Kendall's tau": "ケンドールの τ",
@@ -32,16 +32,20 @@ PHRASES = {
     r"contrastive loss": "対照損失",
     r"training seconds": "学習時間 (秒)",
     r"training FLOPs": "学習の FLOPs",
-    r"steps skipped": "飛ばしたステップ",
-    r"live clusters": "使用中のクラスタ",
+    r"steps skipped": "スキップしたステップ数",
+    r"live clusters": "使用クラスタ数",
     r"largest cluster": "最大のクラスタ",
     r"video noise": "映像のノイズ",
     r"audio noise": "音声のノイズ",
+    r"within (video|audio|text)": r"\1 内",
+    r"equal in": "等しい条件",
+    r"(\d+) of (\d+)": r"\1/\2",
     r"two stages": "二段階",
     r"one stage": "一段階",
     r"stage (\d)": r"第 \1 段階",
-    r"search by": "検索",
+    r"search by": "統合方法",
     r" alone\b": "のみ",
+    r"two minus one": "二段階 − 一段階",
     r" minus ": " − ",
     r"->": "→",
 }
@@ -50,12 +54,12 @@ WORDS = {
     "video": "映像",
     "audio": "音声",
     "frozen": "固定",
-    "finetune": "微調整",
-    "finetuned": "微調整",
+    "finetune": "ファインチューニング",
+    "finetuned": "ファインチューニング",
     "sum": "和",
     "mean": "平均",
     "bank": "バンク",
-    "chance": "偶然の水準",
+    "chance": "チャンスレベル",
     "method": "手法",
     "study": "実験",
     "seeds": "シード数",
@@ -68,7 +72,6 @@ WORDS = {
     "direction": "方向",
     "gap": "ギャップ",
     "matched": "対応",
-    "within": "内部",
     "words": "単語の情報",
     "mixed": "モダリティの混合",
     "query": "クエリ",
@@ -79,17 +82,13 @@ WORDS = {
     "predicted": "予測",
     "measured": "測定",
     "cell": "設定",
+    "tau": "τ",
+    "of": "比較",
+    "differs": "異なるフラグ",
+    "value": "値",
+    "in": "手法",
     "data": "データ",
 }
-
-
-def add_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--language",
-        choices=("en", "ja"),
-        default="en",
-        help="of the labels in figures and tables: English, or Japanese (en)",
-    )
 
 
 def font() -> dict:
@@ -105,11 +104,17 @@ def font() -> dict:
 
 
 def translate(text: str) -> str:
-    """A label in Japanese; names of yours, and what has no translation, stay."""
+    """A label in Japanese, part by part (between commas). A part with an English word that has no
+    translation stays as it is: a name of yours, a caption, a path."""
+    whole = _translate(text)
+    return whole if whole is not None else ", ".join(_translate(p) or p for p in text.split(", "))
+
+
+def _translate(text: str) -> str | None:
     for english, japanese in PHRASES.items():
         text = re.sub(english, japanese, text)
-    # Not within a name such as v0.5-a2-mean or my_sum.
-    return re.sub(r"(?<![\w-])[a-z]+(?![\w-])", lambda m: WORDS.get(m[0], m[0]), text)
+    text = re.sub(rf"(?<!{NAME})[a-z]+(?!{NAME})", lambda m: WORDS.get(m[0], m[0]), text)
+    return None if re.search("[a-z]{2}", text) else text
 
 
 def label(figure) -> None:

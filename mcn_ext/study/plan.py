@@ -26,7 +26,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mcn_ext.study import japanese, run
+from mcn_ext.study import run
 from mcn_ext.study.cost import BASELINE, clips_and_inputs, training_flops
 from mcn_ext.train import flags
 
@@ -108,20 +108,13 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--keep_epochs",
         action="store_true",
-        help="keep the weights of all epochs; else, once a run is evaluated, the last alone",
+        help="keep epoch-NN.pt of evaluated runs; by default only checkpoint.pt, the last, is kept",
     )
     add(
         "--launch",
         default="",
         help="put before the training scripts, such as 'torchrun --nproc_per_node 4'",
     )
-    add(
-        "--media",
-        type=Path,
-        metavar="DIR",
-        help="video files of evaluation clips, named by clip id: the report shows frames",
-    )
-    japanese.add_flag(parser)
     add(
         "--predict",
         action="store_true",
@@ -326,8 +319,6 @@ def write_json(out: Path, given: dict, variants: dict[str, str], **content) -> N
 def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args, rest = get_parser().parse_known_args(words)
-    if args.language == "ja":
-        japanese.font()  # before any training: is there one?
     variants = {"": "--stage1_encoders frozen", "finetune": "--stage1_encoders finetune"}
     variants = {n: v for n, v in variants.items() if (n or "frozen") in args.stage1_encoders}
     for text in args.variant:
@@ -341,11 +332,6 @@ def main(argv=None) -> int:
     settings = stage_args(1, rest + (["--data", str(args.data)] if args.data else []))
     cells = get_cells(args, settings)
     settings = stage_args(1, [*rest, "--data", cells[0]["data"]])
-    media = None
-    if args.media:
-        from mcn_ext.study.examples import find
-
-        media = find(args.media, Path(cells[0]["youcook2"]))
     if not args.show:
         from mcn_ext.study.predict import with_probes
 
@@ -374,7 +360,7 @@ def main(argv=None) -> int:
         failed = run.run(chains, args.out, args.jobs, lock, args.keep_epochs)
     from mcn_ext.study import report
 
-    print(report.write(args.out, args.language, media))
+    print(report.write(args.out))
     for message in failed:
         print(f"FAILED: {message}", file=sys.stderr)
     return int(bool(failed))

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mcn_ext.study import examples, figures, tables
+from mcn_ext.study import examples, figures, japanese, tables
 from mcn_ext.study.bootstrap import compare_ranks
 from mcn_ext.study.predict import orders, predictions, predictive_power, probes_of
 from mcn_ext.study.statistics import MAIN, Study, mean
@@ -33,7 +33,7 @@ def spread(values: np.ndarray, digits: int = 1) -> str:
 
 
 # ---------------------------------------------------------------------------------- two formats
-def _markdown(text) -> Markup:
+def escaped(text) -> Markup:
     """Escapes text for Markdown, in which inline HTML counts, too."""
     if isinstance(text, Markup):
         return text
@@ -63,7 +63,7 @@ def render(folder: Path, pictures: list[Path], **context) -> Path:
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent),
             autoescape=True,
-            finalize=None if html else _markdown,
+            finalize=None if html else escaped,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -76,7 +76,7 @@ def render(folder: Path, pictures: list[Path], **context) -> Path:
         words = {
             "b": Markup("<strong>{}</strong>").format
             if html
-            else lambda text: Markup(f"**{_markdown(text)}**"),
+            else lambda text: Markup(f"**{escaped(text)}**"),
             "code": Markup("<code>{}</code>").format if html else _markdown_code,
             "br": Markup("<br>"),
         }
@@ -129,22 +129,25 @@ def _context(study: Study) -> dict:
     }
 
 
-def write(folder: Path, language: str = "en", media: dict[str, list[Path]] | None = None) -> Path:
+def write(folder: Path, language: str = "en", media: Path | None = None) -> Path:
     """Report the study in ``folder``, finished or not; returns the path of report.html.
 
     ``folder``/figures gets each figure as PNG and PDF, each table as CSV and LaTeX, labelled in
-    ``language``. media: {clip id: its video files}, to show frames.
+    ``language``. media: a folder of the evaluation clips' video files, to show frames.
 
     Raises :class:`mcn_ext.study.statistics.StudyError` if study.json cannot be read.
     """
     study = Study(Path(folder))
+    if language == "ja":
+        japanese.font()  # before anything is written: is there one?
+    found = examples.choose(study)
+    videos = examples.find(media, found) if media else {}
     folder = study.root / "figures"
     shutil.rmtree(folder, ignore_errors=True)  # those of an earlier state
     names = ("winners", "noise") if study.grid else ("recall", "differences", "losses")
     drawn = [figures.save(folder / n, language, getattr(figures, n), study) for n in names]
-    found = examples.choose(study)
-    if media and found:
-        drawn.append(figures.save(folder / "examples", language, examples.draw, found, media))
+    if videos:
+        drawn.append(figures.save(folder / "examples", language, examples.draw, found, videos))
     page = render(study.root, list(filter(None, drawn)), **_context(study), examples=found)
     tables.export(page.with_suffix(".md").read_text(), folder, language)
     return page

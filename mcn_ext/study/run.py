@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -85,6 +86,16 @@ def finished(run: Path, store: str | None = None) -> bool:
         return False
 
 
+def remove_epochs(folder: Path) -> None:
+    """Remove epoch-NN.pt of a run whose checkpoint.pt has the last: dozens of runs with all their
+    epochs fill a disk."""
+    if (folder / "checkpoint.pt").exists():
+        for file in folder.glob("epoch-*.pt"):
+            if re.fullmatch(r"epoch-\d+\.pt", file.name):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
+
 def unfinished(chain: list) -> list:
     """A chain from its first unfinished run on: later runs may rest on an older state of it."""
     for i, (folder, commands) in enumerate(chain):
@@ -154,8 +165,8 @@ def run(chains: list[list], out: Path, jobs: int, lock: Path, keep_epochs: bool)
                         )
                         print(f"FAILED: {failed[-1]}", flush=True)
                     return
-            for file in () if keep_epochs else folder.glob("epoch-*.pt"):
-                file.unlink()  # checkpoint.pt has the last; dozens of runs would fill a disk
+            if not keep_epochs:
+                remove_epochs(folder)
             left -= 1
             minutes = (time.monotonic() - begin) / 60
             print(f"{total - left} of {total} runs done, {folder}; {minutes:.1f} min", flush=True)

@@ -15,6 +15,7 @@ from math import isfinite, nan
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from mcn_ext.modalities import MODALITIES
 from mcn_ext.study.bootstrap import compare_family, compare_ranks
@@ -126,16 +127,15 @@ class Run:
         self.first = RunFolder(root / entry["stage1"]) if entry.get("stage1") else None
         self.stages = [self.first, self.final] if self.first else [self.final]
 
-    def loss_of(self, pair: tuple[str, str]) -> list[tuple[int, float]]:
-        """(clips seen, contrastive loss) of two modalities, over the stages that train them."""
-        points, before = [], 0
+    def losses(self, pair: tuple[str, str]) -> list[list[tuple[int, float]]]:
+        """For each stage: (clips seen, contrastive loss of two modalities), where it is logged."""
+        stages, before = [], 0
+        keys = {f"contrastive_{'_'.join(names)}" for names in (pair, pair[::-1])}
         for stage in self.stages:
-            keys = {f"contrastive_{'_'.join(names)}" for names in (pair, pair[::-1])}
-            for row in stage.log:
-                for key in keys & row.keys():
-                    points.append((before + row["step"] * stage.clips_per_step, float(row[key])))
+            found = [(row["step"], float(row[key])) for row in stage.log for key in keys & set(row)]
+            stages.append([(before + step * stage.clips_per_step, loss) for step, loss in found])
             before += stage.clips
-        return points
+        return stages
 
     @property
     def name(self) -> str:
@@ -154,7 +154,8 @@ class Study:
             )
         self.command = spec.get("command") or "python -m mcn_ext.study"
         self.cells = spec.get("cells") or [{"name": ""}]
-        self.flags_given = spec.get("flags") or {}
+        variants = {f"variant {n}": words for n, words in (spec.get("variants") or {}).items()}
+        self.flags_given = (spec.get("flags") or {}) | variants
         self.grid = len(self.cells) > 1
         self.runs = [Run(self.root, entry) for entry in spec.get("runs", [])]
         if not self.grid:  # a single noise level is a plain study; its name says nothing
@@ -249,7 +250,7 @@ class Study:
         from mcn_ext.study import geometry
 
         rows, cache = {}, {}
-        for method in self.methods:
+        for method in tqdm(self.methods, "embeddings", unit="method", leave=False, disable=None):
             found = [
                 geometry.describe(
                     run.final.path / "youcook2.npz", run.final.metrics.get("data", ""), cache

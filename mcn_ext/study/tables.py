@@ -79,6 +79,7 @@ def export(markdown: str, folder: Path, language: str = "en") -> None:
         if language == "ja":
             rows = [[(japanese.translate(text), bold) for text, bold in row] for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        # With a byte order mark, by which Excel knows UTF-8.
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8-sig") as file:
             csv.writer(file).writerows([text for text, _ in row] for row in rows)
         (folder / f"{name}.tex").write_text(latex(rows), encoding="utf-8")
