@@ -41,7 +41,7 @@ def test_a_flag_that_helps(two, tmp_path, capsys):
     words = [*map(str, two), "--out", str(tmp_path / "out"), "--language", "ja"]
     assert compare.main(words) == 0
     text = (tmp_path / "out/compare.md").read_text()
-    assert "- --cluster_weight: 1, 0\n" in text and "--lr" not in text
+    assert r"- --cluster_weight: 1, 0" + "\n" in text and "--lr" not in text
     assert text in capsys.readouterr().out
     found = json.loads((tmp_path / "out/compare.json").read_text())
     (row,) = [r for r in found["R@10"] if (r["method"], r["fusion"]) == ("VT_A", "bank")]
@@ -95,7 +95,7 @@ def test_a_study_with_gaps_and_names_with_marks(two, tmp_path):
     (tmp_path / "out/figures/mine.pdf").touch()
     assert compare.main([str(two[0]), str(odd), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/compare.md").read_text()
-    assert "- Missing: a|b $x$ $y_: VT then A, frozen, seed 1: not evaluated" in text
+    assert r"- missing in a\|b $x$ $y\_: VT then A, frozen, seed 1: not evaluated" in text
     with open(tmp_path / "out/figures/r-10.csv", newline="", encoding="utf-8-sig") as file:
         header, *rows = csv.reader(file)
     assert header[2:] == ["seeds", "plain", "a|b $x$ $y_"]

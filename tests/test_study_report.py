@@ -134,6 +134,9 @@ def test_the_answer_comes_first_and_the_tables_have_the_numbers(study_folder):
     assert re.search(
         r"`lr` \| `0.002` \| all others \|\n\|  \| `0.001` \| one stage, equal c", text
     )
+    low, high = study.compare("AV_T-finetune", "AV_T")["ci95"]
+    kinds = section(text, "One order, other kinds of stage 2")
+    assert kinds.count("| AV then T, finetuned |") == 1 and f"({low:+.1f} to {high:+.1f})" in kinds
     assert "Nothing: every run of the study was trained" in text
 
 
@@ -148,7 +151,7 @@ def test_tables_for_a_thesis(study_folder):
     text = (folder / "what-is-equal-what-is-not.tex").read_text()
     assert text.startswith("\\begin{tabular}{lrr}\n\\toprule\ndiffers & value & in \\\\")
     assert "\nlr & 0.002 & all others \\\\\n" in text and text.endswith("\\end{tabular}\n")
-    text = (folder / "which-differences-are-significant.tex").read_text()
+    text = (folder / "one-order-other-kinds-of-stage-2.tex").read_text()
     assert re.search(r"& (\\textbf\{)?(\+|\$-\$)\d+\.\d \((\+|\$-\$)\d+\.\d to ", text)
     first = "## A b?\n| a | b |\n|---|---:|\n| x\\|y | **1 ± 2** |\n"
     rows = tables.tables(first + "\n| c |\n|---|\n| `d_e` |")

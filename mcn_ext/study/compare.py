@@ -129,27 +129,19 @@ def spaces(studies: dict[str, Study]) -> list[dict]:
 def write(out: Path, studies: dict[str, Study], language: str) -> str:
     """compare.md, compare.json and figures/ in ``out``; returns the Markdown."""
     rows, space, names = recalls(studies), spaces(studies), list(studies)
-    missing = [f"{name}: {text}" for name, study in studies.items() for text in study.missing()]
-    parts = ["# Studies side by side", ""]
-    parts += [
-        *(f"- {line}" for line in changed(studies)),
-        *(f"- Missing: {m}" for m in missing),
-        "",
+    missing = [
+        f"missing in {name}: {text}" for name, study in studies.items() for text in study.missing()
     ]
+    facts = [*changed(studies), *missing]
+    parts = ["# Studies side by side", "", *(f"- {escaped(fact)}" for fact in facts), ""]
     header = ["method", "search by", "seeds", *names]
     body = [
         [row["label"], row["fusion"], len(row["seeds"])]
         + [spread(row["values"].get(name, np.array([]))) for name in names]
         for row in rows
     ]
-    parts += [
-        "## R@10",
-        "",
-        f"{MAIN}, mean ± standard deviation over seeds.",
-        "",
-        table(header, body),
-        "",
-    ]
+    about = f"{MAIN}, mean ± standard deviation over seeds."
+    parts += ["## R@10", "", about, "", table(header, body), ""]
     body = []
     for row in rows:
         for pair in row["pairs"]:
