@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,9 @@ def changed(studies: dict[str, Study]) -> list[str]:
     """The flags in which studies differ, one line each."""
     values = [study.flags_given for study in studies.values()]
     names = sorted({flag for of in values for flag in of} - {"out"})
-    found = {name: [str(of.get(name, "not given")) for of in values] for name in names}
+    found = {name: [of.get(name, "not given") for of in values] for name in names}
+    # Lists are noted as "['5', '25']".
+    found = {name: [re.sub(r"[][',]", "", text) for text in of] for name, of in found.items()}
     return [f"--{name}: {', '.join(of)}" for name, of in found.items() if len(set(of)) > 1]
 
 
