@@ -88,6 +88,18 @@ def test_what_cannot_be_compared(two, tmp_path, no_pictures):
         compare.main([*map(str, two), *out])
 
 
+def test_copies_of_one_evaluation_store(two, tmp_path, no_pictures):
+    for name, content in (("one.h5", b"x"), ("copy.h5", b"x")):
+        (tmp_path / name).write_bytes(content)
+    for folder, name in zip(two, ("one.h5", "copy.h5"), strict=True):
+        for file in folder.glob("runs/*/*/metrics.json"):
+            file.write_text(file.read_text().replace('"eval.h5"', f'"{tmp_path / name}"'))
+    assert compare.open_studies(two).keys() == {"plain", "without"}
+    (tmp_path / "copy.h5").write_bytes(b"y")
+    with pytest.raises(SystemExit, match="the same clips"):
+        compare.open_studies(two)
+
+
 def test_a_study_with_gaps_and_names_with_marks(two, tmp_path):
     odd = two[1].rename(two[1].with_name("a|b $x$ $y_"))
     (odd / "runs/seed1/VT_A/metrics.json").unlink()

@@ -13,6 +13,7 @@ embedding space looks like. Writes compare.md, compare.json and figures/ (PNG, P
 from __future__ import annotations
 
 import argparse
+import filecmp
 import itertools
 import json
 import re
@@ -64,7 +65,7 @@ def open_studies(folders: list[Path]) -> dict[str, Study]:
         studies = dict(zip(names, map(Study, folders), strict=True))
     except StudyError as error:
         raise SystemExit(str(error)) from None
-    stores = {}
+    stores: dict[Path, Path] = {}
     for folder, study in zip(folders, studies.values(), strict=True):
         if study.grid:
             raise SystemExit(f"{folder}: a grid of noise; compare studies of one data set each")
@@ -72,11 +73,17 @@ def open_studies(folders: list[Path]) -> dict[str, Study]:
             raise SystemExit(f"{folder}: no run of it has been evaluated")
         for run in study.runs:
             if data := run.final.metrics.get("data"):
-                stores.setdefault(str(Path(data).resolve()), folder)
-    if len(stores) > 1:
+                stores.setdefault(Path(data).resolve(), folder)
+    first, *others = stores or [Path()]
+    if not all(same_file(first, other) for other in others):
         where = ", ".join(f"{folder} on {data}" for data, folder in stores.items())
         raise SystemExit(f"studies must be evaluated on the same clips: {where}")
     return studies
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two files have the same bytes; False where one is gone."""
+    return a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)
 
 
 def changed(studies: dict[str, Study]) -> list[str]:
