@@ -79,7 +79,7 @@ def test_what_cannot_be_compared(two, tmp_path, no_pictures):
     ):
         with pytest.raises(SystemExit, match=message):
             compare.main([*map(str, folders), *out])
-    with pytest.raises(SystemExit, match="give a folder of its own"):
+    with pytest.raises(SystemExit, match="holds a study; give another folder"):
         compare.main([*map(str, two), "--out", str(two[0])])
     assert not (tmp_path / "out").exists() and (two[0] / "study.json").exists()
     for run in two[1].glob("runs/*/*/metrics.json"):

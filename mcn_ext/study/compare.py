@@ -224,7 +224,8 @@ def draw(plt, studies: dict[str, Study], rows: list[dict]):
 def main(argv=None) -> int:
     args = get_parser().parse_args(argv)
     if args.out.is_file() or (args.out / "study.json").exists():
-        raise SystemExit(f"--out {args.out}: give a folder of its own, no study's and no file")
+        what = "is a file" if args.out.is_file() else "holds a study"
+        raise SystemExit(f"--out {args.out}: {what}; give another folder")
     if args.language == "ja":
         japanese.font()  # before anything is written: is there one?
     print(write(args.out, open_studies(args.studies), args.language))

@@ -71,6 +71,7 @@ ELSEWHERE = {
         ("--add", "--init", "--stage1_encoders"), "a flag of train_stage2.py, which adds a modality"
     ),
     "--epochs": "a flag of the training scripts",
+    **dict.fromkeys(("--language", "--media"), "a flag of python -m mcn_ext.report, for studies"),
 }
 
 
