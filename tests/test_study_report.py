@@ -287,6 +287,10 @@ def test_what_was_predicted_before_training(tmp_path, monkeypatch):
     rows, of = predictions(study), ("knn", "frozen, sum")
     by_sum = [row for row in rows if (row["probe"], row["family"]) == of]
     assert [r["tau"] for r in by_sum] == [1, 1, -1]
+    for row in by_sum:  # where the cleaner pair's order is higher, the margin is positive
+        assert [round(x, 9) for x, *_ in row["margins"]] in ([0.2, 0.3, 0.1], [0.1, 0.3, 0.2])
+        assert all((y > 0) == (row["tau"] > 0) for _, y, _ in row["margins"])
+        assert all(low <= y <= high for _, y, (low, high) in row["margins"])
     assert by_sum[0]["predicted"] == by_sum[0]["measured"] == ["VT_A", "AT_V", "AV_T"]
     (power,) = [p for p in predictive_power(rows) if (p["probe"], p["family"]) == of]
     assert (power["probe"], power["hits"], power["n"]) == ("knn", 2, 3)

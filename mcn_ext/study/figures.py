@@ -16,11 +16,13 @@ from mcn_ext.evaluation.metrics import RECALLS
 from mcn_ext.modalities import MODALITIES
 from mcn_ext.study import japanese
 from mcn_ext.study.bootstrap import recall_interval
+from mcn_ext.study.predict import predictions
 from mcn_ext.study.statistics import MAIN, Study, mean
 from mcn_ext.train.curves import _pyplot, _save
 
 # Okabe & Ito (2008).
 ORDERS = {"AV_T": "#0072B2", "VT_A": "#D55E00", "AT_V": "#009E73", "AVT": "#555555"}
+KINDS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of stage 2
 DASHES, HATCHES, MARKERS = ("-", "--", ":", "-."), ("", "////", "....", "xxxx"), "osD^"
 STYLE = {
     "axes.titleweight": "bold",
@@ -135,6 +137,33 @@ def losses(plt, study: Study):
         for line, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labels.values(), labels.keys(), **BELOW)
+    return figure
+
+
+def prediction(plt, study: Study):
+    """How much higher R@10 (sum) is for the order that starts with the cleaner of two pairs, over
+    how much cleaner that is: a panel for each probe, all cells; above 0 the prediction holds."""
+    rows = [row for row in predictions(study) if row["family"].endswith(", sum")]
+    if not rows:
+        return None
+    probes = list(dict.fromkeys(row["probe"] for row in rows))
+    kinds = list(dict.fromkeys(row["family"].removesuffix(", sum") for row in rows))
+    size = (0.6 + 2.1 * len(probes), 3.0)
+    figure, axes = plt.subplots(1, len(probes), figsize=size, sharey=True, squeeze=False)
+    for row in rows:
+        kind = kinds.index(row["family"].removesuffix(", sum"))
+        x, y, ends = zip(*row["margins"], strict=True)
+        errors = np.abs(np.transpose(ends) - y)
+        style = {"color": KINDS[kind % len(KINDS)], "markersize": 4, "linewidth": 0.8}
+        axis = axes[0, probes.index(row["probe"])]
+        axis.errorbar(x, y, errors, fmt=MARKERS[kind % len(MARKERS)], label=kinds[kind], **style)
+    for axis, probe in zip(axes[0], probes, strict=True):
+        axis.axhline(0, color="black", linewidth=0.9)
+        axis.set(title=probe, xlabel="cleaner by")
+    axes[0, 0].set_ylabel("R@10 higher by, points")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), **BELOW)
     return figure
 
 

@@ -18,6 +18,8 @@ PHRASES = {
     r"pairs that do not belong together, at most: ": "対応しない組の割合の上限: ",
     r"effective rank: ": "実効ランク: ",
     r"no video": "映像なし",
+    r"R@10 higher by, points": "R@10 の差 (ポイント)",
+    r"cleaner by": "ノイズの少なさの差",
     r"found first": "1 位",
     r"query -> candidates": "クエリ → 候補",
     r"difference, simultaneous 95 % interval|difference \(95 %\)": "差 (95 % 同時信頼区間)",

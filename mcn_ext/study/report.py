@@ -145,6 +145,7 @@ def write(folder: Path, language: str = "en", media: Path | None = None) -> Path
     folder = study.root / "figures"
     shutil.rmtree(folder, ignore_errors=True)  # those of an earlier state
     names = ("winners", "noise") if study.grid else ("recall", "differences", "losses")
+    names += ("prediction",)
     drawn = [figures.save(folder / n, language, getattr(figures, n), study) for n in names]
     if videos:
         drawn.append(figures.save(folder / "examples", language, examples.draw, found, videos))
