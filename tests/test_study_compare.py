@@ -74,7 +74,7 @@ def test_what_cannot_be_compared(two, tmp_path, no_pictures):
         ([two[0], two[0]], "folders of different names"),
         ([two[0], tmp_path], "study.json: not a study"),
         ([two[0], grid], "a grid of noise"),
-        ([two[0], other], r"no seed is common to all studies \(plain \[0, 1\]; other \[7\]"),
+        ([two[0], other], r"the studies that have it share no seed \(plain \[0, 1\]; other \[7\]"),
         ([two[0], elsewhere], r"evaluated on the same clips: .*plain on .*eval.h5.*other.h5"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -181,7 +181,9 @@ def test_frames_of_what_is_found(with_captions, tmp_path):
     assert (with_captions / "figures/examples.png").exists() and 'alt="The query' in text
     (tmp_path / "other").mkdir()
     make_media(tmp_path / "other" / "x.mp4", times=[0, 1])
-    with pytest.raises(SystemExit, match="none of its 1 videos is named as one evaluation clip"):
+    with pytest.raises(
+        SystemExit, match="none of its 1 videos has an evaluation clip's id as its name"
+    ):
         examples.find(tmp_path / "other", found)
 
 
@@ -211,10 +213,10 @@ def test_no_examples_without_captions_or_embeddings(tmp_path, no_pictures):
 @pytest.mark.parametrize(
     ("english", "expected"),
     [
-        ("AV then T, finetune", "AV → T, ファインチューニング"),
+        ("AV then T, finetune", "AV → T, 微調整"),
         ("VT then A, gentle", "VT → A, gentle"),
         ("video alone", "映像のみ"),
-        ("gap video, audio", "ギャップ 映像, 音声"),
+        ("gap video, audio", "ギャップ (映像・音声)"),
         ("mix the second bowl", "mix the second bowl"),
         ("data/words.h5", "data/words.h5"),
         ("one stage, 23 epochs", "一段階、23 エポック"),

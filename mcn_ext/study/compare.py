@@ -4,10 +4,9 @@
     python -m mcn_ext.study --data D.h5 --youcook2 Y.h5 --out runs/without --cluster_weight 0
     python -m mcn_ext.study.compare runs/with runs/without --out runs/clustering
 
-Compares every method on the seeds that all studies with it share: R@10
-of text->video+audio by each fusion, the differences with simultaneous intervals, and what the
-embedding space looks like. Writes compare.md, compare.json and figures/ (PNG, PDF, CSV, LaTeX) to
---out.
+For each method, on the seeds that every study with this method has: R@10 of text->video+audio by
+each fusion, differences with simultaneous intervals, and what the embedding space looks like.
+Writes compare.md, compare.json and figures/ (PNG, PDF, CSV, LaTeX) to --out.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from mcn_ext.train import flags
 from mcn_ext.train.log import write_text
 
 SPACE = ("nDCG@10", "words", "mixed")  # of geometry.py; gaps follow
-ABOUT = """Points, with simultaneous 95 % intervals and step-down p for all pairs of studies, by
-one bootstrap of queries and seeds; bold where 0 is outside. They hold for one method and search at
-a time: among many rows, some are bold although nothing differs. Detectable: a true difference of so
-many points would be found in 4 of 5 such comparisons."""
-ABOUT_SPACE = """nDCG@10 of text->video+audio by the words that captions share; words, how much
-k-means clusters of all modalities' embeddings tell of their clips' words (0 by chance, 100 all);
-mixed, how evenly modalities share clusters (0 to 100); gap, distance of two modalities' means (0 to
-2)."""
+ABOUT = """Differences in points, with simultaneous 95 % intervals and step-down p over all pairs of
+studies (one bootstrap of queries and seeds). Bold: 0 is outside. The correction covers one method
+and one search only: over many rows, some are bold by chance. Detectable: a true difference this
+large would be found in 4 of 5 such comparisons."""
+ABOUT_SPACE = """nDCG@10 of text->video+audio by the words that captions share. Words: how much
+k-means clusters of all modalities' embeddings tell about the words of the captions (0: chance, 100:
+everything). Mixed: how evenly modalities share clusters (0 to 100). Gap: distance of two
+modalities' means (0 to 2)."""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -59,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
 def open_studies(folders: list[Path]) -> dict[str, Study]:
     """{folder's name: study}; SystemExit where they cannot be compared."""
     names = [printable(folder.resolve().name) for folder in folders]
-    if len(set(names)) < max(2, len(folders)):
+    if len(folders) < 2 or len(set(names)) < len(names):
         raise SystemExit("give two studies or more, in folders of different names")
     try:
         studies = dict(zip(names, map(Study, folders), strict=True))
@@ -91,15 +90,15 @@ def changed(studies: dict[str, Study]) -> list[str]:
     values = [study.flags_given for study in studies.values()]
     names = sorted({flag for of in values for flag in of} - {"out"})
     found = {name: [of.get(name, "not given") for of in values] for name in names}
-    # Lists are noted as "['5', '25']".
+    # A list is stored as the text "['5', '25']".
     found = {name: [re.sub(r"[][',]", "", text) for text in of] for name, of in found.items()}
     return [f"--{name}: {', '.join(of)}" for name, of in found.items() if len(set(of)) > 1]
 
 
 def recalls(studies: dict[str, Study]) -> list[dict]:
-    """For each fusion and method: "values" {study: R@10 of each seed}, and "pairs" of studies
-    (:func:`.bootstrap.compare_family`), the later one first. If more than one study has the method,
-    of the seeds that all those have."""
+    """For each fusion and method: "values" {study: R@10 of each seed}, and "pairs", the later study
+    minus the earlier (:func:`.bootstrap.compare_family`), on the "seeds" that every study with
+    this method has."""
     rows = []
     for fusion, direction in FUSIONS.items():
         for method in dict.fromkeys(m for study in studies.values() for m in study.methods):
@@ -111,7 +110,7 @@ def recalls(studies: dict[str, Study]) -> list[dict]:
             seeds = sorted(set.intersection(*map(set, found.values())))
             if not seeds:
                 of = "; ".join(f"{name} {sorted(ranks)}" for name, ranks in found.items())
-                raise SystemExit(f"{label}: no seed is common to all studies ({of})")
+                raise SystemExit(f"{label}: the studies that have it share no seed ({of})")
             values = {
                 n: [100 * (ranks[s] <= 10).mean() for s in seeds] for n, ranks in found.items()
             }
@@ -198,9 +197,9 @@ def draw(plt, studies: dict[str, Study], rows: list[dict]):
     size = (0.8 + 2.9 * len(fusions), 3.8)
     figure, axes = plt.subplots(1, len(fusions), figsize=size, sharey=True, squeeze=False)
     x = {name: i for i, name in enumerate(studies)}
-    alone = itertools.cycle(((0, (1, 1)), (0, (5, 2, 1, 2)), (0, (8, 3))))
+    patterns = itertools.cycle(((0, (1, 1)), (0, (5, 2, 1, 2)), (0, (8, 3))))
     dashes = {
-        r["method"]: next(alone) for r in rows if r["fusion"] == fusions[0] and not r["pairs"]
+        r["method"]: next(patterns) for r in rows if r["fusion"] == fusions[0] and not r["pairs"]
     }
     for row in rows:
         axis, method = axes[0, fusions.index(row["fusion"])], row["method"]

@@ -18,7 +18,8 @@ FOUND = 3  # clips shown of each order
 
 def choose(study: Study) -> list[dict]:
     """For the best method of each order, and the best with one stage: the query at which it is
-    furthest ahead of the others, by the mean log rank over the seeds that all have.
+    furthest ahead of the others, by the mean log rank over the seeds that all have (1 before 10
+    counts as much as 10 before 100).
 
     Entries have "caption", "clip" (its number in the store), "store", "seed", and "answers": for
     each method its "label" and, of that seed, the "rank" of the right clip and "found", the first
@@ -42,7 +43,7 @@ def choose(study: Study) -> list[dict]:
     chosen: list[int] = []
     for i in range(len(methods)):
         lead = np.delete(means, i, axis=0).min(axis=0) - means[i]
-        lead[chosen] = 0
+        lead[chosen] = 0  # a query is shown once
         if lead.max() > 0:
             chosen.append(int(lead.argmax()))
     answers: list[list[dict]] = [[] for _ in chosen]
@@ -50,7 +51,7 @@ def choose(study: Study) -> list[dict]:
         run = runs[method][0]
         rows = geometry.load(run.path / "youcook2.npz", run.args.get("similarity") != "dot")
         if len(rows) < 3 or len(rows["text"][0]) != len(captions):
-            continue
+            continue  # no embeddings of all modalities, or of another store
         for query, scores, of in zip(chosen, geometry.scores(rows, chosen), answers, strict=True):
             first = np.argsort(-scores, kind="stable")[:FOUND].tolist()
             answer = {"label": study.labels[method], "rank": ranks[method][seeds[0]][query]}
@@ -69,16 +70,17 @@ def find(folder: Path, examples: list[dict]) -> dict[str, list[Path]]:
 
     media = find_media(folder)
     ids = set(Store(examples[0]["store"]).ids()) if examples else set()
-    # Clips that share an id are called x, x#2: a file x may be the whole video.
+    # Clips "x" and "x#2" are of one video x: a file x may be the whole video.
     found = {
         name: files
         for name, files in media.items()
         if name in ids - {n.split("#")[0] for n in ids if "#" in n}
     }
     if not found:
+        where = f" of {examples[0]['store']}" if examples else ""
         raise SystemExit(
-            f"--media {folder}: none of its {len(media)} videos is named as one evaluation clip"
-            + (f" of {examples[0]['store']}" if examples else "")
+            f"--media {folder}: none of its {len(media)} videos has an evaluation clip's id as its "
+            f"name{where}"
         )
     return found
 

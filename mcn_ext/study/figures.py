@@ -115,6 +115,7 @@ def losses(plt, study: Study):
     lines = []
     for method, runs in study.trained().items():
         for k, pair in enumerate(PAIRS):
+            # A line for each stage: one line would join the end of stage 1 to stage 2.
             for stage in zip(*(run.losses(pair) for run in runs), strict=True):
                 points: dict[int, list[float]] = {}
                 for clips, value in itertools.chain(*stage):
@@ -141,8 +142,9 @@ def losses(plt, study: Study):
 
 
 def prediction(plt, study: Study):
-    """How much higher R@10 (sum) is for the order that starts with the cleaner of two pairs, over
-    how much cleaner that is: a panel for each probe, all cells; above 0 the prediction holds."""
+    """One panel for each probe, all cells. x: how much cleaner the probe finds one first pair than
+    another. y: R@10 (sum) of the order with the cleaner one, minus the other's: above 0 the
+    prediction holds."""
     rows = [row for row in predictions(study) if row["family"].endswith(", sum")]
     if not rows:
         return None

@@ -1,5 +1,5 @@
-"""What an order does to the space itself: gaps between modalities, spread, whether clusters and
-what is found first mean the same, of the embeddings that evaluation has kept."""
+"""Measures of the embedding space, from the embeddings that evaluation has kept: modality gaps,
+spread within a modality, whether clusters and top results share the captions' words."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def load(path: Path, unit: bool = True) -> dict[str, tuple[np.ndarray, np.ndarra
 
 
 def gaps(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Of each pair: ``gap``, the distance of the two modalities' means (the modality gap, Liang et
-    al., NeurIPS 2022: 0 to 2); ``within``, mean cosine of different clips of the modalities, and
-    ``matched``, that of a clip's two."""
+    """For each pair of modalities: ``gap``, the distance of their mean embeddings (Liang et al.,
+    NeurIPS 2022; 0 to 2), and ``matched``, the mean cosine of a clip's two embeddings. For each
+    modality: ``within``, the mean cosine of different clips."""
     found = {}
     for a, b in combinations(rows, 2):
         there = rows[a][1] & rows[b][1]
@@ -86,19 +86,19 @@ def clusters(rows: dict[str, tuple[np.ndarray, np.ndarray]], has: np.ndarray) ->
     """K-means of all modalities' embeddings together, against the captions' words, in percent.
 
     ``words``: how much a cluster tells of the words of its clips' captions, I / H summed over
-    words, 0 where captions have changed clips at random, 100 where it tells all. That is the
+    words; 0: no more than if captions were shuffled between clips, 100: everything. That is the
     homogeneity of V-measure (Rosenberg & Hirschberg 2007) for clips of several concepts, adjusted
-    for chance as by Vinh et al. (2010). ``mixed``: entropy of the modalities in a clip's cluster
-    over that of all, 0 where each modality has clusters of its own. Of CLIPS evenly spaced clips,
-    if there are more.
+    for chance as by Vinh et al. (2010; here by 10 permutations). ``mixed``: entropy of the
+    modalities in a clip's cluster over that of all, 0 where each modality has clusters of its own.
+    If there are more than CLIPS clips, about CLIPS evenly spaced ones are used.
     """
-    every = -(-len(has) // CLIPS)
-    rows = {name: (x[::every], valid[::every]) for name, (x, valid) in rows.items()}
-    has = has[::every]
+    step = -(-len(has) // CLIPS)
+    rows = {name: (x[::step], valid[::step]) for name, (x, valid) in rows.items()}
+    has = has[::step]
     points = np.concatenate([x[valid] for x, valid in rows.values()])
     clip = np.concatenate([np.flatnonzero(valid) for _, valid in rows.values()])
     modality = np.repeat(range(len(rows)), [valid.sum() for _, valid in rows.values()])
-    k = max(1, min(CLUSTERS, len(has) // 4))
+    k = max(1, min(CLUSTERS, len(has) // 4))  # a cluster needs a few clips
     _, labels = spherical_kmeans(torch.from_numpy(points), k)
     member = np.eye(k)[labels.numpy()].T  # (clusters, points)
     weight = member.mean(axis=1)

@@ -230,16 +230,16 @@ def with_probes(cells: list[dict], settings: argparse.Namespace, file: Path) -> 
 # ------------------------------------------------------------------- how often the prediction held
 def probes_of(study: Study, cell: dict) -> dict[str, dict[str, float]]:
     """{probe: {pair: number}} of a cell, the higher the cleaner: those noted before training;
-    "loss": 1 less stage 1's contrastive loss after one epoch over 2 log N, the loss of equal
-    logits; "stage1": R@10 of the pair after stage 1, mean of both directions. The latter two are
-    means of the seeds."""
+    "loss": 1 - L / (2 log N), with L the contrastive loss at the end of stage 1's first epoch, N
+    the clips per step, and 2 log N the loss of equal logits; "stage1": R@10 of the pair after
+    stage 1, mean of both directions. Both are averaged over seeds."""
     found = {probe: dict(scores) for probe, scores in (cell.get("probes") or {}).items()}
     values: dict[tuple[str, str], dict[int, float]] = {}
     for run in study.runs:
         if run.cell == (cell["name"] if study.grid else "") and run.first:
             pair, clips = run.order[:2], run.first.clips_per_step
             rows = [row for row in run.first.log if "total" in row]
-            # The last of epoch 1; an epoch may be shorter than --log_every.
+            # The last row of epoch 1; if that epoch has logged none, the first row.
             rows = [row for row in rows if row.get("epoch") == 1][-1:] or rows[:1]
             if rows and clips > 1:
                 loss = 1 - rows[0]["contrastive"] / (2 * log(clips))
@@ -250,14 +250,15 @@ def probes_of(study: Study, cell: dict) -> dict[str, dict[str, float]]:
                 values.setdefault(("stage1", pair), {})[run.seed] = both
     for (probe, pair), of in values.items():
         found.setdefault(probe, {})[pair] = mean(of.values())
+    # Ranking the orders needs all three pairs.
     return {probe: scores for probe, scores in found.items() if len(scores) == 3}
 
 
 def predictions(study: Study) -> list[dict]:
-    """How each probe's order compares with the measured one, in each cell and "family" (kind of
-    stage 2, fusion) with all three orders: "predicted" and "measured" (best first), Kendall's "tau"
-    (1: the same, -1: reversed), and "margins": of each two orders, how much cleaner the probe finds
-    the first pair of one, and by how much its R@10 is higher, with the 95 % interval."""
+    """One row for each cell, probe and "family" (kind of stage 2, fusion) with all three orders:
+    the "predicted" and the "measured" orders, best first; Kendall's "tau" (1: the same, -1:
+    reversed); "margins", for each two orders (difference of the probe, difference of R@10, its 95 %
+    interval), with the sign that makes the probe's difference positive."""
     rows = []
     for cell in study.cells:
         name = cell["name"] if study.grid else ""
@@ -280,23 +281,25 @@ def predictions(study: Study) -> list[dict]:
                 ends = sorted(sign * end for end in pair["ci95"])
                 margins.append((abs(cleaner), sign * pair["difference"], ends))
             row["margins"] = margins
-            predicted = sorted(measured, key=lambda order: -scores[order[:2]])
+            # By name first: where scores are equal, the measured order must not help.
+            predicted = sorted(sorted(measured), key=lambda order: -scores[order[:2]])
             rows.append(row | {"predicted": predicted, "measured": measured})
     return rows
 
 
 def predictive_power(rows: list[dict]) -> list[dict]:
     """Of :func:`predictions`, for each probe and family over all cells: how often ("hits" of "n")
-    the predicted best order was best, the mean "tau", and "unseen", the mean tau where the other
-    cells decide whether high or low numbers go first; NaN with one cell."""
+    the predicted best order was best; the mean "tau"; "unseen", the leave-one-cell-out tau: the
+    other cells' tau decides whether the highest or the lowest number goes first. NaN with one
+    cell."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["probe"], row["family"]), []).append(row)
     power = []
     for (probe, family), of in groups.items():
         taus = np.array([row["tau"] for row in of])
-        others = np.sign(taus.sum() - taus)
-        unseen = float((taus * others).mean()) if len(of) > 1 else nan
+        direction = np.sign(taus.sum() - taus)
+        unseen = float((taus * direction).mean()) if len(of) > 1 else nan
         hits = sum(row["predicted"][0] == row["measured"][0] for row in of)
         row = {"probe": probe, "family": family, "hits": hits, "n": len(of)}
         power.append(row | {"tau": float(taus.mean()), "unseen": unseen})
