@@ -1,6 +1,7 @@
 """Contrastive losses for noisy pairs: weights, bags, DCL, RINCE, sigmoid; the reference against
 textbooks, the compiled ones against the reference."""
 
+import itertools
 import math
 
 import pytest
@@ -292,14 +293,18 @@ def test_rince_where_its_powers_are_nearly_equal(device, mode):  # noqa: F811
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_nan_is_hidden(device, mode, kind):  # noqa: F811
-    """Finite rows whose dot product is inf - inf, of others and of mates; and a temperature."""
+    """A logit that is NaN, among others and among mates; and a temperature."""
     x = torch.tensor([[1e25, 1e25], [1, 1], [2, 1], [3, 1]], device=device)
     y = torch.tensor([[1, 1], [1e25, -1e25], [1, 2], [1, 3]], device=device)
+    infinite, zero = x.clone(), y.clone()
+    infinite[0], zero[1] = torch.tensor([math.inf, 1]), torch.tensor([0.0, -1])
     bags = torch.tensor([0, 0, 1, 2], device=device)
     options = {"kind": kind, "normalize": False, "bias": -1.0}
-    for more in ({}, {"positives": bags}):
-        call = lambda m, rows, t, o=options | more: m.contrastive_loss(*rows, temperature=t, **o)  # noqa: E731
-        assert values(ops, call, [x, y], 1.0)[0].isnan()
+    # 1e50 - 1e50 is inf - inf, or inf where products are added with FMA; inf * 0 is NaN everywhere.
+    rows = [[infinite, zero]] + [[x, y]] * bool((x @ y.t()).isnan().any())
+    for more, xy in itertools.product(({}, {"positives": bags}), rows):
+        call = lambda m, xy, t, o=options | more: m.contrastive_loss(*xy, temperature=t, **o)  # noqa: E731
+        assert values(ops, call, xy, 1.0)[0].isnan()
     nan = torch.tensor(math.nan, device=device)
     assert ops.contrastive_loss(x[1:], y[2:].repeat(2, 1)[:3], temperature=nan, kind=kind).isnan()
 
