@@ -124,6 +124,8 @@ def main(argv=None) -> int:
             print(printable(error), file=sys.stderr)
             return 1
         return 0
+    if args.media or args.language != "en":
+        raise SystemExit(f"--language, --media: for studies; {run} has no study.json")
     if not (run / "args.json").exists():
         message = f"{run.absolute()}: no run folder; train first, or correct the path"
         print(printable(message), file=sys.stderr)

@@ -232,6 +232,8 @@ def test_report_command(study_folder, no_pictures, capsys):
     html, text = ((run / f"report.{end}").read_text() for end in ("html", "md"))
     assert not foreign(html) and "text-&gt;video+audio" in html
     assert "| chance | 1.2 |" in text and "1 step skipped" in text
+    with pytest.raises(SystemExit, match="--language, --media: for studies"):
+        report_command.main([str(run), "--language", "ja"])
 
 
 def test_one_seed_and_no_significant_winner(tmp_path, no_pictures):

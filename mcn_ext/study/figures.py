@@ -6,8 +6,7 @@ matplotlib figure, or None when there is nothing to draw.
 
 from __future__ import annotations
 
-import itertools
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +117,7 @@ def losses(plt, study: Study):
             # A line for each stage: one line would join the end of stage 1 to stage 2.
             for stage in zip(*(run.losses(pair) for run in runs), strict=True):
                 points: dict[int, list[float]] = {}
-                for clips, value in itertools.chain(*stage):
+                for clips, value in chain(*stage):
                     points.setdefault(clips, []).append(value)
                 if points:
                     lines.append((k, method, sorted(points.items())))

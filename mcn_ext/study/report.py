@@ -142,13 +142,13 @@ def write(folder: Path, language: str = "en", media: Path | None = None) -> Path
         japanese.font()  # before anything is written: is there one?
     found = examples.choose(study)
     videos = examples.find(media, found) if media else {}
-    folder = study.root / "figures"
-    shutil.rmtree(folder, ignore_errors=True)  # those of an earlier state
+    figures_in = study.root / "figures"
+    shutil.rmtree(figures_in, ignore_errors=True)  # those of an earlier state
     names = ("winners", "noise") if study.grid else ("recall", "differences", "losses")
     names += ("prediction",)
-    drawn = [figures.save(folder / n, language, getattr(figures, n), study) for n in names]
+    drawn = [figures.save(figures_in / n, language, getattr(figures, n), study) for n in names]
     if videos:
-        drawn.append(figures.save(folder / "examples", language, examples.draw, found, videos))
+        drawn.append(figures.save(figures_in / "examples", language, examples.draw, found, videos))
     page = render(study.root, list(filter(None, drawn)), **_context(study), examples=found)
-    tables.export(page.with_suffix(".md").read_text(), folder, language)
+    tables.export(page.with_suffix(".md").read_text(), figures_in, language)
     return page
