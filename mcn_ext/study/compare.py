@@ -4,9 +4,9 @@
     python -m mcn_ext.study --data D.h5 --youcook2 Y.h5 --out runs/without --cluster_weight 0
     python -m mcn_ext.study.compare runs/with runs/without --out runs/clustering
 
-For each method, on the seeds that every study with this method has: R@10 of text->video+audio by
-each fusion, differences with simultaneous intervals, and what the embedding space looks like.
-Writes compare.md, compare.json and figures/ (PNG, PDF, CSV, LaTeX) to --out.
+For each method: R@10 of text->video+audio by each fusion and the differences between studies, on
+the seeds that every study with this method has, with simultaneous intervals; and measures of the
+embedding space. Writes compare.md, compare.json and figures/ (PNG, PDF, CSV, LaTeX) to --out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mcn_ext.study.statistics import FUSIONS, MAIN, Study, StudyError
 from mcn_ext.train import flags
 from mcn_ext.train.log import write_text
 
-SPACE = ("nDCG@10", "words", "mixed")  # of geometry.py; gaps follow
+SPACE = ("nDCG@10", "words", "mixed")  # keys of geometry.py; those of gaps follow
 ABOUT = """Differences in points, with simultaneous 95 % intervals and step-down p over all pairs of
 studies (one bootstrap of queries and seeds). Bold: 0 is outside. The correction covers one method
 and one search only: over many rows, some are bold by chance. Detectable: a true difference this
@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY", help="folders of studies")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
-        "--language", choices=("en", "ja"), default="en", help="of labels: English, Japanese (en)"
+        "--language", choices=("en", "ja"), default="en", help="of labels: English or Japanese (en)"
     )
     return parser
 
